@@ -1,0 +1,46 @@
+# Everything runs in .venv, made on first use and again when pyproject.toml or constraints.txt change.
+# Needs python3 >= 3.11 with pip, git and make. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := adapters,gguf,graph,test,dev
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    compile a small model and verify it"
+	@echo "make test    ruff, mypy, then the test suite"
+	@echo "make lint    ruff and mypy only"
+	@echo "make clean   remove .venv, builds and caches"
+
+demo: $(STAMP)
+	@$(BIN)/python -m spacompiler.demo
+
+test: lint
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -q
+
+lint: $(STAMP)
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@echo "==> mypy"
+	@$(BIN)/mypy -p spacompiler
+
+# Some systems ship python3 and pip without ensurepip: there the second line makes the environment.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "spacompiler needs Python >= 3.11, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> installing spacompiler and its dependencies into $(VENV) (once, some minutes: torch is large)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install -qq --disable-pip-version-check pip; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

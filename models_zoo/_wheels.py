@@ -1,0 +1,105 @@
+"""Real weights out of wheels: download with pip, verify, convert once, keep the result cached.
+
+A wheel is only a container here.  It is never installed and none of its code runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file inside one exact wheel."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+def cache_root() -> Path:
+    """Where converted weights are kept: $SPACOMPILER_CACHE, else the user's cache directory."""
+    if own := os.environ.get("SPACOMPILER_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spacompiler"
+
+
+def cached(label: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> Path:
+    """The directory that `convert(extracted file, empty directory)` fills, made on first use.
+
+    Its name carries the wheel's hash, and it appears by one rename: it is whole or absent.
+    """
+    root = cache_root()
+    final = root / f"{label}-{wheel.sha256[:12]}"
+    if final.is_dir():
+        return final
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{label}-", dir=root) as scratch:
+        source = _extract(_download(wheel, Path(scratch) / "wheel"), wheel, Path(scratch))
+        staged = Path(scratch) / "staged"
+        staged.mkdir()
+        convert(source, staged)
+        _publish(staged, final)
+    return final
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Fetch with pip, so that the user's own index, proxy and find-links settings apply."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), wheel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"pip could not download {wheel.requirement}:\n{done.stderr.strip()}")
+    found = sorted(folder.glob("*.whl"))
+    if len(found) != 1:
+        raise RuntimeError(f"expected one wheel for {wheel.requirement}, pip left {len(found)}")
+    _verify(found[0], wheel)
+    return found[0]
+
+
+def _verify(path: Path, wheel: Wheel) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != wheel.sha256:
+        raise RuntimeError(
+            f"{path.name} has sha256 {actual}, but {wheel.requirement} should be {wheel.sha256}"
+        )
+
+
+def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
+    """Copy the one member out, and drop the archive to keep the peak disk use down."""
+    target = folder / "source" / Path(wheel.member).name
+    target.parent.mkdir()
+    with (
+        zipfile.ZipFile(archive) as opened,
+        opened.open(wheel.member) as member,
+        target.open("wb") as out,
+    ):
+        shutil.copyfileobj(member, out)
+    archive.unlink()
+    return target
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """Move the finished directory into place; another process may have got there first.
+
+    Some writers make files for the owner only, which would defeat a cache shared by users.
+    """
+    for file in staged.iterdir():
+        file.chmod(0o644)
+    try:
+        staged.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise

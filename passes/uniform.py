@@ -1,0 +1,38 @@
+"""Uniform allocation: every unit keeps the same share of its slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spacompiler.allocation import Problem, refine
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Keep `round(r * n)` of every unit, one r for all, found by bisection on the real cost.
+
+    A unit that is fibred under another candidate (query heads in KV groups) keeps all of its
+    slices: the outer one already takes its share.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def allocate(self, problem: Problem) -> dict[str, int]:
+        """Return kept slices by unit."""
+        atoms = {g.atom for u in problem.units for g in u.groups}
+        inner = {u.name for u in problem.units if atoms & set(u.groups[0].outers)}
+
+        def at(ratio: float) -> dict[str, int]:
+            return {u.name: u.size if u.name in inner else u.nearest(ratio * u.size)
+                    for u in problem.units}
+
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            if problem.price(at(middle)) > problem.target:
+                high = middle
+            else:
+                low = middle
+        near = min((at(low), at(high)), key=lambda k: abs(problem.price(k) - problem.target))
+        return refine(problem, near)

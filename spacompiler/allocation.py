@@ -1,0 +1,218 @@
+"""The allocation problem: units that keep a number of slices, legal counts, a cost to meet."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd, prod
+
+import numpy as np
+
+from .axes import Atom
+from .cost import Cost
+from .errors import TargetError, UsageError
+from .groups import Group, Solution, _beside
+
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Groups that must keep the same number of slices (usually one; a family if uniform).
+
+    `legal` are the counts that may be kept, ascending, the last one the full size; `losses[k]`
+    is the share of the groups' importance that is lost when k slices are kept.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    legal: tuple[int, ...]
+    losses: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return self.legal[-1]
+
+    @property
+    def nested(self) -> bool:
+        """True if it is fibred under other axes."""
+        return bool(self.groups[0].outers)
+
+    def counts(self, kept: int) -> dict[Atom, int]:
+        return {group.atom: kept for group in self.groups}
+
+    def nearest(self, wanted: float) -> int:
+        return min(self.legal, key=lambda k: (abs(k - wanted), k))
+
+
+@dataclass(slots=True)
+class Problem:
+    """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance)."""
+
+    units: tuple[Unit, ...]
+    cost: Cost
+    target: float
+    dense: int
+    metric: str = "params"
+    tolerance: float = field(default=TOLERANCE)
+
+    def price(self, kept: Mapping[str, int]) -> int:
+        """Return the cost of a choice of counts."""
+        counts: dict[Atom, int] = {}
+        for unit in self.units:
+            counts |= unit.counts(kept[unit.name])
+        return self.cost.set(counts)
+
+    def full(self) -> dict[str, int]:
+        return {unit.name: unit.size for unit in self.units}
+
+    def least(self) -> dict[str, int]:
+        return {unit.name: unit.legal[0] for unit in self.units}
+
+    def met(self, kept: Mapping[str, int]) -> bool:
+        return abs(self.price(kept) - self.target) <= self.tolerance * self.dense
+
+
+def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
+    """Move single units by one legal step while that brings the cost nearer to the target."""
+    kept = dict(kept)
+    for _ in range(10 * sum(len(u.legal) for u in problem.units)):
+        miss = problem.price(kept) - problem.target
+        best, move = abs(miss), None
+        for unit in problem.units:
+            at = unit.legal.index(kept[unit.name])
+            for step in (at - 1, at + 1):
+                if 0 <= step < len(unit.legal):
+                    change = problem.cost.change(unit.counts(unit.legal[step]))
+                    if abs(miss + change) < best:
+                        best, move = abs(miss + change), (unit.name, unit.legal[step])
+        if move is None:
+            break
+        kept[move[0]] = move[1]
+    return kept
+
+
+def check_met(problem: Problem, kept: Mapping[str, int]) -> None:
+    """Raise TargetError, naming what binds, if the target is missed by more than a point."""
+    if problem.met(kept):
+        return
+    price, least = problem.price(kept), problem.price(problem.least())
+    share, floor = price / problem.dense, least / problem.dense
+    if least > problem.target:
+        bound = [u.name for u in problem.units if len(u.legal) > 1][:3]
+        why = (f"with every unit at its floor, {floor:.1%} of {problem.metric} remain: "
+               f"{len(problem.units)} units may shrink, e.g. {', '.join(bound) or 'none'}")
+        fix = "lower the floor, or let more go: --roles, --only, --ignore"
+    else:
+        steps = [u for u in problem.units if len(u.legal) > 1]
+        coarse = max(steps, key=lambda u: u.legal[-1] - u.legal[-2], default=None)
+        why = f"the nearest that could be reached is {share:.1%}" + (
+            f": {coarse.name} moves in steps of {coarse.legal[-1] - coarse.legal[-2]} "
+            f"of {coarse.size}" if coarse else "")
+        fix = "use --align 1 for finer steps, or a target near that"
+    problem.price(kept)
+    raise TargetError(
+        f"target {problem.metric}={problem.target / problem.dense:.1%} cannot be met",
+        why=why, fix=fix)
+
+
+# --- which groups may go, and in which steps --------------------------------------------------
+
+
+def candidates(solution: Solution, *, roles: Sequence[str], only: Sequence[str] = (),
+               ignore: Sequence[str] = (), approximate: bool = False) -> list[Group]:
+    """Return the groups that may shrink.
+
+    `only` and `ignore` are shell patterns over group names and member arrays; with `only`, roles
+    do not count. Raises UsageError if a pattern matches nothing.
+    """
+    for pattern in (*only, *ignore):
+        if not any(matches(group, [pattern]) for group in solution.groups.values()):
+            known = ", ".join(list(solution.groups)[:4])
+            raise UsageError(f"pattern {pattern!r} matches no group or parameter",
+                             fix=f"groups are named like {known}")
+    chosen = []
+    for group in solution.groups.values():
+        wanted = matches(group, only) if only else group.role in roles
+        if wanted and not matches(group, ignore):
+            if group.approximate and not (approximate or only):
+                continue
+            chosen.append(group)
+    return chosen
+
+
+def matches(group: Group, patterns: Iterable[str]) -> bool:
+    names = [group.name, *(m.weight for m in group.members)]
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns for name in names)
+
+
+def step(solution: Solution, group: Group, align: int | None, lanes: int) -> int:
+    """Return the multiple in which a group's count may change.
+
+    With `align=None` (auto) array widths stay multiples of what the CPU's blocked kernels want:
+    `lanes` for convolutions, 8 for matrix products; small groups use smaller steps. A factor
+    beside the group in a dimension (heads x dims) already counts toward the multiple.
+    """
+    if align is None and group.role not in ("channel", "hidden"):
+        return 1
+    ranks = [len(solution.dims(m.weight)) for m in group.members]
+    wanted = align or (lanes if max(ranks) > 2 else 8)
+    if align is None and group.size < 2 * wanted:
+        wanted = 8 if group.size >= 16 else max(1, 1 << (max(group.size // 4, 1).bit_length() - 1))
+    beside = 1
+    for member in group.members:
+        for atom, outside, inside in _beside(solution.dims(member.weight)[member.dim]):
+            if atom is group.atom:
+                beside = max(beside, prod(a.size for a in outside | inside))
+    return max(1, wanted // gcd(wanted, beside))
+
+
+def legal_counts(size: int, multiple: int, floor: float) -> tuple[int, ...]:
+    """Multiples of `multiple` from the floor (a share of `size`, at least one slice) to `size`.
+
+    >>> legal_counts(40, 16, 0.0)
+    (16, 32, 40)
+    """
+    least = max(1, int(np.ceil(floor * size)))
+    counts = {k for k in range(multiple, size + 1, multiple) if k >= least}
+    return tuple(sorted(counts | {size}))
+
+
+def family(name: str) -> str:
+    """Return a group's name with list indices masked: repeated blocks share it.
+
+    >>> family("model.layers.12.mlp.up_proj.weight:0")
+    'model.layers.*.mlp.up_proj.weight:0'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.ndarray], *,
+          uniform: bool, align: int | None, lanes: int, floor: float) -> tuple[Unit, ...]:
+    """Build the units of an allocation problem, one per group or per family."""
+    bundles: dict[str, list[Group]] = {}
+    for group in groups:
+        bundles.setdefault(family(group.name) if uniform else group.name, []).append(group)
+    made = []
+    for name, bundle in bundles.items():
+        sizes = {g.size for g in bundle}
+        if len(sizes) > 1:
+            made.extend(units(solution, bundle, scores, uniform=False, align=align, lanes=lanes,
+                              floor=floor))
+            continue
+        multiple = max(step(solution, g, align, lanes) for g in bundle)
+        legal = legal_counts(bundle[0].size, multiple, floor)
+        losses = np.mean([_losses(scores[g.name]) for g in bundle], axis=0) * len(bundle)
+        made.append(Unit(name, tuple(bundle), legal, losses))
+    return tuple(made)
+
+
+def _losses(score: np.ndarray) -> np.ndarray:
+    """Share of a group's total score lost when its k best slices are kept, for k = 0 … n."""
+    flat = np.sort(score.reshape(-1, score.shape[-1]), axis=-1)[:, ::-1].astype(float)
+    flat = flat - min(flat.min(), 0.0)
+    total = flat.sum() or 1.0
+    kept = np.concatenate([[0.0], np.cumsum(flat.sum(0))])
+    return 1.0 - kept / total

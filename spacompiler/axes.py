@@ -1,0 +1,430 @@
+"""Axis algebra: every tensor dimension is an expression over atoms, refined by unification.
+
+An `Atom(n)` is n interchangeable slices. `Prod` is a flattened nest (outer to inner: heads x
+head_dim), `Sum` a concatenation (q + k + v). Operators relate dimensions only through `split`,
+`factor`, `unify` and `freeze`; an atom that must have structure is *bound* to it, and everything
+that mentions the atom sees the refinement. What cannot be solved freezes: never wrong, at worst
+not prunable.
+
+>>> space = Space()
+>>> rows = space.atom(12)                      # a Linear's output ...
+>>> heads, dims = space.factor(rows, 4)        # ... viewed as (3, 4)
+>>> left, right = space.split(dims, 2)         # ... whose halves are rotated against each other
+>>> space.unify(left, right)
+>>> show(rows)
+'3*(2+2)'
+>>> len(atoms(rows))
+2
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Union
+
+import numpy as np
+
+Array = np.ndarray
+
+
+class Atom:
+    """`size` interchangeable slices; `bound` is its refinement, `reasons` why it is frozen."""
+
+    __slots__ = ("bound", "reasons", "serial", "size")
+
+    def __init__(self, size: int, serial: int, reasons: tuple[str, ...] = ()) -> None:
+        self.size, self.serial, self.reasons = size, serial, reasons
+        self.bound: Expr | None = None
+
+    @property
+    def frozen(self) -> bool:
+        return bool(self.reasons)
+
+    def __repr__(self) -> str:
+        return f"Atom({self.size}#{self.serial}{'!' if self.frozen else ''})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prod:
+    """A flattened nest, outer to inner; `Prod(())` is the dimension of size one."""
+
+    parts: tuple[Expr, ...]
+    size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sum:
+    """A concatenation, in order."""
+
+    parts: tuple[Expr, ...]
+    size: int
+
+
+Expr = Union[Atom, Prod, Sum]  # noqa: UP007  (a forward reference)
+ONE = Prod((), 1)
+
+
+class Clash(Exception):
+    """Two structures have no common refinement; callers freeze both sides with this text."""
+
+
+def product(parts: Iterable[Expr]) -> Expr:
+    """Nest expressions, dropping ones and flattening nests inside nests."""
+    flat: list[Expr] = []
+    for part in map(resolve, parts):
+        flat.extend(part.parts if isinstance(part, Prod) else (part,))
+    return flat[0] if len(flat) == 1 else Prod(tuple(flat), prod(p.size for p in flat))
+
+
+def concat(parts: Iterable[Expr]) -> Expr:
+    """Concatenate expressions, flattening concatenations inside concatenations."""
+    flat: list[Expr] = []
+    for part in map(resolve, parts):
+        flat.extend(part.parts if isinstance(part, Sum) else (part,))
+    return flat[0] if len(flat) == 1 else Sum(tuple(flat), sum(p.size for p in flat))
+
+
+def resolve(e: Expr) -> Expr:
+    """Return the normal form: bindings followed, nests flat, a concatenated outer factor out.
+
+    `(a+b)*c` becomes `a*c + b*c`, so that cuts of a dimension always stand at its top.
+    """
+    if isinstance(e, Atom):
+        if e.bound is None:
+            return e
+        e.bound = resolve(e.bound)
+        return e.bound
+    if not e.parts or all(isinstance(p, Atom) and p.bound is None for p in e.parts):
+        return e
+    if isinstance(e, Sum):
+        return concat(e.parts)
+    flat = product(e.parts)
+    if isinstance(flat, Prod) and flat.parts and isinstance(flat.parts[0], Sum):
+        rest = flat.parts[1:]
+        return concat([resolve(product((term, *rest))) for term in flat.parts[0].parts])
+    return flat
+
+
+def walk(e: Expr) -> Iterator[Atom]:
+    """Yield every mention of an unbound atom, left to right."""
+    e = resolve(e)
+    if isinstance(e, Atom):
+        yield e
+    else:
+        for part in e.parts:
+            yield from walk(part)
+
+
+def atoms(e: Expr) -> list[Atom]:
+    """Return the distinct atoms of an expression in order of first mention."""
+    return list(dict.fromkeys(walk(e)))
+
+
+def is_frozen(e: Expr) -> bool:
+    """True if no slice of the dimension can be removed."""
+    e = resolve(e)
+    return e.frozen if isinstance(e, Atom) else all(a.frozen for a in walk(e))
+
+
+def reasons(e: Expr) -> list[str]:
+    """Return why a dimension (or part of it) is frozen, first reason first."""
+    e = resolve(e)
+    if not isinstance(e, Atom) and not any(True for _ in walk(e)):
+        return ["single slices: nothing can be removed"] if e.size > 1 else ["size one"]
+    return list(dict.fromkeys(r for a in walk(e) for r in a.reasons))
+
+
+def show(e: Expr, names: Mapping[Atom, str] | None = None) -> str:
+    """Print an expression: sizes (or names) joined by `*` and `+`; `!` marks frozen atoms."""
+    e = resolve(e)
+    if isinstance(e, Atom):
+        label = (names or {}).get(e, str(e.size))
+        return f"{label}!" if e.frozen else label
+    if not e.parts:
+        return "1"
+    if isinstance(e, Sum):
+        return "+".join(show(p, names) for p in e.parts)
+    return "*".join(
+        f"({show(p, names)})" if isinstance(p, Sum) else show(p, names) for p in e.parts
+    )
+
+
+class Space:
+    """The solver's state: makes atoms and refines them in place."""
+
+    def __init__(self) -> None:
+        self._serial = itertools.count()
+        self.clashes: list[str] = []
+
+    def atom(self, size: int, *why: str) -> Expr:
+        """Make a fresh dimension of `size` slices, frozen if a reason is given."""
+        return ONE if size == 1 else Atom(size, next(self._serial), why)
+
+    def freeze(self, e: Expr, why: str) -> None:
+        """Forbid the removal of any slice of `e`, keeping the reason for the user."""
+        for atom in walk(e):
+            if why not in atom.reasons:
+                atom.reasons = (*atom.reasons, why)
+
+    def bind(self, atom: Atom, e: Expr) -> None:
+        if isinstance(e, Atom):
+            keep, drop = (e, atom) if e.serial < atom.serial else (atom, e)
+            keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))
+            drop.bound = keep
+            return
+        if any(a is atom for a in walk(e)):
+            raise Clash(f"an axis of {atom.size} would contain itself")
+        for why in atom.reasons:
+            self.freeze(e, why)
+        atom.bound = e
+
+    def factor(self, e: Expr, k: int) -> tuple[Expr, Expr]:
+        """Split `e = outer x inner` with `inner` of size k; raises Clash if impossible."""
+        e = resolve(e)
+        if k == 1:
+            return e, ONE
+        if k == e.size:
+            return ONE, e
+        if e.size % k:
+            raise Clash(f"{show(e)} does not factor by {k}")
+        if isinstance(e, Atom):
+            outer, inner = self.atom(e.size // k, *e.reasons), self.atom(k, *e.reasons)
+            e.bound = product((outer, inner))
+            return outer, inner
+        if is_frozen(e) and any(True for _ in walk(e)):
+            why = reasons(e)
+            return self.atom(e.size // k, *why), self.atom(k, *why)
+        return self._factor_sum(e, k) if isinstance(e, Sum) else self._factor_prod(e, k)
+
+    def _factor_sum(self, e: Sum, k: int) -> tuple[Expr, Expr]:
+        if k % max(p.size for p in e.parts) == 0 and any(p.size % k for p in e.parts):
+            return self._factor_runs(e, k)
+        pairs = [self.factor(part, k) for part in e.parts]
+        for _, inner in pairs[1:]:
+            self.unify(pairs[0][1], inner)
+        return concat(outer for outer, _ in pairs), pairs[0][1]
+
+    def _factor_runs(self, e: Sum, k: int) -> tuple[Expr, Expr]:
+        """Terms smaller than k: gather consecutive terms into runs of k and unify the runs."""
+        runs, current = [], []
+        for part in e.parts:
+            current.append(part)
+            if sum(p.size for p in current) == k:
+                runs.append(concat(current))
+                current = []
+        if current or any(run.size != k for run in runs):
+            raise Clash(f"{show(e)} does not factor by {k}")
+        for run in runs[1:]:
+            self.unify(runs[0], run)
+        return concat([ONE] * len(runs)), runs[0]
+
+    def _factor_prod(self, e: Prod, k: int) -> tuple[Expr, Expr]:
+        size = 1
+        for i in range(len(e.parts) - 1, -1, -1):
+            part = e.parts[i]
+            if k % (size * part.size) == 0:
+                size *= part.size
+                if size == k:
+                    return product(e.parts[:i]), product(e.parts[i:])
+                continue
+            if k % size or part.size % (k // size):
+                break
+            outer, inner = self.factor(part, k // size)
+            return product((*e.parts[:i], outer)), product((inner, *e.parts[i + 1 :]))
+        raise Clash(f"{show(e)} does not factor by {k}")
+
+    def split(self, e: Expr, p: int) -> tuple[Expr, Expr]:
+        """Cut `e = left(p) + right`, 0 < p < size; raises Clash if the cut has no solution."""
+        e = resolve(e)
+        if isinstance(e, Atom):
+            left, right = self.atom(p, *e.reasons), self.atom(e.size - p, *e.reasons)
+            e.bound = concat((left, right))
+            return left, right
+        if is_frozen(e) and any(True for _ in walk(e)):
+            why = reasons(e)
+            return self.atom(p, *why), self.atom(e.size - p, *why)
+        if isinstance(e, Sum):
+            return self._split_sum(e, p)
+        inner = prod(part.size for part in e.parts[1:])
+        if p % inner:
+            raise Clash(f"a cut at {p} falls inside the product {show(e)}")
+        left, right = self.split(e.parts[0], p // inner)
+        return product((left, *e.parts[1:])), product((right, *e.parts[1:]))
+
+    def _split_sum(self, e: Sum, p: int) -> tuple[Expr, Expr]:
+        offset = 0
+        for i, part in enumerate(e.parts):
+            if p == offset:
+                return concat(e.parts[:i]), concat(e.parts[i:])
+            if p < offset + part.size:
+                left, right = self.split(part, p - offset)
+                return concat((*e.parts[:i], left)), concat((right, *e.parts[i + 1 :]))
+            offset += part.size
+        raise Clash(f"a cut at {p} lies outside {show(e)}")
+
+    def unify(self, a: Expr, b: Expr) -> None:
+        """Make two dimensions equal, slice by slice; raises Clash if that has no solution."""
+        a, b = resolve(a), resolve(b)
+        if a is b:
+            return
+        if a.size != b.size:
+            raise Clash(f"sizes differ: {show(a)} and {show(b)}")
+        if isinstance(a, Atom) or isinstance(b, Atom):
+            atom, other = (a, b) if isinstance(a, Atom) else (b, a)
+            assert isinstance(atom, Atom)
+            self.bind(atom, other)
+        elif is_frozen(a) or is_frozen(b):
+            self._freeze_with(a, b)
+        elif isinstance(a, Sum) or isinstance(b, Sum):
+            total, other = (a, b) if isinstance(a, Sum) else (b, a)
+            self._unify_sum(total, other)  # type: ignore[arg-type]
+        else:
+            self._unify_prod(a, b)
+
+    def _freeze_with(self, a: Expr, b: Expr) -> None:
+        for one, other in ((a, b), (b, a)):
+            if is_frozen(one):
+                for why in reasons(one):
+                    self.freeze(other, why)
+
+    def _unify_sum(self, total: Sum, other: Expr) -> None:
+        rest, tail = other, total.parts
+        while len(tail) > 1:
+            head, tail = tail[0], tail[1:]
+            left, rest = self.split(rest, head.size)
+            self.unify(head, left)
+        self.unify(tail[0], rest)
+
+    def _unify_prod(self, a: Prod, b: Prod) -> None:
+        small, large = a.parts[-1], b.parts[-1]
+        k = min(small.size, large.size)
+        (outer_a, inner_a), (outer_b, inner_b) = self.factor(a, k), self.factor(b, k)
+        self.unify(inner_a, inner_b)
+        self.unify(outer_a, outer_b)
+
+    def relate(self, a: Expr, b: Expr, where: str = "") -> None:
+        """`unify`, or freeze both sides where there is no solution."""
+        try:
+            self.unify(a, b)
+        except Clash as clash:
+            why = f"{where}: {clash}" if where else str(clash)
+            self.clashes.append(why)
+            self.freeze(a, why)
+            self.freeze(b, why)
+
+
+# --- which positions stay ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which slices of an atom stay: `table[outer coordinates..., own index]` is True if kept.
+
+    Without `outers` the table is one-dimensional. A *fibred* atom may keep other indices inside
+    each slice of its outer atoms, so long as the counts agree.
+    """
+
+    table: Array
+    outers: tuple[Atom, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Slices kept (inside each outer slice)."""
+        return int(self.table.reshape(-1, self.table.shape[-1]).sum(1).max())
+
+
+Choices = Mapping[Atom, Choice]
+
+
+def coordinates(e: Expr) -> list[tuple[Atom, Array]]:
+    """Return, for each mention of an atom, its coordinate at every position (-1: not there)."""
+    e = resolve(e)
+    if isinstance(e, Atom):
+        return [(e, np.arange(e.size))]
+    found: list[tuple[Atom, Array]] = []
+    offset, inner = 0, e.size
+    for part in e.parts:
+        if isinstance(e, Sum):
+            for atom, at in coordinates(part):
+                full = np.full(e.size, -1)
+                full[offset : offset + part.size] = at
+                found.append((atom, full))
+            offset += part.size
+        else:
+            inner //= part.size
+            index = np.arange(e.size) // inner % part.size
+            found.extend((atom, at[index]) for atom, at in coordinates(part))
+    return found
+
+
+def kept_size(e: Expr, choices: Choices) -> int:
+    """Return the size of a dimension after removal."""
+    e = resolve(e)
+    if isinstance(e, Atom):
+        return choices[e].count if e in choices else e.size
+    sizes = [kept_size(part, choices) for part in e.parts]
+    return sum(sizes) if isinstance(e, Sum) else prod(sizes)
+
+
+def keep_mask(dims: Sequence[Expr], choices: Choices) -> Array:
+    """Return a boolean mask, broadcastable to the tensor, of the positions that stay.
+
+    A position stays if each of its coordinates is kept; a fibred atom is looked up at the
+    coordinates of its outer atoms, wherever in the tensor these stand.
+    """
+    rank = len(dims)
+    where: list[tuple[Atom, Array]] = []
+    for axis, e in enumerate(dims):
+        shape = [1] * rank
+        shape[axis] = e.size
+        where.extend((atom, at.reshape(shape)) for atom, at in coordinates(e))
+    mask = np.ones([1] * rank, dtype=bool)
+    for atom, at in where:
+        choice = choices.get(atom)
+        if choice is not None:
+            outer = [_joint(where, o, at) for o in choice.outers]
+            mask = mask & (choice.table[(*outer, at)] | (at < 0))
+    return mask
+
+
+def _joint(where: list[tuple[Atom, Array]], outer: Atom, at: Array) -> Array:
+    """The outer atom's coordinate beside `at`: the one mention that is present at each place."""
+    found = np.full([1] * at.ndim, -1)
+    for atom, other in where:
+        if atom is outer:
+            found = np.maximum(found, other)
+    return found
+
+
+def take(array: Array, dims: Sequence[Expr], choices: Choices) -> Array:
+    """Return the kept part of an array (a view of `array` where nothing is removed).
+
+    >>> space = Space()
+    >>> e = space.atom(6)
+    >>> outer, inner = space.factor(e, 3)
+    >>> take(np.arange(6), [e], {inner: Choice(np.array([True, False, True]))}).tolist()
+    [0, 2, 3, 5]
+    """
+    per_axis = indices(dims, choices)
+    if per_axis is None:
+        mask = np.broadcast_to(keep_mask(dims, choices), array.shape)
+        return array[mask].reshape([kept_size(e, choices) for e in dims])
+    for axis, index in enumerate(per_axis):
+        if index is not None:
+            array = np.take(array, index, axis=axis)
+    return array
+
+
+def indices(dims: Sequence[Expr], choices: Choices) -> list[Array | None] | None:
+    """Return kept positions per dimension (None: all), or None if dimensions depend jointly."""
+    result: list[Array | None] = []
+    for e in dims:
+        mentioned = set(atoms(e))
+        mine = mentioned & choices.keys()
+        if any(o not in mentioned for a in mine for o in choices[a].outers):
+            return None
+        result.append(np.flatnonzero(keep_mask([e], choices)) if mine else None)
+    return result

@@ -1,0 +1,50 @@
+"""The one error that users see: what is wrong, where, why, and what to do about it.
+
+>>> str(SpaError("unknown pass 'taylr'", where="--importance", fix="did you mean 'taylor'?"))
+"unknown pass 'taylr'\\n  where: --importance\\n  what to do: did you mean 'taylor'?"
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpaError(Exception):
+    """A failure that is not a bug of ours; the command line prints it and exits with `code`."""
+
+    code = 1
+
+    def __init__(self, what: str, where: str = "", why: str = "", fix: str = "") -> None:
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("why", self.why), ("what to do", self.fix)]
+        return "\n".join([self.what, *(f"  {label}: {text}" for label, text in rows if text)])
+
+
+class UsageError(SpaError):
+    """The request itself is malformed (unknown name, impossible option): exit code 2."""
+
+    code = 2
+
+
+class TargetError(SpaError):
+    """The target cannot be met; `why` names the constraint that binds."""
+
+
+class ProofError(SpaError):
+    """The pruned model is not the masked dense model: nothing may be written."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion for a misspelt name, followed by all known names.
+
+    >>> did_you_mean("taylr", ["magnitude", "taylor"])
+    "did you mean 'taylor'? known: magnitude, taylor"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""Front ends: what reads a framework's program into the IR."""

@@ -1,0 +1,110 @@
+"""The IR: a DAG of operators over named tensors, with no framework in it.
+
+Front ends lower to it, the solver reads it, and `Graph.nx` shows it to NetworkX: operators and
+tensors are nodes of one directed graph, so a path in it is a chain of operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor used as an argument."""
+
+    name: str
+
+
+@dataclass(slots=True)
+class Tensor:
+    """A value: `kind` is input, parameter, buffer, constant or value (an operator's result).
+
+    `weight` is the name of the stored array behind it (tied names share one), `shape` concrete,
+    `dynamic` the dimensions whose size varies between calls.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str = "value"
+    weight: str | None = None
+    dynamic: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Node:
+    """An operator: arguments are plain Python values with `Ref`s in place of tensors."""
+
+    name: str
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[str, ...]
+    where: str = ""
+    source: str = ""
+
+    def arg(self, index: int, keyword: str, default: Any = None) -> Any:
+        """Return an argument given by position or by keyword."""
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(keyword, default)
+
+    def refs(self) -> Iterator[str]:
+        """Yield the names of all tensors it reads, in order."""
+        yield from _refs((self.args, self.kwargs))
+
+    def title(self) -> str:
+        """Name the operator and where the user wrote it."""
+        place = self.where or self.name
+        return f"{self.op} in {place}" + (f" ({self.source})" if self.source else "")
+
+
+def _refs(value: Any) -> Iterator[str]:
+    if isinstance(value, Ref):
+        yield value.name
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _refs(item)
+    elif isinstance(value, dict):
+        yield from _refs(tuple(value.values()))
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes in topological order over named tensors."""
+
+    nodes: list[Node] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return one tensor for each stored array (parameters and buffers), by array name."""
+        found: dict[str, Tensor] = {}
+        for tensor in self.tensors.values():
+            if tensor.weight is not None:
+                found.setdefault(tensor.weight, tensor)
+        return found
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Return operators and tensors as one bipartite graph (`kind`: op or tensor)."""
+        graph = nx.DiGraph()
+        for tensor in self.tensors.values():
+            graph.add_node(tensor.name, kind="tensor", shape=tensor.shape, weight=tensor.weight)
+        for node in self.nodes:
+            graph.add_node(("op", node.name), kind="op", op=node.op, where=node.where)
+            graph.add_edges_from((ref, ("op", node.name)) for ref in node.refs())
+            graph.add_edges_from((("op", node.name), out) for out in node.outputs)
+        return graph
+
+    def __str__(self) -> str:
+        rows = []
+        for node in self.nodes:
+            outs = ", ".join(f"{o}{list(self.tensors[o].shape)}" for o in node.outputs)
+            rows.append(f"{outs} = {node.op}({', '.join(node.refs())})  # {node.where}")
+        return "\n".join(rows)

@@ -1,0 +1,292 @@
+"""Groups: the coupled slices of a network, read off the solved axes.
+
+A group is one free atom with every stored array that carries it. Removing slice i of a group
+removes, from each of its members, all positions whose coordinate on the atom is i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from .axes import Atom, Expr, atoms, is_frozen, reasons, resolve, show, walk
+from .graph import Graph, Node, Tensor
+from .idioms import rms_norms
+from .solver import Read, Row, Solver
+
+ROLES = ("channel", "head", "head dim", "hidden")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A stored array's dimension that carries the group; `role` is producer, consumer, carrier."""
+
+    weight: str
+    dim: int
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.weight}:{self.dim}"
+
+
+@dataclass(slots=True)
+class Group:
+    """One atom: `size` slices; `outers` names the groups or frozen axes that it is fibred under."""
+
+    name: str
+    atom: Atom
+    members: tuple[Member, ...]
+    role: str
+    reads: tuple[Read, ...] = ()
+    outers: tuple[Atom, ...] = ()
+    approximate: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.atom.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a score: one number per slice, for each slice of the outer axes."""
+        return (*(o.size for o in self.outers), self.size)
+
+
+@dataclass(slots=True)
+class Solution:
+    """A graph with its axes solved and its groups named."""
+
+    graph: Graph
+    solver: Solver
+    groups: dict[str, Group] = field(default_factory=dict)
+
+    def dims(self, tensor: str) -> tuple[Expr, ...]:
+        """Return the axis expressions of a tensor (or of a stored array, by its name)."""
+        if tensor in self.solver.dims:
+            return self.solver.dims[tensor]
+        return self.solver.dims[self.graph.weights()[tensor].name]
+
+    def weights(self) -> dict[str, tuple[Expr, ...]]:
+        """Return the axis expressions of every stored array."""
+        return {name: self.solver.dims[t.name] for name, t in self.graph.weights().items()}
+
+    def by_atom(self) -> dict[Atom, Group]:
+        return {group.atom: group for group in self.groups.values()}
+
+    def frozen(self) -> list[tuple[str, int, list[str]]]:
+        """Return (array, dimension, reasons) for every dimension that nothing can go from."""
+        return [(weight, d, reasons(e)) for weight, dims in self.weights().items()
+                for d, e in enumerate(dims) if e.size > 1 and is_frozen(e)]
+
+    def network(self) -> nx.Graph:
+        """Return groups and array dimensions as one bipartite graph."""
+        graph = nx.Graph()
+        for group in self.groups.values():
+            graph.add_node(group.name, kind="group", size=group.size, role=group.role)
+            for member in group.members:
+                graph.add_node(str(member), kind="dimension")
+                graph.add_edge(group.name, str(member), role=member.role)
+        return graph
+
+    def __str__(self) -> str:
+        """One line per group and per frozen array: what golden tests hold."""
+        names = {g.atom: f"{g.size}" for g in self.groups.values()}
+        rows = []
+        for group in self.groups.values():
+            under = f" under {'*'.join(str(o.size) for o in group.outers)}" if group.outers else ""
+            mark = " approximate" if group.approximate else ""
+            rows.append(f"{group.name}  {group.size} {group.role}{under}{mark}")
+            rows.extend(f"    {m} {m.role} {show(self.dims(m.weight)[m.dim], names)}"
+                        for m in group.members)
+        rows.extend(f"frozen {w}:{d}  {'; '.join(why)}" for w, d, why in self.frozen())
+        return "\n".join(rows)
+
+
+def solve(graph: Graph, table: Mapping[str, Row]) -> Solution:
+    """Solve the axes of a graph and name its groups."""
+    solver = Solver(graph, table, rms_norms(graph)).solve()
+    solution = Solution(graph, solver)
+    carried = _members(solution)
+    roles = _roles(solver)
+    reads = _reads(solver, carried)
+    approximate = _approximate(solver)
+    fibres = _fibres(solver, carried)
+    learned = {w for w, t in graph.weights().items() if t.kind == "parameter"}
+    for atom, (name, members) in carried.items():
+        if not any(m.weight in learned for m in members):
+            continue
+        solution.groups[name] = Group(
+            name, atom, tuple(members), roles.get(atom, "channel"),
+            tuple(reads.get(atom, ())), fibres.get(atom, ()), tuple(approximate.get(atom, ())))
+    return solution
+
+
+def _members(solution: Solution) -> dict[Atom, tuple[str, list[Member]]]:
+    """Free atoms by first mention; a group is named after its first producer and the factor."""
+    consumed = {(r.tensor, r.dim) for r in solution.solver.reads}
+    found: dict[Atom, tuple[str, list[Member]]] = {}
+    for weight, tensor in solution.graph.weights().items():
+        dims = solution.solver.dims[tensor.name]
+        for d, e in enumerate(dims):
+            role = _member_role(tensor, d, consumed)
+            mentioned = atoms(e)
+            for i, atom in enumerate(mentioned):
+                if not atom.frozen:
+                    factor = f".{i}" if len(mentioned) > 1 else ""
+                    _, members = found.setdefault(atom, (f"{weight}:{d}{factor}", []))
+                    members.append(Member(weight, d, role))
+    return found
+
+
+def _member_role(tensor: Tensor, dim: int, consumed: set[tuple[str, int]]) -> str:
+    if (tensor.name, dim) in consumed:
+        return "consumer"
+    return "producer" if len(tensor.shape) > 1 else "carrier"
+
+
+def _roles(solver: Solver) -> dict[Atom, str]:
+    tags: dict[Atom, set[str]] = {}
+    for e, tag in solver.roles:
+        for atom in walk(e):
+            tags.setdefault(atom, set()).add(tag)
+    order = {"head dim": "head dim", "head": "head", "normalised": "hidden"}
+    return {atom: next(role for tag, role in order.items() if tag in found)
+            for atom, found in tags.items()}
+
+
+def _reads(solver: Solver, carried: Iterable[Atom]) -> dict[Atom, list[Read]]:
+    wanted = set(carried)
+    found: dict[Atom, list[Read]] = {}
+    for read in solver.reads:
+        for atom in atoms(solver.dims[read.tensor][read.dim]):
+            if atom in wanted:
+                found.setdefault(atom, []).append(read)
+    return found
+
+
+def _approximate(solver: Solver) -> dict[Atom, list[str]]:
+    found: dict[Atom, list[str]] = {}
+    for e, why in solver.approximate:
+        for atom in walk(e):
+            found.setdefault(atom, []).append(why)
+    return found
+
+
+# --- fibres -----------------------------------------------------------------------------------
+
+
+def _certain(e: Expr) -> frozenset[Atom]:
+    """Atoms that have a coordinate at every position of the dimension."""
+    e = resolve(e)
+    if isinstance(e, Atom):
+        return frozenset((e,))
+    parts = [_certain(p) for p in e.parts]
+    if not parts:
+        return frozenset()
+    both = frozenset.union if type(e).__name__ == "Prod" else frozenset.intersection
+    return both(*parts)
+
+
+def _beside(e: Expr) -> Iterator[tuple[Atom, frozenset[Atom], frozenset[Atom]]]:
+    """Yield (atom, atoms outside it, atoms inside it) for every mention within one dimension."""
+    e = resolve(e)
+    if isinstance(e, Atom):
+        yield e, frozenset(), frozenset()
+    elif type(e).__name__ == "Sum":
+        for part in e.parts:
+            yield from _beside(part)
+    else:
+        sure = [_certain(p) for p in e.parts]
+        for i, part in enumerate(e.parts):
+            before = frozenset().union(*sure[:i])
+            after = frozenset().union(*sure[i + 1 :])
+            for atom, outside, inside in _beside(part):
+                yield atom, outside | before, inside | after
+
+
+def _fibres(solver: Solver, carried: Iterable[Atom]) -> dict[Atom, tuple[Atom, ...]]:
+    """Outer atoms that accompany an atom in every tensor and in every contraction."""
+    outer = _outer_in_weights(solver, set(carried))
+    live = {a: o for a, o in outer.items() if o}
+    seen: set[tuple[int, ...]] = set()
+    for dims in solver.dims.values():
+        key = tuple(map(id, dims))
+        if live and key not in seen:
+            seen.add(key)
+            _narrow(live, dims)
+    for contraction in solver.contractions:
+        _narrow_by_letters(live, contraction.letters, contraction.operands)
+    order = {a: len(o) for a, o in live.items()}
+    return {a: tuple(sorted(o, key=lambda x: (order.get(x, 0), x.serial)))
+            for a, o in live.items() if o}
+
+
+def _outer_in_weights(solver: Solver, carried: set[Atom]) -> dict[Atom, frozenset[Atom]]:
+    """Candidates: what stands to the left of an atom inside one dimension of a stored array."""
+    found: dict[Atom, frozenset[Atom]] = {}
+    for tensor in solver.graph.weights().values():
+        for e in solver.dims[tensor.name]:
+            for atom, outside, _ in _beside(e):
+                if atom in carried:
+                    found[atom] = found.get(atom, frozenset()) | outside - {atom}
+    return found
+
+
+def _narrow(live: dict[Atom, frozenset[Atom]], dims: tuple[Expr, ...]) -> None:
+    sure = [_certain(e) for e in dims]
+    for d, e in enumerate(dims):
+        for atom, outside, inside in _beside(e):
+            if atom in live:
+                elsewhere = [a for i, s in enumerate(sure) if i != d for a in s]
+                once = {a for a in elsewhere if elsewhere.count(a) == 1}
+                inner = outside | inside
+                live[atom] &= (inner | once) - (inner & once)
+
+
+def _narrow_by_letters(live: dict[Atom, frozenset[Atom]], letters: Mapping[str, Expr],
+                       operands: tuple[frozenset[str], ...]) -> None:
+    """An atom shared by operands of a contraction is fibred only under letters shared alike."""
+    held = {letter: set(atoms(e)) for letter, e in letters.items()}
+    for letter, mentioned in held.items():
+        with_it = [o for o in operands if letter in o]
+        if len(with_it) < 2:
+            continue
+        common = frozenset.intersection(*with_it)
+        allowed: set[Atom] = set().union(*(held[c] for c in common))
+        for atom in mentioned & live.keys():
+            live[atom] &= allowed
+
+
+# --- why are two dimensions coupled -----------------------------------------------------------
+
+
+def why(solution: Solution, one: tuple[str, int], other: tuple[str, int]) -> list[Node | str]:
+    """Return a shortest chain tensor, operator, tensor, ... that couples two dimensions.
+
+    Empty if they share no atom.
+    """
+    shared = set(atoms(solution.dims(one[0])[one[1]])) & set(
+        atoms(solution.dims(other[0])[other[1]]))
+    if not shared:
+        return []
+    names = {t.weight: t.name for t in solution.graph.weights().values()}
+    graph = coupling(solution, shared)
+    path = nx.shortest_path(graph, names[one[0]], names[other[0]])
+    return [graph.nodes[p].get("node", p) for p in path]
+
+
+def coupling(solution: Solution, shared: set[Atom]) -> nx.Graph:
+    """Tensors that mention any of the atoms, joined by the operators that touch them."""
+    tensors = {name for name, dims in solution.solver.dims.items()
+               if any(a in shared for e in dims for a in walk(e))}
+    names = {t.weight: t.name for t in solution.graph.weights().values()}
+    graph = nx.Graph()
+    for node in solution.graph.nodes:
+        touched = [n for n in (*node.refs(), *node.outputs) if n in tensors]
+        if len(touched) > 1:
+            graph.add_node(("op", node.name), node=node)
+            for name in touched:
+                weight = solution.graph.tensors[name].weight
+                graph.add_edge(("op", node.name), names.get(weight, name) if weight else name)
+    return graph

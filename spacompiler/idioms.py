@@ -1,0 +1,132 @@
+"""Idioms of several operators that only mean something together.
+
+RMSNorm is traced as pow, mean, add, rsqrt, mul (and mul by a gain). On its own the mean over a
+pruned axis changes; as RMSNorm the change is undone exactly by the gain and eps: from width d to
+d', gain * sqrt(d/d') and eps * d/d'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .graph import Graph, Node, Ref
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """`x * rsqrt(mean(x^2) + eps) * (gain + offset)` over the last dimension of `source`."""
+
+    mean: str
+    source: str
+    eps_node: str
+    eps_arg: int
+    eps: float
+    gain: str
+    offset: float
+
+
+_CASTS = {"_to_copy", "to", "clone", "type_as"}
+
+
+def base(op: str) -> str:
+    """`aten.mul.Tensor` -> `mul`."""
+    parts = op.split(".")
+    return parts[1] if len(parts) > 1 else op
+
+
+class _Uses:
+    def __init__(self, graph: Graph) -> None:
+        self.makers = {out: node for node in graph.nodes for out in node.outputs}
+        self.users: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for ref in dict.fromkeys(node.refs()):
+                self.users.setdefault(ref, []).append(node)
+        self.graph = graph
+
+    def only(self, name: str, *ops: str) -> Node | None:
+        users = self.users.get(name, [])
+        return users[0] if len(users) == 1 and base(users[0].op) in ops else None
+
+    def uncast(self, name: str) -> str:
+        while name in self.makers and base(self.makers[name].op) in _CASTS:
+            name = next(self.makers[name].refs())
+        return name
+
+    def casts(self, name: str) -> Iterator[str]:
+        yield name
+        for user in self.users.get(name, []):
+            if base(user.op) in _CASTS:
+                yield from self.casts(user.outputs[0])
+
+
+def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
+    """Find every RMSNorm of the graph, by the name of its mean node."""
+    uses = _Uses(graph)
+    found = {}
+    for node in graph.nodes:
+        if base(node.op) == "mean":
+            norm = _match(uses, node)
+            if norm is not None:
+                found[node.name] = norm
+    return found
+
+
+def _match(uses: _Uses, mean: Node) -> RmsNorm | None:
+    square = uses.makers.get(next(mean.refs()))
+    if square is None or not _is_square(square):
+        return None
+    source = next(square.refs())
+    rank = len(uses.graph.tensors[source].shape)
+    if mean.arg(1, "dim") not in ([-1], [rank - 1]):
+        return None
+    add = uses.only(mean.outputs[0], "add")
+    eps_arg = 1 if add is not None and isinstance(add.arg(1, "other"), float) else 0
+    root = uses.only(add.outputs[0], "rsqrt", "pow") if add is not None else None
+    if add is None or root is None or not isinstance(add.args[eps_arg], float):
+        return None
+    if base(root.op) == "pow" and root.arg(1, "exponent") != -0.5:
+        return None
+    scale = uses.only(root.outputs[0], "mul")
+    if scale is None or uses.uncast(source) not in map(uses.uncast, scale.refs()):
+        return None
+    gain = _gain(uses, scale.outputs[0])
+    if gain is None:
+        return None
+    return RmsNorm(mean.name, source, add.name, eps_arg, add.args[eps_arg], *gain)
+
+
+def _is_square(node: Node) -> bool:
+    if base(node.op) == "pow":
+        return node.arg(1, "exponent") in (2, 2.0)
+    refs = list(node.refs())
+    return base(node.op) == "mul" and len(refs) == 2 and refs[0] == refs[1]
+
+
+def _gain(uses: _Uses, normed: str) -> tuple[str, float] | None:
+    """The stored array that scales the normalised value, and the constant added to it."""
+    for name in uses.casts(normed):
+        for user in uses.users.get(name, []):
+            if base(user.op) != "mul" or len(uses.users.get(name, [])) != 1:
+                continue
+            for other in user.refs():
+                found = _offset_weight(uses, other) if other != name else None
+                if found is not None:
+                    return found
+    return None
+
+
+def _offset_weight(uses: _Uses, name: str) -> tuple[str, float] | None:
+    name = uses.uncast(name)
+    maker = uses.makers.get(name)
+    if maker is None:
+        weight = uses.graph.tensors[name].weight
+        return (weight, 0.0) if weight is not None else None
+    if base(maker.op) != "add":
+        return None
+    refs = [a for a in maker.args if isinstance(a, Ref)]
+    constants = [a for a in maker.args if isinstance(a, (int, float))]
+    if len(refs) != 1 or len(constants) != 1:
+        return None
+    weight = uses.graph.tensors[uses.uncast(refs[0].name)].weight
+    return (weight, float(constants[0])) if weight is not None else None

@@ -1,0 +1,82 @@
+"""einops-like patterns that say how an operator's dimensions relate; parsed once into terms.
+
+`"b (g i) !*, (g o) i !*, (g o) -> b (g o) !*"` is a grouped convolution: letters are axes, equal
+letters are one axis, `(g i)` is a nest (outer to inner), `...` any leading dimensions (aligned at
+the right, broadcasting), `!` a dimension that can't be pruned and `!*` any number of them.
+A letter that no output names is *read* (contracted); `i^` says that its removal also changes a
+statistic.
+
+>>> pattern = parse("... i, o i, o -> ... o")
+>>> pattern.consumed
+frozenset({'i'})
+>>> [len(operand) for operand in pattern.inputs], pattern.outputs
+([2, 2, 1], ((('...',), ('o',)),))
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+Term = tuple[str, ...]
+ELLIPSIS: Term = ("...",)
+FROZEN: Term = ("!",)
+FROZEN_RUN: Term = ("!*",)
+_TOKEN = re.compile(r"\(([^)]*)\)|(\.\.\.|!\*|!|[A-Za-z]\w*)")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Terms per dimension of each operand and each result."""
+
+    inputs: tuple[tuple[Term, ...], ...]
+    outputs: tuple[tuple[Term, ...], ...]
+
+    @property
+    def consumed(self) -> frozenset[str]:
+        """Letters that no result carries."""
+        return _letters(self.inputs) - _letters(self.outputs)
+
+
+def _letters(sides: tuple[tuple[Term, ...], ...]) -> frozenset[str]:
+    return frozenset(
+        letter for side in sides for term in side for letter in term if letter[0].isalpha()
+    )
+
+
+def _side(text: str) -> tuple[Term, ...]:
+    terms = [tuple(m[1].split()) if m[1] is not None else (m[2],) for m in _TOKEN.finditer(text)]
+    if _TOKEN.sub("", text).strip():
+        raise ValueError(f"cannot read {text!r} in a pattern")
+    if sum(term in (ELLIPSIS, FROZEN_RUN) for term in terms) > 1:
+        raise ValueError(f"{text!r} has more than one run of dimensions")
+    return tuple(terms)
+
+
+@cache
+def parse(text: str) -> Pattern:
+    """Parse `operands -> results`; raises ValueError on malformed text."""
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise ValueError(f"{text!r} has no '->'")
+    return Pattern(tuple(map(_side, left.split(","))), tuple(map(_side, right.split(","))))
+
+
+def align(terms: tuple[Term, ...], rank: int) -> list[Term]:
+    """Expand the run of dimensions so that there is one term per dimension.
+
+    >>> align(parse("... i -> i").inputs[0], 3)
+    [('...', '1'), ('...', '0'), ('i',)]
+    """
+    run = [i for i, term in enumerate(terms) if term in (ELLIPSIS, FROZEN_RUN)]
+    missing = rank - len(terms) + len(run)
+    if missing < 0 or (missing and not run):
+        raise ValueError(f"{rank} dimensions do not fit {terms}")
+    if not run:
+        return list(terms)
+    at = run[0]
+    many = [FROZEN] * missing
+    if terms[at] == ELLIPSIS:
+        many = [("...", str(missing - 1 - i)) for i in range(missing)]
+    return [*terms[:at], *many, *terms[at + 1 :]]

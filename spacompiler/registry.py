@@ -1,0 +1,89 @@
+"""Find passes: by name, by `module:object`, or as the object itself.
+
+Built-in and third-party passes come in by one door, entry points in the groups
+`spacompiler.importance`, `.allocation`, `.compensation` and `.recovery`; nothing is imported
+before it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from .errors import UsageError, did_you_mean
+from .protocols import KINDS
+
+_METHODS = {"importance": "score", "allocation": "allocate", "compensation": "run",
+            "recovery": "run"}
+
+
+def available() -> Iterator[tuple[str, EntryPoint]]:
+    """Yield (kind, entry point) of every installed pass, by kind and name."""
+    for kind in KINDS:
+        for entry in sorted(entry_points(group=f"spacompiler.{kind}"), key=lambda e: e.name):
+            yield kind, entry
+
+
+def find(kind: str, what: Any) -> Any:
+    """Return a pass object for a name, `name(option=value, ...)`, `module:object` or an object.
+
+    Raises UsageError for an unknown name, a failing import or an unfit object.
+    """
+    if not isinstance(what, str):
+        return _checked(kind, what() if isinstance(what, type) else what, repr(what))
+    name, options = _parse(what)
+    return _checked(kind, _construct(_load(kind, name), options, what), what)
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """`taylor(mode='element')` -> ("taylor", {"mode": "element"})."""
+    import ast
+
+    name, paren, rest = text.partition("(")
+    if not paren:
+        return text.strip(), {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return name.strip(), {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError, AssertionError) as problem:
+        raise UsageError(f"cannot read the options of pass {text!r}",
+                         fix="write name(option=value, ...)") from problem
+
+
+def _load(kind: str, name: str) -> Any:
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as problem:
+            raise UsageError(f"cannot load {kind} pass {name!r}", why=str(problem)) from problem
+    entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
+    if name not in entries:
+        raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, entries))
+    try:
+        return entries[name].load()
+    except (ImportError, AttributeError) as problem:
+        raise UsageError(f"cannot load {kind} pass {name!r} ({entries[name].value})",
+                         why=str(problem)) from problem
+
+
+def _construct(found: Any, options: dict[str, Any], text: str) -> Any:
+    if not isinstance(found, type):
+        return found
+    try:
+        return found(**options)
+    except TypeError as problem:
+        known = [f.name for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) \
+            else []
+        raise UsageError(f"cannot make pass {text!r}", why=str(problem),
+                         fix=f"options: {', '.join(known) or 'none'}") from problem
+
+
+def _checked(kind: str, found: Any, text: str) -> Any:
+    if not callable(getattr(found, _METHODS[kind], None)):
+        raise UsageError(f"{text} is no {kind} pass", why=f"it has no {_METHODS[kind]}()")
+    return found

@@ -1,0 +1,90 @@
+"""Run an exported program node by node: with masks, with gates, in float64.
+
+One interpreter serves calibration (gates on what consumers read), the proof (masks there) and
+evaluation, so that all three speak of the same places in the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+Weights = Callable[[str], torch.Tensor]
+Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
+Override = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Runner(fx.Interpreter):
+    """Interpret a program.
+
+    `touch(node, name, value)` may change what a node reads of a tensor (only pairs listed in
+    `touched` are offered), `override` replaces single nodes, `double` computes in float64
+    whatever the program says, converting each weight when it is used.
+    """
+
+    def __init__(self, program: ExportedProgram, weights: Weights | None = None, *,
+                 graph_module: fx.GraphModule | None = None,
+                 touched: Mapping[str, set[str]] | None = None, touch: Touch | None = None,
+                 override: Mapping[str, Override] | None = None, double: bool = False,
+                 watch: Callable[[str, Any], None] | None = None) -> None:
+        super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
+        self.extra_traceback = False
+        stored = {**program.state_dict, **program.constants}
+        self._weights = weights or (lambda name: stored[name])
+        self._program, self._touched, self._touch = program, touched or {}, touch
+        self._override, self._double, self._watch = override or {}, double, watch
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the flat list of results of one call."""
+        flat = iter(pytree.tree_leaves((args, kwargs)))
+        values = []
+        for spec in self._program.graph_signature.input_specs:
+            stored = spec.target is not None and spec.kind.name != "USER_INPUT"
+            values.append(self._weights(spec.target) if stored else next(flat))
+        if self._double:
+            values = [v if isinstance(v, torch.nn.Parameter) else _double(v) for v in values]
+        return list(self.run(*values))
+
+    def run_node(self, n: fx.Node) -> Any:
+        changed = {}
+        for source in n.all_input_nodes:
+            if self._touch and source.name in self._touched.get(n.name, ()):
+                changed[source] = self.env[source]
+                self.env[source] = self._touch(n, source.name, self.env[source])
+        try:
+            result = super().run_node(n)
+        finally:
+            self.env.update(changed)
+        if self._watch is not None:
+            self._watch(n.name, result)
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._double:
+            args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        return target(*args, **kwargs)
+
+
+class OverridingRunner(Runner):
+    """A runner that also replaces whole nodes by functions of their arguments."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name not in self._override:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if self._double:
+            args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        return self._override[n.name](args, kwargs)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value

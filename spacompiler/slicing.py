@@ -1,0 +1,94 @@
+"""Slice stored arrays by a plan, each read once, and correct the gains of RMSNorms.
+
+From width d to d', RMSNorm keeps its meaning with gain * sqrt(d/d') and eps * d/d': the mean of
+squares over what stays is d/d' times the mean over all, removed slices being zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+
+from .axes import Choices, Expr, indices, keep_mask, kept_size
+from .frontends.torch_export import Trace
+from .groups import Solution
+from .idioms import RmsNorm
+
+
+@dataclass(frozen=True, slots=True)
+class NormChange:
+    """A pruned RMSNorm: its idiom, and the width before and after."""
+
+    norm: RmsNorm
+    before: int
+    after: int
+
+    @property
+    def eps(self) -> float:
+        return self.norm.eps * self.before / self.after
+
+    @property
+    def gain(self) -> float:
+        return sqrt(self.before / self.after)
+
+
+def norm_changes(solution: Solution, choices: Choices) -> Iterator[NormChange]:
+    """Yield every RMSNorm whose axis shrinks."""
+    for norm in solution.solver.norms.values():
+        e = solution.solver.dims[norm.source][-1]
+        after = kept_size(e, choices)
+        if after != e.size:
+            yield NormChange(norm, e.size, after)
+
+
+class Slicer:
+    """Makes pruned arrays from dense ones, by the name of any parameter or buffer."""
+
+    def __init__(self, trace: Trace, solution: Solution, choices: Choices) -> None:
+        self._stored = {**trace.program.state_dict, **trace.program.constants}
+        self._tied, self._dims, self.choices = trace.tied, solution.weights(), choices
+        self._gains: Mapping[str, NormChange] = {
+            change.norm.gain: change for change in norm_changes(solution, choices)}
+
+    def names(self) -> list[str]:
+        return [n for n in self._stored if n in self._tied]
+
+    def untouched(self, name: str) -> bool:
+        """True if a plan leaves an array as it is."""
+        first = self._tied[name]
+        dims = self._dims.get(first, ())
+        return first not in self._gains and all(
+            kept_size(e, self.choices) == e.size for e in dims)
+
+    def array(self, name: str, *, double: bool = False,
+              choices: Choices | None = None) -> torch.Tensor:
+        """Return the pruned array (the dense one itself where nothing changes)."""
+        tensor = self._stored[name]
+        first = self._tied.get(name, name)
+        if self.untouched_under(first, choices):
+            return tensor.detach().double() if double and tensor.is_floating_point() else tensor
+        tensor = cut(tensor.detach(), self._dims[first], choices or self.choices)
+        tensor = tensor.double() if double and tensor.is_floating_point() else tensor
+        change = self._gains.get(first)
+        if change is not None:
+            offset = change.norm.offset
+            tensor = ((tensor.double() + offset) * change.gain - offset).to(tensor.dtype)
+        return tensor
+
+    def untouched_under(self, first: str, choices: Choices | None) -> bool:
+        return first not in self._dims or (self.untouched(first) and choices is None)
+
+
+def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices) -> torch.Tensor:
+    """Return the kept part of a tensor, contiguous."""
+    per_axis = indices(dims, choices)
+    if per_axis is None:
+        mask = torch.from_numpy(keep_mask(dims, choices)).expand(tensor.shape)
+        return tensor[mask].reshape([kept_size(e, choices) for e in dims])
+    for axis, index in enumerate(per_axis):
+        if index is not None:
+            tensor = tensor.index_select(axis, torch.from_numpy(index))
+    return tensor

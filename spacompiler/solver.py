@@ -1,0 +1,151 @@
+"""Relate the axes of a whole graph: one pass over its nodes, one table row per operator.
+
+The solver holds an axis expression for each dimension of each tensor. A row (see `primitives`)
+only relates dimensions; what no row knows is opaque and freezes what it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .axes import ONE, Atom, Clash, Expr, Space, is_frozen, resolve
+from .graph import Graph, Node
+from .idioms import RmsNorm
+
+Path = tuple[Any, ...]
+Row = Callable[["Solver", Node], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A place where an axis is consumed: `how` is contract, sum or norm."""
+
+    node: str
+    tensor: str
+    dim: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """An argument to re-write when `when` shrinks: to the kept size of `expr`, or to `value`."""
+
+    node: str
+    path: Path
+    expr: Expr
+    when: Expr
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """Which letters each operand of a contraction carries (for the test of fibres)."""
+
+    node: str
+    letters: dict[str, Expr]
+    operands: tuple[frozenset[str], ...]
+    macs: tuple[Expr, ...]
+    factor: int = 1
+
+
+@dataclass(slots=True)
+class Solver:
+    """Axis expressions per tensor, and what the rows found out on the way."""
+
+    graph: Graph
+    table: Mapping[str, Row]
+    norms: Mapping[str, RmsNorm] = field(default_factory=dict)
+    space: Space = field(default_factory=Space)
+    dims: dict[str, tuple[Expr, ...]] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    roles: list[tuple[Expr, str]] = field(default_factory=list)
+    approximate: list[tuple[Expr, str]] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    opaque: list[Node] = field(default_factory=list)
+
+    def solve(self) -> Solver:
+        """Visit every node once; afterwards `dims` is final."""
+        stored: dict[str, tuple[Expr, ...]] = {}
+        for tensor in self.graph.tensors.values():
+            if tensor.weight is not None:
+                if tensor.weight not in stored:
+                    stored[tensor.weight] = tuple(map(self.space.atom, tensor.shape))
+                self.dims[tensor.name] = stored[tensor.weight]
+            elif tensor.kind in ("input", "constant"):
+                why = f"model {tensor.kind} {tensor.name}"
+                self.dims[tensor.name] = tuple(self.space.atom(n, why) for n in tensor.shape)
+        for node in self.graph.nodes:
+            self._visit(node)
+        for name in self.graph.outputs:
+            self.freeze(self.dims[name], f"model output {name}")
+        return self
+
+    def _visit(self, node: Node) -> None:
+        refs = list(node.refs())
+        if not refs or all(self._fixed(ref) for ref in refs):
+            self.emit_fixed(node, f"computed without weights by {node.op}")
+            return
+        row = self.table.get(node.op, opaque)
+        try:
+            row(self, node)
+        except (Clash, ValueError, KeyError, IndexError, TypeError) as problem:
+            self.give_up(node, f"{node.title()}: {problem}")
+        for out in node.outputs:
+            self._freeze_dynamic(out)
+
+    def _fixed(self, ref: str) -> bool:
+        return all(e is ONE or is_frozen(e) for e in self.dims[ref])
+
+    def _freeze_dynamic(self, out: str) -> None:
+        """A dimension that varies between calls is no axis of slices (batch, positions)."""
+        for dim in self.graph.tensors[out].dynamic:
+            expr = resolve(self.dims[out][dim])
+            if isinstance(expr, Atom) and not expr.frozen:
+                self.space.freeze(expr, "size varies between calls")
+
+    # --- what rows use ------------------------------------------------------------------------
+
+    def shape(self, ref: str) -> tuple[int, ...]:
+        return self.graph.tensors[ref].shape
+
+    def freeze(self, exprs: Iterable[Expr], why: str) -> None:
+        for e in exprs:
+            self.space.freeze(e, why)
+
+    def relate(self, a: Expr, b: Expr, node: Node) -> None:
+        self.space.relate(a, b, node.title())
+
+    def put(self, name: str, dims: Sequence[Expr]) -> None:
+        """Record the dimensions of a result; their sizes must be those that were traced."""
+        shape = self.shape(name)
+        if tuple(e.size for e in dims) != shape:
+            sizes = tuple(e.size for e in dims)
+            raise ValueError(f"the row gives {sizes}, the program {shape}")
+        self.dims[name] = tuple(dims)
+
+    def emit_fixed(self, node: Node, why: str) -> None:
+        for out in node.outputs:
+            self.dims[out] = tuple(self.space.atom(n, why) for n in self.shape(out))
+
+    def give_up(self, node: Node, why: str) -> None:
+        """Freeze everything that a node touches."""
+        for ref in node.refs():
+            self.freeze(self.dims[ref], why)
+        self.emit_fixed(node, why)
+
+    def read(self, node: Node, ref: str, dim: int, how: str) -> None:
+        self.reads.append(Read(node.name, ref, dim % len(self.dims[ref]), how))
+
+    def edit(self, node: Node, path: Path, expr: Expr, *, when: Expr | None = None,
+             value: Any = None) -> None:
+        self.edits.append(Edit(node.name, path, expr, expr if when is None else when, value))
+
+
+def opaque(s: Solver, node: Node) -> None:
+    """An operator that no table knows: its inputs and results freeze, and the report names it."""
+    s.opaque.append(node)
+    s.give_up(node, f"unknown operator {node.title()}")
