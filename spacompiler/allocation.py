@@ -209,6 +209,13 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
     return tuple(made)
 
 
+def join(parts: Sequence[Unit]) -> Unit:
+    """Return one unit of several that must keep the same count."""
+    legal = set(parts[0].legal).intersection(*(u.legal for u in parts))
+    return Unit(" & ".join(u.name for u in parts), tuple(g for u in parts for g in u.groups),
+                tuple(sorted(legal)), np.sum([u.losses for u in parts], axis=0))
+
+
 def _losses(score: np.ndarray) -> np.ndarray:
     """Share of a group's total score lost when its k best slices are kept, for k = 0 … n."""
     flat = np.sort(score.reshape(-1, score.shape[-1]), axis=-1)[:, ::-1].astype(float)

@@ -297,7 +297,7 @@ def export_onnx(
     names = _check_names(ep, input_names, output_names)
     model = _to_ir(_without_idle_nodes(ep), names, output_names, opset)
     _name_axes(model, axes or {})
-    _share_tied(model)
+    _share_tied(model, [*ep.state_dict, *ep.constants])
     if optimize:
         _simplify(model)
     _strip(model)
@@ -471,6 +471,11 @@ def _symbol(name: str, shape: ir.Shape | None, axis: int) -> str:
     size = shape[axis] if shape is not None and axis < len(shape) else None
     if isinstance(size, ir.SymbolicDim) and size.value is not None:
         return size.value
+    if shape is None:
+        raise SpaError(
+            what=f"there is no input named {name!r} to name the axes of",
+            fix="use the names that the inputs have in the file",
+        )
     raise SpaError(
         what=f"axis {axis} of input {name!r} is not dynamic",
         why=f"the program was traced with the shape {shape}",
@@ -478,10 +483,12 @@ def _symbol(name: str, shape: ir.Shape | None, axis: int) -> str:
     )
 
 
-def _share_tied(model: ir.Model) -> None:
-    """Let weights that share memory be one initialiser: tied embeddings are written once."""
+def _share_tied(model: ir.Model, order: Sequence[str]) -> None:
+    """Let weights that share memory be one initialiser, named as the first of them in ``order``."""
     first: dict[Any, ir.Value] = {}
-    for name, value in list(model.graph.initializers.items()):
+    initializers = model.graph.initializers
+    for name in [name for name in order if name in initializers]:
+        value = initializers[name]
         raw = getattr(value.const_value, "raw", None)
         key = _memory(raw) if isinstance(raw, Tensor) else None
         if key is None or value.is_graph_output():
@@ -489,7 +496,7 @@ def _share_tied(model: ir.Model) -> None:
         keeper = first.setdefault(key, value)
         if keeper is not value:
             ir.convenience.replace_all_uses_with(value, keeper)
-            del model.graph.initializers[name]
+            del initializers[name]
 
 
 def _simplify(model: ir.Model) -> None:
@@ -520,11 +527,19 @@ def _simplify(model: ir.Model) -> None:
 
 def _strip(model: ir.Model) -> None:
     """Remove stack traces, paths and notes, which differ from machine to machine."""
-    ir_passes.ClearMetadataAndDocStringPass()(model)
-    for part in (model, model.graph, *model.functions.values()):
+    for graph in (model.graph, *model.functions.values()):
+        _clear(graph)
+        for node in graph.all_nodes():
+            _clear(node, *node.outputs)
+    _clear(model, *model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values())
+    model.producer_name, model.producer_version = "spacompiler", None
+
+
+def _clear(*parts: Any) -> None:
+    """Empty the notes of parts of a model."""
+    for part in parts:
         part.metadata_props.clear()
         part.doc_string = None
-    model.producer_name, model.producer_version = "spacompiler", None
 
 
 def _weight_bytes(model: ir.Model) -> int:
@@ -534,9 +549,21 @@ def _weight_bytes(model: ir.Model) -> int:
 
 
 def _save(model: ir.Model, path: Path, external_bytes: int) -> tuple[Path, ...]:
-    """Write into a folder beside the target, then move: a failure leaves nothing behind."""
+    """Write the model; a failure leaves nothing behind and the earlier files as they were."""
+    try:
+        return _write(model, path, _weight_bytes(model) > min(external_bytes, _INLINE_LIMIT))
+    except OSError as error:
+        raise SpaError(
+            what="the ONNX file cannot be written",
+            where=str(path),
+            why=str(error),
+            fix="choose a folder that exists, is writable and has space left",
+        ) from error
+
+
+def _write(model: ir.Model, path: Path, external: bool) -> tuple[Path, ...]:
+    """Fill a hidden folder beside the target, then move its files into place."""
     data = path.with_name(path.name + ".data")
-    external = _weight_bytes(model) > min(external_bytes, _INLINE_LIMIT)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         ir.save(
             model,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..axes import Choices, kept_size
@@ -35,11 +35,18 @@ def edits(solution: Solution, choices: Choices) -> Iterator[tuple[str, Path, Any
 def edited(trace: Trace, solution: Solution, choices: Choices) -> fx.GraphModule:
     """Return a copy of the program's graph with its size arguments re-written."""
     module = copy.deepcopy(trace.program.graph_module)
+    keep_names(trace.program.graph_module.graph, module.graph)
     nodes = {node.name: node for node in module.graph.nodes}
     for name, path, value in edits(solution, choices):
         _set(nodes[name], path, value)
     module.recompile()
     return module
+
+
+def keep_names(old: fx.Graph, new: fx.Graph) -> None:
+    """Give a copied graph the names of its original: copying renames nodes called like builtins."""
+    for a, b in zip(old.nodes, new.nodes, strict=True):
+        b.name = a.name
 
 
 def _set(node: fx.Node, path: Path, value: Any) -> None:
@@ -105,3 +112,22 @@ def rewrite(trace: Trace, solution: Solution, choices: Choices,
     program = copy.copy(trace.program)
     program._graph_module = edited(trace, solution, choices)
     return refresh(program, made)
+
+
+class Rewritten(nn.Module):
+    """A re-written program as a module: same arguments and results as the dense module.
+
+    It computes in eval mode only.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.body = program.module()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Rewritten:
+        """Only eval mode exists; asking for it is allowed."""
+        self.training = False
+        return self

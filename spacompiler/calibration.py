@@ -1,0 +1,126 @@
+"""Calibration: batches from a text file, from the model's own source, or none; and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .errors import SpaError, UsageError
+from .frontends.torch_export import Inputs, as_call
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of (args, kwargs) and where they came from."""
+
+    origin: str
+    batches: Sequence[Batch] = field(default=())
+
+
+def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+    """Return non-overlapping windows of a text's tokens (taken in one piece): (n, length)."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False,
+                    verbose=False).input_ids[0]
+    count = len(ids) // length
+    return ids[: count * length].reshape(count, length)
+
+
+def from_text(path: str, tokenizer: Any, *, samples: int, length: int, batch: int,
+              seed: int) -> Calibration:
+    """Return `samples` windows of `length` tokens, drawn without replacement from a text file.
+
+    Raises SpaError if the file is missing, empty, no text, or shorter than one window.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise SpaError(f"there is no calibration file {path!r}", fix="give a UTF-8 text file")
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as problem:
+        raise SpaError(f"calibration file {path!r} cannot be read as text", why=str(problem),
+                       fix="give a UTF-8 text file") from problem
+    return from_string(text, tokenizer, samples=samples, length=length, batch=batch, seed=seed,
+                       origin=path)
+
+
+def from_string(text: str, tokenizer: Any, *, samples: int, length: int, batch: int, seed: int,
+                origin: str) -> Calibration:
+    """Return windows of a text held in memory, as `from_text` does."""
+    if tokenizer is None:
+        raise UsageError(f"calibration text {origin!r} needs a tokenizer",
+                         why="this model has none",
+                         fix="use --calibration none, or pass batches from Python")
+    if not text.strip():
+        raise SpaError(f"calibration file {origin!r} is empty", fix="give some text")
+    found = windows(tokenizer, text, length)
+    if not len(found):
+        raise SpaError(f"calibration text {origin!r} is shorter than one window of {length} tokens",
+                       fix="give more text, or a smaller --length")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    chosen = found[order[:samples]]
+    return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)])
+
+
+def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
+            samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0) -> Calibration:
+    """Return the calibration that a user asked for.
+
+    `what` is a path, an iterable of inputs, "none" (the example inputs only), or None: the
+    model's own calibration data where it has some, else the example inputs.
+    """
+    if what is None and own is not None:
+        return Calibration("the model's own", [as_call(b) for b in own(max(1, samples // 2), seed)])
+    if what is None or what == "none":
+        return Calibration("example inputs only", [as_call(inputs)])
+    if isinstance(what, (str, Path)):
+        return from_text(str(what), tokenizer, samples=samples, length=length, batch=batch,
+                         seed=seed)
+    batches = [as_call(b) for b in what]
+    if not batches:
+        raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
+    return Calibration(f"{len(batches)} batches", batches)
+
+
+def default_loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Next-token cross-entropy where results are logits over `input_ids`; else against the
+    model's own predictions (cross-entropy with its argmax over the last dimension)."""
+    logits = first_floating(outputs)
+    ids = kwargs.get("input_ids")
+    if ids is not None and logits.ndim == 3 and logits.shape[:2] == ids.shape:
+        flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+        return functional.cross_entropy(flat, ids[:, 1:].reshape(-1))
+    flat = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 4 else \
+        logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    if flat.shape[-1] == 1:
+        return flat.square().mean()
+    return functional.cross_entropy(flat, flat.detach().argmax(-1))
+
+
+def first_floating(outputs: Sequence[Any]) -> torch.Tensor:
+    """Return the first floating-point result (a model's logits)."""
+    return next(x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+
+def perplexity(module: Any, ids: torch.Tensor, *, batch: int = 4) -> float:
+    """Return exp(mean next-token loss) of a causal LM over windows `ids` (n, length)."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for part in _parts(ids, batch):
+            logits = module(input_ids=part).logits[:, :-1]
+            target = part[:, 1:]
+            total += functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]).float(), target.reshape(-1),
+                reduction="sum").item()
+            count += target.numel()
+    return float(torch.tensor(total / count).exp())
+
+
+def _parts(ids: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
+    yield from ids.split(batch)

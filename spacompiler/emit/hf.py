@@ -1,0 +1,226 @@
+"""The uniform layout: a pruned Hugging Face model that stock transformers loads.
+
+No model is named here. The configuration that gives the pruned shapes is *found*: every integer
+of the config that equals a size that changed is a candidate, and a candidate is right if the
+model class, built from it on the meta device, has exactly the pruned arrays' shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..allocation import Unit, join
+from ..axes import Choice, Choices, Expr, atoms, kept_size, product, resolve
+from ..errors import SpaError
+from ..groups import Solution
+from ..slicing import norm_changes
+
+LIMIT = 256
+
+
+def is_hf(module: nn.Module) -> bool:
+    """True for a transformers model (without importing transformers)."""
+    return hasattr(module, "save_pretrained") and hasattr(module, "config") and \
+        hasattr(type(module), "config_class")
+
+
+def uniform_config(module: Any, solution: Solution, choices: Choices,
+                   shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Return the config of the pruned model.
+
+    `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock
+    config describes them (layers of unequal width, or a size that the config can't express).
+    """
+    problems = []
+    for config in _candidates(module.config, solution, choices):
+        problem = _mismatch(module, config, shapes)
+        if not problem:
+            return config
+        problems.append(problem)
+    raise SpaError(
+        "no stock configuration describes the pruned shapes",
+        where=type(module.config).__name__,
+        why=problems[0] if problems else "no config entry has a size that changed",
+        fix="prune the same number of slices in every layer (layout uniform), prune other roles, "
+            "or save in layout any")
+
+
+def pruned_shapes(module: nn.Module, tied: Mapping[str, str], solution: Solution,
+                  choices: Choices) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every state-dict entry under a plan."""
+    dims = solution.weights()
+    shapes = {}
+    for name, tensor in module.state_dict().items():
+        known = dims.get(tied.get(name, name))
+        shapes[name] = tuple(tensor.shape) if known is None else \
+            tuple(kept_size(e, choices) for e in known)
+    return shapes
+
+
+def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
+                units: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+    """Return the units (with the counts) that some stock config can express, and what is left out.
+
+    Each unit is tried on its own; units of one role and size that only work together (encoder
+    and decoder sharing an entry) are joined into one.
+    """
+
+    def legal(unit: Unit) -> tuple[int, ...]:
+        some = unit.legal[:-1] if len(unit.legal) <= 16 else unit.legal[len(unit.legal) // 2 :][:1]
+        fits = [k for k in some if _fits(module, tied, solution, unit, k)]
+        if len(unit.legal) > 16 and fits:
+            return unit.legal
+        return (*fits, unit.size)
+
+    found, failed = [], []
+    for unit in units:
+        counts = legal(unit)
+        (found if len(counts) > 1 else failed).append(replace(unit, legal=counts))
+    groups: dict[tuple[str, int], list[Unit]] = {}
+    for unit in failed:
+        original = next(u for u in units if u.name == unit.name)
+        groups.setdefault((unit.groups[0].role, unit.size), []).append(original)
+    notes = []
+    for (role, size), parts in groups.items():
+        joined = join(parts)
+        counts = legal(joined) if len(parts) > 1 else (size,)
+        if len(counts) > 1:
+            found.append(replace(joined, legal=counts))
+        else:
+            notes.append(f"{role} slices of {', '.join(u.name for u in parts[:2])} stay: "
+                         f"no stock config of {type(module.config).__name__} can say fewer")
+    return found, notes
+
+
+def _fits(module: Any, tied: Mapping[str, str], solution: Solution, unit: Unit,
+          count: int) -> bool:
+    choices = {}
+    for group in unit.groups:
+        table = np.zeros(group.shape, dtype=bool)
+        table[..., :count] = True
+        choices[group.atom] = Choice(table, group.outers)
+    try:
+        uniform_config(module, solution, choices, pruned_shapes(module, tied, solution, choices))
+    except SpaError:
+        return False
+    return True
+
+
+def _candidates(config: Any, solution: Solution, choices: Choices) -> Iterator[Any]:
+    """Yield configs with changed entries, the most changed first."""
+    sizes = _changed_sizes(solution, choices)
+    entries = [(key, value) for key, value in config.to_dict().items()
+               if isinstance(value, int) and not isinstance(value, bool) and value in sizes]
+    floats = _changed_eps(config, solution, choices)
+    options = [[(key, new) for new in sorted(sizes[value])] + [None] for key, value in entries]
+    for chosen in itertools.islice(itertools.product(*options), LIMIT):
+        made = copy.deepcopy(config)
+        pinned = _pinned_head_dim(config)
+        try:
+            for key, value in (*pinned, *(c for c in chosen if c), *floats):
+                setattr(made, key, value)
+        except Exception:  # a config may validate what it is given
+            continue
+        yield made
+
+
+def _pinned_head_dim(config: Any) -> list[tuple[str, int]]:
+    """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
+    heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
+    if getattr(config, "head_dim", 0) is None and heads and hidden % heads == 0:
+        return [("head_dim", hidden // heads)]
+    return []
+
+
+def _changed_sizes(solution: Solution, choices: Choices) -> dict[int, set[int]]:
+    """Old size -> new sizes, of dimensions, of runs of factors and of atoms."""
+    found: dict[int, set[int]] = {}
+    for dims in solution.weights().values():
+        for e in dims:
+            if any(a in choices for a in atoms(e)):
+                for part in _parts(e):
+                    old, new = part.size, kept_size(part, choices)
+                    if old != new:
+                        found.setdefault(old, set()).add(new)
+    return found
+
+
+def _parts(e: Expr) -> Iterator[Expr]:
+    """A dimension, its leading runs of factors, and everything inside."""
+    e = resolve(e)
+    yield e
+    inner = getattr(e, "parts", ())
+    if inner and type(e).__name__ == "Prod":
+        for k in range(2, len(inner)):
+            yield product(inner[:k])
+    for part in inner:
+        yield from _parts(part)
+
+
+def _changed_eps(config: Any, solution: Solution, choices: Choices) -> list[tuple[str, float]]:
+    new = {change.norm.eps: change.eps for change in norm_changes(solution, choices)}
+    return [(key, new[value]) for key, value in config.to_dict().items()
+            if isinstance(value, float) and value in new]
+
+
+def _mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return "" if the model class built from a config has these shapes, else a difference."""
+    try:
+        with torch.device("meta"):
+            built = type(module)(config)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    have = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    for name, shape in shapes.items():
+        if have.get(name) != shape:
+            return f"{name} would be {have.get(name, 'missing')}, not {shape}"
+    extra = sorted(have.keys() - shapes.keys())
+    return f"{extra[0]} would be added" if extra else ""
+
+
+def build(module: Any, config: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
+    """Return a model of the same class with a new config and the given arrays, without copies."""
+    with torch.device("meta"):
+        made = type(module)(config)
+    made.load_state_dict(dict(arrays), strict=True, assign=True)
+    made.tie_weights()
+    _revive_buffers(made, module)
+    if getattr(module, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(module.generation_config)
+    return made.train(module.training)
+
+
+def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
+    """Buffers that no state dict holds (rotary frequencies) are taken over from the dense model."""
+    old = dict(module.named_buffers())
+    for name, tensor in list(made.named_buffers()):
+        if tensor.device.type == "meta":
+            if name not in old or old[name].shape != tensor.shape:
+                raise SpaError(f"buffer {name} of the pruned model cannot be made",
+                               why="it is not saved with the model and its size changed",
+                               fix="do not prune the axis that it carries")
+            parent, _, leaf = name.rpartition(".")
+            made.get_submodule(parent)._buffers[leaf] = old[name].clone()
+
+
+def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
+    """Write config, weights (safetensors) and tokenizer, deterministically."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    finally:
+        if was:
+            logging.enable_progress_bar()

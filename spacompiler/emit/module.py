@@ -1,0 +1,154 @@
+"""Carry out a plan on a copy of the user's module: arrays sliced, size attributes brought in step.
+
+The copy shares every array that a plan leaves alone, so no second model is held. Attributes of
+stock modules stand in one table; what a module's own code computes from sizes of its own is
+caught by comparing the copy with the re-written program.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..axes import Choices
+from ..frontends.torch_export import Trace
+from ..groups import Solution
+from ..slicing import Slicer, norm_changes
+from .program import edits
+
+Attribute = Callable[[nn.Module], Any]
+
+
+def _size(array: str, dim: int, times: str = "") -> Attribute:
+    def read(module: nn.Module) -> int:
+        return int(getattr(module, array).shape[dim]) * getattr(module, times or "_one", 1)
+
+    return read
+
+
+_CONV = {"out_channels": _size("weight", 0), "in_channels": _size("weight", 1, "groups")}
+_DECONV = {"in_channels": _size("weight", 0), "out_channels": _size("weight", 1, "groups")}
+_LAST = {"normalized_shape": lambda m: tuple(m.weight.shape)}
+# module class -> attribute -> how it reads off the sliced arrays
+ATTRIBUTES: Mapping[str, Mapping[str, Attribute]] = {
+    "Linear": {"out_features": _size("weight", 0), "in_features": _size("weight", 1)},
+    "Embedding": {"embedding_dim": _size("weight", 1)},
+    "Conv1D": {"nx": _size("weight", 0), "nf": _size("weight", 1)},
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), _CONV),
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), _DECONV),
+    **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+                    {"num_features": _size("weight", 0)}),
+    **dict.fromkeys(("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+                    {"num_features": _size("weight", 0)}),
+    "LayerNorm": _LAST, "RMSNorm": _LAST,
+    "GroupNorm": {"num_channels": _size("weight", 0)},
+}
+# operator -> (position of the argument, attribute of the module that made the call)
+CALL_ATTRIBUTES = {
+    "conv": (6, "groups"), "convolution": (8, "groups"), "group_norm": (1, "num_groups"),
+}
+EPS = ("eps", "variance_epsilon", "epsilon")
+
+
+def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choices, *,
+            arrays: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """Return a pruned copy of a module; arrays may be given (dense, e.g. compensated ones)."""
+    slicer = Slicer(trace, solution, choices)
+    memo: dict[int, Any] = {}
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in _arrays(module):
+        first = trace.tied.get(name)
+        if first is None or slicer.untouched(name):
+            memo[id(tensor)] = tensor
+            continue
+        if first not in made:
+            made[first] = _like(tensor, slicer.array(name))
+        memo[id(tensor)] = made[first]
+    pruned = copy.deepcopy(module, memo)
+    for path, attribute, value in attribute_changes(pruned, trace, solution, choices):
+        setattr(pruned.get_submodule(path), attribute, value)
+    return pruned
+
+
+def _arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
+                      choices: Choices) -> list[tuple[str, str, Any]]:
+    """Return (module path, attribute, value) of every size attribute that a plan changes.
+
+    `module` holds the sliced arrays already, its attributes are still the dense ones.
+    """
+    changes = [*_call_changes(module, solution, choices), *_eps_changes(module, solution, choices)]
+    groups = {path: value for path, name, value in changes if name == "groups"}
+    for path, part in module.named_modules():
+        for name, read in ATTRIBUTES.get(type(part).__name__, {}).items():
+            have = getattr(part, name, None)
+            if have is None or getattr(part, "weight", None) is None:
+                continue
+            was = getattr(part, "groups", None)
+            if path in groups:
+                part.groups = groups[path]
+            value = read(part)
+            if path in groups:
+                part.groups = was  # type: ignore[assignment]
+            if have != value:
+                changes.append((path, name, value))
+    return changes
+
+
+def _call_changes(module: nn.Module, solution: Solution,
+                  choices: Choices) -> Iterator[tuple[str, str, Any]]:
+    nodes = {node.name: node for node in solution.graph.nodes}
+    for name, path, value in edits(solution, choices):
+        for op, (position, attribute) in CALL_ATTRIBUTES.items():
+            node = nodes[name]
+            if path == ("args", position) and node.op.startswith(f"aten.{op}"):
+                if hasattr(module.get_submodule(node.where), attribute):
+                    yield node.where, attribute, value
+
+
+def _eps_changes(module: nn.Module, solution: Solution,
+                 choices: Choices) -> Iterator[tuple[str, str, Any]]:
+    for change in norm_changes(solution, choices):
+        path = change.norm.gain.rpartition(".")[0]
+        part = module.get_submodule(path)
+        for attribute in EPS:
+            if isinstance(getattr(part, attribute, None), float):
+                yield path, attribute, change.eps
+
+
+def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+              want: list[Any]) -> str:
+    """Return "" if the module's results equal the program's (to rounding), else how they differ."""
+    from torch.utils import _pytree as pytree
+
+    from ..proof import relative_error
+
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            result = module(*args, **kwargs)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    finally:
+        module.train(was)
+    got = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    want = [x for x in want if isinstance(x, torch.Tensor)]
+    if len(got) != len(want):
+        return f"{len(got)} results for {len(want)}"
+    error = relative_error(got, want)
+    return "" if error <= 1e-4 else f"results differ by {error:.1e}"

@@ -1,0 +1,322 @@
+"""The pipeline, as one list: trace, solve, score, allocate, plan, prove, emit, check, write.
+
+Each step is a function of the job so far; between any two of them the job can be looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import allocation, registry
+from .axes import Choices
+from .calibration import Calibration, default_loss, resolve
+from .cost import METRICS, cost
+from .emit import hf
+from .emit.module import attribute_changes, operate, runs_like
+from .emit.program import Rewritten, rewrite, run_pruned
+from .errors import ProofError, SpaError, TargetError
+from .frontends.aten import TABLE
+from .frontends.torch_export import Inputs, Trace, trace
+from .groups import Group, Solution, solve
+from .plan import Plan, make_plan
+from .proof import CONTROL, TOLERANCE, Proof, prove
+from .recipe import Recipe, parse_target
+from .scores import Scores
+from .slicing import Slicer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Job:
+    """A compile under way; later fields are filled by later steps."""
+
+    recipe: Recipe
+    module: nn.Module
+    inputs: Inputs
+    importance: Any
+    allocation: Any
+    calibration: Calibration
+    loss: Any = default_loss
+    name: str = ""
+    tokenizer: Any = None
+    progress: Progress = lambda stage, done, total: None
+    trace: Trace = None  # type: ignore[assignment]
+    solution: Solution = None  # type: ignore[assignment]
+    candidates: list[Group] = field(default_factory=list)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    plan: Plan = None  # type: ignore[assignment]
+    choices: Choices = field(default_factory=dict)
+    proof: Proof | None = None
+    pruned: Any = None
+    program: Any = None
+    layout: str = ""
+    emission: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    uniform: bool = False
+
+
+def check_weights(job: Job) -> None:
+    """Raise SpaError if a weight is not finite."""
+    for name, tensor in job.module.named_parameters():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
+                           fix="use a checkpoint with finite weights")
+
+
+def analyse(job: Job) -> None:
+    """Trace the module, solve its axes, and list the groups that may shrink."""
+    job.trace = trace(job.module, job.inputs)
+    job.solution = solve(job.trace.graph, TABLE)
+    r = job.recipe
+    job.candidates = allocation.candidates(
+        job.solution, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
+    if not job.candidates:
+        roles = sorted({g.role for g in job.solution.groups.values()})
+        raise TargetError(
+            "nothing to prune", where=job.name,
+            why=f"no group has a role in {list(r.roles)}; groups found: "
+                f"{len(job.solution.groups)} ({', '.join(roles) or 'none'})",
+            fix="see `spacompiler inspect`; let more go with --roles, --only or --approximate")
+
+
+def score(job: Job) -> None:
+    """Run calibration if the importance pass needs it, then score every candidate."""
+    context = Scores(job.trace, job.solution, job.recipe.seed)
+    if job.importance.needs:
+        total = len(job.calibration.batches)
+        done = iter(range(1, total + 1))
+        context.calibrate(job.importance.needs, job.calibration.batches, job.loss,
+                          groups=job.candidates,
+                          tick=lambda: job.progress("calibrating", next(done), total))
+    for group in job.candidates:
+        value = torch.as_tensor(job.importance.score(group, context)).detach().double()
+        if tuple(value.shape) != group.shape or not torch.isfinite(value).all():
+            raise SpaError(
+                f"importance pass {job.importance.name!r} gave no valid scores for {group.name}",
+                why=f"shape {tuple(value.shape)} for {group.shape}, "
+                    f"finite: {bool(torch.isfinite(value).all())}",
+                fix="a score is a finite tensor of shape group.shape")
+        job.scores[group.name] = value.numpy()
+
+
+def decide(job: Job) -> None:
+    """Allocate counts under the target and make the plan."""
+    r = job.recipe
+    metric, share = parse_target(r.target)
+    price = cost(job.solution, metric)
+    dense = price.total
+    found = _units(job)
+    problem = allocation.Problem(found, price, share * dense, dense, metric)
+    kept = job.allocation.allocate(problem)
+    allocation.check_met(problem, kept)
+    counts = {g.name: g.size for g in job.candidates}
+    counts |= {g.name: kept[u.name] for u in found for g in u.groups}
+    job.plan = make_plan(job.candidates, job.scores, counts, target=r.target,
+                         weights_hash=weights_hash(job.module), recipe=r.as_dict())
+    job.choices = job.plan.choices(job.solution)
+    job.plan.costs.update(costs(job.solution, job.choices))
+
+
+def _units(job: Job) -> tuple[allocation.Unit, ...]:
+    """The units to allocate: for a uniform layout, those that a stock config can express."""
+    r = job.recipe
+
+    def units(uniform: bool) -> tuple[allocation.Unit, ...]:
+        return allocation.units(job.solution, job.candidates, job.scores, uniform=uniform,
+                                align=r.align, lanes=lanes(), floor=r.floor)
+
+    if not (hf.is_hf(job.module) and r.layout in ("auto", "uniform")):
+        return units(False)
+    found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
+    job.uniform = bool(found)
+    if not found and r.layout == "uniform":
+        raise TargetError("no group can shrink in the uniform layout", why=notes[0],
+                          fix="use --layout any")
+    job.notes.extend(notes if found else [f"layout any: {note}" for note in notes[:1]])
+    return tuple(found) if found else units(False)
+
+
+def costs(solution: Solution, choices: Choices) -> dict[str, dict[str, int]]:
+    """Return {metric: {dense, pruned}} for every metric."""
+    found = {}
+    for metric in METRICS:
+        price = cost(solution, metric)
+        dense = price.total
+        pruned = price.set({atom: choice.count for atom, choice in choices.items()})
+        found[metric] = {"dense": dense, "pruned": pruned}
+    return found
+
+
+def lanes() -> int:
+    """Return the channel block of this CPU's convolutions: 16 with AVX-512, else 8."""
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return sha256 over names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def prove_plan(job: Job) -> None:
+    """Prove the plan in float64 before anything is emitted."""
+    if not job.recipe.prove:
+        job.notes.append("the proof was skipped on request")
+        return
+    job.proof = prove(job.trace, job.solution, job.choices, seed=job.recipe.seed)
+    if not job.proof.holds:
+        raise ProofError(
+            "the proof's negative control was not caught",
+            why=f"a wrong index in {job.proof.swapped} changes results by "
+                f"{job.proof.control:.1e} only (needed {CONTROL:.0e}; error {job.proof.error:.1e}, "
+                f"allowed {TOLERANCE:.0e})",
+            fix="the example inputs may not reach that layer; pass other ones")
+    if job.proof.approximate is not None:
+        job.notes.append(
+            "LayerNorm statistics are taken over fewer slices: results differ from the masked "
+            f"dense model by {job.proof.approximate:.1e} (the wiring is proved)")
+
+
+def emit(job: Job) -> None:
+    """Make the pruned module (or fall back on the re-written program) and check both agree."""
+    if job.uniform:
+        _emit_uniform(job)
+    if job.pruned is None:
+        _emit_surgery(job)
+    want = run_pruned(job.trace, job.solution, job.choices, double=False)
+    problem = runs_like(job.pruned, job.trace.args, job.trace.kwargs, want)
+    if problem and job.emission == "module":
+        job.emission = "program"
+        job.notes.append(f"the module's own code does not follow the new sizes ({problem}); "
+                         "the re-written program is emitted instead")
+        job.pruned = Rewritten(_program(job))
+        problem = runs_like(job.pruned, job.trace.args, job.trace.kwargs, want)
+    if problem:
+        raise ProofError("the emitted model is not the proved one", why=problem,
+                         fix="please report it")
+
+
+def _emit_uniform(job: Job) -> None:
+    shapes = hf.pruned_shapes(job.module, job.trace.tied, job.solution, job.choices)
+    try:
+        config = hf.uniform_config(job.module, job.solution, job.choices, shapes)
+    except SpaError as problem:
+        if job.recipe.layout == "uniform":
+            raise
+        job.notes.append(f"no uniform layout: {problem.what} ({problem.why})")
+        return
+    slicer = Slicer(job.trace, job.solution, job.choices)
+    made: dict[str, torch.Tensor] = {}
+    arrays = {}
+    for name in job.module.state_dict():
+        first = job.trace.tied.get(name, name)
+        if first not in made:
+            made[first] = slicer.array(first).detach()
+        arrays[name] = made[first]
+    job.pruned = hf.build(job.module, config, arrays)
+    job.layout, job.emission = "uniform", "module"
+
+
+def _emit_surgery(job: Job) -> None:
+    job.layout, job.emission = "any", "module"
+    job.pruned = operate(job.trace, job.module, job.solution, job.choices)
+
+
+def _program(job: Job) -> Any:
+    if job.program is None:
+        shared = dict(job.pruned.state_dict()) if job.emission == "module" else {}
+        job.program = rewrite(job.trace, job.solution, job.choices, shared)
+    return job.program
+
+
+def pruned_program(job: Job) -> Any:
+    """Return the re-written exported program (made once, sharing the module's arrays)."""
+    return _program(job)
+
+
+STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
+    ("checking weights", check_weights),
+    ("tracing and solving axes", analyse),
+    ("scoring", score),
+    ("allocating", decide),
+    ("proving", prove_plan),
+    ("emitting", emit),
+)
+DRY_STEPS = 4
+
+
+def run(job: Job, *, dry_run: bool = False) -> Job:
+    """Carry out the steps; a dry run stops at the plan."""
+    steps = STEPS[:DRY_STEPS] if dry_run else STEPS
+    for i, (stage, function) in enumerate(steps):
+        job.progress(stage, i, len(steps))
+        with _settings(job.recipe.seed):
+            function(job)
+    return job
+
+
+@contextmanager
+def _settings(seed: int) -> Iterator[None]:
+    """Seed torch's generator for one step and give the user's state back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,
+             allocator: Any = None, calibration: Any = None, own: Any = None, loss: Any = None,
+             tokenizer: Any = None, name: str = "", progress: Progress | None = None) -> Job:
+    """Resolve passes and calibration data; raises before anything is computed."""
+    scorer = registry.find("importance", importance or recipe.importance)
+    needs = bool(scorer.needs)
+    batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
+                      samples=recipe.samples, length=recipe.length, batch=recipe.batch,
+                      seed=recipe.seed)
+    return Job(recipe, module, inputs, scorer,
+               registry.find("allocation", allocator or recipe.allocation), batches,
+               loss or default_loss, name or type(module).__name__, tokenizer,
+               progress or (lambda stage, done, total: None))
+
+
+def attributes(job: Job) -> list[tuple[str, str, Any]]:
+    """Return the attribute changes that a loader must repeat on the dense module."""
+    if job.emission != "module" or job.layout == "uniform":
+        return []
+    shapes = operate(job.trace, job.module, job.solution, job.choices)
+    for part, original in zip(shapes.modules(), job.module.modules(), strict=True):
+        for name in ("in_features", "out_features", "groups", "in_channels", "out_channels"):
+            if hasattr(original, name):
+                setattr(part, name, getattr(original, name))
+    return attribute_changes(shapes, job.trace, job.solution, job.choices)
+
+
+def frozen_reasons(solution: Solution) -> dict[str, list[str]]:
+    """Return {reason: dimensions that it freezes}, most frequent first."""
+    found: dict[str, list[str]] = {}
+    for weight, dim, why in solution.frozen():
+        for reason in why[:1]:
+            found.setdefault(reason, []).append(f"{weight}:{dim}")
+    return dict(sorted(found.items(), key=lambda kv: -len(kv[1])))
+
+
+def names_of(groups: Sequence[Group]) -> list[str]:
+    return [g.name for g in groups]
+
+
+def as_path(out: str | Path | None) -> Path | None:
+    return None if out is None else Path(out)

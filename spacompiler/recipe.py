@@ -1,0 +1,86 @@
+"""A recipe: everything a user may ask of a compile, as plain data that is saved beside the result.
+
+>>> parse_target("params=70%")
+('params', 0.7)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .cost import METRICS
+from .errors import UsageError, did_you_mean
+from .groups import ROLES
+
+LAYOUTS = ("auto", "uniform", "any")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of one compile.
+
+    `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go; `align`
+    is a multiple for widths (None: what the CPU wants); `floor` the least share of each group.
+    """
+
+    target: str
+    importance: str = "taylor"
+    allocation: str = "uniform"
+    roles: tuple[str, ...] = ("channel", "head")
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    approximate: bool = False
+    align: int | None = None
+    floor: float = 0.1
+    layout: str = "auto"
+    calibration: str = ""
+    samples: int = 16
+    length: int = 128
+    batch: int = 2
+    seed: int = 0
+    prove: bool = True
+    onnx: bool = True
+    latency: bool = True
+
+    def __post_init__(self) -> None:
+        parse_target(self.target)
+        for role in self.roles:
+            if role not in ROLES:
+                raise UsageError(f"unknown role {role!r}", fix=did_you_mean(role, ROLES))
+        if self.layout not in LAYOUTS:
+            raise UsageError(f"unknown layout {self.layout!r}",
+                             fix=did_you_mean(self.layout, LAYOUTS))
+        if self.align is not None and self.align < 1:
+            raise UsageError(f"align must be at least 1, not {self.align}")
+        if not 0 <= self.floor < 1:
+            raise UsageError(f"floor must be a share from 0 to below 1, not {self.floor}")
+        for name in ("samples", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1")
+        if self.length < 2:
+            raise UsageError("length must be at least 2 tokens")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_target(text: str) -> tuple[str, float]:
+    """Return (metric, share that stays); raises UsageError for anything but 0% < share < 100%."""
+    form = "write metric=share, e.g. params=70%, body=75% or macs=60%: the share that stays"
+    found = re.fullmatch(r"\s*(\w+)\s*=\s*([-+]?[\d.]+)\s*(%?)\s*", text)
+    if not found:
+        raise UsageError(f"cannot read target {text!r}", fix=form)
+    metric, number, percent = found.groups()
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r} in target {text!r}",
+                         fix=did_you_mean(metric, METRICS))
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError as problem:
+        raise UsageError(f"cannot read target {text!r}", fix=form) from problem
+    if not 0 < share < 1:
+        raise UsageError(f"target {text!r} is out of range",
+                         why="the share that stays must lie between 0% and 100%", fix=form)
+    return metric, share
