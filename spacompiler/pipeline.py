@@ -116,9 +116,13 @@ def decide(job: Job) -> None:
     metric, share = parse_target(r.target)
     price = cost(job.solution, metric)
     dense = price.total
-    found = _units(job)
-    problem = allocation.Problem(found, price, share * dense, dense, metric)
-    kept = job.allocation.allocate(problem)
+    for found in _units(job):
+        price.set({g.atom: g.size for g in job.candidates})
+        problem = allocation.Problem(found, price, share * dense, dense, metric)
+        kept = job.allocation.allocate(problem)
+        if problem.met(kept):
+            break
+        job.uniform = False
     allocation.check_met(problem, kept)
     counts = {g.name: g.size for g in job.candidates}
     counts |= {g.name: kept[u.name] for u in found for g in u.groups}
@@ -128,23 +132,27 @@ def decide(job: Job) -> None:
     job.plan.costs.update(costs(job.solution, job.choices))
 
 
-def _units(job: Job) -> tuple[allocation.Unit, ...]:
-    """The units to allocate: for a uniform layout, those that a stock config can express."""
+def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
+    """Yield what to allocate over: first the units that a stock config can express, then all."""
     r = job.recipe
 
     def units(uniform: bool) -> tuple[allocation.Unit, ...]:
         return allocation.units(job.solution, job.candidates, job.scores, uniform=uniform,
                                 align=r.align, lanes=lanes(), floor=r.floor)
 
-    if not (hf.is_hf(job.module) and r.layout in ("auto", "uniform")):
-        return units(False)
-    found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
-    job.uniform = bool(found)
-    if not found and r.layout == "uniform":
-        raise TargetError("no group can shrink in the uniform layout", why=notes[0],
-                          fix="use --layout any")
-    job.notes.extend(notes if found else [f"layout any: {note}" for note in notes[:1]])
-    return tuple(found) if found else units(False)
+    if hf.is_hf(job.module) and r.layout in ("auto", "uniform"):
+        found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
+        job.notes.extend(notes)
+        if not found and r.layout == "uniform":
+            raise TargetError("no group can shrink in the uniform layout", why=notes[0],
+                              fix="use --layout any")
+        if found:
+            job.uniform = True
+            yield tuple(found)
+    if r.layout != "uniform":
+        if job.notes:
+            job.notes.append("the target is out of reach of the uniform layout: layout any")
+        yield units(False)
 
 
 def costs(solution: Solution, choices: Choices) -> dict[str, dict[str, int]]:
@@ -193,48 +201,54 @@ def prove_plan(job: Job) -> None:
 
 
 def emit(job: Job) -> None:
-    """Make the pruned module (or fall back on the re-written program) and check both agree."""
-    if job.uniform:
-        _emit_uniform(job)
-    if job.pruned is None:
-        _emit_surgery(job)
+    """Make the pruned model by the first emitter whose result agrees with the proved program."""
     want = run_pruned(job.trace, job.solution, job.choices, double=False)
-    problem = runs_like(job.pruned, job.trace.args, job.trace.kwargs, want)
-    if problem and job.emission == "module":
-        job.emission = "program"
-        job.notes.append(f"the module's own code does not follow the new sizes ({problem}); "
-                         "the re-written program is emitted instead")
-        job.pruned = Rewritten(_program(job))
-        problem = runs_like(job.pruned, job.trace.args, job.trace.kwargs, want)
-    if problem:
-        raise ProofError("the emitted model is not the proved one", why=problem,
-                         fix="please report it")
+    for layout, emission, make in EMITTERS:
+        if layout == "uniform" and not job.uniform:
+            continue
+        try:
+            model = make(job)
+        except SpaError as problem:
+            difference = f"{problem.what} ({problem.why})"
+        else:
+            difference = runs_like(model, job.trace.args, job.trace.kwargs, want)
+            if not difference:
+                job.pruned, job.layout, job.emission = model, layout, emission
+                return
+        if job.recipe.layout == layout == "uniform":
+            raise SpaError("the uniform layout cannot be made", why=difference,
+                           fix="use --layout any")
+        job.notes.append(f"layout {layout} by {emission} is not possible: {difference}")
+    raise ProofError("no emitted model is the proved one", why="; ".join(job.notes[-3:]),
+                     fix="please report it")
 
 
-def _emit_uniform(job: Job) -> None:
+def _uniform(job: Job) -> Any:
     shapes = hf.pruned_shapes(job.module, job.trace.tied, job.solution, job.choices)
-    try:
-        config = hf.uniform_config(job.module, job.solution, job.choices, shapes)
-    except SpaError as problem:
-        if job.recipe.layout == "uniform":
-            raise
-        job.notes.append(f"no uniform layout: {problem.what} ({problem.why})")
-        return
+    config = hf.uniform_config(job.module, job.solution, job.choices, shapes)
     slicer = Slicer(job.trace, job.solution, job.choices)
     made: dict[str, torch.Tensor] = {}
-    arrays = {}
     for name in job.module.state_dict():
         first = job.trace.tied.get(name, name)
         if first not in made:
             made[first] = slicer.array(first).detach()
-        arrays[name] = made[first]
-    job.pruned = hf.build(job.module, config, arrays)
-    job.layout, job.emission = "uniform", "module"
+    return hf.build(job.module, config, {
+        name: made[job.trace.tied.get(name, name)] for name in job.module.state_dict()})
 
 
-def _emit_surgery(job: Job) -> None:
-    job.layout, job.emission = "any", "module"
-    job.pruned = operate(job.trace, job.module, job.solution, job.choices)
+def _surgery(job: Job) -> Any:
+    return operate(job.trace, job.module, job.solution, job.choices)
+
+
+def _rewritten(job: Job) -> Any:
+    return Rewritten(_program(job))
+
+
+EMITTERS: tuple[tuple[str, str, Callable[[Job], Any]], ...] = (
+    ("uniform", "module", _uniform),
+    ("any", "module", _surgery),
+    ("any", "program", _rewritten),
+)
 
 
 def _program(job: Job) -> Any:

@@ -40,10 +40,11 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
     config describes them (layers of unequal width, or a size that the config can't express).
     """
     problems = []
-    for config in _candidates(module.config, solution, choices):
-        problem = _mismatch(module, config, shapes)
+    floats = _changed_eps(module.config, solution, choices)
+    for changes in _candidates(module.config, solution, choices):
+        problem = _mismatch(module, _changed(module.config, changes), shapes)
         if not problem:
-            return config
+            return _changed(module.config, {**_least(module, changes, shapes), **floats})
         problems.append(problem)
     raise SpaError(
         "no stock configuration describes the pruned shapes",
@@ -51,6 +52,28 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
         why=problems[0] if problems else "no config entry has a size that changed",
         fix="prune the same number of slices in every layer (layout uniform), prune other roles, "
             "or save in layout any")
+
+
+def _least(module: Any, changes: dict[str, Any],
+           shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Take back every change that the shapes do not need: it only happened to have that size."""
+    for key in list(changes):
+        fewer = {k: v for k, v in changes.items() if k != key}
+        if key != "head_dim" and not _mismatch(module, _changed(module.config, fewer), shapes):
+            changes = fewer
+    return changes
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a copy of a config with entries changed, or None where it refuses them."""
+    made = copy.deepcopy(config)
+    try:
+        for key, value in changes.items():
+            setattr(made, key, value)
+        made.validate() if hasattr(made, "validate") else None
+    except Exception:  # a config validates what it is given in its own ways
+        return None
+    return made
 
 
 def pruned_shapes(module: nn.Module, tied: Mapping[str, str], solution: Solution,
@@ -114,30 +137,22 @@ def _fits(module: Any, tied: Mapping[str, str], solution: Solution, unit: Unit,
     return True
 
 
-def _candidates(config: Any, solution: Solution, choices: Choices) -> Iterator[Any]:
-    """Yield configs with changed entries, the most changed first."""
+def _candidates(config: Any, solution: Solution, choices: Choices) -> Iterator[dict[str, Any]]:
+    """Yield sets of changed entries, the largest first."""
     sizes = _changed_sizes(solution, choices)
     entries = [(key, value) for key, value in config.to_dict().items()
                if isinstance(value, int) and not isinstance(value, bool) and value in sizes]
-    floats = _changed_eps(config, solution, choices)
     options = [[(key, new) for new in sorted(sizes[value])] + [None] for key, value in entries]
     for chosen in itertools.islice(itertools.product(*options), LIMIT):
-        made = copy.deepcopy(config)
-        pinned = _pinned_head_dim(config)
-        try:
-            for key, value in (*pinned, *(c for c in chosen if c), *floats):
-                setattr(made, key, value)
-        except Exception:  # a config may validate what it is given
-            continue
-        yield made
+        yield {**_pinned_head_dim(config), **dict(c for c in chosen if c)}
 
 
-def _pinned_head_dim(config: Any) -> list[tuple[str, int]]:
+def _pinned_head_dim(config: Any) -> dict[str, int]:
     """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
     heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
     if getattr(config, "head_dim", 0) is None and heads and hidden % heads == 0:
-        return [("head_dim", hidden // heads)]
-    return []
+        return {"head_dim": hidden // heads}
+    return {}
 
 
 def _changed_sizes(solution: Solution, choices: Choices) -> dict[int, set[int]]:
@@ -165,14 +180,16 @@ def _parts(e: Expr) -> Iterator[Expr]:
         yield from _parts(part)
 
 
-def _changed_eps(config: Any, solution: Solution, choices: Choices) -> list[tuple[str, float]]:
+def _changed_eps(config: Any, solution: Solution, choices: Choices) -> dict[str, float]:
     new = {change.norm.eps: change.eps for change in norm_changes(solution, choices)}
-    return [(key, new[value]) for key, value in config.to_dict().items()
-            if isinstance(value, float) and value in new]
+    return {key: new[value] for key, value in config.to_dict().items()
+            if isinstance(value, float) and value in new}
 
 
 def _mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
+    if config is None:
+        return "the config refuses such sizes"
     try:
         with torch.device("meta"):
             built = type(module)(config)

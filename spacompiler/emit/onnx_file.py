@@ -22,6 +22,7 @@ import onnx_ir.passes.common as ir_passes
 import onnxscript.optimizer
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
@@ -40,7 +41,7 @@ EXTERNAL_BYTES = 200 * 2**20
 
 _INLINE_LIMIT = 2**30
 _FOLD_LIMIT = 1024
-_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_LOGGERS = ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
 _ATEN = torch.ops.aten
 
 
@@ -57,7 +58,8 @@ def refresh(
     ``state`` and ``constants`` map the names of parameters, buffers and lifted constants to their
     new tensors; names that they leave out keep the old ones. Names that shared storage before
     share it afterwards. Shapes are propagated anew with the program's own symbols, so dynamic
-    axes stay dynamic. The given program is not changed.
+    axes stay dynamic. The given program is not changed, but shares its symbols with the result:
+    after a refusal because of a fixed axis, capture it anew.
 
     Raises:
         SpaError: a name is unknown, tied names disagree, a node no longer fits its operands, or
@@ -176,7 +178,7 @@ def _propagate(module: GraphModule, mode: FakeTensorMode, values: list[Any]) -> 
     interpreter = _Propagation(module, mode)
     interpreter.extra_traceback = False
     try:
-        with torch.no_grad():
+        with _quiet(), enable_python_dispatcher(), torch.no_grad():
             interpreter.propagate_dont_convert_inputs(*values)
     except Exception as error:
         node = interpreter.at
@@ -367,9 +369,22 @@ def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
     """Replace each node that the table knows by the operations it is made of, in place."""
     mode = _fake_mode(module)
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in table:
+        if node.op == "call_function" and _needs_decomposing(node.target, table):
             _decompose_node(node, table, mode)
     module.graph.eliminate_dead_code()
+
+
+def _needs_decomposing(target: Any, table: Mapping[Any, Any]) -> bool:
+    """Whether torch would decompose an operator: by the table, or as a composite that may alias.
+
+    Composites that never alias (linear, attention) are kept when the table does not ask for them.
+    """
+    if target in table or not isinstance(target, torch._ops.OpOverload):
+        return target in table
+    composite = target.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
+    )
+    return composite and any(value.alias_info is not None for value in target._schema.returns)
 
 
 def _decompose_node(node: Node, table: Mapping[Any, Any], mode: FakeTensorMode) -> None:
@@ -381,10 +396,10 @@ def _decompose_node(node: Node, table: Mapping[Any, Any], mode: FakeTensorMode) 
         args, kwargs = fx.map_arg((node.args, node.kwargs), lookup.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         traced = make_fx(call, decomposition_table=dict(table))(*(n.meta["val"] for n in operands))
-    if any(n.op not in ("placeholder", "call_function", "output") for n in traced.graph.nodes):
-        raise ValueError(f"{node.target} decomposes into more than operations")
+    if not all(_is_expressible(n) for n in traced.graph.nodes):
+        raise ValueError(f"{node.target} decomposes into more than operations on tensors")
     inner = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     graph = node.graph
     with graph.inserting_before(node):
@@ -392,6 +407,13 @@ def _decompose_node(node: Node, table: Mapping[Any, Any], mode: FakeTensorMode) 
     if not isinstance(result, Node):
         raise ValueError(f"{node.target} returns several values")
     _take_place(node, result)
+
+
+def _is_expressible(node: Node) -> bool:
+    """Whether a traced node is one that the exporter knows: of the size queries, only sym_size."""
+    if str(node.target).startswith("aten.sym_"):
+        return node.target is _ATEN.sym_size.int
+    return node.op in ("placeholder", "call_function", "output")
 
 
 def _take_place(node: Node, result: Node) -> None:
@@ -419,7 +441,7 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -457,13 +479,13 @@ def _to_ir(
 def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
     """Replace the tracer's symbols (s72) by readable names, in expressions of them too."""
     shapes = {value.name: value.shape for value in model.graph.inputs}
-    mapping: dict[str, str] = {}
+    mapping: dict[str | ir.SymbolicDim, str] = {}
     for name, wanted in axes.items():
         for axis, label in wanted.items():
             mapping.setdefault(_symbol(name, shapes.get(name), axis), label)
     if mapping:
         # The program object only carries the model to the public renaming method.
-        torch.onnx.ONNXProgram(model, None).rename_axes(dict(mapping))
+        torch.onnx.ONNXProgram(model, None).rename_axes(mapping)
 
 
 def _symbol(name: str, shape: ir.Shape | None, axis: int) -> str:
@@ -527,7 +549,8 @@ def _simplify(model: ir.Model) -> None:
 
 def _strip(model: ir.Model) -> None:
     """Remove stack traces, paths and notes, which differ from machine to machine."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[Any] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         _clear(graph)
         for node in graph.all_nodes():
             _clear(node, *node.outputs)

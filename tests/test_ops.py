@@ -1,0 +1,491 @@
+"""Slicing commutes with every operator that the ATen table knows.
+
+A case is one operator on parameters of its own, so that every dimension may shrink unless the
+operator says otherwise. `free` says, per operand and dimension, which may: `*` slices can go,
+`.` none can. For random kept slices, each value of the pruned program must be the kept part of
+the same value of the masked dense one.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spacompiler import primitives as p
+from spacompiler.axes import Atom, Choice, Choices, Clash, is_frozen, walk
+from spacompiler.emit.program import run_pruned
+from spacompiler.frontends.aten import TABLE
+from spacompiler.frontends.torch_export import Trace, trace
+from spacompiler.groups import Solution, solve
+from spacompiler.proof import TOLERANCE, masked_dense, relative_error
+from spacompiler.slicing import cut
+from spacompiler.solver import Row
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Ints:
+    """An operand of integers below `high`."""
+
+    shape: tuple[int, ...]
+    high: int = 5
+
+
+@dataclass(frozen=True)
+class Bools:
+    """An operand of truth values."""
+
+    shape: tuple[int, ...]
+
+
+Operand = tuple[int, ...] | Ints | Bools
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on operands of these shapes."""
+
+    op: str
+    call: Callable[..., Any]
+    operands: tuple[Operand, ...]
+    free: str
+    least: int = 1  # slices to keep of every axis
+    random: bool = False  # results are random numbers: only their shapes are compared
+
+    def __str__(self) -> str:
+        shapes = (getattr(o, "shape", o) for o in self.operands)
+        return f"{self.op}-{'-'.join('x'.join(map(str, s)) for s in shapes)}"
+
+
+class Module(nn.Module):
+    """One operator on parameters; the input is there because a program needs one."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+        self.call = case.call
+        self.operand = nn.ParameterList(make(o, generator) for o in case.operands)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(*self.operand), x + 1
+
+
+def make(operand: Operand, generator: torch.Generator) -> nn.Parameter:
+    """Values in (0.2, 0.8), where every function of the table is defined and no two are equal."""
+    shape = operand if isinstance(operand, tuple) else operand.shape
+    values = torch.rand(shape, generator=generator, dtype=torch.float64)
+    if isinstance(operand, Ints):
+        return nn.Parameter((values * operand.high).long(), requires_grad=False)
+    if isinstance(operand, Bools):
+        return nn.Parameter(values > 0.5, requires_grad=False)
+    return nn.Parameter(values * 0.6 + 0.2)
+
+
+@cache
+def traced(case: Case) -> Trace:
+    found = trace(Module(case), (torch.tensor(1.0),))
+    found.graph.outputs = []  # results stay free
+    return found
+
+
+def solved(case: Case, table: Mapping[str, Row] = TABLE) -> Solution:
+    return solve(traced(case).graph, table)
+
+
+def free_dims(solution: Solution) -> str:
+    """Which dimensions of the operands may shrink, in the notation of `Case.free`."""
+    dims = solution.weights()
+    return " ".join(
+        "".join("." if is_frozen(e) else "*" for e in dims[name]) for name in sorted(dims))
+
+
+def table_of(rng: np.random.Generator, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """A random choice of `count` along the last dimension, another one in every row."""
+    return np.argsort(np.argsort(rng.random(shape), axis=-1), axis=-1) < count
+
+
+def choose(solution: Solution, rng: np.random.Generator, least: int = 1) -> Choices:
+    """Random kept slices of random free atoms; fibred ones, often, with their own in each row."""
+    by_atom = solution.by_atom()
+    every = dict.fromkeys(
+        a for dims in solution.solver.dims.values() for e in dims for a in walk(e))
+    made: dict[Atom, Choice] = {}
+    for atom in every:
+        if atom.frozen or atom.size <= least or rng.random() < 0.25:
+            continue
+        count = int(rng.integers(least, atom.size))
+        group = by_atom.get(atom)
+        if group is not None and group.outers and rng.random() < 0.7:
+            made[atom] = Choice(table_of(rng, group.shape, count), group.outers)
+        else:
+            made[atom] = Choice(table_of(rng, (atom.size,), count))
+    return made
+
+
+def difference(found: Trace, solution: Solution, choices: Choices, random: bool = False) -> float:
+    """Worst relative error over all values; inf where a shape or an integer differs."""
+    dense: dict[str, Any] = {}
+    pruned: dict[str, Any] = {}
+    masked_dense(found, solution, choices, watch=dense.__setitem__)
+    run_pruned(found, solution, choices, watch=pruned.__setitem__)
+    worst = 0.0
+    for node in found.graph.nodes:
+        for name in node.outputs:
+            if name in dense:
+                want = cut(dense[name], solution.solver.dims[name], choices)
+                worst = max(worst, gap(pruned[name], want, random))
+    return worst
+
+
+def gap(got: torch.Tensor, want: torch.Tensor, random: bool) -> float:
+    if random:
+        return 0.0 if got.shape == want.shape else float("inf")
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    assert torch.isfinite(want).all()
+    return relative_error([got], [want])
+
+
+def worst(case: Case, table: Mapping[str, Row] = TABLE, tries: int = 6) -> float:
+    """Worst error over random choices of slices."""
+    solution, rng = solved(case, table), np.random.default_rng(zlib.crc32(str(case).encode()))
+    return max(difference(traced(case), solution, choose(solution, rng, case.least), case.random)
+               for _ in range(tries))
+
+
+# --- the cases ----------------------------------------------------------------------------------
+
+UNARY = """
+neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan asin
+acos atan sinh cosh tanh asinh atanh erf erfc erfinv sigmoid logit relu relu6 leaky_relu elu selu
+celu gelu silu mish softplus hardtanh hardswish hardsigmoid hardshrink softshrink log_sigmoid
+floor ceil round trunc frac nan_to_num logical_not isnan isinf isfinite sgn positive
+clone contiguous alias detach zeros_like ones_like _to_copy lift_fresh_copy lift_fresh lift
+_conj resolve_conj
+""".split()
+BINARY = """
+add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
+eq ne lt le gt ge logical_and logical_or logical_xor xlogy heaviside copysign hypot
+""".split()
+INTEGERS = """
+bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__
+""".split()
+ALONG = "_softmax softmax log_softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin".split()
+REDUCED = "amax amin var std all logsumexp argmax argmin var_mean std_mean max min median".split()
+POOLED = {  # name: (spatial dimensions, arguments)
+    "avg_pool": ([2],), "max_pool": ([2],), "adaptive_avg_pool": ([2],),
+    "adaptive_max_pool": ([2],),
+}
+
+
+def op(name: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """The operator itself, with arguments after its tensors."""
+    packet = getattr(aten, name)
+    return lambda *tensors: packet(*tensors, *args, **kwargs)
+
+
+def pointwise_cases() -> Iterator[Case]:
+    for name in UNARY:
+        yield Case(name, op(name), ((3, 4),), "**")
+    for name in BINARY:
+        yield Case(name, op(name), ((3, 4), (3, 4)), "** **")
+    for name in "add mul where".split():
+        call = op(name) if name != "where" else lambda x, y: torch.where(x > 0.5, x, y)
+        yield Case(name, call, ((2, 3, 4), (4,)), "*** *")
+        yield Case(name, call, ((2, 3, 4), (3, 1)), "*** *.")
+        yield Case(name, call, ((1, 4), (2, 3, 1)), ".* **.")
+    for name in INTEGERS:
+        yield Case(name, op(name), (Ints((3, 4)), Ints((3, 4))), "** **")
+    yield Case("bitwise_not", op("bitwise_not"), (Ints((3, 4)),), "**")
+    yield Case("acosh", lambda x: aten.acosh(x + 1), ((3, 4),), "**")
+    yield Case("softsign", lambda x: torch.nn.functional.softsign(x), ((3, 4),), "**")
+    for name, args in {"threshold": (0.5, 0.1), "clamp": (0.3, 0.6), "clip": (0.3, 0.6),
+                       "clamp_min": (0.4,), "clamp_max": (0.4,), "fill": (2.0,),
+                       "dropout": (0.5, False), "feature_dropout": (0.5, False),
+                       "alpha_dropout": (0.5, False), "full_like": (2.0,),
+                       "to": (torch.float64,), "native_dropout": (0.5, False)}.items():
+        yield Case(name, op(name, *args), ((3, 4),), "**")
+    for name in "rand_like randn_like empty_like bernoulli".split():
+        yield Case(name, op(name), ((3, 4),), "**", random=True)
+    yield Case("type_as", op("type_as"), ((3, 4), (2,)), "** *")
+    yield Case("lerp", op("lerp"), ((3, 4),) * 3, "** ** **")
+    yield Case("addcmul", op("addcmul"), ((3, 4), (3, 4), (4,)), "** ** *")
+    yield Case("addcdiv", op("addcdiv"), ((3, 4),) * 3, "** ** **")
+    yield Case("where", op("where"), (Bools((3, 4)), (3, 4), (4,)), "** ** *")
+    yield Case("masked_fill", op("masked_fill", -1.0), ((2, 3, 4), Bools((3, 4))), "*** **")
+    yield Case("prelu", op("prelu"), ((2, 4, 4), (4,)), "*** *")
+    yield Case("prelu", op("prelu"), ((2, 3, 4), (1,)), "*** .")
+    yield Case("prelu", op("prelu"), ((2, 4), (4,)), "** *")
+
+
+def along_cases() -> Iterator[Case]:
+    for name in ALONG:
+        args = (False,) if name[0] == "_" else ()
+        yield Case(name, op(name, 1, *args), ((3, 4, 5),), "*.*")
+        yield Case(name, op(name, -1, *args), ((4, 4),), "*.")
+    yield Case("safe_softmax", op("_safe_softmax", 1), ((3, 4),), "*.")
+    yield Case("glu", op("glu", 1), ((3, 4),), "*.")
+    yield Case("glu", op("glu"), ((3, 4),), "*.")
+    for name in "sort argsort".split():
+        yield Case(name, op(name, 0), ((4, 4),), ".*")
+        yield Case(name, op(name), ((3, 4),), "*.")
+        yield Case(name, op(name, stable=True, dim=0), ((3, 4),), ".*")
+    yield Case("topk", op("topk", 2), ((3, 4),), "*.")
+    yield Case("topk", op("topk", 2, 0), ((4, 4),), ".*")
+    yield Case("flip", op("flip", [0]), ((3, 4),), ".*")
+    yield Case("flip", op("flip", [0, -1]), ((3, 4, 5),), ".*.")
+    yield Case("roll", op("roll", [1], [0]), ((3, 4),), ".*")
+    yield Case("roll", op("roll", [1, 2], [0, 2]), ((3, 4, 5),), ".*.")
+    yield Case("roll", op("roll", [1]), ((3, 4),), "..")
+    yield Case("diff", op("diff"), ((3, 4),), "*.")
+    yield Case("diff", op("diff", 1, 0), ((3, 4),), ".*")
+    yield Case("tril", op("tril"), ((3, 4, 4),), "*..")
+    yield Case("triu", op("triu", 1), ((3, 4, 4),), "*..")
+
+
+def reduce_cases() -> Iterator[Case]:
+    for name in REDUCED:
+        free = "*.*"
+        args: tuple[Any, ...] = (1,) if name not in ("amax", "amin") else ([1],)
+        yield Case(name, op(name, *args), ((3, 4, 5),), free)
+        keep = {"keepdim": True}
+        yield Case(name, op(name, *args, **keep), ((4, 4, 4),), free)
+    yield Case("max", op("max"), ((3, 4),), "..")
+    yield Case("max", op("max"), ((3, 4), (3, 4)), "** **")
+    yield Case("min", op("min"), ((3, 4), (4,)), "** *")
+    yield Case("any", lambda x: aten.any(x > 0.5, 1), ((3, 4),), "**")
+    yield Case("count_nonzero", op("count_nonzero", [0]), ((3, 4),), "**")
+    yield Case("prod", op("prod", 1), ((3, 4),), "*.")
+    yield Case("sum", op("sum", [1]), ((3, 4, 5),), "***")
+    yield Case("sum", op("sum", [0, -1], True), ((3, 4, 5),), "***")
+    yield Case("sum", op("sum"), ((3, 4),), "**")
+    yield Case("mean", op("mean", [1]), ((3, 4, 5),), "*.*")
+    yield Case("mean", op("mean", [0], True), ((3, 4),), ".*")
+    yield Case("mean", op("mean"), ((3, 4),), "..")
+    for args in ((2, [1]), (1, [0], True), (2, [-1], True)):
+        yield Case("linalg_vector_norm", op("linalg_vector_norm", *args), ((4, 4),), "**")
+    yield Case("linalg_vector_norm", op("linalg_vector_norm", -1, [1]), ((3, 4),), "*.")
+    yield Case("norm", op("norm", 2, [1]), ((4, 4),), "**")
+    yield Case("norm", op("norm", 2, [0], True), ((4, 4),), "**")
+    yield Case("norm", op("norm", 2), ((3, 4),), "**")
+
+
+def contraction_cases() -> Iterator[Case]:
+    yield Case("linear", op("linear"), ((2, 3), (4, 3), (4,)), "** ** *")
+    yield Case("linear", op("linear"), ((2, 5, 4), (4, 4), (4,)), "*** ** *")
+    yield Case("linear", op("linear"), ((3,), (4, 3)), "* **")
+    yield Case("addmm", op("addmm"), ((4,), (2, 3), (3, 4)), "* ** **")
+    yield Case("addmm", op("addmm"), ((4,), (4, 4), (4, 4)), "* ** **")
+    yield Case("addmm", op("addmm"), ((2, 4), (2, 3), (3, 4)), "** ** **")
+    yield Case("mm", op("mm"), ((4, 4), (4, 4)), "** **")
+    yield Case("mm", op("mm"), ((2, 3), (3, 4)), "** **")
+    yield Case("bmm", op("bmm"), ((2, 3, 4), (2, 4, 5)), "*** ***")
+    yield Case("bmm", op("bmm"), ((4, 4, 4), (4, 4, 4)), "*** ***")
+    yield Case("baddbmm", op("baddbmm"), ((2, 3, 5), (2, 3, 4), (2, 4, 5)), "*** *** ***")
+    yield Case("mv", op("mv"), ((4, 4), (4,)), "** *")
+    yield Case("dot", op("dot"), ((4,), (4,)), "* *")
+    yield Case("outer", op("outer"), ((3,), (4,)), "* *")
+    yield Case("outer", op("outer"), ((4,), (4,)), "* *")
+    for a, b, free in (((3, 4), (4, 5), "** **"), ((4,), (4,), "* *"), ((4,), (4, 5), "* **"),
+                       ((3, 4), (4,), "** *"), ((2, 3, 4), (4, 5), "*** **"),
+                       ((2, 4, 4), (2, 4, 4), "*** ***"), ((6, 1, 3, 4), (2, 4, 5), "*.** ***")):
+        yield Case("matmul", op("matmul"), (a, b), free)
+    for text, a, b, free in (
+            ("bij,bjk->bik", (4, 4, 4), (4, 4, 4), "*** ***"),
+            ("...i,oi->...o", (2, 3, 4), (5, 4), "*** **"),
+            ("bqhd,bkhd->bhqk", (2, 3, 4, 5), (2, 3, 4, 5), "**** ****"),
+            ("ij,kj->ki", (4, 4), (4, 4), "** **")):
+        yield Case("einsum", lambda x, y, t=text: aten.einsum(t, [x, y]), (a, b), free)
+    yield Case("einsum", lambda x: aten.einsum("iij->ji", [x]), ((4, 4, 3),), "***")
+    yield Case("embedding", op("embedding"), ((5, 4), Ints((2, 3))), ".* **")
+    yield Case("embedding", op("embedding"), ((4, 4), Ints((4,), 4)), ".* *")
+
+
+def convolution_cases() -> Iterator[Case]:
+    for d in (1, 2, 3):
+        x, k, dots = (5,) * d, (3,) * d, "." * d
+        call = op(f"conv{d}d")
+        yield Case(f"conv{d}d", call, ((2, 3, *x), (4, 3, *k), (4,)), f"**{dots} **{dots} *")
+        grouped = op(f"conv{d}d", [1], [1], [1], 2)
+        yield Case(f"conv{d}d", grouped, ((2, 4, *x), (6, 2, *k), (6,)), f"**{dots} **{dots} *")
+        name = f"conv_transpose{d}d"
+        yield Case(name, op(name), ((2, 3, *x), (3, 4, *k), (4,)), f"**{dots} **{dots} *")
+        grouped = op(name, [1], [1], [0], 2)
+        yield Case(name, grouped, ((2, 4, *x), (4, 3, *k), (6,)), f"**{dots} **{dots} *")
+    depthwise = op("conv2d", [1, 1], [1, 1], [1, 1], 4)
+    yield Case("conv2d", depthwise, ((2, 4, 4, 4), (4, 1, 3, 3), (4,)), "**.. *... *")
+    multiplied = op("conv2d", [1, 1], [1, 1], [1, 1], 3)
+    yield Case("conv2d", multiplied, ((2, 3, 5, 5), (6, 1, 3, 3), (6,)), "**.. *... *")
+    unbatched = op("conv2d", [1, 1], [1, 1])
+    yield Case("conv2d", unbatched, ((4, 4, 4), (4, 4, 3, 3), (4,)), "*.. **.. *")
+    yield Case("conv2d", lambda x, w: aten.conv2d(x, w, None, [1, 1], "same"),
+               ((2, 3, 5, 5), (4, 3, 3, 3)), "**.. **..")
+    for transposed, weight in ((False, (6, 2, 3, 3)), (True, (4, 3, 3, 3))):
+        call = op("convolution", [1, 1], [1, 1], [1, 1], transposed, [0, 0], 2)
+        yield Case("convolution", call, ((2, 4, 5, 5), weight, (6,)), "**.. **.. *")
+
+
+def attend(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+    return lambda q, k, v, *mask: aten.scaled_dot_product_attention(q, k, v, *mask, *args, **kwargs)
+
+
+def attention_cases() -> Iterator[Case]:
+    name = "scaled_dot_product_attention"
+    yield Case(name, attend(), ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7)), "**.* **.* **.*")
+    yield Case(name, attend(), ((2, 4, 4, 4),) * 3, "**.* **.* **.*")
+    yield Case(name, attend(None, 0.0, True, scale=0.3), ((2, 4, 4, 4),) * 3, "**.* **.* **.*")
+    yield Case(name, attend(None, 0.0, False, enable_gqa=True),
+               ((2, 6, 4, 4), (2, 2, 4, 4), (2, 2, 4, 4)), "**.* **.* **.*")
+    yield Case(name, attend(), ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 7), (3, 5, 6)),
+               "**.* **.* **.* *..")
+    yield Case(name, attend(), ((3, 5, 4), (3, 6, 4), (3, 6, 7)), "*.* *.* *.*")
+
+
+def shape_cases() -> Iterator[Case]:
+    for name in "view _unsafe_view reshape view_copy".split():
+        yield Case(name, op(name, [4, 6]), ((2, 2, 6),), "***")
+        yield Case(name, op(name, [2, 3, 4]), ((6, 4),), "**")
+        yield Case(name, op(name, [3, -1]), ((3, 2, 4),), "***")
+    yield Case("view", op("view", [2, 4, 3]), ((4, 6),), "**")
+    yield Case("view", op("view", [6, 1, 4]), ((3, 2, 4),), "***")
+    yield Case("reshape", lambda x: aten.reshape(aten.reshape(x, [3, 4]), [2, 6]), ((12,),), "*")
+    yield Case("flatten", op("flatten", 1), ((2, 3, 4),), "***")
+    yield Case("flatten", op("flatten"), ((4, 4),), "**")
+    yield Case("unflatten", op("unflatten", 1, [2, -1]), ((3, 6),), "**")
+    yield Case("unflatten", op("unflatten", 0, [2, 3]), ((6, 4),), "**")
+    yield Case("permute", op("permute", [2, 0, 1]), ((4, 4, 4),), "***")
+    yield Case("permute", op("permute", [-1, 0, 1]), ((2, 3, 4),), "***")
+    for name in "transpose swapaxes swapdims".split():
+        yield Case(name, op(name, 0, -1), ((4, 4, 4),), "***")
+    yield Case("t", op("t"), ((3, 4),), "**")
+    yield Case("t", op("t"), ((3,),), "*")
+    yield Case("unsqueeze", op("unsqueeze", 1), ((3, 4),), "**")
+    yield Case("unsqueeze", op("unsqueeze", -1), ((3, 4),), "**")
+    yield Case("squeeze", op("squeeze", 1), ((3, 1, 4),), "*.*")
+    yield Case("squeeze", op("squeeze", [0, 1]), ((1, 1, 4),), "..*")
+    yield Case("squeeze", op("squeeze"), ((3, 1, 4),), "*.*", least=2)
+    yield Case("expand", op("expand", [3, 4, -1]), ((4, 5),), "**")
+    yield Case("expand", op("expand", [2, 3, 4]), ((2, 1, 4),), "*.*")
+    yield Case("repeat", op("repeat", [2, 3]), ((3, 4),), "**")
+    yield Case("repeat", op("repeat", [2, 1, 3]), ((3, 4),), "**")
+    yield Case("repeat_interleave", op("repeat_interleave", 3, 1), ((3, 4),), "**")
+    yield Case("repeat_interleave", op("repeat_interleave", 2, -1), ((4, 4),), "**")
+    yield Case("pixel_shuffle", op("pixel_shuffle", 2), ((2, 12, 3, 5),), "****")
+    yield Case("pixel_unshuffle", op("pixel_unshuffle", 2), ((2, 3, 4, 6),), "****")
+    yield Case("channel_shuffle", op("channel_shuffle", 2), ((2, 6, 4, 4),), "****")
+
+
+def cut_cases() -> Iterator[Case]:
+    for name in "cat concat".split():
+        def call(*xs: Any, n: str = name) -> Any:
+            return getattr(aten, n)(xs, 1)
+        yield Case(name, call, ((3, 4), (3, 5), (3, 4)), "** ** **")
+    yield Case("cat", lambda x, y: aten.cat([x, y]), ((4, 4), (4, 4)), "** **")
+    yield Case("cat", lambda x, y: aten.cat([x, y, x], -1), ((4, 4), (4, 4)), "** **")
+    yield Case("stack", lambda x, y: aten.stack([x, y], 1), ((3, 4), (3, 4)), "** **")
+    yield Case("stack", lambda x, y: aten.stack([x, y], -1), ((3, 4), (3, 4)), "** **")
+    for name in "split_with_sizes split".split():
+        yield Case(name, op(name, [2, 3, 4], 1), ((3, 9),), "**")
+    for name in "split unsafe_split".split():
+        yield Case(name, op(name, 3, 1), ((3, 9),), "**")
+        yield Case(name, op(name, 4, 1), ((3, 9),), "*.")
+    for name in "chunk unsafe_chunk".split():
+        yield Case(name, op(name, 2, 1), ((4, 8),), "**")
+        yield Case(name, op(name, 3, 0), ((8, 4),), ".*")
+        yield Case(name, op(name, 5, 0), ((6, 4),), "**")
+    yield Case("unbind", op("unbind"), ((3, 4),), ".*")
+    yield Case("unbind", op("unbind", 1), ((4, 4),), "*.")
+    for at in (0, 2, -1, -4):
+        yield Case("select", op("select", 0, at), ((4, 4),), "**")
+    yield Case("select", op("select", -1, 1), ((4, 4),), "**")
+    for start, end, free in ((0, 2, "**"), (2, 5, "**"), (1, 4, "**"), (-2, 99, "**"),
+                             (0, -2, "**"), (-99, 3, "**"), (None, None, "**")):
+        yield Case("slice", op("slice", 1, start, end), ((3, 5),), free)
+    yield Case("slice", op("slice", 1, 2, 4), ((4, 6),), "**")
+    yield Case("slice", op("slice", 1, 1, 6, 2), ((3, 6),), "**")
+    yield Case("slice", op("slice", 1, 0, 5, 2), ((3, 5),), "..")
+    yield Case("slice", op("slice", 0, 2, 2), ((4, 4),), "..")
+    yield Case("slice", op("slice", 0, 3, 2), ((4, 4),), "..")
+    for name in "constant_pad_nd pad".split():
+        yield Case(name, op(name, [1, 2]), ((3, 4),), "**")
+        yield Case(name, op(name, [0, 1, 2, 0]), ((2, 3, 4),), "***")
+    yield Case("pad", op("pad", [1, 1], "reflect"), ((2, 3, 4),), "**.")
+    yield Case("pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")
+
+
+def norm_cases() -> Iterator[Case]:
+    yield Case("layer_norm", op("layer_norm", [4]), ((3, 4),), "**", least=2)
+    yield Case("layer_norm", lambda x, w, b: aten.layer_norm(x, [4], w, b, 1e-3),
+               ((4, 4), (4,), (4,)), "** * *", least=2)
+    yield Case("layer_norm", op("layer_norm", [4, 5]), ((3, 4, 5),), "*..")
+    yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w, 1e-3), ((4, 4), (4,)), "** *")
+    yield Case("rms_norm", lambda x: aten.rms_norm(x, [4], None, 1e-3), ((3, 4),), "*.")
+    yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w), ((3, 4), (4,)), "*. .")
+    yield Case("group_norm", op("group_norm", 2), ((2, 4, 4),), "*..")
+    yield Case("group_norm", lambda x, w, b: aten.group_norm(x, 3, w, b),
+               ((2, 6, 4), (6,), (6,)), "**. * *")
+    call = lambda x, w, b, m, v: aten.batch_norm(x, w, b, m, v, False, 0.1, 1e-5, False)  # noqa: E731
+    yield Case("batch_norm", call, ((2, 4, 4, 4), *((4,),) * 4), "**** * * * *")
+    yield Case("batch_norm", call, ((4, 4), *((4,),) * 4), "** * * * *")
+    call = lambda x, m, v: aten.batch_norm(x, None, None, m, v, False, 0.1, 1e-5, False)  # noqa: E731
+    yield Case("batch_norm", call, ((2, 3, 4), (3,), (3,)), "*** * *")
+    call = lambda x, w, b, m, v: aten._native_batch_norm_legit_no_training(  # noqa: E731
+        x, w, b, m, v, 0.1, 1e-5)
+    yield Case("_native_batch_norm_legit_no_training", call, ((2, 4, 4), *((4,),) * 4),
+               "*** * * * *")
+    call = lambda x, w, b: aten.instance_norm(x, w, b, None, None, True, 0.1, 1e-5, False)  # noqa: E731
+    yield Case("instance_norm", call, ((2, 4, 5), (4,), (4,)), "**. * *")
+
+
+def lookup_cases() -> Iterator[Case]:
+    yield Case("index", lambda x, i: aten.index(x, [i]), ((5, 4), Ints((3,))), ".* .")
+    yield Case("index", lambda x, i: aten.index(x, [None, i]), ((4, 4), Ints((4,), 4)), "*. .")
+    yield Case("index", lambda x, i, j: aten.index(x, [i, j]),
+               ((5, 5, 4), Ints((2, 3)), Ints((3,))), "..* .. .")
+    yield Case("index", lambda x, i, j: aten.index(x, [i, None, j]),
+               ((5, 4, 5), Ints((3,)), Ints((3,))), ".*. . .")
+    yield Case("index", lambda x: aten.index(x, [torch.tensor([0, 2, 1])]), ((5, 4),), ".*")
+    yield Case("index_select", lambda x, i: aten.index_select(x, 0, i), ((5, 4), Ints((3,))),
+               ".* .")
+    yield Case("index_select", lambda x, i: aten.index_select(x, -1, i), ((4, 4), Ints((4,), 4)),
+               "*. .")
+
+
+def pooling_cases() -> Iterator[Case]:
+    def case(name: str, d: int, *args: Any) -> Case:
+        return Case(name, op(name, *args), ((2, 3, *(4,) * d),), "**" + "." * d)
+
+    for d in (1, 2, 3):
+        two, size = [2] * d, [6] * d
+        for name in "avg_pool max_pool adaptive_avg_pool".split():
+            yield case(f"{name}{d}d", d, two)
+        yield case(f"upsample_nearest{d}d", d, size)
+        yield case(f"replication_pad{d}d", d, [1] * 2 * d)
+    for d in (1, 2):
+        yield case(f"adaptive_max_pool{d}d", d, [2] * d)
+        yield case(f"reflection_pad{d}d", d, [1] * 2 * d)
+    for d, name in ((1, "linear"), (2, "bilinear"), (2, "bicubic"), (3, "trilinear")):
+        yield case(f"upsample_{name}{d}d", d, [6] * d, False)
+    yield case("_upsample_nearest_exact2d", 2, [6, 6])
+    yield case("_upsample_bilinear2d_aa", 2, [3, 3], False)
+    yield case("_adaptive_avg_pool2d", 2, [2, 2])
+    for d in (2, 3):
+        yield case(f"max_pool{d}d_with_indices", d, [2] * d)
+    yield Case("max_pool2d", op("max_pool2d", [2, 2]), ((4, 4, 4),), "*..")
+
+
+CASES = [case for make_cases in (
+    pointwise_cases, along_cases, reduce_cases, contraction_cases, convolution_cases,
+    attention_cases, shape_cases, cut_cases, norm_cases, lookup_cases, pooling_cases,
+) for case in make_cases()]
