@@ -1,0 +1,34 @@
+"""spacompiler: a structured pruning compiler.
+
+    result = spacompiler.compile(model, example_inputs, target="params=70%", importance="taylor")
+    result.module          # the pruned module
+    result.save("out")     # the artifact: weights, config, ONNX, plan, report, manifest
+
+Everything is imported when it is first used, so that `import spacompiler` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+_HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "loading",
+          "verify": "verify", "SpaError": "errors", "UsageError": "errors",
+          "TargetError": "errors", "ProofError": "errors"}
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from .api import Result, compile, inspect
+    from .errors import ProofError, SpaError, TargetError, UsageError
+    from .loading import load
+    from .verify import verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

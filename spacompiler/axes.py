@@ -239,6 +239,8 @@ class Space:
     def split(self, e: Expr, p: int) -> tuple[Expr, Expr]:
         """Cut `e = left(p) + right`, 0 < p < size; raises Clash if the cut has no solution."""
         e = resolve(e)
+        if not 0 < p < e.size:
+            raise Clash(f"a cut at {p} lies outside {show(e)}")
         if isinstance(e, Atom):
             left, right = self.atom(p, *e.reasons), self.atom(e.size - p, *e.reasons)
             e.bound = concat((left, right))

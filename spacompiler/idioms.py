@@ -1,6 +1,6 @@
 """Idioms of several operators that only mean something together.
 
-RMSNorm is traced as pow, mean, add, rsqrt, mul (and mul by a gain). On its own the mean over a
+RMSNorm is traced as rms_norm or as pow, mean, add, rsqrt, mul (and mul by a gain). On its own the mean over a
 pruned axis changes; as RMSNorm the change is undone exactly by the gain and eps: from width d to
 d', gain * sqrt(d/d') and eps * d/d'.
 """
@@ -65,11 +65,22 @@ def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
     uses = _Uses(graph)
     found = {}
     for node in graph.nodes:
-        if base(node.op) == "mean":
-            norm = _match(uses, node)
-            if norm is not None:
-                found[node.name] = norm
+        match = {"mean": _match, "rms_norm": _fused}.get(base(node.op))
+        norm = match(uses, node) if match is not None else None
+        if norm is not None:
+            found[node.name] = norm
     return found
+
+
+def _fused(uses: _Uses, node: Node) -> RmsNorm | None:
+    """The operator rms_norm(x, shape, gain, eps), given a stored gain and an eps."""
+    if len(node.args) < 4 or len(node.args[1]) != 1 or not isinstance(node.args[3], float):
+        return None
+    x, gain = node.args[0], node.args[2]
+    weight = uses.graph.tensors[uses.uncast(gain.name)].weight if isinstance(gain, Ref) else None
+    if weight is None:
+        return None
+    return RmsNorm(node.name, x.name, node.name, 3, node.args[3], weight, 0.0)
 
 
 def _match(uses: _Uses, mean: Node) -> RmsNorm | None:

@@ -6,10 +6,9 @@ Each step is a function of the job so far; between any two of them the job can b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from .axes import Choices
 from .calibration import Calibration, default_loss, resolve
 from .cost import METRICS, cost
 from .emit import hf
-from .emit.module import attribute_changes, operate, runs_like
+from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
 from .errors import ProofError, SpaError, TargetError
 from .frontends.aten import TABLE
@@ -307,18 +306,6 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
                progress or (lambda stage, done, total: None))
 
 
-def attributes(job: Job) -> list[tuple[str, str, Any]]:
-    """Return the attribute changes that a loader must repeat on the dense module."""
-    if job.emission != "module" or job.layout == "uniform":
-        return []
-    shapes = operate(job.trace, job.module, job.solution, job.choices)
-    for part, original in zip(shapes.modules(), job.module.modules(), strict=True):
-        for name in ("in_features", "out_features", "groups", "in_channels", "out_channels"):
-            if hasattr(original, name):
-                setattr(part, name, getattr(original, name))
-    return attribute_changes(shapes, job.trace, job.solution, job.choices)
-
-
 def frozen_reasons(solution: Solution) -> dict[str, list[str]]:
     """Return {reason: dimensions that it freezes}, most frequent first."""
     found: dict[str, list[str]] = {}
@@ -326,11 +313,3 @@ def frozen_reasons(solution: Solution) -> dict[str, list[str]]:
         for reason in why[:1]:
             found.setdefault(reason, []).append(f"{weight}:{dim}")
     return dict(sorted(found.items(), key=lambda kv: -len(kv[1])))
-
-
-def names_of(groups: Sequence[Group]) -> list[str]:
-    return [g.name for g in groups]
-
-
-def as_path(out: str | Path | None) -> Path | None:
-    return None if out is None else Path(out)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .axes import ONE, Clash, Expr, concat, is_frozen, product
 from .graph import Node, Ref
+from .idioms import base
 from .notation import ELLIPSIS, FROZEN, Term, align, parse
 from .solver import Contraction, Row, Solver
 
@@ -39,8 +40,15 @@ def broadcast(s: Solver, n: Node, operands: Sequence[Sequence[Expr]]) -> list[Ex
 
 
 def same(s: Solver, n: Node) -> None:
-    """The result has the first operand's axes (casts, copies, dropout)."""
-    s.put(n.outputs[0], s.dims[next(n.refs())])
+    """Every result has the first operand's axes (casts, copies, dropout and its mask)."""
+    for out in n.outputs:
+        s.put(out, s.dims[next(n.refs())])
+
+
+def prelu(s: Solver, n: Node) -> None:
+    """prelu(x, slope): one slope for all, or one for each channel."""
+    one = s.shape(n.args[1].name) in ((), (1,))
+    relate_pattern(s, n, "..., ! -> ..." if one else "b c ..., c -> b c ...", operands(n))
 
 
 def fixed(s: Solver, n: Node) -> None:
@@ -191,26 +199,34 @@ def matmul(s: Solver, n: Node) -> None:
     relate_pattern(s, n, f"{left}, {right} -> {lead}{result}", operands(n)[:2])
 
 
-def convolution(s: Solver, n: Node) -> None:
-    """(input, weight, bias, stride, padding, dilation, groups): grouped in and out channels."""
-    relate_pattern(s, n, "b (g i) !*, (g o) i !*, (g o) -> b (g o) !*", operands(n)[:3],
-                   sizes={"g": (6, "groups", 1)})
+def addmm(s: Solver, n: Node) -> None:
+    """addmm(bias, a, b): a bias for each column, or one for each place."""
+    bias = "o" if len(s.dims[n.args[0].name]) == 1 else "b o"
+    relate_pattern(s, n, f"{bias}, b i, i o -> b o", operands(n)[:3])
+
+
+def _convolve(s: Solver, n: Node, weight: str, groups: int) -> None:
+    """Grouped in and out channels; the batch dimension may be missing."""
+    x, w = (len(s.dims[ref.name]) for ref in n.args[:2])
+    batch = "b " if x == w else ""
+    relate_pattern(s, n, f"{batch}(g i) !*, {weight} !*, (g o) -> {batch}(g o) !*",
+                   operands(n)[:3], sizes={"g": (groups, "groups", 1)})
     _conv_macs(s, n)
+
+
+def convolution(s: Solver, n: Node) -> None:
+    """(input, weight, bias, stride, padding, dilation, groups)."""
+    _convolve(s, n, "(g o) i", 6)
 
 
 def transposed_convolution(s: Solver, n: Node) -> None:
     """(input, weight, bias, stride, padding, output_padding, groups, dilation)."""
-    relate_pattern(s, n, "b (g i) !*, (g i) o !*, (g o) -> b (g o) !*", operands(n)[:3],
-                   sizes={"g": (6, "groups", 1)})
-    _conv_macs(s, n)
+    _convolve(s, n, "(g i) o", 6)
 
 
 def aten_convolution(s: Solver, n: Node) -> None:
     """aten.convolution: transposed is an argument, groups the last one."""
-    weight = "(g i) o !*" if n.args[6] else "(g o) i !*"
-    relate_pattern(s, n, f"b (g i) !*, {weight}, (g o) -> b (g o) !*", operands(n)[:3],
-                   sizes={"g": (8, "groups", 1)})
-    _conv_macs(s, n)
+    _convolve(s, n, "(g i) o" if n.args[6] else "(g o) i", 8)
 
 
 def _conv_macs(s: Solver, n: Node) -> None:
@@ -244,8 +260,6 @@ def attention(s: Solver, n: Node) -> None:
         broadcast(s, n, [s.dims[n.outputs[0]][:-1] + (letters["k"],), s.dims[mask.name]])
     if n.kwargs.get("scale") is None:
         s.edit(n, ("kwargs", "scale"), letters["d"], value=1 / math.sqrt(s.shape(q)[-1]))
-    for out in n.outputs[1:]:
-        s.dims[out] = tuple(s.space.atom(size, "by-product of attention") for size in s.shape(out))
 
 
 # --- shape ------------------------------------------------------------------------------------
@@ -305,8 +319,20 @@ def unflatten(s: Solver, n: Node) -> None:
 
 
 def permute(s: Solver, n: Node) -> None:
+    """permute(x, order); numpy_T turns the order around."""
     dims = s.dims[next(n.refs())]
-    s.put(n.outputs[0], [dims[d] for d in n.arg(1, "dims")])
+    s.put(n.outputs[0], [dims[d] for d in n.arg(1, "dims", range(len(dims))[::-1])])
+
+
+def movedim(s: Solver, n: Node) -> None:
+    """movedim(x, source, destination)."""
+    dims = s.dims[next(n.refs())]
+    source, target = ([d % len(dims) for d in (a if isinstance(a, (list, tuple)) else [a])]
+                      for a in n.args[1:3])
+    made = [e for d, e in enumerate(dims) if d not in source]
+    for at, d in sorted(zip(target, source, strict=True)):
+        made.insert(at, dims[d])
+    s.put(n.outputs[0], made)
 
 
 def transpose(s: Solver, n: Node) -> None:
@@ -346,11 +372,11 @@ def expand(s: Solver, n: Node) -> None:
 
 
 def tile(s: Solver, n: Node) -> None:
-    """repeat(x, counts): replicas outside each dimension."""
+    """repeat / tile(x, counts): replicas outside each dimension."""
     old, counts = s.dims[next(n.refs())], n.args[1]
     padded = [ONE] * (len(counts) - len(old)) + list(old)
-    made = []
-    for i, (e, count) in enumerate(zip(padded, counts, strict=True)):
+    made = padded[: len(padded) - len(counts)]
+    for i, (e, count) in enumerate(zip(padded[len(made):], counts, strict=True)):
         replicas = s.space.atom(count)
         s.edit(n, ("args", 1, i), replicas)
         made.append(product((replicas, e)))
@@ -427,7 +453,7 @@ def split(s: Solver, n: Node) -> None:
 
 
 def base_is_chunk(n: Node) -> bool:
-    return ".chunk." in n.op
+    return base(n.op).endswith("chunk")
 
 
 def unbind(s: Solver, n: Node) -> None:
@@ -447,8 +473,7 @@ def select(s: Solver, n: Node) -> None:
     index = n.args[2] % size
     if not is_frozen(dims[dim]):
         left, _, _ = cuts3(s, dims[dim], index, index + 1)
-        if index > 0:
-            s.edit(n, ("args", 2), left, when=dims[dim])
+        s.edit(n, ("args", 2), left, when=dims[dim], value=None if index else 0)
     s.put(n.outputs[0], dims[:dim] + dims[dim + 1 :])
 
 
@@ -485,6 +510,18 @@ def slice_(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], dims)
 
 
+def narrow(s: Solver, n: Node) -> None:
+    """narrow(x, dim, start, length)."""
+    dims = list(s.dims[next(n.refs())])
+    dim, (start, length) = n.args[1] % len(dims), n.args[2:4]
+    start %= dims[dim].size
+    left, middle, _ = cuts3(s, dims[dim], start, start + length)
+    s.edit(n, ("args", 2), left, when=dims[dim], value=None if start else 0)
+    s.edit(n, ("args", 3), middle)
+    dims[dim] = middle
+    s.put(n.outputs[0], dims)
+
+
 def _clamp(value: Any, size: int) -> int:
     value = (0 if value is None else value)
     return max(0, min(value + size if value < 0 else value, size))
@@ -502,11 +539,17 @@ def _strided(s: Solver, n: Node, dims: list[Expr], dim: int, start: int, end: in
 
 
 def pad(s: Solver, n: Node) -> None:
-    """constant_pad_nd(x, pads, value): padding is a fixed part of a Sum."""
+    """pad(x, pads, mode, value): constant padding is a fixed part of a Sum.
+
+    Other modes copy positions into the padding, so that the padded dimensions freeze.
+    """
     dims = list(s.dims[next(n.refs())])
     pads = n.args[1]
+    copied = isinstance(n.arg(2, "mode"), str) and n.arg(2, "mode") != "constant"
     for i in range(len(pads) // 2):
         dim, before, after = len(dims) - 1 - i, pads[2 * i], pads[2 * i + 1]
+        if copied:
+            s.space.freeze(dims[dim], f"{n.op} copies positions of it")
         if before < 0 or after < 0:
             raise Clash("negative padding")
         parts = [s.space.atom(k, "padding") for k in (before,) if k] + [dims[dim]]
@@ -518,24 +561,27 @@ def pad(s: Solver, n: Node) -> None:
 # --- reductions, norms, look-ups --------------------------------------------------------------
 
 
-def _reduced(s: Solver, n: Node) -> tuple[str, list[int], bool]:
+def _reduced(s: Solver, n: Node, argument: int) -> tuple[str, list[int]]:
     ref = next(n.refs())
     rank = len(s.dims[ref])
-    dims = n.arg(1, "dim")
+    dims = n.arg(argument, "dim")
+    if isinstance(dims, bool):  # var and std over everything: it says whether they are unbiased
+        dims = None
     named = list(range(rank)) if dims is None or dims == [] else dims
     named = named if isinstance(named, (list, tuple)) else [named]
-    keep = bool(n.arg(2, "keepdim", False))
-    return ref, [d % rank for d in named], keep
+    return ref, [d % rank for d in named]
 
 
-def reduce(how: str) -> Row:
-    """A reduction over named dimensions: `sum` reads them; `mean` does as part of an RMSNorm.
+def reduce(how: str, argument: int = 1) -> Row:
+    """A reduction over the dimensions that an argument names.
 
-    Any other reduction, or mean on its own, freezes what it reduces.
+    `sum` reads them (zeros add nothing: so do norms, any, count_nonzero), `mean` does as part of
+    an RMSNorm. Any other reduction, or mean on its own, freezes what it reduces.
     """
 
     def row(s: Solver, n: Node) -> None:
-        ref, named, keep = _reduced(s, n)
+        ref, named = _reduced(s, n, argument)
+        keep = any(len(s.shape(out)) == len(s.dims[ref]) for out in n.outputs)
         for d in named:
             e = s.dims[ref][d]
             if how == "sum":
@@ -553,14 +599,31 @@ def reduce(how: str) -> Row:
     return row
 
 
+def vector_norm(s: Solver, n: Node) -> None:
+    """norm(x, order, dims): zeros add nothing to it if its order is positive."""
+    order = n.arg(1, "ord", n.kwargs.get("p", 2))
+    neutral = order is None or isinstance(order, (int, float)) and order >= 0
+    reduce("sum" if neutral else "other", 2)(s, n)
+
+
+def extremum(s: Solver, n: Node) -> None:
+    """max / min: of two tensors, or over a dimension."""
+    (pointwise if isinstance(n.arg(1, "other"), Ref) else reduce("other"))(s, n)
+
+
 def along(argument: int = 1, keyword: str = "dim", default: Any = -1) -> Row:
-    """An operator that mixes all positions of one dimension (softmax, cumsum, sort, flip)."""
+    """An operator that mixes all positions of one dimension (softmax, cumsum, sort, flip).
+
+    With `default=None` it mixes all dimensions unless some are named.
+    """
 
     def row(s: Solver, n: Node) -> None:
         ref = next(n.refs())
         dims = s.dims[ref]
         given = n.arg(argument, keyword, default)
-        for d in given if isinstance(given, (list, tuple)) else [given]:
+        if default is None and not given and given != 0:
+            given = range(len(dims))
+        for d in given if isinstance(given, (list, tuple, range)) else [given]:
             s.space.freeze(dims[d], f"{n.op} works along it")
         for out in n.outputs:
             shape = s.shape(out)
@@ -584,12 +647,25 @@ def layer_norm(s: Solver, n: Node) -> None:
         s.roles.append((e, "normalised"))
         s.approximate.append((e, f"statistics of {n.title()} change with the width"))
         s.edit(n, ("args", 1, i - len(dims) + width), e)
+    if width > 1:
+        s.freeze(dims[-width:], f"{n.op} takes its statistics over several dimensions")
     s.put(n.outputs[0], dims)
 
 
 def rms_norm(s: Solver, n: Node) -> None:
     """aten.rms_norm(x, shape, gain, eps): exact once gain and eps are corrected."""
-    layer_norm(s, n)
+    x, (*gain, _) = n.args[0].name, [*operands(n)[2:3], None]
+    e = s.dims[x][-1]
+    for ref in filter(None, gain):
+        for i, other in enumerate(reversed(s.dims[ref])):
+            s.relate(s.dims[x][-1 - i], other, n)
+    if n.name in s.norms:
+        s.read(n, x, -1, "norm")
+        s.roles.append((e, "normalised"))
+        s.edit(n, ("args", 1, 0), e)
+    else:
+        s.freeze(s.dims[x][-len(n.args[1]):], f"{n.op} has no gain and eps to correct")
+    s.put(n.outputs[0], s.dims[x])
 
 
 def group_norm(s: Solver, n: Node) -> None:
@@ -627,15 +703,37 @@ def lookup(along_dim: int | None = None) -> Row:
         dims = list(s.dims[ref])
         dim = (n.arg(1, "dim") if along_dim is None else along_dim) % len(dims)
         s.space.freeze(dims[dim], f"looked up by {n.title()}")
+        for other in list(n.refs())[1:]:
+            s.freeze(s.dims[other], "an index")
         dims[dim] = s.space.atom(s.shape(n.outputs[0])[dim], "an index")
         s.put(n.outputs[0], dims)
 
     return row
 
 
-def create(s: Solver, n: Node) -> None:
-    """zeros_like and kin: constant results take the operand's axes."""
-    same(s, n)
+def gather(s: Solver, n: Node) -> None:
+    """gather(x, dim, index): freezes what it looks up; elsewhere x and index go together."""
+    x, index = n.args[0].name, n.args[2].name
+    dim, made = n.args[1] % len(s.dims[x]), []
+    for d, (e, at) in enumerate(zip(s.dims[x], s.dims[index], strict=True)):
+        if d == dim or e.size != at.size:
+            s.freeze((e, at), f"looked up by {n.title()}")
+        else:
+            s.relate(e, at, n)
+        made.append(at)
+    s.put(n.outputs[0], made)
+
+
+def create(argument: int) -> Row:
+    """zeros, ones, full: any slice of a constant may go; the argument holds its sizes."""
+
+    def row(s: Solver, n: Node) -> None:
+        made = [s.space.atom(size) for size in s.shape(n.outputs[0])]
+        for i, e in enumerate(made):
+            s.edit(n, ("args", argument, i), e)
+        s.put(n.outputs[0], made)
+
+    return row
 
 
 def first_dims(count: int) -> Row:

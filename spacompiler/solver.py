@@ -66,6 +66,7 @@ class Solver:
     approximate: list[tuple[Expr, str]] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     opaque: list[Node] = field(default_factory=list)
+    _read: set[str] | None = None
 
     def solve(self) -> Solver:
         """Visit every node once; afterwards `dims` is final."""
@@ -86,16 +87,30 @@ class Solver:
 
     def _visit(self, node: Node) -> None:
         refs = list(node.refs())
-        if not refs or all(self._fixed(ref) for ref in refs):
+        row = self.table.get(node.op)
+        if row is None and all(self._fixed(ref) for ref in refs):
             self.emit_fixed(node, f"computed without weights by {node.op}")
             return
-        row = self.table.get(node.op, opaque)
         try:
-            row(self, node)
+            (row or opaque)(self, node)
         except (Clash, ValueError, KeyError, IndexError, TypeError) as problem:
             self.give_up(node, f"{node.title()}: {problem}")
+        if any(out not in self.dims for out in node.outputs):
+            self._by_products(node)
         for out in node.outputs:
             self._freeze_dynamic(out)
+
+    def _by_products(self, node: Node) -> None:
+        """Results that a row says nothing about: harmless if nothing reads them."""
+        silent = [out for out in node.outputs if out not in self.dims]
+        if self._read is None:
+            self._read = {r for other in self.graph.nodes for r in other.refs()}
+            self._read.update(self.graph.outputs)
+        if self._read.intersection(silent):
+            self.give_up(node, f"by-products of {node.title()} are read")
+        for out in silent:
+            self.dims[out] = tuple(
+                self.space.atom(n, f"by-product of {node.op}") for n in self.shape(out))
 
     def _fixed(self, ref: str) -> bool:
         return all(e is ONE or is_frozen(e) for e in self.dims[ref])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,13 +145,15 @@ def _tokenizer(transformers: Any, path: str) -> Any:
 def example_inputs(module: Any) -> Inputs:
     """Return seeded example inputs for a transformers model, by what its forward takes."""
     generator = torch.Generator().manual_seed(0)
-    module.config.use_cache = False
+    accepts = inspect.signature(module.forward).parameters
+    fixed = {"use_cache": False} if "use_cache" in accepts else {}
     config = module.config.get_text_config() if hasattr(module.config, "get_text_config") \
         else module.config
     if module.main_input_name == "input_ids":
         ids = torch.randint(0, config.vocab_size, (2, 9), generator=generator)
-        return {"input_ids": ids, "decoder_input_ids": ids[:, :7].clone()} \
-            if getattr(config, "is_encoder_decoder", False) else {"input_ids": ids}
+        if getattr(config, "is_encoder_decoder", False):
+            return {"input_ids": ids, "decoder_input_ids": ids[:, :7].clone(), **fixed}
+        return {"input_ids": ids, **fixed}
     if module.main_input_name == "pixel_values":
         size = module.config.image_size
         side = size if isinstance(size, (list, tuple)) else (size, size)

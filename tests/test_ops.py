@@ -171,8 +171,7 @@ neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square si
 acos atan sinh cosh tanh asinh atanh erf erfc erfinv sigmoid logit relu relu6 leaky_relu elu selu
 celu gelu silu mish softplus hardtanh hardswish hardsigmoid hardshrink softshrink log_sigmoid
 floor ceil round trunc frac nan_to_num logical_not isnan isinf isfinite sgn positive
-clone contiguous alias detach zeros_like ones_like _to_copy lift_fresh_copy lift_fresh lift
-_conj resolve_conj
+clone contiguous alias detach zeros_like ones_like _to_copy lift_fresh_copy lift resolve_conj
 """.split()
 BINARY = """
 add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
@@ -209,7 +208,6 @@ def pointwise_cases() -> Iterator[Case]:
         yield Case(name, op(name), (Ints((3, 4)), Ints((3, 4))), "** **")
     yield Case("bitwise_not", op("bitwise_not"), (Ints((3, 4)),), "**")
     yield Case("acosh", lambda x: aten.acosh(x + 1), ((3, 4),), "**")
-    yield Case("softsign", lambda x: torch.nn.functional.softsign(x), ((3, 4),), "**")
     for name, args in {"threshold": (0.5, 0.1), "clamp": (0.3, 0.6), "clip": (0.3, 0.6),
                        "clamp_min": (0.4,), "clamp_max": (0.4,), "fill": (2.0,),
                        "dropout": (0.5, False), "feature_dropout": (0.5, False),
@@ -218,6 +216,12 @@ def pointwise_cases() -> Iterator[Case]:
         yield Case(name, op(name, *args), ((3, 4),), "**")
     for name in "rand_like randn_like empty_like bernoulli".split():
         yield Case(name, op(name), ((3, 4),), "**", random=True)
+    for name in "zeros ones".split():
+        yield Case(name, lambda x, n=name: x + getattr(aten, n)([3, 4]), ((2, 3, 4),), "***")
+        yield Case(f"new_{name}", lambda x, n=f"new_{name}": x + getattr(aten, n)(x, [3, 4]),
+                   ((2, 3, 4),), "***")
+    yield Case("full", lambda x: x + aten.full([3, 4], 2.0), ((2, 3, 4),), "***")
+    yield Case("new_full", lambda x: x + aten.new_full(x, [3, 1], 2.0), ((2, 3, 4),), "***")
     yield Case("type_as", op("type_as"), ((3, 4), (2,)), "** *")
     yield Case("lerp", op("lerp"), ((3, 4),) * 3, "** ** **")
     yield Case("addcmul", op("addcmul"), ((3, 4), (3, 4), (4,)), "** ** *")
@@ -234,7 +238,7 @@ def along_cases() -> Iterator[Case]:
         args = (False,) if name[0] == "_" else ()
         yield Case(name, op(name, 1, *args), ((3, 4, 5),), "*.*")
         yield Case(name, op(name, -1, *args), ((4, 4),), "*.")
-    yield Case("safe_softmax", op("_safe_softmax", 1), ((3, 4),), "*.")
+    yield Case("_safe_softmax", op("_safe_softmax", 1), ((3, 4),), "*.")
     yield Case("glu", op("glu", 1), ((3, 4),), "*.")
     yield Case("glu", op("glu"), ((3, 4),), "*.")
     for name in "sort argsort".split():
@@ -257,10 +261,13 @@ def along_cases() -> Iterator[Case]:
 def reduce_cases() -> Iterator[Case]:
     for name in REDUCED:
         free = "*.*"
-        args: tuple[Any, ...] = (1,) if name not in ("amax", "amin") else ([1],)
+        many = name in ("amax", "amin", "var", "std", "var_mean", "std_mean")
+        args: tuple[Any, ...] = ([1],) if many else (1,)
         yield Case(name, op(name, *args), ((3, 4, 5),), free)
         keep = {"keepdim": True}
         yield Case(name, op(name, *args, **keep), ((4, 4, 4),), free)
+    yield Case("var", op("var", False), ((3, 4),), "..")
+    yield Case("var", op("var", [1], False, True), ((4, 4),), "*.")
     yield Case("max", op("max"), ((3, 4),), "..")
     yield Case("max", op("max"), ((3, 4), (3, 4)), "** **")
     yield Case("min", op("min"), ((3, 4), (4,)), "** *")
@@ -359,13 +366,18 @@ def shape_cases() -> Iterator[Case]:
         yield Case(name, op(name, [3, -1]), ((3, 2, 4),), "***")
     yield Case("view", op("view", [2, 4, 3]), ((4, 6),), "**")
     yield Case("view", op("view", [6, 1, 4]), ((3, 2, 4),), "***")
-    yield Case("reshape", lambda x: aten.reshape(aten.reshape(x, [3, 4]), [2, 6]), ((12,),), "*")
+    yield Case("reshape", lambda x: aten.reshape(aten.reshape(x, [3, 4]), [2, 6]), ((12,),), ".")
     yield Case("flatten", op("flatten", 1), ((2, 3, 4),), "***")
     yield Case("flatten", op("flatten"), ((4, 4),), "**")
     yield Case("unflatten", op("unflatten", 1, [2, -1]), ((3, 6),), "**")
     yield Case("unflatten", op("unflatten", 0, [2, 3]), ((6, 4),), "**")
     yield Case("permute", op("permute", [2, 0, 1]), ((4, 4, 4),), "***")
     yield Case("permute", op("permute", [-1, 0, 1]), ((2, 3, 4),), "***")
+    yield Case("numpy_T", op("numpy_T"), ((4, 4, 4),), "***")
+    yield Case("mT", op("mT"), ((3, 4, 4),), "***")
+    for name in "movedim moveaxis".split():
+        yield Case(name, op(name, 0, -1), ((4, 4, 4),), "***")
+        yield Case(name, op(name, [0, 1], [2, 0]), ((4, 4, 4),), "***")
     for name in "transpose swapaxes swapdims".split():
         yield Case(name, op(name, 0, -1), ((4, 4, 4),), "***")
     yield Case("t", op("t"), ((3, 4),), "**")
@@ -379,6 +391,9 @@ def shape_cases() -> Iterator[Case]:
     yield Case("expand", op("expand", [2, 3, 4]), ((2, 1, 4),), "*.*")
     yield Case("repeat", op("repeat", [2, 3]), ((3, 4),), "**")
     yield Case("repeat", op("repeat", [2, 1, 3]), ((3, 4),), "**")
+    yield Case("tile", op("tile", [2, 3]), ((3, 4),), "**")
+    yield Case("tile", op("tile", [3]), ((3, 4),), "**")
+    yield Case("expand_as", op("expand_as"), ((4, 1), (3, 4, 5)), "*. ***")
     yield Case("repeat_interleave", op("repeat_interleave", 3, 1), ((3, 4),), "**")
     yield Case("repeat_interleave", op("repeat_interleave", 2, -1), ((4, 4),), "**")
     yield Case("pixel_shuffle", op("pixel_shuffle", 2), ((2, 12, 3, 5),), "****")
@@ -412,6 +427,8 @@ def cut_cases() -> Iterator[Case]:
     for start, end, free in ((0, 2, "**"), (2, 5, "**"), (1, 4, "**"), (-2, 99, "**"),
                              (0, -2, "**"), (-99, 3, "**"), (None, None, "**")):
         yield Case("slice", op("slice", 1, start, end), ((3, 5),), free)
+    for start, length in ((0, 2), (1, 3), (-2, 2)):
+        yield Case("narrow", op("narrow", 1, start, length), ((3, 5),), "**")
     yield Case("slice", op("slice", 1, 2, 4), ((4, 6),), "**")
     yield Case("slice", op("slice", 1, 1, 6, 2), ((3, 6),), "**")
     yield Case("slice", op("slice", 1, 0, 5, 2), ((3, 5),), "..")
@@ -455,7 +472,8 @@ def lookup_cases() -> Iterator[Case]:
                ((5, 5, 4), Ints((2, 3)), Ints((3,))), "..* .. .")
     yield Case("index", lambda x, i, j: aten.index(x, [i, None, j]),
                ((5, 4, 5), Ints((3,)), Ints((3,))), ".*. . .")
-    yield Case("index", lambda x: aten.index(x, [torch.tensor([0, 2, 1])]), ((5, 4),), ".*")
+    yield Case("gather", lambda x, i: aten.gather(x, 1, i), ((3, 5), Ints((3, 4))), "*. *.")
+    yield Case("gather", lambda x, i: aten.gather(x, 0, i), ((5, 4), Ints((3, 3))), ".. ..")
     yield Case("index_select", lambda x, i: aten.index_select(x, 0, i), ((5, 4), Ints((3,))),
                ".* .")
     yield Case("index_select", lambda x, i: aten.index_select(x, -1, i), ((4, 4), Ints((4,), 4)),

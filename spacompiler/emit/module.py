@@ -8,13 +8,14 @@ caught by comparing the copy with the re-written program.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..axes import Choices
+from ..errors import SpaError
 from ..frontends.torch_export import Trace
 from ..groups import Solution
 from ..slicing import Slicer, norm_changes
@@ -152,3 +153,38 @@ def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         return f"{len(got)} results for {len(want)}"
     error = relative_error(got, want)
     return "" if error <= 1e-4 else f"results differ by {error:.1e}"
+
+
+def size_attributes(dense: nn.Module, pruned: nn.Module) -> list[tuple[str, str, Any]]:
+    """Return (path, attribute, value) of every plain attribute in which two modules differ."""
+    changes = []
+    for (path, a), (_, b) in zip(dense.named_modules(), pruned.named_modules(), strict=True):
+        for name, value in vars(b).items():
+            plain = isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
+            if plain and not name.startswith("_") and getattr(a, name, value) != value:
+                changes.append((path, name, value))
+    return changes
+
+
+def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
+           arrays: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a copy of a module that holds `arrays` and the given attributes.
+
+    Raises SpaError if the arrays are not those of this network.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in _arrays(dense):
+        if name in arrays:
+            memo.setdefault(id(tensor), _like(tensor, arrays[name]))
+        else:
+            memo[id(tensor)] = tensor.clone()
+    unknown = sorted(arrays.keys() - {name for name, _ in _arrays(dense)})
+    if unknown:
+        raise SpaError(f"the network has no array {unknown[0]!r}",
+                       why="the artifact was made from another network",
+                       fix="pass the dense module it was made from")
+    pruned = copy.deepcopy(dense, memo)
+    for path, attribute, value in attributes:
+        setattr(pruned.get_submodule(path), attribute,
+                tuple(value) if isinstance(value, list) else value)
+    return pruned

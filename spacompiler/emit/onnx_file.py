@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from spacompiler.emit.latency import open_session, run_session
 from spacompiler.errors import SpaError
+from spacompiler.frontends.torch_export import copied
 
 OPSET = 20
 """Version 20 runs everywhere; 23 fuses rotary embeddings that ONNX Runtime gets wrong at batch > 1.
@@ -66,7 +68,7 @@ def refresh(
             the change would fix an axis that was dynamic.
     """
     tensors = _new_tensors(ep, {**state, **(constants or {})})
-    module = copy.deepcopy(ep.graph_module)
+    module = copied(ep.graph_module)
     _drop_metadata_asserts(module)
     mode = _fake_mode(module)
     free = _free_symbols(ep, module, mode)
@@ -324,7 +326,7 @@ def _check_names(
 
 def _without_idle_nodes(ep: ExportedProgram) -> ExportedProgram:
     """Drop checks and whole-range slices; each would cost the exporter ten ONNX nodes."""
-    module = copy.deepcopy(ep.graph_module)
+    module = copied(ep.graph_module)
     _drop_metadata_asserts(module)
     for node in list(module.graph.nodes):
         if _is_idle_slice(node):
@@ -346,14 +348,14 @@ class _LocallyDecomposed(ExportedProgram):
         decompose_custom_triton_ops: bool = False,
     ) -> ExportedProgram:
         """As the base class; its whole-program way is the fallback."""
-        module = copy.deepcopy(self.graph_module)
+        module = copied(self.graph_module)
         if decomp_table is not None and _is_plain(module):
             try:
                 _decompose_nodes(module, decomp_table)
                 return _rebuild(self, module)
             except Exception as error:  # any surprise in one node: let torch do all of it
                 logging.getLogger(__name__).debug("decomposing the whole program: %s", error)
-        plain = _rebuild(self, copy.deepcopy(self.graph_module))
+        plain = _rebuild(self, copied(self.graph_module))
         return plain.run_decompositions(decomp_table, decompose_custom_triton_ops)
 
 
@@ -377,14 +379,23 @@ def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
 def _needs_decomposing(target: Any, table: Mapping[Any, Any]) -> bool:
     """Whether torch would decompose an operator: by the table, or as a composite that may alias.
 
-    Composites that never alias (linear, attention) are kept when the table does not ask for them.
+    Composites that never alias (linear, attention) are kept if the exporter knows them.
     """
     if target in table or not isinstance(target, torch._ops.OpOverload):
         return target in table
     composite = target.has_kernel_for_dispatch_key(
         torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
     )
-    return composite and any(value.alias_info is not None for value in target._schema.returns)
+    aliases = any(value.alias_info is not None for value in target._schema.returns)
+    return composite and (aliases or not _exporter_words().is_registered(target))
+
+
+@cache
+def _exporter_words() -> Any:
+    """The exporter's table of operators that it can translate."""
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib()
 
 
 def _decompose_node(node: Node, table: Mapping[Any, Any], mode: FakeTensorMode) -> None:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from ..axes import Choices, kept_size
 from ..errors import SpaError
-from ..frontends.torch_export import Trace
+from ..frontends.torch_export import Trace, copied
 from ..groups import Solution
 from ..runner import Runner
 from ..slicing import Slicer, norm_changes
@@ -34,19 +34,12 @@ def edits(solution: Solution, choices: Choices) -> Iterator[tuple[str, Path, Any
 
 def edited(trace: Trace, solution: Solution, choices: Choices) -> fx.GraphModule:
     """Return a copy of the program's graph with its size arguments re-written."""
-    module = copy.deepcopy(trace.program.graph_module)
-    keep_names(trace.program.graph_module.graph, module.graph)
+    module = copied(trace.program.graph_module)
     nodes = {node.name: node for node in module.graph.nodes}
     for name, path, value in edits(solution, choices):
         _set(nodes[name], path, value)
     module.recompile()
     return module
-
-
-def keep_names(old: fx.Graph, new: fx.Graph) -> None:
-    """Give a copied graph the names of its original: copying renames nodes called like builtins."""
-    for a, b in zip(old.nodes, new.nodes, strict=True):
-        b.name = a.name
 
 
 def _set(node: fx.Node, path: Path, value: Any) -> None:

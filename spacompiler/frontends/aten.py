@@ -15,8 +15,8 @@ _POINTWISE = """
 add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
 neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square sin cos tan asin
 acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv sigmoid logit relu relu6 leaky_relu
-elu selu celu gelu silu mish softplus softsign hardtanh hardswish hardsigmoid hardshrink softshrink
-threshold log_sigmoid tanhshrink prelu clamp clamp_min clamp_max clip floor ceil round trunc frac
+elu selu celu gelu silu mish softplus hardtanh hardswish hardsigmoid hardshrink softshrink
+threshold log_sigmoid clamp clamp_min clamp_max clip floor ceil round trunc frac
 nan_to_num lerp addcmul addcdiv where masked_fill eq ne lt le gt ge logical_and logical_or
 logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__
 isnan isinf isfinite xlogy heaviside copysign hypot sgn bitwise_left_shift bitwise_right_shift
@@ -25,7 +25,7 @@ isnan isinf isfinite xlogy heaviside copysign hypot sgn bitwise_left_shift bitwi
 _SAME = """
 clone contiguous alias detach dropout feature_dropout alpha_dropout to _to_copy type_as
 lift_fresh_copy lift_fresh lift zeros_like ones_like full_like empty_like rand_like randn_like
-bernoulli fill positive dropout_ native_dropout requires_grad_ detach_ relu_ _conj resolve_conj
+bernoulli fill positive native_dropout _conj resolve_conj
 """.split()
 
 _POOLING = {
@@ -39,38 +39,40 @@ _POOLING = {
 }
 
 _ALONG: dict[str, Row] = {
-    **{op: p.along() for op in "softmax _softmax log_softmax _log_softmax safe_softmax".split()},
+    **{op: p.along() for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
     **{op: p.along() for op in "cumsum cumprod logcumsumexp cummax cummin glu".split()},
     "topk": p.along(2), "sort": p.along(1), "argsort": p.along(1),
-    "flip": p.along(1, "dims"), "roll": p.along(2, "dims"), "diff": p.along(2),
+    "flip": p.along(1, "dims"), "roll": p.along(2, "dims", None), "diff": p.along(2),
     "tril": p.along(9, "", [-1, -2]), "triu": p.along(9, "", [-1, -2]),
 }
 
 _REDUCE: dict[str, Row] = {
-    "sum": p.reduce("sum"), "mean": p.reduce("mean"),
-    **{op: p.reduce("other") for op in "amax amin prod var std any all logsumexp argmax argmin "
-       "var_mean std_mean norm linalg_vector_norm max min median count_nonzero".split()},
+    **dict.fromkeys("sum any count_nonzero".split(), p.reduce("sum")), "mean": p.reduce("mean"),
+    **dict.fromkeys("norm linalg_vector_norm".split(), p.vector_norm),
+    **dict.fromkeys("max min".split(), p.extremum),
+    **{op: p.reduce("other") for op in "amax amin prod var std all logsumexp argmax argmin "
+       "var_mean std_mean median".split()},
 }
 
 _PATTERNS: dict[str, Row] = {
     "linear": p.contract("... i, o i, o -> ... o"),
-    "addmm": p.contract("o, b i, i o -> b o"),
     "mm": p.contract("n i, i m -> n m"),
     "bmm": p.contract("b n i, b i m -> b n m"),
     "baddbmm": p.contract("b n m, b n i, b i m -> b n m"),
     "mv": p.contract("n i, i -> n"),
     "dot": p.contract("i, i -> "),
     "outer": p.contract("n, m -> n m"),
-    "batch_norm": p.contract("b c !*, c, c, c, c -> b c !*"),
-    "_native_batch_norm_legit_no_training": p.contract("b c !*, c, c, c, c -> b c !*"),
+    "batch_norm": p.contract("b c ..., c, c, c, c -> b c ..."),
+    "_native_batch_norm_legit_no_training": p.contract("b c ..., c, c, c, c -> b c ..."),
     "instance_norm": p.contract("b c !*, c, c, c, c -> b c !*"),
-    "pixel_shuffle": p.contract("... (c r s) h w -> ... c (h r) (w s)", r=(1, "r"), s=(1, "r")),
-    "pixel_unshuffle": p.contract("... c (h r) (w s) -> ... (c r s) h w", r=(1, "r"), s=(1, "r")),
-    "channel_shuffle": p.contract("b (g c) !* -> b (c g) !*", g=(1, "groups")),
+    "pixel_shuffle": p.contract("... (c r r) h w -> ... c (h r) (w r)", r=(1, "r")),
+    "pixel_unshuffle": p.contract("... c (h r) (w r) -> ... (c r r) h w", r=(1, "r")),
+    "channel_shuffle": p.contract("b (g c) ... -> b (c g) ...", g=(1, "groups")),
 }
 
 _FUNCTIONS: dict[str, Row] = {
-    "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum,
+    "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum, "addmm": p.addmm,
+    "prelu": p.prelu,
     **dict.fromkeys("conv1d conv2d conv3d".split(), p.convolution),
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(),
                     p.transposed_convolution),
@@ -78,15 +80,20 @@ _FUNCTIONS: dict[str, Row] = {
     "scaled_dot_product_attention": p.attention,
     **dict.fromkeys("view _unsafe_view reshape view_copy".split(), p.reshape),
     "flatten": p.flatten, "unflatten": p.unflatten,
-    "permute": p.permute, "transpose": p.transpose, "t": p.transpose, "swapaxes": p.transpose,
+    **dict.fromkeys("permute numpy_T".split(), p.permute),
+    **dict.fromkeys("transpose t mT swapaxes swapdims".split(), p.transpose),
+    **dict.fromkeys("movedim moveaxis".split(), p.movedim),
     "unsqueeze": p.unsqueeze, "squeeze": p.squeeze,
-    "expand": p.expand, "repeat": p.tile, "repeat_interleave": p.repeat_interleave,
+    "expand": p.expand, "expand_as": p.pointwise,
+    "repeat": p.tile, "tile": p.tile, "repeat_interleave": p.repeat_interleave,
     "cat": p.cat, "concat": p.cat, "stack": p.stack,
     **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), p.split),
-    "unbind": p.unbind, "select": p.select, "slice": p.slice_,
+    "unbind": p.unbind, "select": p.select, "slice": p.slice_, "narrow": p.narrow,
     "constant_pad_nd": p.pad, "pad": p.pad,
     "layer_norm": p.layer_norm, "rms_norm": p.rms_norm, "group_norm": p.group_norm,
-    "index": p.index, "index_select": p.lookup(),
+    "index": p.index, "index_select": p.lookup(), "gather": p.gather,
+    **dict.fromkeys("zeros ones full".split(), p.create(0)),
+    **dict.fromkeys("new_zeros new_ones new_full".split(), p.create(1)),
 }
 
 

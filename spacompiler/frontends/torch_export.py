@@ -6,6 +6,7 @@ of its nodes, so that what the solver says about a tensor can be found in the pr
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
 from collections.abc import Mapping
@@ -84,6 +85,14 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         why=reason[0] if reason else type(problems[-1]).__name__,
         fix="compile the part of it that can be traced (pass that sub-module and its inputs)",
     ) from problems[-1]
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph module with the names of its nodes (fx renames those called like builtins)."""
+    made = copy.deepcopy(module)
+    for old, new in zip(module.graph.nodes, made.graph.nodes, strict=True):
+        new.name = old.name
+    return made
 
 
 def _is_functional(program: ExportedProgram) -> bool:

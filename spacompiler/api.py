@@ -1,0 +1,112 @@
+"""The Python API: the words of the command line, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import artifact, pipeline, report, source
+from .frontends.aten import TABLE
+from .frontends.torch_export import Inputs, trace
+from .groups import Solution, solve
+from .plan import Plan
+from .recipe import Recipe
+
+
+@dataclass
+class Result:
+    """What a compile made: `module` is the pruned module (None after a dry run)."""
+
+    job: pipeline.Job
+    report: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self.job.pruned
+
+    @property
+    def plan(self) -> Plan:
+        return self.job.plan
+
+    @property
+    def solution(self) -> Solution:
+        return self.job.solution
+
+    def save(self, out: str | Path) -> Path:
+        """Write the artifact to a new directory (whole or not at all) and return its path."""
+        from .write import write
+
+        self.report = write(self.job, Path(out))
+        self.path = Path(out)
+        return self.path
+
+
+def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
+            out: str | Path | None = None, importance: Any = "taylor",
+            allocation: Any = "uniform", calibration: Any = None,
+            loss: Callable[..., Any] | None = None, tokenizer: Any = None, dry_run: bool = False,
+            trust_remote_code: bool = False, progress: pipeline.Progress | None = None,
+            **options: Any) -> Result:
+    """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
+
+    Args:
+        model: a module with `example_inputs`, or a name as on the command line.
+        example_inputs: positional inputs as a tuple, or keywords as a dict; batch 2 or more.
+        target: what stays: `params=70%`, `body=75%` (without embeddings and output layer) or
+            `macs=60%`.
+        out: directory to write the artifact to; it must not exist.
+        importance, allocation: a pass by name, `module:object`, or as an object.
+        calibration: a text file, an iterable of inputs, "none", or None for the model's own.
+        loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
+        options: further fields of `Recipe` (roles, only, ignore, align, floor, layout, seed, …).
+
+    Raises:
+        UsageError: the request is malformed. TargetError: the target cannot be met.
+        ProofError: the result would be wrong. SpaError: anything else that is not our bug.
+    """
+    if out is not None:
+        artifact.check_out(Path(out))
+    recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
+                    calibration=calibration if isinstance(calibration, str) else "", **options)
+    found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
+    job = pipeline.make_job(
+        found.module, found.inputs, recipe, importance=importance, allocator=allocation,
+        calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
+        name=found.name, progress=progress)
+    result = Result(pipeline.run(job, dry_run=dry_run))
+    if out is not None and not dry_run:
+        result.save(out)
+    return result
+
+
+def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
+            trust_remote_code: bool = False) -> Solution:
+    """Trace a model and return its solved axes and groups (print it for the whole text)."""
+    found = _source(model, example_inputs, None, trust_remote_code, None, None)
+    return solve(trace(found.module, found.inputs).graph, TABLE)
+
+
+def _named(what: Any) -> str:
+    return what if isinstance(what, str) else repr(what)
+
+
+def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust: bool,
+            recipe: Recipe | None, progress: pipeline.Progress | None) -> source.Source:
+    if isinstance(model, str):
+        if progress is not None:
+            progress(f"loading {model}", 0, len(pipeline.STEPS))
+        found = source.load(model, trust_remote_code=trust)
+        if inputs is not None:
+            found.inputs = inputs
+        return found
+    if inputs is None:
+        inputs = source.example_inputs(model)
+    return source.Source(type(model).__name__, model, inputs, tokenizer)
+
+
+__all__ = ["Result", "compile", "inspect", "report"]

@@ -1,0 +1,165 @@
+"""The artifact: a directory that appears whole or not at all, and that can be checked and loaded.
+
+    model.safetensors  config.json  tokenizer …      weights (never pickle), stock layout if uniform
+    model.onnx (+ model.onnx.data)                   for ONNX Runtime
+    plan.json  recipe.json                           what was removed, what was asked
+    check.safetensors                                example inputs and results, for `verify`
+    report.json  report.md                           what changed, in numbers
+    MANIFEST.json                                    sha256 of every file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .errors import SpaError, UsageError
+
+MANIFEST = "MANIFEST.json"
+SAMPLE = 65536
+
+
+def check_out(out: Path) -> Path:
+    """Raise UsageError unless `out` can be made: it must not exist, its parent be writable."""
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"output {str(out)!r} exists already",
+                         fix="give a new directory, or remove it first")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"output {str(out)!r} cannot be made", why=f"{parent} is not writable",
+                         fix="give a directory that you may write to")
+    return out
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Give a temporary directory that becomes `out` if all goes well and vanishes if not."""
+    out = check_out(out)
+    made = _missing_parents(out.absolute().parent)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except OSError as problem:
+        raise UsageError(f"output {str(out)!r} cannot be made", why=str(problem)) from problem
+    try:
+        place.chmod(0o755)
+        yield place
+        check_out(out)
+        place.rename(out)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+
+
+def _missing_parents(parent: Path) -> list[Path]:
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    return missing
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True, default=str) + "\n",
+                    encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of an artifact; raises SpaError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise SpaError(f"{path.name} cannot be read", where=str(path.parent), why=str(problem),
+                       fix="give a directory written by `spacompiler compile`") from problem
+
+
+def save_weights(path: Path, module: torch.nn.Module) -> None:
+    """Write a module's parameters and buffers, tied ones once (with `tied` in the metadata)."""
+    first: dict[Any, str] = {}
+    tensors, tied = {}, {}
+    for name, tensor in sorted(module.state_dict().items()):
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else name
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().contiguous()
+    save_file(tensors, path, metadata={"format": "pt", "tied": json.dumps(tied, sort_keys=True)})
+    path.chmod(0o644)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read arrays written by `save_weights`, tied names included; raises SpaError if damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+    except Exception as problem:  # safetensors raises its own kinds
+        raise SpaError(f"{path.name} cannot be read", where=str(path.parent),
+                       why=str(problem)) from problem
+    return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
+
+
+def save_check(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+               results: list[Any]) -> None:
+    """Write the example inputs and a sample of each floating result."""
+    tensors = {f"arg.{i}": a.contiguous() for i, a in enumerate(args)
+               if isinstance(a, torch.Tensor)}
+    tensors |= {f"kwarg.{k}": v.contiguous() for k, v in kwargs.items()
+                if isinstance(v, torch.Tensor)}
+    tensors |= {f"result.{i}": sample(r) for i, r in enumerate(results)
+                if isinstance(r, torch.Tensor) and r.is_floating_point()}
+    save_file(tensors, path)
+    path.chmod(0o644)
+
+
+def sample(result: torch.Tensor) -> torch.Tensor:
+    """Return at most SAMPLE evenly spaced values of a result."""
+    flat = result.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // SAMPLE))].contiguous().clone()
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file with its size and sha256."""
+    files = {str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size}
+             for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def check_manifest(folder: Path) -> list[str]:
+    """Return what differs from the manifest, [] if nothing; raises SpaError if there is none."""
+    if not folder.is_dir():
+        raise SpaError(f"there is no artifact at {str(folder)!r}", why="no such directory",
+                       fix="give a directory written by `spacompiler compile`")
+    listed = read_json(folder / MANIFEST)["files"]
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    wrong = [f"{name} is missing" for name in sorted(listed.keys() - present)]
+    wrong += [f"{name} is not listed" for name in sorted(present - listed.keys() - {MANIFEST})]
+    wrong += [f"{name} was changed" for name in sorted(listed.keys() & present)
+              if sha256(folder / name) != listed[name]["sha256"]]
+    return wrong

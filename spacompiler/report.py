@@ -1,0 +1,139 @@
+"""The report: what a compile did, as data and as a page that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .axes import kept_size, show
+from .pipeline import Job, frozen_reasons
+from .plan import widths
+
+LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """Return everything that is known before files are written."""
+    plan = job.plan
+    return {
+        "model": job.name,
+        "target": plan.target,
+        "costs": plan.costs,
+        "importance": repr(job.importance),
+        "allocation": repr(job.allocation),
+        "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
+                        "batches": len(job.calibration.batches) if job.importance.needs else 0},
+        "layout": job.layout,
+        "emission": job.emission,
+        "groups": {"found": len(job.solution.groups), "candidates": len(job.candidates),
+                   "shrunk": len(plan.kept)},
+        "widths": [{"array": name, "before": before, "after": after}
+                   for name, before, after in widths(job.solution, job.choices)],
+        "shrunk": [{"group": g.name, "role": g.role, "before": g.size,
+                    "after": job.choices[g.atom].count}
+                   for g in job.candidates if g.atom in job.choices],
+        "frozen": {why: len(dims) for why, dims in frozen_reasons(job.solution).items()},
+        "unknown_operators": sorted({n.title() for n in job.solution.solver.opaque}),
+        "proof": None if job.proof is None else {
+            "relative_error": job.proof.error, "negative_control": job.proof.control,
+            "control_array": job.proof.swapped, "approximate_by": job.proof.approximate},
+        "notes": job.notes,
+    }
+
+
+def share(pair: Mapping[str, int]) -> str:
+    return f"{pair['pruned'] / pair['dense']:.1%}" if pair["dense"] else "-"
+
+
+def table_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return (what, dense, pruned, share) rows for a terminal or a page."""
+    rows = [(LABELS[m], f"{c['dense']:,}", f"{c['pruned']:,}", share(c))
+            for m, c in data["costs"].items()]
+    if data.get("bytes"):
+        sizes = data["bytes"]
+        rows.append(("bytes of weights", f"{sizes['dense']:,}", f"{sizes['pruned']:,}",
+                     share(sizes)))
+    latency = data.get("latency")
+    if latency:
+        ratio = latency["pruned"]["median_ms"] / latency["dense"]["median_ms"]
+        rows.append(("latency in ONNX Runtime, ms", f"{latency['dense']['median_ms']:.2f}",
+                     f"{latency['pruned']['median_ms']:.2f}", f"{ratio:.1%}"))
+    return rows
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """Return the report as a page."""
+    lines = [f"# {data['model']}: {data['target']}", "",
+             f"Importance `{data['importance']}`, allocation `{data['allocation']}`, "
+             f"calibration: {data['calibration']['origin']}. "
+             f"Layout {data['layout']} (by {data['emission']}).", "",
+             *_table(("", "dense", "pruned", "stays"), table_rows(data)), "",
+             "## Proof", "", *_proof(data), "",
+             "## Widths", "",
+             *_table(("group", "role", "before", "after"),
+                     [(f"`{g['group']}`", g["role"], g["before"], g["after"])
+                      for g in data["shrunk"]]), "",
+             "## Arrays", "",
+             *_table(("array", "before", "after"),
+                     [(f"`{w['array']}`", _shape(w["before"]), _shape(w["after"]))
+                      for w in data["widths"]]), "",
+             "## Frozen", "",
+             *_table(("why", "dimensions"), list(data["frozen"].items())), ""]
+    if data["unknown_operators"]:
+        lines += ["## Unknown operators", "", *(f"- {n}" for n in data["unknown_operators"]), ""]
+    if data["notes"]:
+        lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
+    return "\n".join(lines)
+
+
+def _shape(shape: Any) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _table(head: tuple[str, ...], rows: Any) -> list[str]:
+    body = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
+
+
+def _proof(data: Mapping[str, Any]) -> list[str]:
+    proof = data["proof"]
+    if proof is None:
+        return ["**Skipped on request.**"]
+    rows = [("masked dense ≡ pruned, float64, relative error", f"{proof['relative_error']:.1e}"),
+            (f"negative control (one wrong index in `{proof['control_array']}`)",
+             f"{proof['negative_control']:.1e}")]
+    if proof["approximate_by"] is not None:
+        rows.append(("LayerNorm over fewer slices differs from masked dense by",
+                     f"{proof['approximate_by']:.1e}"))
+    for check in data.get("onnx", ()):
+        rows.append((f"ONNX Runtime ≡ torch at {check['shapes']}, max difference",
+                     f"{check['max_abs']:.1e}"))
+    if data.get("reload"):
+        rows.append(("reload ≡ memory", data["reload"]))
+    return _table(("check", "result"), rows)
+
+
+def group_rows(job_or_solution: Any) -> list[tuple[str, ...]]:
+    """Return (group, role, size, fibred under, members, shape of the first member) rows."""
+    rows = []
+    for group in job_or_solution.groups.values():
+        under = "×".join(str(o.size) for o in group.outers)
+        first = group.members[0]
+        rows.append((group.name, group.role, str(group.size), under, str(len(group.members)),
+                     show(job_or_solution.dims(first.weight)[first.dim])))
+    return rows
+
+
+def pruned_bytes(job: Job) -> dict[str, int]:
+    """Return bytes of all stored arrays, dense and pruned."""
+    total = {"dense": 0, "pruned": 0}
+    sizes = {w: t for w, t in job.solution.graph.weights().items()}
+    stored = {**job.trace.program.state_dict, **job.trace.program.constants}
+    for name, dims in job.solution.weights().items():
+        item = stored[sizes[name].weight or name].element_size()
+        dense = pruned = item
+        for e in dims:
+            dense, pruned = dense * e.size, pruned * kept_size(e, job.choices)
+        total["dense"] += dense
+        total["pruned"] += pruned
+    return total

@@ -1,0 +1,231 @@
+"""Write a finished job: weights, config, ONNX, plan, report, manifest; and check what was written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from . import artifact, report
+from .axes import indices
+from .emit import hf
+from .emit.module import size_attributes
+from .errors import ProofError, SpaError
+from .frontends.torch_export import Trace
+from .pipeline import Job, pruned_program
+from .slicing import norm_changes
+
+ONNX_TOLERANCE = 1e-3
+
+
+def write(job: Job, out: Path) -> dict[str, Any]:
+    """Write the artifact of a job to a new directory and return the report's data.
+
+    Raises SpaError, leaving nothing behind, if any file cannot be written or a check fails.
+    """
+    data = report.facts(job)
+    data["bytes"] = report.pruned_bytes(job)
+    with artifact.whole(out) as folder:
+        job.progress("writing weights", 0, 4)
+        _weights(job, folder)
+        job.progress("checking the reload", 1, 4)
+        data["reload"] = _reload(job, folder)
+        job.progress("exporting ONNX", 2, 4)
+        if job.recipe.onnx:
+            data["onnx"], data["latency"] = _onnx(job, folder)
+        job.progress("writing the report", 3, 4)
+        (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
+        artifact.write_json(folder / "slices.json", slices(job))
+        artifact.write_json(folder / "recipe.json", {
+            "model": job.name, **job.recipe.as_dict(), "importance": repr(job.importance),
+            "allocation": repr(job.allocation), "calibration": job.calibration.origin})
+        artifact.write_json(folder / "report.json", data)
+        (folder / "report.md").write_text(report.markdown(data), encoding="utf-8")
+        artifact.write_manifest(folder)
+    return data
+
+
+def _weights(job: Job, folder: Path) -> None:
+    if job.layout == "uniform":
+        hf.save(job.pruned, folder, job.tokenizer)
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)
+        return
+    module = job.pruned.body if job.emission == "program" else job.pruned
+    artifact.save_weights(folder / "model.safetensors", module)
+    if hf.is_hf(job.module):
+        config = job.module.config.to_dict()
+        artifact.write_json(folder / "dense_config.json", config)
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(folder)
+
+
+def _results(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    with torch.no_grad():
+        return [x for x in pytree.tree_leaves(module(*args, **kwargs))
+                if isinstance(x, torch.Tensor)]
+
+
+def _reload(job: Job, folder: Path) -> str:
+    """Load what was written by the means a user has, and compare results bit by bit."""
+    from .loading import load_folder
+
+    want = _results(job.pruned.eval(), job.trace.args, job.trace.kwargs)
+    artifact.save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
+    artifact.write_json(folder / "structure.json", structure(job))
+    (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
+    again = load_folder(folder, model=job.module)
+    got = _results(again, job.trace.args, job.trace.kwargs)
+    if len(got) != len(want) or not all(map(torch.equal, got, want)):
+        raise ProofError("the reloaded model differs from the one in memory",
+                         why="its results are not bit-equal", fix="please report it")
+    return "bit-equal"
+
+
+def structure(job: Job) -> dict[str, Any]:
+    """Return what a loader needs beside the weights."""
+    attributes = [] if job.layout == "uniform" or job.emission == "program" else \
+        [list(change) for change in size_attributes(job.module, job.pruned)]
+    cls = type(job.module)
+    return {"layout": job.layout, "emission": job.emission, "model": job.name,
+            "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
+            "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
+                       "constants": {k: v for k, v in job.trace.kwargs.items()
+                                     if not isinstance(v, torch.Tensor)}}}
+
+
+def slices(job: Job) -> dict[str, Any]:
+    """Return, per stored array that changed, the kept indices of each dimension.
+
+    Equal index lists are stored once; `null` keeps a whole dimension; arrays whose values were
+    corrected besides (gains of RMSNorms) are listed with their factor.
+    """
+    lists: dict[str, list[int]] = {}
+    arrays: dict[str, Any] = {}
+    for name, dims in job.solution.weights().items():
+        per_axis = indices(dims, job.choices)
+        if per_axis is None:
+            arrays[name] = "joint"
+        elif any(index is not None for index in per_axis):
+            arrays[name] = [None if i is None else _shared(lists, i) for i in per_axis]
+    gains = {c.norm.gain: {"factor": c.gain, "offset": c.norm.offset}
+             for c in norm_changes(job.solution, job.choices)}
+    return {"indices": lists, "arrays": arrays, "corrected": gains}
+
+
+def _shared(lists: dict[str, list[int]], index: np.ndarray) -> str:
+    values = index.tolist()
+    for key, have in lists.items():
+        if have == values:
+            return key
+    lists[str(len(lists))] = values
+    return str(len(lists) - 1)
+
+
+# --- ONNX -------------------------------------------------------------------------------------
+
+
+def other_inputs(trace: Trace, which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs at other sizes than those traced: values repeat, cut or tiled.
+
+    Equal traced sizes of varying dimensions change alike.
+    """
+    sizes = sorted({t.shape[d] for n in trace.graph.inputs
+                    for t in (trace.graph.tensors[n],) for d in t.dynamic})
+    new = {old: max(1, [old + 1 + i, max(1, old // 2) + i][which % 2])
+           for i, old in enumerate(sizes)}
+    names = iter(trace.graph.inputs)
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        tensor = trace.graph.tensors[next(names)]
+        for d in sorted(tensor.dynamic):
+            index = torch.arange(new[value.shape[d]]) % value.shape[d]
+            value = value.index_select(d, index)
+        return value
+
+    args, kwargs = pytree.tree_map(resize, (trace.args, trace.kwargs))
+    return args, kwargs
+
+
+def _feed(trace: Trace, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
+    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+    return {name: t.numpy() for name, t in zip(trace.graph.inputs, tensors, strict=True)}
+
+
+def _axes(trace: Trace) -> dict[str, dict[int, str]]:
+    """Readable names of varying dimensions: batch, sequence, then axis numbers."""
+    names = {0: "batch", 1: "sequence"}
+    return {n: {d: names.get(d, f"axis{d}") for d in trace.graph.tensors[n].dynamic}
+            for n in trace.graph.inputs if trace.graph.tensors[n].dynamic}
+
+
+def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    from .emit.onnx_file import export_onnx, parity
+
+    path = folder / "model.onnx"
+    program = pruned_program(job)
+    export_onnx(program, path, input_names=job.trace.graph.inputs)
+    sets = [other_inputs(job.trace, k) for k in (0, 1)]
+    feeds = [_feed(job.trace, *s) for s in sets]
+    found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
+
+    def reference(feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return [r.numpy() for r in _results(job.pruned, *found[id(feed)])]
+
+    checks = parity(path, reference, feeds)
+    for check in checks:
+        if not check.max_abs <= ONNX_TOLERANCE and not check.max_rel <= ONNX_TOLERANCE:
+            raise ProofError(f"ONNX Runtime differs from torch by {check.max_abs:.1e}",
+                             where=str(check.shapes), fix="use --no-onnx, and please report it")
+    rows = [{"shapes": {k: list(v) for k, v in c.shapes.items()}, "max_abs": c.max_abs,
+             "max_rel": c.max_rel} for c in checks]
+    return rows, _latency(job, path) if job.recipe.latency else None
+
+
+def _latency(job: Job, path: Path) -> dict[str, Any]:
+    from .emit.latency import compare_latency
+    from .emit.onnx_file import export_onnx
+
+    job.progress("measuring latency", 3, 4)
+    with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
+        dense = Path(temporary) / "dense.onnx"
+        export_onnx(job.trace.program, dense, input_names=job.trace.graph.inputs)
+        args, kwargs = latency_inputs(job.trace)
+        times = compare_latency({"dense": dense, "pruned": path}, _feed(job.trace, args, kwargs))
+    shapes = {n: list(a.shape) for n, a in _feed(job.trace, args, kwargs).items()}
+    return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
+               for n, t in times.items()}, "threads": 1, "shapes": shapes}
+
+
+def latency_inputs(trace: Trace, length: int = 128) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs for timing: batch 1, sequences of `length`."""
+    names = iter(trace.graph.inputs)
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        dynamic = trace.graph.tensors[next(names)].dynamic
+        for d in sorted(dynamic):
+            size = 1 if d == 0 else length
+            value = value.index_select(d, torch.arange(size) % value.shape[d])
+        return value
+
+    args, kwargs = pytree.tree_map(resize, (trace.args, trace.kwargs))
+    return args, kwargs
+
+
+def example_iterator(trace: Trace) -> Iterator[tuple[Any, Any]]:
+    """Yield the traced inputs and two other sizes."""
+    yield trace.args, trace.kwargs
+    for which in (0, 1):
+        try:
+            yield other_inputs(trace, which)
+        except SpaError:
+            return
