@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import artifact, pipeline, report, source
+from . import artifact, pipeline, source
 from .frontends.aten import TABLE
 from .frontends.torch_export import Inputs, trace
 from .groups import Solution, solve
@@ -107,6 +107,3 @@ def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust
     if inputs is None:
         inputs = source.example_inputs(model)
     return source.Source(type(model).__name__, model, inputs, tokenizer)
-
-
-__all__ = ["Result", "compile", "inspect", "report"]

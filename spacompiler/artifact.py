@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,25 +23,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .artifact_path import MANIFEST, check_artifact, check_out
 from .errors import SpaError, UsageError
 
-MANIFEST = "MANIFEST.json"
 SAMPLE = 65536
-
-
-def check_out(out: Path) -> Path:
-    """Raise UsageError unless `out` can be made: it must not exist, its parent be writable."""
-    out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"output {str(out)!r} exists already",
-                         fix="give a new directory, or remove it first")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"output {str(out)!r} cannot be made", why=f"{parent} is not writable",
-                         fix="give a directory that you may write to")
-    return out
 
 
 @contextmanager
@@ -153,9 +137,7 @@ def write_manifest(folder: Path) -> None:
 
 def check_manifest(folder: Path) -> list[str]:
     """Return what differs from the manifest, [] if nothing; raises SpaError if there is none."""
-    if not folder.is_dir():
-        raise SpaError(f"there is no artifact at {str(folder)!r}", why="no such directory",
-                       fix="give a directory written by `spacompiler compile`")
+    check_artifact(folder)
     listed = read_json(folder / MANIFEST)["files"]
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     wrong = [f"{name} is missing" for name in sorted(listed.keys() - present)]

@@ -68,15 +68,34 @@ def from_string(text: str, tokenizer: Any, *, samples: int, length: int, batch: 
     return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)])
 
 
+PYTHON_TEXT = "pydoc_data.topics (text that Python carries)"
+
+
+def python_text(part: str = "calibration") -> str:
+    """Return English text that every Python has: its language topics.
+
+    `part` is calibration or held-out: every fourth topic is held out.
+    """
+    from pydoc_data.topics import topics
+
+    held_out = part == "held-out"
+    return "\n\n".join(topics[name] for i, name in enumerate(sorted(topics))
+                       if (i % 4 == 3) == held_out)
+
+
 def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
             samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0) -> Calibration:
     """Return the calibration that a user asked for.
 
     `what` is a path, an iterable of inputs, "none" (the example inputs only), or None: the
-    model's own calibration data where it has some, else the example inputs.
+    model's own calibration data where it has some, text that Python carries where the model has
+    a tokenizer, else the example inputs.
     """
     if what is None and own is not None:
         return Calibration("the model's own", [as_call(b) for b in own(max(1, samples // 2), seed)])
+    if what is None and tokenizer is not None:
+        return from_string(python_text(), tokenizer, samples=samples, length=length, batch=batch,
+                           seed=seed, origin=PYTHON_TEXT)
     if what is None or what == "none":
         return Calibration("example inputs only", [as_call(inputs)])
     if isinstance(what, (str, Path)):

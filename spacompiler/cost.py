@@ -9,8 +9,6 @@ from math import prod
 from .axes import Atom, Expr, atoms, resolve
 from .groups import Solution
 
-METRICS = ("params", "body", "macs")
-
 
 @dataclass(frozen=True, slots=True)
 class Term:

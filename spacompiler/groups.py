@@ -16,8 +16,6 @@ from .graph import Graph, Node, Tensor
 from .idioms import rms_norms
 from .solver import Read, Row, Solver
 
-ROLES = ("channel", "head", "head dim", "hidden")
-
 
 @dataclass(frozen=True, slots=True)
 class Member:

@@ -18,7 +18,7 @@ from torch import nn
 from . import allocation, registry
 from .axes import Choices
 from .calibration import Calibration, default_loss, resolve
-from .cost import METRICS, cost
+from .cost import cost
 from .emit import hf
 from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
@@ -28,7 +28,7 @@ from .frontends.torch_export import Inputs, Trace, trace
 from .groups import Group, Solution, solve
 from .plan import Plan, make_plan
 from .proof import CONTROL, TOLERANCE, Proof, prove
-from .recipe import Recipe, parse_target
+from .recipe import METRICS, Recipe, parse_target
 from .scores import Scores
 from .slicing import Slicer
 

@@ -10,10 +10,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .cost import METRICS
 from .errors import UsageError, did_you_mean
-from .groups import ROLES
 
+METRICS = ("params", "body", "macs")
+ROLES = ("channel", "head", "head dim", "hidden")
 LAYOUTS = ("auto", "uniform", "any")
 
 

@@ -27,6 +27,26 @@ def available() -> Iterator[tuple[str, EntryPoint]]:
             yield kind, entry
 
 
+def check_name(kind: str, text: str) -> None:
+    """Raise UsageError for a misspelt name, without importing anything."""
+    name, _ = _parse(text)
+    known = [entry.name for entry in entry_points(group=f"spacompiler.{kind}")]
+    if ":" not in name and name not in known:
+        raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, known))
+
+
+def describe(entry: EntryPoint) -> tuple[str, str]:
+    """Return (options with defaults, first line of the docstring) of a pass."""
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as problem:
+        return "", f"cannot be loaded: {problem}"
+    options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found)) \
+        if dataclasses.is_dataclass(found) else ""
+    doc = " ".join((found.__doc__ or "").split("\n\n")[0].split())
+    return options, doc
+
+
 def find(kind: str, what: Any) -> Any:
     """Return a pass object for a name, `name(option=value, ...)`, `module:object` or an object.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .axes import kept_size, show
+from .axes import kept_size
 from .pipeline import Job, frozen_reasons
 from .plan import widths
 
@@ -111,17 +111,6 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
     if data.get("reload"):
         rows.append(("reload ≡ memory", data["reload"]))
     return _table(("check", "result"), rows)
-
-
-def group_rows(job_or_solution: Any) -> list[tuple[str, ...]]:
-    """Return (group, role, size, fibred under, members, shape of the first member) rows."""
-    rows = []
-    for group in job_or_solution.groups.values():
-        under = "×".join(str(o.size) for o in group.outers)
-        first = group.members[0]
-        rows.append((group.name, group.role, str(group.size), under, str(len(group.members)),
-                     show(job_or_solution.dims(first.weight)[first.dim])))
-    return rows
 
 
 def pruned_bytes(job: Job) -> dict[str, int]:

@@ -52,7 +52,10 @@ class Contraction:
 
 @dataclass(slots=True)
 class Solver:
-    """Axis expressions per tensor, and what the rows found out on the way."""
+    """Axis expressions per tensor, and what the rows found out on the way.
+
+    `bare` are the tensors that no stored array has a part in.
+    """
 
     graph: Graph
     table: Mapping[str, Row]
@@ -66,6 +69,7 @@ class Solver:
     approximate: list[tuple[Expr, str]] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     opaque: list[Node] = field(default_factory=list)
+    bare: set[str] = field(default_factory=set)
     _read: set[str] | None = None
 
     def solve(self) -> Solver:
@@ -78,6 +82,7 @@ class Solver:
                 self.dims[tensor.name] = stored[tensor.weight]
             elif tensor.kind in ("input", "constant"):
                 why = f"model {tensor.kind} {tensor.name}"
+                self.bare.add(tensor.name)
                 self.dims[tensor.name] = tuple(self.space.atom(n, why) for n in tensor.shape)
         for node in self.graph.nodes:
             self._visit(node)
@@ -88,8 +93,13 @@ class Solver:
     def _visit(self, node: Node) -> None:
         refs = list(node.refs())
         row = self.table.get(node.op)
-        if row is None and all(self._fixed(ref) for ref in refs):
-            self.emit_fixed(node, f"computed without weights by {node.op}")
+        bare = self.bare.issuperset(refs)
+        if bare:
+            self.bare.update(node.outputs)
+        if row is None and (bare or all(self._fixed(ref) for ref in refs)):
+            why = f"computed without weights by {node.op}"
+            self.freeze((e for ref in refs for e in self.dims[ref] if not is_frozen(e)), why)
+            self.emit_fixed(node, why)
             return
         try:
             (row or opaque)(self, node)

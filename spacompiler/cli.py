@@ -1,0 +1,252 @@
+"""The command line: compile, inspect, verify, passes. Results go to stdout, progress to stderr.
+
+Exit codes: 0 done, 1 failed (nothing written), 2 the request was malformed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import SpaError, UsageError
+
+app = typer.Typer(
+    help="Prune a network: find coupled channels, heads and neurons, remove whole slices, "
+         "prove the result, and write a smaller model.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None)
+
+Model = Annotated[str, typer.Argument(
+    metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, or "
+                          "package.module:factory (returns module, example inputs)")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Trust = Annotated[bool, typer.Option(
+    "--trust-remote-code", help="Dangerous: run code that the checkpoint brings along.")]
+
+
+@app.command()
+def compile(
+    model: Model,
+    target: Annotated[str, typer.Option(help="What stays: params=70%, body=75% (all but embeddings "
+                                             "and output layer) or macs=60%.")],
+    out: Annotated[Path | None, typer.Option(help="Directory to write; must not exist.")] = None,
+    importance: Annotated[str, typer.Option(help="Pass that scores slices (see `passes`).")]
+    = "taylor",
+    allocation: Annotated[str, typer.Option(help="Pass that turns scores into counts.")]
+    = "uniform",
+    calibration: Annotated[str | None, typer.Option(
+        help="A text file, or none (example inputs only). Default: the model's own data, or "
+             "text that Python carries.")] = None,
+    role: Annotated[list[str] | None, typer.Option(
+        help="What may go: channel, head, 'head dim', hidden. Repeatable. "
+             "Default: channel and head.")] = None,
+    only: Annotated[list[str] | None, typer.Option(
+        help="Pattern over groups and parameters: nothing else goes. Repeatable.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(
+        help="Pattern over groups and parameters that stay. Repeatable.")] = None,
+    approximate: Annotated[bool, typer.Option(
+        help="Let axes go whose LayerNorm statistics change.")] = False,
+    align: Annotated[int | None, typer.Option(
+        help="Widths become multiples of this. Default: what this CPU's kernels want.")] = None,
+    floor: Annotated[float, typer.Option(help="Least share of each group that stays.")] = 0.1,
+    layout: Annotated[str, typer.Option(help="auto, uniform (stock transformers) or any.")]
+    = "auto",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 128,
+    batch: Annotated[int, typer.Option(help="Windows in a calibration batch.")] = 2,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    prove: Annotated[bool, typer.Option(help="Prove masked dense = pruned in float64.")] = True,
+    onnx: Annotated[bool, typer.Option(help="Export model.onnx and check it.")] = True,
+    latency: Annotated[bool, typer.Option(help="Time dense against pruned in ONNX Runtime.")]
+    = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Prune MODEL to a target and write a smaller model that is proved right."""
+    with _errors(as_json):
+        if out is None and not dry_run:
+            raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
+        options = {"roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
+                   "ignore": tuple(ignore or ()), "approximate": approximate, "align": align,
+                   "floor": floor, "layout": layout, "samples": samples, "length": length,
+                   "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "latency": latency}
+        _check_early(target, out, importance, allocation, options)
+        from . import api, report
+
+        with _progress() as tick:
+            result = api.compile(
+                model, target=target, out=out, importance=importance, allocation=allocation,
+                calibration=calibration, dry_run=dry_run, trust_remote_code=trust_remote_code,
+                progress=tick, **options)
+        data = result.report or report.facts(result.job)
+        if as_json:
+            print(json.dumps({**data, "out": str(out) if out else None}, default=str))
+        else:
+            _print_compiled(data, out if not dry_run else None)
+
+
+def _check_early(target: str, out: Path | None, importance: str, allocation: str,
+                 options: dict[str, Any]) -> None:
+    """Find mistakes in the request before torch is imported."""
+    from . import artifact_path, registry
+    from .recipe import Recipe
+
+    Recipe(target=target, **options)
+    if out is not None:
+        artifact_path.check_out(out)
+    for kind, name in (("importance", importance), ("allocation", allocation)):
+        registry.check_name(kind, name)
+
+
+def _print_compiled(data: dict[str, Any], out: Path | None) -> None:
+    from rich.console import Console
+
+    from .report_tables import compiled
+
+    console = Console(soft_wrap=True)
+    console.print(compiled(data))
+    if data["proof"]:
+        console.print(f"proof: relative error {data['proof']['relative_error']:.1e} in float64; "
+                      f"a wrong index gives {data['proof']['negative_control']:.1e}")
+    for note in data["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"written to {out}" if out else "dry run: nothing written", markup=False)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    why: Annotated[tuple[str, str] | None, typer.Option(
+        metavar="PARAM:DIM PARAM:DIM", help="Print the chain of operators that couples two "
+                                            "dimensions.")] = None,
+    graph: Annotated[Path | None, typer.Option(
+        help="Write groups and dimensions as a graph: .dot, .graphml or .html.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="List members and frozen arrays.")] = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show the coupled groups of MODEL."""
+    with _errors(as_json):
+        if graph is not None and graph.suffix not in (".dot", ".graphml", ".html"):
+            raise UsageError(f"cannot write a graph as {graph.suffix or graph.name!r}",
+                             fix="name it .dot, .graphml or .html")
+        from . import api, inspection
+
+        with _progress() as tick:
+            tick(f"tracing {model}", 0, 1)
+            solution = api.inspect(model, trust_remote_code=trust_remote_code)
+        if graph is not None:
+            inspection.write_graph(solution, graph)
+        if why is not None:
+            chain = inspection.explain(solution, *why)
+            print(json.dumps(chain) if as_json else "\n".join(chain))
+        elif as_json:
+            print(json.dumps(inspection.as_data(solution)))
+        elif full:
+            print(solution)
+        else:
+            _print(inspection.table(solution))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `compile` "
+                                                                  "wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check an artifact again: hashes, reload, plan identity, ONNX parity."""
+    with _errors(as_json):
+        from .artifact_path import check_artifact
+
+        check_artifact(directory)
+        from .verify import verify as run
+
+        with _progress() as tick:
+            tick(f"verifying {directory}", 0, 1)
+            found = run(directory)
+        if as_json:
+            print(json.dumps([{"check": c.name, "passed": c.passed, "detail": c.detail}
+                              for c in found]))
+        else:
+            words = {True: "ok", False: "FAILED", None: "skipped"}
+            for check in found:
+                print(f"{words[check.passed]:8}{check.name}: {check.detail}")
+        if any(check.passed is False for check in found):
+            raise typer.Exit(1)
+
+
+@app.command()
+def passes(as_json: AsJson = False) -> None:
+    """List the installed passes."""
+    with _errors(as_json):
+        from . import registry
+
+        rows = [(kind, entry.name, *registry.describe(entry))
+                for kind, entry in registry.available()]
+        if as_json:
+            print(json.dumps([dict(zip(("kind", "name", "options", "what"), row, strict=True))
+                              for row in rows]))
+        else:
+            from .report_tables import table
+
+            _print(table(("kind", "name", "options", "what"), rows))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width).print(renderable)
+
+
+@contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Print a SpaError as one message on stderr and exit with its code."""
+    try:
+        yield
+    except SpaError as error:
+        if as_json:
+            print(json.dumps({"error": error.what, "where": error.where, "why": error.why,
+                              "fix": error.fix}))
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.code) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing written", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; plain lines where stderr is no terminal."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: print(f"… {stage}" + (
+            f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+               TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage, done, total: bar.update(
+            task, description=stage, completed=done, total=total)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="spacompiler")
+
+
+if __name__ == "__main__":
+    main()
