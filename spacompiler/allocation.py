@@ -76,7 +76,33 @@ class Problem:
 
 
 def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
-    """Move single units by one legal step while that brings the cost nearer to the target."""
+    """Move units by legal steps while that brings the cost nearer to the target.
+
+    Where single steps get stuck short of the tolerance, a coarse unit is moved first and the
+    others settle around it.
+    """
+    kept = _settle(problem, kept)
+    coarse = sorted((u for u in problem.units if len(u.legal) > 1),
+                    key=lambda u: -abs(problem.cost.change(u.counts(u.legal[-2]))))[:8]
+    for unit in coarse:
+        if problem.met(kept):
+            break
+        for by in (1, -1):
+            at = unit.legal.index(kept[unit.name]) + by
+            if 0 <= at < len(unit.legal):
+                other = _settle(problem, {**kept, unit.name: unit.legal[at]}, but=unit.name)
+                if _miss(problem, other) < _miss(problem, kept):
+                    kept = other
+    problem.price(kept)
+    return kept
+
+
+def _miss(problem: Problem, kept: Mapping[str, int]) -> float:
+    return abs(problem.price(kept) - problem.target)
+
+
+def _settle(problem: Problem, kept: dict[str, int], but: str = "") -> dict[str, int]:
+    """Take the single step that helps most until none does (`but` names a unit to leave)."""
     kept = dict(kept)
     for _ in range(10 * sum(len(u.legal) for u in problem.units)):
         miss = problem.price(kept) - problem.target
@@ -84,7 +110,7 @@ def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
         for unit in problem.units:
             at = unit.legal.index(kept[unit.name])
             for step in (at - 1, at + 1):
-                if 0 <= step < len(unit.legal):
+                if unit.name != but and 0 <= step < len(unit.legal):
                     change = problem.cost.change(unit.counts(unit.legal[step]))
                     if abs(miss + change) < best:
                         best, move = abs(miss + change), (unit.name, unit.legal[step])
@@ -125,27 +151,35 @@ def candidates(solution: Solution, *, roles: Sequence[str], only: Sequence[str] 
                ignore: Sequence[str] = (), approximate: bool = False) -> list[Group]:
     """Return the groups that may shrink.
 
-    `only` and `ignore` are shell patterns over group names and member arrays; with `only`, roles
-    do not count. Raises UsageError if a pattern matches nothing.
+    `only` and `ignore` are shell patterns over group names and arrays: a group is chosen by
+    `only` if its name or all of its arrays match (roles do not count then), and stays by
+    `ignore` if its name or any of its arrays does. Raises UsageError if a pattern matches nothing.
     """
     for pattern in (*only, *ignore):
-        if not any(matches(group, [pattern]) for group in solution.groups.values()):
+        if not any(_touches(group, [pattern]) for group in solution.groups.values()):
             known = ", ".join(list(solution.groups)[:4])
             raise UsageError(f"pattern {pattern!r} matches no group or parameter",
                              fix=f"groups are named like {known}")
     chosen = []
     for group in solution.groups.values():
-        wanted = matches(group, only) if only else group.role in roles
-        if wanted and not matches(group, ignore):
+        wanted = _lies_in(group, only) if only else group.role in roles
+        if wanted and not _touches(group, ignore):
             if group.approximate and not (approximate or only):
                 continue
             chosen.append(group)
     return chosen
 
 
-def matches(group: Group, patterns: Iterable[str]) -> bool:
-    names = [group.name, *(m.weight for m in group.members)]
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns for name in names)
+def _match(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _touches(group: Group, patterns: Sequence[str]) -> bool:
+    return _match(group.name, patterns) or any(_match(m.weight, patterns) for m in group.members)
+
+
+def _lies_in(group: Group, patterns: Sequence[str]) -> bool:
+    return _match(group.name, patterns) or all(_match(m.weight, patterns) for m in group.members)
 
 
 def step(solution: Solution, group: Group, align: int | None, lanes: int) -> int:
@@ -161,12 +195,13 @@ def step(solution: Solution, group: Group, align: int | None, lanes: int) -> int
     wanted = align or (lanes if max(ranks) > 2 else 8)
     if align is None and group.size < 2 * wanted:
         wanted = 8 if group.size >= 16 else max(1, 1 << (max(group.size // 4, 1).bit_length() - 1))
-    beside = 1
+    multiples = [1]
     for member in group.members:
         for atom, outside, inside in _beside(solution.dims(member.weight)[member.dim]):
             if atom is group.atom:
-                beside = max(beside, prod(a.size for a in outside | inside))
-    return max(1, wanted // gcd(wanted, beside))
+                beside = prod(a.size for a in outside | inside)
+                multiples.append(wanted // gcd(wanted, beside))
+    return max(multiples)
 
 
 def legal_counts(size: int, multiple: int, floor: float) -> tuple[int, ...]:

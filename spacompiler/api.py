@@ -49,7 +49,8 @@ class Result:
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
             out: str | Path | None = None, importance: Any = "taylor",
             allocation: Any = "uniform", calibration: Any = None,
-            loss: Callable[..., Any] | None = None, tokenizer: Any = None, dry_run: bool = False,
+            loss: Callable[..., Any] | None = None, tokenizer: Any = None,
+            name: str = "", dry_run: bool = False,
             trust_remote_code: bool = False, progress: pipeline.Progress | None = None,
             **options: Any) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
@@ -62,6 +63,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         out: directory to write the artifact to; it must not exist.
         importance, allocation: a pass by name, `module:object`, or as an object.
         calibration: a text file, an iterable of inputs, "none", or None for the model's own.
+        tokenizer: turns calibration text into `input_ids`; saved with the artifact.
+        name: what the report calls the model, and where `load` finds its code again.
         loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
         options: further fields of `Recipe` (roles, only, ignore, align, floor, layout, seed, …).
 
@@ -77,7 +80,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     job = pipeline.make_job(
         found.module, found.inputs, recipe, importance=importance, allocator=allocation,
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
-        name=found.name, progress=progress)
+        name=name or found.name, progress=progress)
     result = Result(pipeline.run(job, dry_run=dry_run))
     if out is not None and not dry_run:
         result.save(out)

@@ -200,26 +200,24 @@ class Space:
         return self._factor_sum(e, k) if isinstance(e, Sum) else self._factor_prod(e, k)
 
     def _factor_sum(self, e: Sum, k: int) -> tuple[Expr, Expr]:
-        if k % max(p.size for p in e.parts) == 0 and any(p.size % k for p in e.parts):
-            return self._factor_runs(e, k)
-        pairs = [self.factor(part, k) for part in e.parts]
+        """Factor term by term and unify the inner parts; short terms join into rows of k."""
+        pairs: list[tuple[Expr, Expr]] = []
+        run: list[Expr] = []
+        for part in e.parts:
+            run.append(part)
+            if sum(p.size for p in run) % k == 0:
+                pairs.extend([self.factor(part, k)] if len(run) == 1 else self._rows(run, k))
+                run = []
         for _, inner in pairs[1:]:
             self.unify(pairs[0][1], inner)
         return concat(outer for outer, _ in pairs), pairs[0][1]
 
-    def _factor_runs(self, e: Sum, k: int) -> tuple[Expr, Expr]:
-        """Terms smaller than k: gather consecutive terms into runs of k and unify the runs."""
-        runs, current = [], []
-        for part in e.parts:
-            current.append(part)
-            if sum(p.size for p in current) == k:
-                runs.append(concat(current))
-                current = []
-        if current or any(run.size != k for run in runs):
-            raise Clash(f"{show(e)} does not factor by {k}")
-        for run in runs[1:]:
-            self.unify(runs[0], run)
-        return concat([ONE] * len(runs)), runs[0]
+    def _rows(self, run: Sequence[Expr], k: int) -> Iterator[tuple[Expr, Expr]]:
+        rest = concat(run)
+        while rest.size > k:
+            row, rest = self.split(rest, k)
+            yield ONE, row
+        yield ONE, rest
 
     def _factor_prod(self, e: Prod, k: int) -> tuple[Expr, Expr]:
         size = 1

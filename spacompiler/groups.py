@@ -236,10 +236,10 @@ def _narrow(live: dict[Atom, frozenset[Atom]], dims: tuple[Expr, ...]) -> None:
     for d, e in enumerate(dims):
         for atom, outside, inside in _beside(e):
             if atom in live:
-                elsewhere = [a for i, s in enumerate(sure) if i != d for a in s]
-                once = {a for a in elsewhere if elsewhere.count(a) == 1}
-                inner = outside | inside
-                live[atom] &= (inner | once) - (inner & once)
+                before = [a for s in sure[:d] for a in s]
+                after = inside.union(*sure[d + 1 :])
+                once = {a for a in before if before.count(a) == 1}
+                live[atom] &= (outside ^ once) - after
 
 
 def _narrow_by_letters(live: dict[Atom, frozenset[Atom]], letters: Mapping[str, Expr],

@@ -1,8 +1,8 @@
 """Idioms of several operators that only mean something together.
 
-RMSNorm is traced as rms_norm or as pow, mean, add, rsqrt, mul (and mul by a gain). On its own the mean over a
-pruned axis changes; as RMSNorm the change is undone exactly by the gain and eps: from width d to
-d', gain * sqrt(d/d') and eps * d/d'.
+RMSNorm is traced as rms_norm or as pow, mean, add, rsqrt, mul (and mul by a gain). On its own
+the mean over a pruned axis changes; as RMSNorm the change is undone exactly by the gain and eps:
+from width d to d', gain * sqrt(d/d') and eps * d/d'.
 """
 
 from __future__ import annotations

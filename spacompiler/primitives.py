@@ -602,7 +602,7 @@ def reduce(how: str, argument: int = 1) -> Row:
 def vector_norm(s: Solver, n: Node) -> None:
     """norm(x, order, dims): zeros add nothing to it if its order is positive."""
     order = n.arg(1, "ord", n.kwargs.get("p", 2))
-    neutral = order is None or isinstance(order, (int, float)) and order >= 0
+    neutral = order is None or (isinstance(order, (int, float)) and order >= 0)
     reduce("sum" if neutral else "other", 2)(s, n)
 
 

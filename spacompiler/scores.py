@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -118,7 +117,7 @@ class Scores:
         learned = {m.weight for g in groups for m in g.members} \
             if "weight_gradients" in wanted else set()
         for args, kwargs in batches:
-            self._backward(args, kwargs, loss, gated, learned)
+            self._backward(*self.trace.match(args, kwargs), loss, gated, learned)
             tick()
 
     def _gated(self, groups: Sequence[Group]) -> dict[str, set[str]]:
@@ -162,7 +161,3 @@ class Scores:
         else:
             have = self._gates.get(key)
             self._gates[key] = gradient.double() if have is None else have.add_(gradient)
-
-
-def volume(shape: Sequence[int]) -> int:
-    return prod(shape)

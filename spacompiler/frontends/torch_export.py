@@ -41,6 +41,22 @@ class Trace:
     kwargs: dict[str, Any]
     tied: dict[str, str]
 
+    def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Bring another call into the traced form: keywords in order, constants filled in.
+
+        Raises SpaError if tensors are missing or too many.
+        """
+        missing = [k for k, v in self.kwargs.items()
+                   if isinstance(v, torch.Tensor) and k not in kwargs]
+        unknown = sorted(kwargs.keys() - self.kwargs.keys())
+        if len(args) != len(self.args) or missing or unknown:
+            raise SpaError(
+                "calibration inputs do not fit the example inputs",
+                why=f"{len(args)} positional for {len(self.args)}; missing {missing}, "
+                    f"unknown {unknown}",
+                fix="give the same arguments as the example inputs")
+        return args, {k: kwargs.get(k, v) for k, v in self.kwargs.items()}
+
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (args, kwargs) of example inputs given as a tuple or as a dict of keywords."""
