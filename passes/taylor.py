@@ -13,19 +13,29 @@ from spacompiler.protocols import Context
 
 @dataclass(frozen=True)
 class Taylor:
-    """First order in a gate m_i = 1 on what every consumer reads of slice i: |dL/dm_i|.
+    """First order in a gate m_i = 1 on what consumers read of slice i, without weight gradients.
 
-    dL/dm_i = sum_t x_{t,i} dL/dx_{t,i}: activations times their gradients, no weight gradients.
-    For bias-free linear layers it equals the sum of w * dL/dw over the slice's producer row
-    (LLM-Pruner's vector score, NeurIPS 2023).
+    dL/dm_i = sum_t x_{t,i} dL/dx_{t,i}. With `per="token"` (the default) the score is the sum of
+    |x_{t,i} dL/dx_{t,i}| over examples and positions t, so that what helps here and hurts there
+    does not cancel; with `per="batch"` it is |dL/dm_i|, which for bias-free linear layers equals
+    the sum of w * dL/dw over the slice's producer row (LLM-Pruner's vector score, NeurIPS 2023).
     """
 
     name: ClassVar[str] = "taylor"
-    needs: ClassVar[tuple[str, ...]] = ("gates",)
+    per: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("token", "batch"):
+            raise TypeError("per must be 'token' or 'batch'")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistic that calibration gathers."""
+        return ("token_gates",) if self.per == "token" else ("gates",)
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
         """Return (*group.shape)."""
-        return ctx.gates(group).abs()
+        return ctx.token_gates(group) if self.per == "token" else ctx.gates(group).abs()
 
 
 @dataclass(frozen=True)

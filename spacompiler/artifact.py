@@ -85,7 +85,8 @@ def save_weights(path: Path, module: torch.nn.Module) -> None:
         else:
             first[key] = name
             tensors[name] = tensor.detach().contiguous()
-    save_file(tensors, path, metadata={"format": "pt", "tied": json.dumps(tied, sort_keys=True)})
+    # one entry only: safetensors writes several in an order that changes from run to run
+    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)})
     path.chmod(0o644)
 
 
@@ -93,7 +94,8 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read arrays written by `save_weights`, tied names included; raises SpaError if damaged."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # clones are aligned as torch aligns: kernels then round as they did before saving
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
             tied = json.loads((file.metadata() or {}).get("tied", "{}"))
     except Exception as problem:  # safetensors raises its own kinds
         raise SpaError(f"{path.name} cannot be read", where=str(path.parent),

@@ -81,10 +81,11 @@ class Solution:
         """Return groups and array dimensions as one bipartite graph."""
         graph = nx.Graph()
         for group in self.groups.values():
-            graph.add_node(group.name, kind="group", size=group.size, role=group.role)
+            name = f"group {group.name}"
+            graph.add_node(name, kind="group", size=group.size, role=group.role)
             for member in group.members:
                 graph.add_node(str(member), kind="dimension")
-                graph.add_edge(group.name, str(member), role=member.role)
+                graph.add_edge(name, str(member), role=member.role)
         return graph
 
     def __str__(self) -> str:

@@ -111,7 +111,7 @@ def _page(graph: nx.Graph) -> str:
             continue
         members = list(graph.neighbors(group))
         middle = y + height * (len(members) - 1) / 2
-        label = html.escape(f"{group}  ({data['size']} {data['role']})")
+        label = html.escape(f"{group.removeprefix('group ')}  ({data['size']} {data['role']})")
         lines.append(f'<text x="10" y="{middle + 4}" class="g">{label}</text>')
         for member in members:
             role = graph.edges[group, member]["role"]

@@ -45,12 +45,18 @@ class Context(Protocol):
         The gate multiplies what every consumer reads (needs `gates`).
         """
 
+    def token_gates(self, group: Group) -> torch.Tensor:
+        """Return the same, absolute values summed over examples and positions (`token_gates`)."""
+
 
 class Importance(Protocol):
     """Score every slice of a group: the lowest go first."""
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics to gather: any of gates, token_gates, weight_gradients."""
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
         """Return a float tensor of shape `group.shape`."""

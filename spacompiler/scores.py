@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,19 @@ def rows(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> 
     return flat[torch.from_numpy(order)].reshape(*group.shape, -1)
 
 
-def live_shape(dims: Sequence[Expr]) -> list[int]:
-    """Sizes of the dimensions that hold removable slices, one for the others."""
-    return [1 if is_frozen(e) else e.size for e in dims]
+def onto(values: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> torch.Tensor:
+    """Sum a statistic of a tensor onto a group: (rest, slices), `rest` the other dimensions.
+
+    `values` broadcasts to the tensor's shape (dimensions of one were summed before).
+    """
+    axes, slot = slots(dims, dim, group)
+    rest = [d for d in range(values.ndim) if d not in axes]
+    shape = [slot.shape[axes.index(d)] if d in axes else values.shape[d]
+             for d in range(values.ndim)]
+    flat = values.expand(shape).permute(*rest, *axes).reshape(-1, slot.size)
+    index = torch.from_numpy(slot.reshape(-1))
+    total = torch.zeros(flat.shape[0], prod(group.shape), dtype=torch.float64)
+    return total.index_add_(1, index[index >= 0], flat[:, index >= 0].double())
 
 
 @dataclass
@@ -71,6 +82,8 @@ class Scores:
     solution: Solution
     seed: int = 0
     _gates: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    _kinds: list[str] = field(default_factory=list)
+    _sites: dict[tuple[str, str], list[tuple[Group, int]]] = field(default_factory=dict)
     _gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def _stored(self, name: str) -> torch.Tensor:
@@ -92,40 +105,40 @@ class Scores:
 
     def gates(self, group: Group) -> torch.Tensor:
         """Return dL/dgate summed over all places where the group is read: `group.shape`."""
-        total = torch.zeros(group.shape, dtype=torch.float64)
-        for read in group.reads:
-            gate = self._gates.get((read.node, read.tensor))
-            if gate is None:
-                continue
-            dims = self.solution.solver.dims[read.tensor]
-            axes, slot = slots(dims, read.dim, group)
-            other = [d for d in range(gate.ndim) if d not in axes]
-            summed = gate.sum(other) if other else gate
-            full = summed.expand(slot.shape).reshape(-1)
-            index = torch.from_numpy(slot.reshape(-1))
-            total.view(-1).index_add_(0, index[index >= 0], full[index >= 0])
-        return total
+        return self._gates["gates", group.name].reshape(group.shape)
+
+    def token_gates(self, group: Group) -> torch.Tensor:
+        """Return, summed over examples and positions, |dL/dgate| of each: `group.shape`."""
+        return self._gates["token_gates", group.name].reshape(group.shape)
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
                   groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
         """Run forward and backward over batches of (args, kwargs), gathering what is needed.
 
-        `gates` keeps one number per slice and read; `weight_gradients` one array per member.
+        `gates` and `token_gates` keep one number per slice; `weight_gradients` one array per
+        member.
         """
         wanted = set(needs)
-        gated = self._gated(groups) if "gates" in wanted else {}
+        self._kinds = [kind for kind in ("gates", "token_gates") if kind in wanted]
+        self._sites = self._gated(groups) if self._kinds else {}
+        gated: dict[str, set[str]] = {}
+        for node, tensor in self._sites:
+            gated.setdefault(node, set()).add(tensor)
         learned = {m.weight for g in groups for m in g.members} \
             if "weight_gradients" in wanted else set()
         for args, kwargs in batches:
             self._backward(*self.trace.match(args, kwargs), loss, gated, learned)
             tick()
 
-    def _gated(self, groups: Sequence[Group]) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
+    def _gated(self, groups: Sequence[Group]) -> dict[tuple[str, str], list[tuple[Group, int]]]:
+        """Places where groups are read: (node, activation) -> groups and dimensions."""
+        found: dict[tuple[str, str], list[tuple[Group, int]]] = {}
         for group in groups:
-            for read in group.reads:
-                if self.solution.graph.tensors[read.tensor].weight is None:
-                    found.setdefault(read.node, set()).add(read.tensor)
+            for kind in self._kinds:
+                self._gates[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
+            for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads):
+                if self.solution.graph.tensors[read[1]].weight is None:
+                    found.setdefault(read[:2], []).append((group, read[2]))
         return found
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss,
@@ -134,8 +147,8 @@ class Scores:
         arrays: dict[str, torch.Tensor] = {}
 
         def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
-            shape = live_shape(self.solution.solver.dims[name])
-            gate = torch.ones(shape, dtype=value.dtype, requires_grad=True)
+            gate = torch.ones(self._gate_shape(name, value), dtype=value.dtype,
+                              requires_grad=True)
             gates[node.name, name] = gate
             return value * gate
 
@@ -154,10 +167,20 @@ class Scores:
             if gradient is not None:
                 self._add(key, gradient)
 
+    def _gate_shape(self, name: str, value: torch.Tensor) -> list[int]:
+        """One gate per removable slice; per example and position too if those are told apart."""
+        apart = self.solution.graph.tensors[name].dynamic if "token_gates" in self._kinds else ()
+        return [n if d in apart or not is_frozen(e) else 1
+                for d, (n, e) in enumerate(zip(value.shape, self.solution.solver.dims[name],
+                                               strict=True))]
+
     def _add(self, key: Any, gradient: torch.Tensor) -> None:
         if isinstance(key, str):
             have = self._gradients.get(key)
             self._gradients[key] = gradient if have is None else have.add_(gradient)
-        else:
-            have = self._gates.get(key)
-            self._gates[key] = gradient.double() if have is None else have.add_(gradient)
+            return
+        for group, dim in self._sites[key]:
+            each = onto(gradient, self.solution.solver.dims[key[1]], dim, group)
+            for kind in self._kinds:
+                self._gates[kind, group.name] += \
+                    each.sum(0) if kind == "gates" else each.abs().sum(0)

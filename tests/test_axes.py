@@ -11,7 +11,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from spacompiler.axes import (
-    ONE,
     Atom,
     Choice,
     Choices,

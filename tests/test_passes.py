@@ -77,9 +77,24 @@ def test_taylor_is_the_derivative_of_a_gate():
     ctx.calibrate(("gates",), [((x,), {})], default_loss, groups=[group])
     gate = torch.ones(9, requires_grad=True)
     (want,) = torch.autograd.grad(default_loss([module(x, gate)], (x,), {}), gate)
-    got = registry.find("importance", "taylor").score(group, ctx)
+    got = registry.find("importance", "taylor(per='batch')").score(group, ctx)
     torch.testing.assert_close(got.float(), want.abs(), rtol=1e-4, atol=1e-7)
     assert want.abs().min() > 1e-6
+
+
+def test_taylor_per_token_adds_absolute_values():
+    module, x = small()
+    traced = trace(module, (x,))
+    ctx = Scores(traced, solve(traced.graph, TABLE))
+    group = ctx.solution.groups["first.weight:0"]
+    taylor = registry.find("importance", "taylor")
+    ctx.calibrate(taylor.needs, [((x,), {})], default_loss, groups=[group])
+    gates = [torch.ones(5, 9, requires_grad=True) for _ in range(2)]
+    hidden = torch.tanh(module.first(x))
+    out = module.left(hidden * gates[0]) * torch.sigmoid(module.right(hidden * gates[1]))
+    found = torch.autograd.grad(default_loss([out], (x,), {}), gates)
+    want = sum(g.abs().sum(0) for g in found)
+    torch.testing.assert_close(taylor.score(group, ctx).float(), want, rtol=1e-4, atol=1e-7)
 
 
 def test_taylor_element_is_weight_times_gradient():

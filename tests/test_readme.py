@@ -1,0 +1,38 @@
+"""Every code block of the README and of docs/ runs, in order, in an empty directory."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_blocks_run(page, tmp_path):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+           "HF_HUB_OFFLINE": "1"}
+    ran = 0
+    for kind, text in blocks(page):
+        if kind == "text":  # output, shown
+            continue
+        assert kind in ("bash", "python"), f"a block of kind {kind!r} would not be run"
+        command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else \
+            [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran or "```" not in page.read_text(encoding="utf-8")
+
+
+def test_the_readme_has_blocks():
+    kinds = [kind for kind, _ in blocks(PAGES[0])]
+    assert kinds.count("bash") >= 5 and kinds.count("python") >= 2
