@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "loading",
           "verify": "verify", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors"}
-__all__ = [*_HOMES, "__version__"]
+__all__ = ["ProofError", "Result", "SpaError", "TargetError", "UsageError", "__version__",
+           "compile", "inspect", "load", "verify"]
 
 if TYPE_CHECKING:
     from .api import Result, compile, inspect

@@ -230,7 +230,7 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
     bundles: dict[str, list[Group]] = {}
     for group in groups:
         bundles.setdefault(family(group.name) if uniform else group.name, []).append(group)
-    made = []
+    made: list[Unit] = []
     for name, bundle in bundles.items():
         sizes = {g.size for g in bundle}
         if len(sizes) > 1:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from . import artifact, pipeline, source
+from . import pipeline, source
+from .artifact_path import check_out
 from .frontends.aten import TABLE
 from .frontends.torch_export import Inputs, trace
 from .groups import Solution, solve
@@ -73,7 +74,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         ProofError: the result would be wrong. SpaError: anything else that is not our bug.
     """
     if out is not None:
-        artifact.check_out(Path(out))
+        check_out(Path(out))
     recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
                     calibration=calibration if isinstance(calibration, str) else "", **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)

@@ -73,10 +73,11 @@ def compile(
     with _errors(as_json):
         if out is None and not dry_run:
             raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
-        options = {"roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
-                   "ignore": tuple(ignore or ()), "approximate": approximate, "align": align,
-                   "floor": floor, "layout": layout, "samples": samples, "length": length,
-                   "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "latency": latency}
+        options: dict[str, Any] = {
+            "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
+            "ignore": tuple(ignore or ()), "approximate": approximate, "align": align,
+            "floor": floor, "layout": layout, "samples": samples, "length": length,
+            "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "latency": latency}
         _check_early(target, out, importance, allocation, options)
         from . import api, report
 

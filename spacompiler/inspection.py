@@ -19,7 +19,7 @@ from .report_tables import table as make_table
 
 def rows(solution: Solution) -> list[tuple[str, ...]]:
     """Return (group, role, slices, fibred under, members, dimension of the first member)."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for group in solution.groups.values():
         under = "×".join(str(o.size) for o in group.outers)
         first = group.members[0]

@@ -479,7 +479,8 @@ def select(s: Solver, n: Node) -> None:
 
 def cuts3(s: Solver, e: Expr, start: int, end: int) -> tuple[Expr, Expr, Expr]:
     """Cut e = left + middle + right; an empty side is ONE."""
-    left, right = ONE, ONE
+    left: Expr = ONE
+    right: Expr = ONE
     if end < e.size:
         e, right = s.space.split(e, end)
     if start > 0:

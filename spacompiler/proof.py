@@ -19,7 +19,7 @@ from .emit.program import run_pruned
 from .errors import ProofError
 from .frontends.torch_export import Trace
 from .groups import Solution
-from .runner import OverridingRunner, Override
+from .runner import Override, OverridingRunner
 from .scores import rows
 from .slicing import cut
 
@@ -122,10 +122,9 @@ def _layer_norms(solution: Solution, choices: Choices) -> dict[str, Override]:
 
 def _masked_layer_norm(mask: torch.Tensor) -> Override:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        x, shape, gain, bias, eps = (*args, None, None, 1e-5)[:5] if len(args) < 5 else args[:5]
-        if len(args) < 5:
-            gain, bias = (*args[2:4], None, None)[:2]
-            eps = kwargs.get("eps", 1e-5)
+        x = args[0]
+        gain, bias = (*args[2:4], None, None)[:2]
+        eps = args[4] if len(args) > 4 else kwargs.get("eps", 1e-5)
         kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype))
         n = mask.sum()
         mean = kept.sum(-1, keepdim=True) / n
@@ -188,8 +187,7 @@ def swap(trace: Trace, solution: Solution, choices: Choices,
 def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
     """Name the first operator whose pruned result is not the kept part of its dense one."""
     dense: dict[str, torch.Tensor] = {}
-    masked_dense(trace, solution, choices,
-                 watch=lambda name, value: dense.setdefault(name, value))
+    masked_dense(trace, solution, choices, watch=dense.__setitem__)
     found: list[str] = []
 
     def compare(name: str, value: Any) -> None:

@@ -161,7 +161,8 @@ class Scores:
         runner = Runner(self.trace.program, weights, touched=gated, touch=touch)
         with torch.enable_grad():
             value = loss(runner.call(args, kwargs), args, kwargs)
-            leaves = {**gates, **{n: a for n, a in arrays.items() if n in learned}}
+            leaves: dict[Any, torch.Tensor] = {
+                **gates, **{n: a for n, a in arrays.items() if n in learned}}
             found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         for key, gradient in zip(leaves, found, strict=True):
             if gradient is not None:

@@ -1,11 +1,11 @@
-"""Write a finished job: weights, config, ONNX, plan, report, manifest; and check what was written."""
+"""Write a finished job: weights, config, ONNX, plan, report, manifest; and check the files."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def _weights(job: Job, folder: Path) -> None:
     module = job.pruned.body if job.emission == "program" else job.pruned
     artifact.save_weights(folder / "model.safetensors", module)
     if hf.is_hf(job.module):
-        config = job.module.config.to_dict()
+        config = cast(Any, job.module).config.to_dict()
         artifact.write_json(folder / "dense_config.json", config)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder)

@@ -234,6 +234,13 @@ def test_reasons_travel(act: Any) -> None:
     frozen_then(act)
 
 
+def test_reasons_of_both_sides_stay() -> None:
+    space = Space()
+    a, b = space.atom(6, "one"), space.atom(6, "other")
+    space.unify(a, b)
+    assert reasons(a) == reasons(b) == ["one", "other"]
+
+
 def test_freezing_after_binding_reaches_both() -> None:
     space = Space()
     a, b = space.atom(6), product((space.atom(2), space.atom(3)))
@@ -422,6 +429,12 @@ def test_a_fibred_atom_in_one_term_of_a_sum() -> None:
     heads, dims = heads_and_dims()
     e = concat((product((heads, dims)), Space().atom(2)))
     assert kept(e, {dims: Choice(TABLE, (heads,))}) == [0, 2, 4, 5, 6, 7]
+
+
+def test_a_fibred_atom_in_both_terms_of_a_sum() -> None:
+    heads, dims = heads_and_dims()
+    e = concat([product((heads, dims))] * 2)
+    assert kept(e, {dims: Choice(TABLE, (heads,))}) == [0, 2, 4, 5, 6, 8, 10, 11]
 
 
 @given(st.integers(2, 4), st.integers(2, 4), st.integers(2, 5), SEEDS)

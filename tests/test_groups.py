@@ -214,6 +214,25 @@ def test_why_nothing() -> None:
 # --- fibres need their outer axis on the left ---------------------------------------------------
 
 
+class Gram(nn.Module):
+    """Products of all pairs of rows: dims of one head meet those of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.out = nn.Linear(5, 6, bias=False), nn.Linear(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.rows(x).unflatten(1, (2, 3))
+        return self.out(torch.matmul(heads, heads.transpose(1, 2)))
+
+
+def test_dims_that_meet_across_heads_are_not_fibred() -> None:
+    solution = solve(trace(Gram(), (torch.rand(2, 5),)).graph, TABLE)
+    heads, dims = atoms(solution.dims("rows.weight")[0])
+    assert atoms(solution.dims("out.weight")[1]) == [heads]
+    assert group_of(solution, dims).outers == ()
+
+
 class Turned(nn.Module):
     """Heads and dims of one weight; the dims come first in the second model."""
 
@@ -241,4 +260,4 @@ def test_network_shows_groups() -> None:
     kinds = {data["kind"] for _, data in graph.nodes(data=True)}
     assert kinds == {"group", "dimension"}
     for name, group in llama().groups.items():
-        assert set(graph[name]) == {str(m) for m in group.members}
+        assert set(graph[f"group {name}"]) == {str(m) for m in group.members}

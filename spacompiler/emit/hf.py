@@ -103,7 +103,8 @@ def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
             return unit.legal
         return (*fits, unit.size)
 
-    found, failed = [], []
+    found: list[Unit] = []
+    failed: list[Unit] = []
     for unit in units:
         counts = legal(unit)
         (found if len(counts) > 1 else failed).append(replace(unit, legal=counts))

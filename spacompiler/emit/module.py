@@ -33,6 +33,7 @@ def _size(array: str, dim: int, times: str = "") -> Attribute:
 
 _CONV = {"out_channels": _size("weight", 0), "in_channels": _size("weight", 1, "groups")}
 _DECONV = {"in_channels": _size("weight", 0), "out_channels": _size("weight", 1, "groups")}
+_FEATURES = {"num_features": _size("weight", 0)}
 _LAST = {"normalized_shape": lambda m: tuple(m.weight.shape)}
 # module class -> attribute -> how it reads off the sliced arrays
 ATTRIBUTES: Mapping[str, Mapping[str, Attribute]] = {
@@ -41,10 +42,8 @@ ATTRIBUTES: Mapping[str, Mapping[str, Attribute]] = {
     "Conv1D": {"nx": _size("weight", 0), "nf": _size("weight", 1)},
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), _CONV),
     **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), _DECONV),
-    **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
-                    {"num_features": _size("weight", 0)}),
-    **dict.fromkeys(("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
-                    {"num_features": _size("weight", 0)}),
+    **dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm",
+                     "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _FEATURES),
     "LayerNorm": _LAST, "RMSNorm": _LAST,
     "GroupNorm": {"num_channels": _size("weight", 0)},
 }
@@ -116,9 +115,9 @@ def _call_changes(module: nn.Module, solution: Solution,
     for name, path, value in edits(solution, choices):
         for op, (position, attribute) in CALL_ATTRIBUTES.items():
             node = nodes[name]
-            if path == ("args", position) and node.op.startswith(f"aten.{op}"):
-                if hasattr(module.get_submodule(node.where), attribute):
-                    yield node.where, attribute, value
+            known = path == ("args", position) and node.op.startswith(f"aten.{op}")
+            if known and hasattr(module.get_submodule(node.where), attribute):
+                yield node.where, attribute, value
 
 
 def _eps_changes(module: nn.Module, solution: Solution,

@@ -99,7 +99,7 @@ def rewrite(trace: Trace, solution: Solution, choices: Choices,
     for name in slicer.names():
         first = trace.tied[name]
         if not slicer.untouched(name):
-            made[name] = given.get(name, made.get(first, None))  # type: ignore[assignment]
+            made[name] = given.get(name, made.get(first))  # type: ignore[assignment]
             if made[name] is None:
                 made[name] = slicer.array(name)
     program = copy.copy(trace.program)

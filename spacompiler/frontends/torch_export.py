@@ -117,7 +117,7 @@ def _is_functional(program: ExportedProgram) -> bool:
     Making a program functional costs twice as much as tracing it, so it is done only where needed.
     """
     return all(
-        isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        (isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable)
         or node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
         for node in program.graph.nodes if node.op == "call_function")
 
@@ -139,9 +139,9 @@ def _drop_asserts(program: ExportedProgram) -> None:
     """Remove metadata asserts: they pin dtypes, and proofs run in another one."""
     graph = program.graph_module.graph
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            if any(str(node.target).startswith(name) for name in _DROPPED):
-                graph.erase_node(node)
+        idle = node.op == "call_function" and not node.users
+        if idle and str(node.target).startswith(_DROPPED):
+            graph.erase_node(node)
     graph.lint()
     program.graph_module.recompile()
 
