@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "loading",
-          "verify": "verify", "SpaError": "errors", "UsageError": "errors",
+          "verify": "verification", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors"}
 __all__ = ["ProofError", "Result", "SpaError", "TargetError", "UsageError", "__version__",
            "compile", "inspect", "load", "verify"]
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .api import Result, compile, inspect
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .loading import load
-    from .verify import verify
+    from .verification import verify
 
 
 def __getattr__(name: str) -> Any:

@@ -167,7 +167,7 @@ def verify(
         from .artifact_path import check_artifact
 
         check_artifact(directory)
-        from .verify import verify as run
+        from .verification import verify as run
 
         with _progress() as tick:
             tick(f"verifying {directory}", 0, 1)

@@ -25,7 +25,8 @@ class Tensor:
     """A value: `kind` is input, parameter, buffer, constant or value (an operator's result).
 
     `weight` is the name of the stored array behind it (tied names share one), `shape` concrete,
-    `dynamic` the dimensions whose size varies between calls.
+    `dynamic` the dimensions whose size varies between calls. `static` values follow from stored
+    arrays alone (a transposed weight): they are no activations.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Tensor:
     kind: str = "value"
     weight: str | None = None
     dynamic: frozenset[int] = frozenset()
+    static: bool = False
 
 
 @dataclass(slots=True)

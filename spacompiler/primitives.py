@@ -168,7 +168,7 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], present: list[frozenset[
         return
     macs = [*made, *(bound[c] for c in sorted(consumed) if c in bound)] if consumed else []
     s.contractions.append(Contraction(n.name, dict(bound), tuple(present), tuple(macs)))
-    if consumed and all(s.graph.tensors[ref].weight is None for ref in refs):
+    if consumed and not any(s.graph.tensors[ref].static for ref in refs):
         shared = frozenset.intersection(*present)
         for letter, e in bound.items():
             s.roles.append((e, "head" if letter in shared - consumed else "head dim"))

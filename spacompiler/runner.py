@@ -79,7 +79,10 @@ class OverridingRunner(Runner):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if self._double:
             args, kwargs = pytree.tree_map(_double, (args, kwargs))
-        return self._override[n.name](args, kwargs)
+        result = self._override[n.name](args, kwargs)
+        if self._watch is not None:
+            self._watch(n.name, result)
+        return result
 
 
 def _double(value: Any) -> Any:

@@ -137,7 +137,7 @@ class Scores:
             for kind in self._kinds:
                 self._gates[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
             for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads):
-                if self.solution.graph.tensors[read[1]].weight is None:
+                if not self.solution.graph.tensors[read[1]].static:
                     found.setdefault(read[:2], []).append((group, read[2]))
         return found
 

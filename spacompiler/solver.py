@@ -77,6 +77,7 @@ class Solver:
         stored: dict[str, tuple[Expr, ...]] = {}
         for tensor in self.graph.tensors.values():
             if tensor.weight is not None:
+                tensor.static = True
                 if tensor.weight not in stored:
                     stored[tensor.weight] = tuple(map(self.space.atom, tensor.shape))
                 self.dims[tensor.name] = stored[tensor.weight]
@@ -92,6 +93,9 @@ class Solver:
 
     def _visit(self, node: Node) -> None:
         refs = list(node.refs())
+        if refs and all(self.graph.tensors[ref].static for ref in refs):
+            for out in node.outputs:
+                self.graph.tensors[out].static = True
         row = self.table.get(node.op)
         bare = self.bare.issuperset(refs)
         if bare:

@@ -116,7 +116,7 @@ def test_a_wrong_index_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     _, wrong = swap(traced(name), solution, choices, seed=0)
 
     def pruned(*args: Any, **kwargs: Any) -> list[Any]:
-        return run_pruned(*args, **{"wrong": wrong, **kwargs})
+        return run_pruned(*args, **{**kwargs, "wrong": wrong})
 
     monkeypatch.setattr(proof, "run_pruned", pruned)
     with pytest.raises(ProofError, match="not the masked dense model"):

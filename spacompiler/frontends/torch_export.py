@@ -80,6 +80,7 @@ def trace(module: nn.Module, inputs: Inputs) -> Trace:
     finally:
         module.train(was_training)
     _drop_asserts(program)
+    _canonicalise(program)
     graph, tied = lower(program, module)
     return Trace(program, graph, args, kwargs, tied)
 
@@ -143,6 +144,43 @@ def _drop_asserts(program: ExportedProgram) -> None:
         if idle and str(node.target).startswith(_DROPPED):
             graph.erase_node(node)
     graph.lint()
+    program.graph_module.recompile()
+
+
+def _sizes(node: fx.Node, dim: int) -> list[int] | None:
+    """Static sizes of a node's results along a dimension, or None."""
+    sizes = [value.shape[dim] for value in node.meta["val"]]
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _explicit_squeeze(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = source.meta["val"].shape
+    ones = [d for d, size in enumerate(shape) if isinstance(size, int) and size == 1]
+    return torch.ops.aten.squeeze.dims, (source, ones)
+
+
+def _explicit_split(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    sizes = _sizes(node, dim)  # type: ignore[arg-type]
+    return sizes and (torch.ops.aten.split_with_sizes.default, (node.args[0], sizes, dim))  # type: ignore[return-value]
+
+
+# operators whose sizes are implied by their operands' -> the same with sizes said, so that axes
+# may shrink independently (pieces of a split) or down to one slice (squeeze)
+_CANONICAL = {
+    torch.ops.aten.squeeze.default: _explicit_squeeze,
+    torch.ops.aten.split.Tensor: _explicit_split,
+    torch.ops.aten.chunk.default: _explicit_split,
+}
+
+
+def _canonicalise(program: ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        explicit = _CANONICAL[node.target](node) if node.target in _CANONICAL else None
+        if explicit:
+            node.target, node.args, node.kwargs = *explicit, {}
     program.graph_module.recompile()
 
 
