@@ -99,7 +99,8 @@ MOE: Config = {
 }
 MLA: Config = {
     **MOE, "num_key_value_heads": 6, "q_lora_rank": 20, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10, "first_k_dense_replace": 1,
+    "qk_rope_head_dim": 4, "head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10,
+    "first_k_dense_replace": 1,
 }
 SEQ2SEQ: Config = {
     "vocab_size": VOCABULARY, "d_model": 36, "encoder_layers": 2, "decoder_layers": 2,
@@ -187,7 +188,7 @@ FAMILIES = (
         "mixtral": {}, "qwen2_moe": {}, "qwen3_moe": {}, "olmoe": {}, "flex_olmo": {},
         "granitemoe": {}, "granitemoeshared": {"shared_intermediate_size": 20},
         "jetmoe": {"kv_channels": 8, "num_key_value_heads": 3}, "phimoe": {},
-        "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
                  "ffn_config": {"ffn_hidden_size": 28, "moe_num_experts": 5, "moe_top_k": 2}},
         "deepseek_v2": {**MLA, "topk_method": "greedy"}, "deepseek_v3": MLA, "dots1": MLA,
         "glm4_moe": {"first_k_dense_replace": 1}, "glm4_moe_lite": MLA,
@@ -205,7 +206,7 @@ FAMILIES = (
         "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
                   "expert_layer_offset": 1, "mamba_dt_rank": 5, "use_mamba_kernels": False},
         "zamba": {"n_mamba_heads": 2, "attention_head_dim": 16, "attention_hidden_size": 96,
-                  "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 2,
+                  "num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1,
                   "mamba_dt_rank": 5, "use_mamba_kernels": False},
         "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"],
                    "use_mamba_kernels": False, "mamba_ngroups": 2, "mamba_headdim": 16,
@@ -236,7 +237,7 @@ FAMILIES = (
         "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 48, "n_head": 6,
                    "d_head": 8, "d_inner": 40},
         "longformer": {"attention_window": 4}, "big_bird": {"attention_type": "original_full"},
-        "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 9},
+        "nystromformer": {"num_landmarks": 3, "segment_means_seq_len": 9},
         "convbert": {"embedding_size": 20, "head_ratio": 2, "conv_kernel_size": 3},
         "squeezebert": {"embedding_size": 48, "q_groups": 2, "k_groups": 2, "v_groups": 2,
                         "post_attention_groups": 1, "intermediate_groups": 2,
@@ -248,7 +249,8 @@ FAMILIES = (
         "ibert": {}, "esm": {"mask_token_id": 3, "position_embedding_type": "rotary",
                              "token_dropout": False},
         "flaubert": {"n_layers": 2, "emb_dim": 48}, "yoso": {"use_expectation": True},
-        "luke": {"entity_vocab_size": 10, "entity_emb_size": 12}, "xmod": {},
+        "luke": {"entity_vocab_size": 10, "entity_emb_size": 12},
+        "xmod": {"default_language": "en_XX"},
         "nomic_bert": {}, "eurobert": {}, "mra": {}, "tapas": {},
         "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20,
                      "pronunciation_embed_dim": 8, "shape_embed_dim": 12},
@@ -260,7 +262,9 @@ FAMILIES = (
     # Encoder-decoders.
     Family("AutoModelForSeq2SeqLM", SEQ2SEQ, pair, {
         "bart": {}, "mbart": {}, "pegasus": {}, "marian": {}, "blenderbot": {},
-        "blenderbot-small": {}, "led": {"attention_window": 4}, "m2m_100": {}, "plbart": {},
+        "blenderbot-small": {}, "m2m_100": {}, "plbart": {},
+        "led": {"attention_window": 4, "max_encoder_position_embeddings": 32,
+                "max_decoder_position_embeddings": 16},
         "mvp": {}, "pegasus_x": {"block_size": 4, "num_global_tokens": 4},
         "bigbird_pegasus": {"attention_type": "original_full"},
         "nllb-moe": {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
@@ -285,11 +289,15 @@ FAMILIES = (
     }),
     # Vision transformers.
     Family("AutoModelForImageClassification", IMAGE, picture, {
-        "vit": {}, "deit": {}, "beit": {}, "data2vec-vision": {"use_relative_position_bias": True},
+        "vit": {}, "beit": {}, "data2vec-vision": {"use_relative_position_bias": True},
         "dinov2": {"mlp_ratio": 2}, "dinov2_with_registers": {"mlp_ratio": 2}, "vit_msn": {},
         "ijepa": {},
     }),
-    Family("AutoModelForImageClassification", IMAGE, partial(picture, size=64), {
+    Family("DeiTForImageClassification", IMAGE, picture, {"deit": {}}),
+    Family("AutoModelForImageClassification", STAGES, partial(picture, size=64), {
+        "mobilevitv2": {"width_multiplier": 0.5},
+    }),
+    Family("LevitForImageClassification", IMAGE, partial(picture, size=64), {
         "levit": {"hidden_sizes": [24, 32, 48], "num_attention_heads": [2, 3, 4],
                   "depths": [1, 1, 1], "key_dim": [8, 8, 8], "patch_size": 16,
                   "mlp_ratio": [2, 2, 2], "attention_ratio": [2, 2, 2], "image_size": 64},
@@ -297,7 +305,8 @@ FAMILIES = (
     Family("AutoModel", IMAGE, picture, {
         "vitdet": {"mlp_ratio": 2, "num_channels": 3, "window_size": 2,
                    "pretrain_image_size": 32, "window_block_indices": [0]},
-        "dinov3_vit": {}, "yolos": {"image_size": [32, 32], "num_detection_tokens": 5},
+        "dinov3_vit": {"num_register_tokens": 2, "hidden_size": 48},
+        "yolos": {"image_size": [32, 32], "num_detection_tokens": 5},
         "vit_mae": {"mask_ratio": 0.0, "decoder_num_attention_heads": 4},
     }),
     # Hierarchical and convolutional vision.
@@ -315,22 +324,21 @@ FAMILIES = (
         "mobilevit": {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48,
                                                                            64],
                       "num_attention_heads": 4, "expand_ratio": 2.0},
-        "mobilevitv2": {"width_multiplier": 0.5},
         "segformer": {"hidden_sizes": [16, 24, 32, 48], "num_attention_heads": [1, 2, 4, 6],
                       "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]},
         "poolformer": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]},
-        "cvt": {"embed_dim": [12, 24, 36], "num_heads": [1, 2, 3], "depth": [1, 1, 2]},
+        "cvt": {"embed_dim": [12, 24, 36], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
         "pvt": {"hidden_sizes": [16, 24, 32, 48], "num_attention_heads": [1, 2, 4, 6],
                 "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]},
         "pvt_v2": {"hidden_sizes": [16, 24, 32, 48], "num_attention_heads": [1, 2, 4, 6],
                    "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]},
-        "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 40,
+        "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320,
                          "depthwise_padding": []},
         "focalnet": {"embed_dim": 24, "depths": [1, 1], "focal_levels": [2, 2],
                      "focal_windows": [3, 3], "hidden_sizes": [24, 48], "patch_size": 4},
         "hiera": {"embed_dim": 24, "image_size": [32, 32], "patch_stride": [4, 4],
                   "patch_size": [7, 7], "patch_padding": [3, 3], "depths": [1, 1, 1],
-                  "num_heads": [2, 4, 8], "num_query_pool": 2, "masked_unit_size": [2, 2],
+                  "num_heads": [2, 4, 8], "num_query_pool": 1, "masked_unit_size": [4, 4],
                   "embed_dim_multiplier": 2.0},
         "swiftformer": {"embed_dims": [16, 24, 32, 48], "depths": [1, 1, 1, 1]},
         "hgnet_v2": {"stem_channels": [3, 8, 16], "stage_in_channels": [16, 24, 32, 40],
@@ -383,14 +391,14 @@ FAMILIES = (
     }),
     # Images and text.
     Family("AutoModel", TOWERS, both, {
-        "clip": {}, "chinese_clip": {}, "siglip": {}, "clipseg": {}, "metaclip_2": {},
+        "clip": {}, "chinese_clip": {},
+        "siglip": {"text_config": {**CLIP_TEXT, "projection_size": 48}},
+        "clipseg": {}, "metaclip_2": {},
         "altclip": {"text_config": {**CLIP_TEXT, "project_dim": 24}},
         "align": {"text_config": CLIP_TEXT, "vision_config": {
-            "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 48,
-            "image_size": 32}},
-        "blip": {"text_config": {**CLIP_TEXT, "encoder_hidden_size": 48}}, "git": {},
-        "flava": {"image_config": CLIP_IMAGE, "hidden_size": 36,
-                  "multimodal_config": {**CLIP_TEXT, "hidden_size": 36}},
+            "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320,
+            "image_size": 32}, "projection_dim": 80},
+        "blip": {"text_config": {**CLIP_TEXT, "encoder_hidden_size": 48}}, "git": CLIP_TEXT,
         "vilt": {**CLIP_TEXT, "image_size": 32, "patch_size": 8},
         "groupvit": {}, "owlvit": {},
     }),
@@ -402,17 +410,22 @@ def _config(kind: str, given: Config, defaults: Config) -> Any:
     cls = transformers.CONFIG_MAPPING[kind]
     known = cls()
     names = getattr(cls, "attribute_map", {})
-    merged = {names.get(k, k): v for k, v in defaults.items() if hasattr(known, k)}
+    merged = {names.get(k, k): v for k, v in defaults.items()
+              if k in names or (hasattr(known, k) and not _computed(cls, k))}
     return cls(**{**merged, **{names.get(k, k): v for k, v in given.items()}})
-    return config
+
+
+def _computed(cls: type, name: str) -> bool:
+    return isinstance(inspect.getattr_static(cls, name, None), property)
 
 
 def build(family: Family, kind: str, seed: int = 0) -> Built:
     """Return the model in eval mode and its keyword inputs."""
     config = _config(kind, family.rows[kind], family.defaults)
     with seeded(seed):
-        auto = getattr(transformers, family.cls)
-        module = randomise_all(auto.from_config(config, dtype=torch.float32))
+        cls = getattr(transformers, family.cls)
+        make = cls.from_config if family.cls.startswith("Auto") else cls._from_config
+        module = randomise_all(make(config, dtype=torch.float32))
         inputs = family.inputs()
     if "use_cache" in inspect.signature(module.forward).parameters:
         inputs["use_cache"] = False

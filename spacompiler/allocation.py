@@ -35,11 +35,6 @@ class Unit:
     def size(self) -> int:
         return self.legal[-1]
 
-    @property
-    def nested(self) -> bool:
-        """True if it is fibred under other axes."""
-        return bool(self.groups[0].outers)
-
     def counts(self, kept: int) -> dict[Atom, int]:
         return {group.atom: kept for group in self.groups}
 

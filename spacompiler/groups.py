@@ -70,6 +70,7 @@ class Solution:
         return {name: self.solver.dims[t.name] for name, t in self.graph.weights().items()}
 
     def by_atom(self) -> dict[Atom, Group]:
+        """Return the groups by the atoms that they stand for."""
         return {group.atom: group for group in self.groups.values()}
 
     def frozen(self) -> list[tuple[str, int, list[str]]]:

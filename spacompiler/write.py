@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from . import artifact, report
 from .axes import indices
 from .emit import hf
 from .emit.module import size_attributes
-from .errors import ProofError, SpaError
+from .errors import ProofError
 from .frontends.torch_export import Trace
 from .pipeline import Job, pruned_program
 from .proof import relative_error
@@ -182,11 +182,12 @@ def _axes(trace: Trace) -> dict[str, dict[int, str]]:
 
 
 def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    from .emit.onnx_file import export_onnx, parity
+    from .emit.onnx_file import export_onnx
+    from .emit.parity import parity
 
     path = folder / "model.onnx"
     program = pruned_program(job)
-    export_onnx(program, path, input_names=job.trace.graph.inputs)
+    export_onnx(program, path, input_names=job.trace.graph.inputs, axes=_axes(job.trace))
     sets = [other_inputs(job.trace, k) for k in (0, 1)]
     feeds = [_feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
@@ -234,13 +235,3 @@ def latency_inputs(trace: Trace, length: int = 128) -> tuple[tuple[Any, ...], di
 
     args, kwargs = pytree.tree_map(resize, (trace.args, trace.kwargs))
     return args, kwargs
-
-
-def example_iterator(trace: Trace) -> Iterator[tuple[Any, Any]]:
-    """Yield the traced inputs and two other sizes."""
-    yield trace.args, trace.kwargs
-    for which in (0, 1):
-        try:
-            yield other_inputs(trace, which)
-        except SpaError:
-            return

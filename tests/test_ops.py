@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spacompiler import primitives as p
+from spacompiler import reductions, shapes
 from spacompiler.axes import Atom, Choice, Choices, is_frozen, walk
 from spacompiler.emit.program import run_pruned
 from spacompiler.frontends.aten import TABLE
@@ -532,7 +533,10 @@ CASES = [case for make_cases in (
 ) for case in make_cases()]
 
 # Rows that no exported program of real numbers asks for.
-NEVER = {"chunk": "made explicit as split_with_sizes", "_conj": "complex numbers only", "lift_fresh": "exported as lift_fresh_copy"}
+NEVER = {
+    "chunk": "made explicit as split_with_sizes", "_conj": "complex numbers only",
+    "lift_fresh": "exported as lift_fresh_copy",
+}
 
 
 def test_every_row_has_a_case() -> None:
@@ -580,13 +584,13 @@ def right_part(s: Any, n: Any) -> None:
 
 
 def pieces_swapped(s: Any, n: Any) -> None:
-    p.split(s, n)
+    shapes.split(s, n)
     first, last = n.outputs
     s.dims[first], s.dims[last] = s.dims[last], s.dims[first]
 
 
 def first_slice(s: Any, n: Any) -> None:
-    p.select(s, replace_args(n, (*n.args[:2], 0)))
+    shapes.select(s, replace_args(n, (*n.args[:2], 0)))
 
 
 def replace_args(n: Any, args: tuple[Any, ...]) -> Any:
@@ -631,27 +635,27 @@ FAULTS: dict[str, tuple[Row, Case]] = {
     "transpose keeps the order": (same_order, Case(
         "transpose", op("transpose", 0, 1), ((4, 4),), "**")),
     "view inside out": (flat_inside_out, Case("view", op("view", [12, 2]), ((3, 4, 2),), "***")),
-    "view keeps its sizes": (without_edits(p.reshape), Case(
+    "view keeps its sizes": (without_edits(shapes.reshape), Case(
         "view", op("view", [12, 2]), ((3, 4, 2),), "***")),
     "softmax element by element": (p.pointwise, Case(
         "softmax", op("softmax", 1), SQUARE[:1], "*.")),
     "cumsum element by element": (p.pointwise, Case("cumsum", op("cumsum", 1), SQUARE[:1], "*.")),
-    "cumsum along the other": (p.along(9, "", 0), Case(
+    "cumsum along the other": (reductions.along(9, "", 0), Case(
         "cumsum", op("cumsum", 1), SQUARE[:1], "*.")),
     "sort element by element": (p.pointwise, Case("sort", op("sort"), SQUARE[:1], "*.")),
     "flip keeps the order": (same_order, Case("flip", op("flip", [0]), SQUARE[:1], ".*")),
     "roll keeps the order": (same_order, Case("roll", op("roll", [1], [0]), SQUARE[:1], ".*")),
     "tril element by element": (p.pointwise, Case("tril", op("tril"), SQUARE[:1], "..")),
-    "mean is a sum": (p.reduce("sum"), Case("mean", op("mean", [1]), SQUARE[:1], "*.")),
-    "amin is a sum": (p.reduce("sum"), Case("amin", op("amin", [1]), SQUARE[:1], "*.")),
+    "mean is a sum": (reductions.reduce("sum"), Case("mean", op("mean", [1]), SQUARE[:1], "*.")),
+    "amin is a sum": (reductions.reduce("sum"), Case("amin", op("amin", [1]), SQUARE[:1], "*.")),
     "batch_norm without gain": (pattern("b c ..., g, h, m, v -> b c ..."), Case(
         "batch_norm", lambda *t: aten.batch_norm(*t, False, 0.1, 1e-5, False), NORMED,
         "** * * * *")),
-    "rms_norm is a layer_norm": (without_reads(p.layer_norm), Case(
+    "rms_norm is a layer_norm": (without_reads(reductions.layer_norm), Case(
         "rms_norm", lambda x, w: aten.rms_norm(x, [4], w, 1e-3), ((4, 4), (4,)), "** *")),
     "layer_norm element by element": (same_order, Case(
         "layer_norm", normed, ((3, 4),), "**", least=2)),
-    "layer_norm over all": (without_reads(p.layer_norm), Case(
+    "layer_norm over all": (without_reads(reductions.layer_norm), Case(
         "layer_norm", normed, ((3, 4),), "**", least=2)),
     "group_norm without groups": (pattern("b c !* -> b c !*"), Case(
         "group_norm", op("group_norm", 2), ((2, 4, 3),), "*..")),
@@ -686,7 +690,7 @@ FAULTS: dict[str, tuple[Row, Case]] = {
     "channel_shuffle keeps the order": (same_order, Case(
         "channel_shuffle", op("channel_shuffle", 2), ((2, 4, 4, 4),), "****")),
     "prelu over the last": (p.pointwise, Case("prelu", op("prelu"), ((2, 4, 4), (4,)), "*** *")),
-    "pad copies": (lambda s, n: p.pad(s, replace_args(n, n.args[:2])), Case(
+    "pad copies": (lambda s, n: shapes.pad(s, replace_args(n, n.args[:2])), Case(
         "pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")),
 }
 

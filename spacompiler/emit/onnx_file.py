@@ -1,37 +1,28 @@
-"""From a rewritten exported program to an ONNX file, and back to numbers with ONNX Runtime.
-
-:func:`refresh` makes a valid program out of one whose weights became smaller, :func:`export_onnx`
-writes it in the same bytes every time, :func:`run_onnx` and :func:`parity` run the file.
-"""
+"""From an exported program to an ONNX file, in the same bytes every time."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import onnxscript.optimizer
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from spacompiler.emit.latency import open_session, run_session
+from spacompiler.emit.refresh import drop_metadata_asserts, fake_mode, memory, quiet, rebuild
 from spacompiler.errors import SpaError
 from spacompiler.frontends.torch_export import copied
 
@@ -45,218 +36,6 @@ _INLINE_LIMIT = 2**30
 _FOLD_LIMIT = 1024
 _LOGGERS = ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
 _ATEN = torch.ops.aten
-
-
-# ------------------------------------------------------------------ refresh
-
-
-def refresh(
-    ep: ExportedProgram,
-    state: Mapping[str, Tensor],
-    constants: Mapping[str, Tensor] | None = None,
-) -> ExportedProgram:
-    """Make a valid program from one whose weights and graph arguments were changed.
-
-    ``state`` and ``constants`` map the names of parameters, buffers and lifted constants to their
-    new tensors; names that they leave out keep the old ones. Names that shared storage before
-    share it afterwards. Shapes are propagated anew with the program's own symbols, so dynamic
-    axes stay dynamic. The given program is not changed, but shares its symbols with the result:
-    after a refusal because of a fixed axis, capture it anew.
-
-    Raises:
-        SpaError: a name is unknown, tied names disagree, a node no longer fits its operands, or
-            the change would fix an axis that was dynamic.
-    """
-    tensors = _new_tensors(ep, {**state, **(constants or {})})
-    module = copied(ep.graph_module)
-    _drop_metadata_asserts(module)
-    mode = _fake_mode(module)
-    free = _free_symbols(ep, module, mode)
-    _propagate(module, mode, _placeholder_values(ep, module, mode, tensors))
-    _check_still_dynamic(free, _free_symbols(ep, module, mode))
-    return _rebuild(ep, module, tensors)
-
-
-def _new_tensors(ep: ExportedProgram, given: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All tensors of the program by name, the new ones tied where the old ones were."""
-    old = {**ep.constants, **ep.state_dict}
-    if unknown := sorted(set(given) - set(old)):
-        raise SpaError(
-            what=f"the program has no tensor named {unknown[0]!r}",
-            why="only its parameters, buffers and constants can be replaced",
-            fix=f"use its names, such as {', '.join(sorted(old)[:3])}",
-        )
-    result = dict(old)
-    for names in _tied(old):
-        replaced = {name: given[name] for name in names if name in given}
-        if replaced:
-            result.update(_tie(names, replaced, old))
-    return result
-
-
-def _tied(tensors: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Group the names of tensors that are one view of one storage."""
-    groups: dict[Any, list[str]] = {}
-    for name, tensor in tensors.items():
-        key = _memory(tensor) if isinstance(tensor, Tensor) else None
-        groups.setdefault(name if key is None else key, []).append(name)
-    return groups.values()
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...] | None:
-    """What identifies a view of memory, or None where there is none (empty and meta tensors)."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
-        return None
-    place = (tensor.device, tensor.data_ptr(), tensor.dtype)
-    return (*place, tuple(tensor.shape), tuple(tensor.stride()))
-
-
-def _tie(names: list[str], new: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give all names of a tied group the same new tensor."""
-    first_name, first = next(iter(new.items()))
-    for name, tensor in new.items():
-        if tensor is not first and not torch.equal(tensor, first):
-            raise SpaError(
-                what=f"the tied tensors {first_name!r} and {name!r} would differ",
-                why=f"new shapes {tuple(first.shape)} and {tuple(tensor.shape)}",
-                fix="change tied tensors in the same way, or untie them before the export",
-            )
-    shared = _like(first, old[first_name])
-    return {name: shared for name in names}
-
-
-def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """The tensor as what the old one was, a parameter or not, without a copy of its data."""
-    if not isinstance(old, torch.nn.Parameter):
-        return tensor.detach()
-    return torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-
-
-def _drop_metadata_asserts(module: GraphModule) -> None:
-    """Remove the checks that tracing leaves on types and sizes, which a rewrite may change."""
-    for part in module.modules():
-        if isinstance(part, GraphModule):
-            for node in list(part.graph.nodes):
-                if node.target is _ATEN._assert_tensor_metadata.default:
-                    part.graph.erase_node(node)
-            part.recompile()
-
-
-def _fake_mode(module: GraphModule) -> FakeTensorMode:
-    """The mode, with its symbols, under which the program was traced."""
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode()
-
-
-def _placeholder_values(
-    ep: ExportedProgram, module: GraphModule, mode: FakeTensorMode, tensors: Mapping[str, Any]
-) -> list[Any]:
-    """A fake value for each placeholder: new sizes for tensors, the traced value for inputs."""
-    values = []
-    nodes = module.graph.find_nodes(op="placeholder")
-    for node, spec in zip(nodes, ep.graph_signature.input_specs, strict=True):
-        tensor = tensors.get(spec.target) if spec.target else None
-        if spec.kind is not InputKind.USER_INPUT and isinstance(tensor, Tensor):
-            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-        values.append(node.meta.get("val"))
-    return values
-
-
-class _Propagation(FakeTensorProp):
-    """Fake propagation that remembers where it is, to name the culprit of a failure."""
-
-    at: Node | None = None
-
-    def run_node(self, n: Node) -> Any:
-        self.at = n
-        return super().run_node(n)
-
-
-def _propagate(module: GraphModule, mode: FakeTensorMode, values: list[Any]) -> None:
-    """Compute every node's value anew from those of the placeholders."""
-    interpreter = _Propagation(module, mode)
-    interpreter.extra_traceback = False
-    try:
-        with _quiet(), enable_python_dispatcher(), torch.no_grad():
-            interpreter.propagate_dont_convert_inputs(*values)
-    except Exception as error:
-        node = interpreter.at
-        raise SpaError(
-            what="an operation no longer fits its operands after the rewrite",
-            where=f"node {node}: {node.target if node else ''} {_shapes(node)}",
-            why=str(error).splitlines()[0] if str(error) else repr(error),
-            fix="change the sizes in the node's arguments together with the weights",
-        ) from error
-
-
-def _shapes(node: Node | None) -> str:
-    """The operands' new shapes, for a message."""
-    values = [n.meta.get("val") for n in node.all_input_nodes] if node else []
-    return ", ".join(str(list(v.shape)) for v in values if isinstance(v, Tensor))
-
-
-def _free_symbols(
-    ep: ExportedProgram, module: GraphModule, mode: FakeTensorMode
-) -> dict[tuple[str, int], bool]:
-    """Which axes of the inputs are dynamic, by input name and axis."""
-    found = {}
-    for name in ep.graph_signature.user_inputs:
-        node = next((n for n in module.graph.nodes if n.name == name), None)
-        value = node.meta.get("val") if node else None
-        if isinstance(value, Tensor):
-            for axis, size in enumerate(value.shape):
-                found[str(name), axis] = _is_free(size, mode)
-    return found
-
-
-def _is_free(size: Any, mode: FakeTensorMode) -> bool:
-    """Whether a size is still a symbol; a new guard may have replaced the symbol by a number."""
-    if not isinstance(size, torch.SymInt) or mode.shape_env is None:
-        return False
-    return not mode.shape_env.replace(size.node.expr).is_number
-
-
-def _check_still_dynamic(
-    before: Mapping[tuple[str, int], bool], after: Mapping[tuple[str, int], bool]
-) -> None:
-    """Refuse a rewrite that turned a dynamic axis into a fixed one."""
-    for (name, axis), free in before.items():
-        if free and not after[name, axis]:
-            raise SpaError(
-                what=f"axis {axis} of input {name!r} would no longer be dynamic",
-                why="a changed size in the graph forces it to one value",
-                fix="keep the symbolic entries of view and expand arguments when editing them",
-            )
-
-
-def _rebuild(
-    ep: ExportedProgram,
-    module: GraphModule,
-    tensors: Mapping[str, Any] | None = None,
-    kind: type[ExportedProgram] = ExportedProgram,
-) -> ExportedProgram:
-    """A program around a changed graph; its constructor verifies it."""
-    tensors = {**ep.constants, **ep.state_dict} if tensors is None else tensors
-    module.graph.lint()
-    module.recompile()
-    with _quiet():
-        return kind(
-            root=module,
-            graph=module.graph,
-            graph_signature=copy.deepcopy(ep.graph_signature),
-            state_dict={name: tensors[name] for name in ep.state_dict},
-            range_constraints=dict(ep.range_constraints),
-            module_call_graph=copy.deepcopy(ep.module_call_graph),
-            example_inputs=ep.example_inputs,
-            constants={name: tensors[name] for name in ep.constants},
-            verifiers=ep.verifiers,
-        )
-
-
-# ------------------------------------------------------------------- export
 
 
 def tensor_inputs(ep: ExportedProgram) -> list[str]:
@@ -327,12 +106,12 @@ def _check_names(
 def _without_idle_nodes(ep: ExportedProgram) -> ExportedProgram:
     """Drop checks and whole-range slices; each would cost the exporter ten ONNX nodes."""
     module = copied(ep.graph_module)
-    _drop_metadata_asserts(module)
+    drop_metadata_asserts(module)
     for node in list(module.graph.nodes):
         if _is_idle_slice(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    return _rebuild(ep, module, kind=_LocallyDecomposed)
+    return rebuild(ep, module, kind=_LocallyDecomposed)
 
 
 class _LocallyDecomposed(ExportedProgram):
@@ -352,10 +131,10 @@ class _LocallyDecomposed(ExportedProgram):
         if decomp_table is not None and _is_plain(module):
             try:
                 _decompose_nodes(module, decomp_table)
-                return _rebuild(self, module)
+                return rebuild(self, module)
             except Exception as error:  # any surprise in one node: let torch do all of it
                 logging.getLogger(__name__).debug("decomposing the whole program: %s", error)
-        plain = _rebuild(self, copied(self.graph_module))
+        plain = rebuild(self, copied(self.graph_module))
         return plain.run_decompositions(decomp_table, decompose_custom_triton_ops)
 
 
@@ -369,7 +148,7 @@ def _is_plain(module: GraphModule) -> bool:
 
 def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
     """Replace each node that the table knows by the operations it is made of, in place."""
-    mode = _fake_mode(module)
+    mode = fake_mode(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _needs_decomposing(node.target, table):
             _decompose_node(node, table, mode)
@@ -445,20 +224,7 @@ def _is_idle_slice(node: Node) -> bool:
     return not node.kwargs and start in (None, 0) and whole and step in (None, 1)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+
 
 
 def _to_ir(
@@ -466,7 +232,7 @@ def _to_ir(
 ) -> ir.Model:
     """Translate the program; the weights stay torch's and are not copied."""
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 ep,
                 dynamo=True,
@@ -523,7 +289,7 @@ def _share_tied(model: ir.Model, order: Sequence[str]) -> None:
     for name in [name for name in order if name in initializers]:
         value = initializers[name]
         raw = getattr(value.const_value, "raw", None)
-        key = _memory(raw) if isinstance(raw, Tensor) else None
+        key = memory(raw) if isinstance(raw, Tensor) else None
         if key is None or value.is_graph_output():
             continue
         keeper = first.setdefault(key, value)
@@ -538,7 +304,7 @@ def _simplify(model: ir.Model) -> None:
     The exporter's own optimiser is not used: its pattern matching takes time quadratic in the
     nodes, and it replaces named weights by anonymous transposed copies. Fusing is the runtime's.
     """
-    with _quiet():
+    with quiet():
         ir_passes.InlinePass()(model)
         onnxscript.optimizer.fold_constants_ir(
             model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
@@ -611,78 +377,3 @@ def _write(model: ir.Model, path: Path, external: bool) -> tuple[Path, ...]:
     if not external:
         data.unlink(missing_ok=True)
     return (path, data) if external else (path,)
-
-
-# ---------------------------------------------------------------------- run
-
-
-def run_onnx(path: Path, inputs: Mapping[str, np.ndarray], *, threads: int = 1) -> list[np.ndarray]:
-    """Open a file, run it once on the CPU and close it; outputs in the graph's order.
-
-    Raises:
-        SpaError: the file cannot be opened, or the inputs do not fit.
-    """
-    return run_session(open_session(Path(path), threads=threads), inputs)
-
-
-class Parity(NamedTuple):
-    """How far ONNX Runtime is from the reference on one set of inputs.
-
-    ``max_rel`` is the largest difference over the largest absolute reference value of the same
-    output: near-zero entries do not blow it up. Values that are not finite and differ give inf.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    max_abs: float
-    max_rel: float
-
-
-def parity(
-    path: Path,
-    reference: Callable[[Mapping[str, np.ndarray]], Sequence[np.ndarray]],
-    input_sets: Iterable[Mapping[str, np.ndarray]],
-    *,
-    threads: int = 1,
-) -> list[Parity]:
-    """Compare a file with a reference on several sets of inputs, one session for all of them.
-
-    Use sizes other than the traced ones: a model that was fixed to them by mistake fails there.
-
-    Raises:
-        SpaError: the model does not open or run, or the outputs' number or shapes differ.
-    """
-    session = open_session(Path(path), threads=threads)
-    found = []
-    for inputs in input_sets:
-        pairs = _pair(run_session(session, inputs), reference(inputs))
-        gaps = [_gap(mine, theirs) for mine, theirs in pairs]
-        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-        found.append(Parity(shapes, max(g[0] for g in gaps), max(g[1] for g in gaps)))
-    return found
-
-
-def _pair(
-    mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Match outputs with the reference's by position."""
-    shapes = [np.shape(a) for a in mine], [np.shape(a) for a in theirs]
-    if not shapes[0] or shapes[0] != shapes[1]:
-        raise SpaError(
-            what="the ONNX model and the reference return different shapes",
-            why=f"ONNX {shapes[0]}, reference {shapes[1]}",
-            fix="let the reference return the program's tensors in its order",
-        )
-    return [(np.asarray(a), np.asarray(b)) for a, b in zip(mine, theirs, strict=True)]
-
-
-def _gap(mine: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Largest difference, absolute and relative to the reference's largest value."""
-    if not theirs.size:
-        return 0.0, 0.0
-    a, b = mine.astype(np.float64), theirs.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        gap = np.where(same, 0.0, np.abs(a - b))
-    worst = float(np.max(np.where(np.isfinite(gap), gap, np.inf)))
-    scale = float(np.max(np.abs(b), initial=0.0, where=np.isfinite(b)))
-    return worst, worst / scale if scale else (0.0 if worst == 0 else float("inf"))

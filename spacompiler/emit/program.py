@@ -91,7 +91,7 @@ def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
 def rewrite(trace: Trace, solution: Solution, choices: Choices,
             arrays: dict[str, torch.Tensor] | None = None) -> ExportedProgram:
     """Return the pruned program, with symbolic sizes kept; `arrays` are sliced ones to share."""
-    from .onnx_file import refresh
+    from .refresh import refresh
 
     slicer = Slicer(trace, solution, choices)
     given = arrays or {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .. import primitives as p
+from .. import reductions as r
+from .. import shapes as s
 from ..solver import Row
 
 _POINTWISE = """
@@ -39,18 +41,18 @@ _POOLING = {
 }
 
 _ALONG: dict[str, Row] = {
-    **{op: p.along() for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
-    **{op: p.along() for op in "cumsum cumprod logcumsumexp cummax cummin glu".split()},
-    "topk": p.along(2), "sort": p.along(1), "argsort": p.along(1),
-    "flip": p.along(1, "dims"), "roll": p.along(2, "dims", None), "diff": p.along(2),
-    "tril": p.along(9, "", [-1, -2]), "triu": p.along(9, "", [-1, -2]),
+    **{op: r.along() for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
+    **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin glu".split()},
+    "topk": r.along(2), "sort": r.along(1), "argsort": r.along(1),
+    "flip": r.along(1, "dims"), "roll": r.along(2, "dims", None), "diff": r.along(2),
+    "tril": r.along(9, "", [-1, -2]), "triu": r.along(9, "", [-1, -2]),
 }
 
 _REDUCE: dict[str, Row] = {
-    **dict.fromkeys("sum any count_nonzero".split(), p.reduce("sum")), "mean": p.reduce("mean"),
-    **dict.fromkeys("norm linalg_vector_norm".split(), p.vector_norm),
-    **dict.fromkeys("max min".split(), p.extremum),
-    **{op: p.reduce("other") for op in "amax amin prod var std all logsumexp argmax argmin "
+    **dict.fromkeys("sum any count_nonzero".split(), r.reduce("sum")), "mean": r.reduce("mean"),
+    **dict.fromkeys("norm linalg_vector_norm".split(), r.vector_norm),
+    **dict.fromkeys("max min".split(), r.extremum),
+    **{op: r.reduce("other") for op in "amax amin prod var std all logsumexp argmax argmin "
        "var_mean std_mean median".split()},
 }
 
@@ -79,22 +81,22 @@ _FUNCTIONS: dict[str, Row] = {
                     p.transposed_convolution),
     "convolution": p.aten_convolution,
     "scaled_dot_product_attention": p.attention,
-    **dict.fromkeys("view _unsafe_view reshape view_copy".split(), p.reshape),
-    "flatten": p.flatten, "unflatten": p.unflatten,
-    **dict.fromkeys("permute numpy_T".split(), p.permute),
-    **dict.fromkeys("transpose t mT swapaxes swapdims".split(), p.transpose),
-    **dict.fromkeys("movedim moveaxis".split(), p.movedim),
-    "unsqueeze": p.unsqueeze, "squeeze": p.squeeze,
-    "expand": p.expand, "expand_as": p.pointwise,
-    "repeat": p.tile, "tile": p.tile, "repeat_interleave": p.repeat_interleave,
-    "cat": p.cat, "concat": p.cat, "stack": p.stack,
-    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), p.split),
-    "unbind": p.unbind, "select": p.select, "slice": p.slice_, "narrow": p.narrow,
-    "constant_pad_nd": p.pad, "pad": p.pad,
-    "layer_norm": p.layer_norm, "rms_norm": p.rms_norm, "group_norm": p.group_norm,
-    "index": p.index, "index_select": p.lookup(), "gather": p.gather,
-    **dict.fromkeys("zeros ones full".split(), p.create(0)),
-    **dict.fromkeys("new_zeros new_ones new_full".split(), p.create(1)),
+    **dict.fromkeys("view _unsafe_view reshape view_copy".split(), s.reshape),
+    "flatten": s.flatten, "unflatten": s.unflatten,
+    **dict.fromkeys("permute numpy_T".split(), s.permute),
+    **dict.fromkeys("transpose t mT swapaxes swapdims".split(), s.transpose),
+    **dict.fromkeys("movedim moveaxis".split(), s.movedim),
+    "unsqueeze": s.unsqueeze, "squeeze": s.squeeze,
+    "expand": s.expand, "expand_as": p.pointwise,
+    "repeat": s.tile, "tile": s.tile, "repeat_interleave": s.repeat_interleave,
+    "cat": s.cat, "concat": s.cat, "stack": s.stack,
+    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), s.split),
+    "unbind": s.unbind, "select": s.select, "slice": s.slice_, "narrow": s.narrow,
+    "constant_pad_nd": s.pad, "pad": s.pad,
+    "layer_norm": r.layer_norm, "rms_norm": r.rms_norm, "group_norm": r.group_norm,
+    "index": r.index, "index_select": r.lookup(), "gather": r.gather,
+    **dict.fromkeys("zeros ones full".split(), r.create(0)),
+    **dict.fromkeys("new_zeros new_ones new_full".split(), r.create(1)),
 }
 
 
@@ -102,7 +104,7 @@ def _rows() -> dict[str, Row]:
     rows: dict[str, Row] = dict.fromkeys(_POINTWISE, p.pointwise)
     rows |= dict.fromkeys(_SAME, p.same)
     for spatial, names in _POOLING.items():
-        rows |= dict.fromkeys(names.split(), p.last_frozen(spatial))
+        rows |= dict.fromkeys(names.split(), r.last_frozen(spatial))
     return rows | _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS
 
 

@@ -1,0 +1,354 @@
+"""How much of a model library compiles: each model is traced, solved, pruned, proved and run.
+
+    python benchmarks/coverage.py transformers --only 'qwen*' --out coverage.md
+
+Each model runs in a process of its own. A row says which share of the body's weights lies in
+prunable groups, and whether half of the body could be removed with a proof.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import statistics
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spacompiler import pipeline
+from spacompiler.allocation import candidates
+from spacompiler.axes import reasons, walk
+from spacompiler.cost import heads
+from spacompiler.errors import ProofError, SpaError, TargetError
+from spacompiler.frontends.aten import TABLE
+from spacompiler.frontends.torch_export import Inputs, trace
+from spacompiler.groups import Solution, solve
+from spacompiler.proof import masked_dense, relative_error
+from spacompiler.recipe import ROLES, Recipe
+
+SUITES = {"transformers": "tiny_transformers", "torchvision": "tiny_torchvision",
+          "timm": "tiny_timm"}
+TARGET = "body=50%"
+NEAR = 1e-3
+DEFAULT: dict[str, Any] = {"importance": "magnitude", "align": 1, "layout": "any", "onnx": False,
+                           "latency": False}
+
+
+@dataclass
+class Row:
+    """What became of one model."""
+
+    model: str
+    weights: int = 0
+    traced: bool = False
+    solve_ms: float = 0.0
+    share: float | None = None
+    groups: int = 0
+    exact: bool | None = None
+    roles: str = ""
+    emission: str = ""
+    cpu_s: float = 0.0
+    rss_mb: float = 0.0
+    result: str = ""
+    kind: str = "error"
+    opaque: dict[str, int] = field(default_factory=dict)
+    clashes: list[str] = field(default_factory=list)
+    frozen: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+# --- one model --------------------------------------------------------------------------------
+
+
+def measure(suite: str, model: str) -> Row:
+    """Trace, solve, compile and check one model; failures are results too."""
+    torch.set_num_threads(1)
+    row = Row(model)
+    try:
+        module, inputs = importlib.import_module(SUITES[suite]).MODELS[model]()
+        row.weights = sum(p.numel() for p in module.parameters())
+        start = time.process_time()
+        job = _compile(row, _analyse(row, module, inputs))
+        row.cpu_s = time.process_time() - start
+        _check(row, job)
+    except Exception as problem:  # any failure is what this benchmark is about
+        row.kind = "wrong" if isinstance(problem, ProofError) else \
+            "target" if isinstance(problem, TargetError) else "error"
+        row.result = _told(problem)
+    row.rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return row
+
+
+def _told(problem: Exception) -> str:
+    if isinstance(problem, SpaError):
+        parts = [problem.what, problem.where, problem.why]
+        return " | ".join(p.splitlines()[0] for p in parts if p)
+    last = traceback.extract_tb(problem.__traceback__)[-1]
+    first = (str(problem).strip().splitlines() or [""])[0]
+    return f"{type(problem).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"
+
+
+def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> pipeline.Job:
+    recipe = Recipe(TARGET, **DEFAULT)
+    job = pipeline.make_job(module, inputs, recipe, calibration="none", name=row.model)
+    pipeline.check_weights(job)
+    job.trace = trace(module, inputs)
+    row.traced = True
+    start = time.perf_counter()
+    job.solution = solve(job.trace.graph, TABLE)
+    row.solve_ms = 1000 * (time.perf_counter() - start)
+    row.groups = len(job.solution.groups)
+    row.opaque = dict(Counter(node.op for node in job.solution.solver.opaque))
+    row.clashes = job.solution.solver.space.clashes
+    row.share, row.frozen = _share(job.solution)
+    return job
+
+
+def _share(solution: Solution) -> tuple[float, dict[str, int]]:
+    """The share of body weights with a free dimension, and why the others have none."""
+    free, skip = set(solution.by_atom()), heads(solution)
+    total = prunable = 0
+    stuck: Counter[str] = Counter()
+    for name, tensor in solution.graph.weights().items():
+        if name in skip or tensor.kind != "parameter":
+            continue
+        numel = torch.Size(tensor.shape).numel()
+        total += numel
+        dims = solution.dims(name)
+        if any(atom in free for e in dims for atom in walk(e)):
+            prunable += numel
+            continue
+        wide = [e for e in dims if e.size > 1]
+        why = " & ".join(dict.fromkeys(reasons(e)[0] for e in wide if reasons(e)))
+        stuck[why or "single numbers"] += numel
+    return prunable / max(total, 1), dict(stuck.most_common())
+
+
+def _attempt(first: pipeline.Job, **options: Any) -> pipeline.Job:
+    """The steps after the analysis, under another recipe."""
+    job = replace(first, recipe=replace(first.recipe, **options), scores={}, notes=[])
+    r = job.recipe
+    job.candidates = candidates(job.solution, roles=r.roles, approximate=r.approximate)
+    if not job.candidates:
+        raise TargetError(f"no group of {len(job.solution.groups)} may shrink")
+    for _, step in pipeline.STEPS[2:]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(r.seed)
+            step(job)
+    return job
+
+
+def _compile(row: Row, first: pipeline.Job) -> pipeline.Job:
+    try:
+        job = _attempt(first)
+    except TargetError as short:
+        row.notes.append(_told(short))
+        row.roles = "all"
+        job = _attempt(first, roles=ROLES, approximate=True)
+    row.emission = f"{job.layout}/{job.emission}"
+    row.exact = not any(g.approximate for g in job.solution.groups.values()
+                        if g.atom in job.choices)
+    row.notes.extend(n for n in job.notes if "not possible" in n)
+    return job
+
+
+def _check(row: Row, job: pipeline.Job) -> None:
+    row.kind = row.result = "ok"
+    for which, call in (("traced inputs", (job.trace.args, job.trace.kwargs)),
+                        ("other inputs", _others(job))):
+        error = _error(job, call)
+        if not error <= NEAR:
+            row.kind, row.result = "wrong", f"emitted model differs by {error:.1e} on {which}"
+            return
+
+
+def _error(job: pipeline.Job, call: tuple[Any, Any]) -> float:
+    """How far the emitted model is from the masked dense one in float64."""
+    args, kwargs = call
+    want = masked_dense(replace(job.trace, args=args, kwargs=kwargs), job.solution, job.choices)
+    with torch.no_grad():
+        got = torch.utils._pytree.tree_leaves(job.pruned.eval()(*args, **kwargs))
+    tensors = [[t for t in ts if isinstance(t, torch.Tensor)] for ts in (got, want)]
+    return relative_error(*tensors)
+
+
+def _others(job: pipeline.Job) -> tuple[Any, Any]:
+    """Inputs that were not traced, of the same sizes."""
+    def other(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.ndim:
+            return value
+        if value.is_floating_point():
+            return value.flip(0) + 0.1 * torch.randn_like(value)
+        return value.roll(1, -1)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return torch.utils._pytree.tree_map(other, (job.trace.args, job.trace.kwargs))
+
+
+# --- all models -------------------------------------------------------------------------------
+
+
+def _child(suite: str, model: str, out: Any) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    out.send(asdict(measure(suite, model)))
+
+
+def isolated(suite: str, model: str, limit: float) -> Row:
+    """`measure` in a process of its own, ended when its time is up."""
+    context = multiprocessing.get_context("fork")
+    with _FORK:
+        inlet, outlet = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(suite, model, outlet))
+        process.start()
+        outlet.close()
+    try:
+        if inlet.poll(limit):
+            return Row(**inlet.recv())
+        return Row(model, kind="error", result=f"no result within {limit:.0f} s")
+    except EOFError:
+        process.join()
+        return Row(model, kind="error", result=f"the process ended with {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+_FORK = threading.Lock()
+
+
+def run(suite: str, only: str, jobs: int, limit: float) -> Iterator[Row]:
+    """Yield a row for each model whose name matches, in the suite's order."""
+    models = importlib.import_module(SUITES[suite]).MODELS
+    wanted = [m for m in models if any(fnmatch.fnmatch(m, p) for p in only.split(","))]
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda m: isolated(suite, m, limit), wanted)
+
+
+# --- what is written --------------------------------------------------------------------------
+
+HEAD = ("model", "weights", "traced", "solve ms", "prunable share", "groups", "exact", "roles",
+        "emitted as", "CPU s", "peak MB", "result")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.exact is None:
+        exact = ""
+    else:
+        exact = "yes" if row.exact else "no"
+    return (row.model, f"{row.weights:,}", "yes" if row.traced else "no",
+            f"{row.solve_ms:.0f}" if row.traced else "",
+            f"{row.share:.0%}" if row.share is not None else "", str(row.groups), exact,
+            row.roles or "default", row.emission, f"{row.cpu_s:.1f}", f"{row.rss_mb:.0f}",
+            row.result[:160].replace("|", "/"))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _by_text(found: dict[str, list[str]]) -> str:
+    ordered = sorted(found.items(), key=lambda kv: (-len(set(kv[1])), kv[0]))
+    return _table(("what", "times", "models"), [
+        (f"`{what}`", str(len(models)), ", ".join(dict.fromkeys(models)))
+        for what, models in ordered]) if ordered else "None."
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"\d+", "N", text).replace("|", "/")[:150]
+
+
+def report(suite: str, rows: list[Row]) -> str:
+    """The whole text: summary, table, what was not known, what could not be solved."""
+    opaque: dict[str, list[str]] = {}
+    clashes: dict[str, list[str]] = {}
+    frozen: dict[str, list[str]] = {}
+    for row in rows:
+        for op, times in row.opaque.items():
+            opaque.setdefault(op, []).extend([row.model] * times)
+        for clash in row.clashes:
+            clashes.setdefault(_masked(clash), []).append(row.model)
+        for why, numel in row.frozen.items():
+            if numel >= 0.02 * row.weights:
+                frozen.setdefault(_masked(why), []).append(row.model)
+    return "\n\n".join([
+        f"# Coverage of {suite}",
+        f"Made by `python benchmarks/coverage.py {suite}`: tiny random models, target {TARGET} "
+        "with magnitude scores; where that is out of reach of the default roles, once more with "
+        "all roles and approximate groups. A weight is prunable if one of its dimensions lies in "
+        "a group.",
+        _summary(rows), _table(HEAD, [_cells(row) for row in rows]),
+        "## Unknown operators", _by_text(opaque),
+        "## Equations without a solution", _by_text(clashes),
+        "## Why weights are frozen (2% of a model or more)", _by_text(frozen)]) + "\n"
+
+
+def _summary(rows: list[Row]) -> str:
+    kinds = Counter(row.kind for row in rows)
+    shares = [row.share for row in rows if row.share is not None]
+    lines = [
+        f"- tried: {len(rows)}; traced: {sum(r.traced for r in rows)}",
+        f"- compiled with proof, emitted model checked: {kinds['ok']} "
+        f"({sum(r.kind == 'ok' and not r.roles for r in rows)} with default roles, "
+        f"{sum(r.kind == 'ok' and bool(r.exact) for r in rows)} exact)",
+        f"- wrong outputs or failed proofs: {kinds['wrong']}",
+        f"- target out of reach: {kinds['target']}; other errors: {kinds['error']}",
+    ]
+    if shares:
+        full = sum(s >= 0.9 for s in shares)
+        lines.append(f"- prunable share of the body: median {statistics.median(shares):.0%}; "
+                     f"at least 90% in {full} of {len(shares)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line, run, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--only", default="*", help="shell patterns, with commas between")
+    parser.add_argument("--out", type=Path, help="write the report here")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=120)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for module in ("torch._dynamo", "torch.export", "transformers.modeling_utils",
+                   "transformers.generation", "transformers.models.auto.modeling_auto",
+                   "spacompiler.emit.onnx_file"):
+        importlib.import_module(module)  # once, before the processes fork
+    torch.set_num_threads(1)
+    trace(nn.Linear(2, 2), (torch.zeros(2, 2),))
+    rows = []
+    for row in run(options.suite, options.only, options.jobs, options.timeout):
+        rows.append(row)
+        if options.json:
+            options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        share = f"{row.share:.0%}" if row.share is not None else "-"
+        print(f"{row.model:28} {share:>5} {row.roles:4} {row.emission:12} {row.cpu_s:5.1f} s  "
+              f"{row.result[:140]}", flush=True)
+    print(_summary(rows))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report(options.suite, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Axis primitives that mix or look up positions: reductions, norms, indexing, windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .axes import ONE, Clash, is_frozen
+from .graph import Node, Ref
+from .primitives import broadcast, operands, pointwise, relate_pattern
+from .solver import Row, Solver
+
+
+def _reduced(s: Solver, n: Node, argument: int) -> tuple[str, list[int]]:
+    ref = next(n.refs())
+    rank = len(s.dims[ref])
+    dims = n.arg(argument, "dim")
+    if isinstance(dims, bool):  # var and std over everything: it says whether they are unbiased
+        dims = None
+    named = list(range(rank)) if dims is None or dims == [] else dims
+    named = named if isinstance(named, (list, tuple)) else [named]
+    return ref, [d % rank for d in named]
+
+
+def reduce(how: str, argument: int = 1) -> Row:
+    """A reduction over the dimensions that an argument names.
+
+    `sum` reads them (zeros add nothing: so do norms, any, count_nonzero), `mean` does as part of
+    an RMSNorm. Any other reduction, or mean on its own, freezes what it reduces.
+    """
+
+    def row(s: Solver, n: Node) -> None:
+        ref, named = _reduced(s, n, argument)
+        keep = any(len(s.shape(out)) == len(s.dims[ref]) for out in n.outputs)
+        for d in named:
+            e = s.dims[ref][d]
+            if how == "sum":
+                s.read(n, ref, d, "sum")
+            elif how == "mean" and n.name in s.norms:
+                s.read(n, ref, d, "norm")
+                s.roles.append((e, "normalised"))
+            else:
+                s.space.freeze(e, f"{n.op} over it depends on how many slices there are")
+        made = [ONE if i in named else e for i, e in enumerate(s.dims[ref])
+                if keep or i not in named]
+        for out in n.outputs:
+            s.put(out, made)
+
+    return row
+
+
+def vector_norm(s: Solver, n: Node) -> None:
+    """norm(x, order, dims): zeros add nothing to it if its order is positive."""
+    order = n.arg(1, "ord", n.kwargs.get("p", 2))
+    neutral = order is None or (isinstance(order, (int, float)) and order >= 0)
+    reduce("sum" if neutral else "other", 2)(s, n)
+
+
+def extremum(s: Solver, n: Node) -> None:
+    """max / min: of two tensors, or over a dimension."""
+    (pointwise if isinstance(n.arg(1, "other"), Ref) else reduce("other"))(s, n)
+
+
+def along(argument: int = 1, keyword: str = "dim", default: Any = -1) -> Row:
+    """An operator that mixes all positions of one dimension (softmax, cumsum, sort, flip).
+
+    With `default=None` it mixes all dimensions unless some are named.
+    """
+
+    def row(s: Solver, n: Node) -> None:
+        ref = next(n.refs())
+        dims = s.dims[ref]
+        given = n.arg(argument, keyword, default)
+        if default is None and not given and given != 0:
+            given = range(len(dims))
+        for d in given if isinstance(given, (list, tuple, range)) else [given]:
+            s.space.freeze(dims[d], f"{n.op} works along it")
+        for out in n.outputs:
+            shape = s.shape(out)
+            s.put(out, [e if e.size == shape[i] else s.space.atom(shape[i], f"result of {n.op}")
+                        for i, e in enumerate(dims)])
+
+    return row
+
+
+def layer_norm(s: Solver, n: Node) -> None:
+    """layer_norm(x, shape, gain, bias, eps): its statistics change with the width."""
+    x = n.args[0].name
+    width = len(n.args[1])
+    dims = s.dims[x]
+    for ref in operands(n)[2:4]:
+        if ref is not None:
+            for e, other in zip(dims[-width:], s.dims[ref], strict=True):
+                s.relate(e, other, n)
+    for i, e in enumerate(dims[-width:], start=len(dims) - width):
+        s.read(n, x, i, "norm")
+        s.roles.append((e, "normalised"))
+        s.approximate.append((e, f"statistics of {n.title()} change with the width"))
+        s.edit(n, ("args", 1, i - len(dims) + width), e)
+    if width > 1:
+        s.freeze(dims[-width:], f"{n.op} takes its statistics over several dimensions")
+    s.put(n.outputs[0], dims)
+
+
+def rms_norm(s: Solver, n: Node) -> None:
+    """aten.rms_norm(x, shape, gain, eps): exact once gain and eps are corrected."""
+    x, (*gain, _) = n.args[0].name, [*operands(n)[2:3], None]
+    e = s.dims[x][-1]
+    for ref in filter(None, gain):
+        for i, other in enumerate(reversed(s.dims[ref])):
+            s.relate(s.dims[x][-1 - i], other, n)
+    if n.name in s.norms:
+        s.read(n, x, -1, "norm")
+        s.roles.append((e, "normalised"))
+        s.edit(n, ("args", 1, 0), e)
+    else:
+        s.freeze(s.dims[x][-len(n.args[1]):], f"{n.op} has no gain and eps to correct")
+    s.put(n.outputs[0], s.dims[x])
+
+
+def group_norm(s: Solver, n: Node) -> None:
+    """group_norm(x, groups, gain, bias): whole groups may go, what is inside stays."""
+    refs = [n.args[0].name, *operands(n)[2:4]]
+    relate_pattern(s, n, "b (g i) !*, (g i), (g i) -> b (g i) !*", refs,
+                   sizes={"g": (1, "num_groups", 1)})
+    s.space.freeze(s.contractions[-1].letters["i"] if len([r for r in refs if r]) > 1
+                   else s.dims[refs[0]][1], "statistics are taken over a group of channels")
+
+
+def index(s: Solver, n: Node) -> None:
+    """x[i, j, ...] by integer tensors: indexed dimensions freeze, the others carry over."""
+    x, given = n.args[0].name, list(n.args[1])
+    dims = list(s.dims[x])
+    at = [d for d, ref in enumerate(given) if isinstance(ref, Ref)]
+    for d in at:
+        s.space.freeze(dims[d], f"indexed by data in {n.title()}")
+        s.freeze(s.dims[given[d].name], "an index")
+    if any(s.graph.tensors[given[d].name].dtype == "bool" for d in at):
+        raise Clash("indexed by a mask")
+    block = broadcast(s, n, [s.dims[given[d].name] for d in at])
+    block = [e if is_frozen(e) or e is ONE else s.space.atom(e.size, "an index") for e in block]
+    rest = [e for d, e in enumerate(dims) if d not in at]
+    together = at == list(range(at[0], at[-1] + 1))
+    where = at[0] if together else 0
+    s.put(n.outputs[0], rest[:where] + block + rest[where:])
+
+
+def lookup(along_dim: int | None = None) -> Row:
+    """index_select / gather-like: the dimension looked up in freezes, the others carry over."""
+
+    def row(s: Solver, n: Node) -> None:
+        ref = next(n.refs())
+        dims = list(s.dims[ref])
+        dim = (n.arg(1, "dim") if along_dim is None else along_dim) % len(dims)
+        s.space.freeze(dims[dim], f"looked up by {n.title()}")
+        for other in list(n.refs())[1:]:
+            s.freeze(s.dims[other], "an index")
+        dims[dim] = s.space.atom(s.shape(n.outputs[0])[dim], "an index")
+        s.put(n.outputs[0], dims)
+
+    return row
+
+
+def gather(s: Solver, n: Node) -> None:
+    """gather(x, dim, index): freezes what it looks up; elsewhere x and index go together."""
+    x, index = n.args[0].name, n.args[2].name
+    dim, made = n.args[1] % len(s.dims[x]), []
+    for d, (e, at) in enumerate(zip(s.dims[x], s.dims[index], strict=True)):
+        if d == dim or e.size != at.size:
+            s.freeze((e, at), f"looked up by {n.title()}")
+        else:
+            s.relate(e, at, n)
+        made.append(at)
+    s.put(n.outputs[0], made)
+
+
+def create(argument: int) -> Row:
+    """zeros, ones, full: any slice of a constant may go; the argument holds its sizes."""
+
+    def row(s: Solver, n: Node) -> None:
+        made = [s.space.atom(size) for size in s.shape(n.outputs[0])]
+        for i, e in enumerate(made):
+            s.edit(n, ("args", argument, i), e)
+        s.put(n.outputs[0], made)
+
+    return row
+
+
+def first_dims(count: int) -> Row:
+    """Keep the first `count` dimensions, freeze the others (pooling, interpolation)."""
+
+    def row(s: Solver, n: Node) -> None:
+        dims = s.dims[next(n.refs())]
+        s.freeze(dims[count:], f"{n.op} works along it")
+        for out in n.outputs:
+            shape = s.shape(out)
+            tail = [s.space.atom(k, f"result of {n.op}") for k in shape[count:]]
+            s.put(out, [*dims[:count], *tail])
+
+    return row
+
+
+def last_frozen(count: int) -> Row:
+    """Keep all but the last `count` dimensions (pooling without a batch dimension)."""
+
+    def row(s: Solver, n: Node) -> None:
+        first_dims(len(s.dims[next(n.refs())]) - count)(s, n)
+
+    return row

@@ -1,0 +1,307 @@
+"""Axis primitives that only re-arrange positions: views, permutations, cuts, padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .axes import ONE, Clash, Expr, concat, is_frozen, product
+from .graph import Node
+from .idioms import base
+from .primitives import broadcast
+from .solver import Solver
+
+
+def reshape(s: Solver, n: Node) -> None:
+    """view/reshape: regroup runs of dimensions whose products agree."""
+    out = n.outputs[0]
+    made = regroup(s, s.dims[next(n.refs())], s.shape(out))
+    s.put(out, made)
+    sizes = n.arg(1, "size", n.kwargs.get("shape"))
+    if isinstance(sizes, (list, tuple)):
+        key = ("args", 1) if len(n.args) > 1 else ("kwargs", "size" if "size" in n.kwargs
+                                                   else "shape")
+        for i, e in enumerate(made):
+            s.edit(n, (*key, i), e)
+
+
+def regroup(s: Solver, dims: Sequence[Expr], shape: Sequence[int]) -> list[Expr]:
+    """Flatten each minimal run of dimensions and factor it into the new sizes."""
+    made: list[Expr] = []
+    old, new = [e for e in dims if e.size != 1], list(shape)
+    while new:
+        give = [new.pop(0)]
+        if give[0] == 1:
+            made.append(ONE)
+            continue
+        take = [old.pop(0)]
+        while (have := math.prod(e.size for e in take)) != (want := math.prod(give)):
+            if have < want:
+                take.append(old.pop(0))
+            else:
+                give.append(new.pop(0))
+        made.extend(_unnest(s, product(take), give))
+    return made
+
+
+def _unnest(s: Solver, e: Expr, sizes: Sequence[int]) -> list[Expr]:
+    made: list[Expr] = []
+    for size in reversed(sizes[1:]):
+        e, inner = s.space.factor(e, size)
+        made.append(inner)
+    return [e, *reversed(made)]
+
+
+def flatten(s: Solver, n: Node) -> None:
+    s.put(n.outputs[0], regroup(s, s.dims[next(n.refs())], s.shape(n.outputs[0])))
+
+
+def unflatten(s: Solver, n: Node) -> None:
+    """unflatten(x, dim, sizes)."""
+    made = regroup(s, s.dims[next(n.refs())], s.shape(n.outputs[0]))
+    s.put(n.outputs[0], made)
+    first = n.args[1] % len(s.dims[next(n.refs())])
+    for i in range(len(n.args[2])):
+        s.edit(n, ("args", 2, i), made[first + i])
+
+
+def permute(s: Solver, n: Node) -> None:
+    """permute(x, order); numpy_T turns the order around."""
+    dims = s.dims[next(n.refs())]
+    s.put(n.outputs[0], [dims[d] for d in n.arg(1, "dims", range(len(dims))[::-1])])
+
+
+def movedim(s: Solver, n: Node) -> None:
+    """movedim(x, source, destination)."""
+    dims = s.dims[next(n.refs())]
+    source, target = ([d % len(dims) for d in (a if isinstance(a, (list, tuple)) else [a])]
+                      for a in n.args[1:3])
+    made = [e for d, e in enumerate(dims) if d not in source]
+    for at, d in sorted(zip(target, source, strict=True)):
+        made.insert(at, dims[d])
+    s.put(n.outputs[0], made)
+
+
+def transpose(s: Solver, n: Node) -> None:
+    dims = list(s.dims[next(n.refs())])
+    a, b = (n.args[1], n.args[2]) if len(n.args) > 2 else (-1, -2)
+    if len(dims) > 1:
+        dims[a], dims[b] = dims[b], dims[a]
+    s.put(n.outputs[0], dims)
+
+
+def unsqueeze(s: Solver, n: Node) -> None:
+    dims = list(s.dims[next(n.refs())])
+    dims.insert(n.args[1] % (len(dims) + 1), ONE)
+    s.put(n.outputs[0], dims)
+
+
+def squeeze(s: Solver, n: Node) -> None:
+    """Drop dimensions of one: those named, or all."""
+    dims = s.dims[next(n.refs())]
+    named = n.arg(1, "dim", list(range(len(dims))))
+    gone = {d % len(dims) for d in (named if isinstance(named, (list, tuple)) else [named])}
+    s.put(n.outputs[0], [e for i, e in enumerate(dims) if i not in gone or e.size != 1])
+
+
+def expand(s: Solver, n: Node) -> None:
+    """expand(x, sizes): a stretched dimension is a new axis of replicas."""
+    out, old = n.outputs[0], s.dims[next(n.refs())]
+    shape = s.shape(out)
+    padded = [ONE] * (len(shape) - len(old)) + list(old)
+    made = [s.space.atom(size) if e.size != size else e
+            for e, size in zip(padded, shape, strict=True)]
+    s.put(out, made)
+    sizes = n.arg(1, "size")
+    for i, e in enumerate(made if isinstance(sizes, (list, tuple)) else ()):
+        if sizes[i] != -1:
+            s.edit(n, ("args", 1, i), e)
+
+
+def tile(s: Solver, n: Node) -> None:
+    """repeat / tile(x, counts): replicas outside each dimension."""
+    old, counts = s.dims[next(n.refs())], n.args[1]
+    padded = [ONE] * (len(counts) - len(old)) + list(old)
+    made = padded[: len(padded) - len(counts)]
+    for i, (e, count) in enumerate(zip(padded[len(made):], counts, strict=True)):
+        replicas = s.space.atom(count)
+        s.edit(n, ("args", 1, i), replicas)
+        made.append(product((replicas, e)))
+    s.put(n.outputs[0], made)
+
+
+def repeat_interleave(s: Solver, n: Node) -> None:
+    """repeat_interleave(x, count, dim): replicas inside a dimension."""
+    dims = list(s.dims[next(n.refs())])
+    count, dim = n.args[1], n.arg(2, "dim")
+    if not isinstance(count, int) or dim is None:
+        raise Clash("only one count along one dimension is understood")
+    replicas = s.space.atom(count)
+    s.edit(n, ("args", 1), replicas)
+    dims[dim] = product((dims[dim], replicas))
+    s.put(n.outputs[0], dims)
+
+
+def cat(s: Solver, n: Node) -> None:
+    """cat(tensors, dim): a Sum along dim, equal elsewhere."""
+    parts = [s.dims[ref.name] for ref in n.args[0] if s.shape(ref.name) != (0,)]
+    dim = n.arg(1, "dim", 0) % len(parts[0])
+    made = list(parts[0])
+    made[dim] = concat(dims[dim] for dims in parts)
+    for dims in parts[1:]:
+        for i, e in enumerate(dims):
+            if i != dim:
+                s.relate(made[i], e, n)
+    s.put(n.outputs[0], made)
+
+
+def stack(s: Solver, n: Node) -> None:
+    parts = [s.dims[ref.name] for ref in n.args[0]]
+    made = broadcast(s, n, parts)
+    made.insert(n.arg(1, "dim", 0) % (len(made) + 1), concat([ONE] * len(parts)))
+    s.put(n.outputs[0], made)
+
+
+def cuts(s: Solver, e: Expr, sizes: Sequence[int]) -> list[Expr]:
+    """Cut an expression into consecutive pieces."""
+    made: list[Expr] = []
+    for size in sizes[:-1]:
+        piece, e = s.space.split(e, size) if 0 < size < e.size else (e, e)
+        made.append(piece)
+    return [*made, e]
+
+
+def split(s: Solver, n: Node) -> None:
+    """split / split_with_sizes / chunk / unsafe_split: pieces along one dimension."""
+    ref = next(n.refs())
+    dim = n.arg(2, "dim", 0) % len(s.dims[ref])
+    sizes = [s.shape(out)[dim] for out in n.outputs]
+    pieces = cuts(s, s.dims[ref][dim], sizes)
+    for out, piece in zip(n.outputs, pieces, strict=True):
+        s.put(out, [piece if i == dim else e for i, e in enumerate(s.dims[ref])])
+    given = n.arg(1, "split_size")
+    if isinstance(given, (list, tuple)):
+        for i, piece in enumerate(pieces):
+            s.edit(n, ("args", 1, i), piece)
+    elif len(pieces) > 1 and not base_is_chunk(n):
+        for piece in pieces[1:-1]:
+            s.relate(pieces[0], piece, n)
+        s.edit(n, ("args", 1), pieces[0])
+        if pieces[-1].size == pieces[0].size:
+            s.relate(pieces[0], pieces[-1], n)
+        else:
+            s.freeze(pieces, f"{n.op} leaves a smaller last piece")
+    else:
+        for piece in pieces[1:]:
+            if piece.size == pieces[0].size:
+                s.relate(pieces[0], piece, n)
+            else:
+                s.freeze(pieces, f"{n.op} leaves a smaller last piece")
+
+
+def base_is_chunk(n: Node) -> bool:
+    return base(n.op).endswith("chunk")
+
+
+def unbind(s: Solver, n: Node) -> None:
+    ref = next(n.refs())
+    dims = list(s.dims[ref])
+    dim = n.arg(1, "dim", 0) % len(dims)
+    cuts(s, dims[dim], [1] * dims[dim].size)
+    for out in n.outputs:
+        s.put(out, dims[:dim] + dims[dim + 1 :])
+
+
+def select(s: Solver, n: Node) -> None:
+    """select(x, dim, index): that slice must stay, so the dimension is cut around it."""
+    dims = list(s.dims[next(n.refs())])
+    dim = n.args[1] % len(dims)
+    size = dims[dim].size
+    index = n.args[2] % size
+    if not is_frozen(dims[dim]):
+        left, _, _ = cuts3(s, dims[dim], index, index + 1)
+        s.edit(n, ("args", 2), left, when=dims[dim], value=None if index else 0)
+    s.put(n.outputs[0], dims[:dim] + dims[dim + 1 :])
+
+
+def cuts3(s: Solver, e: Expr, start: int, end: int) -> tuple[Expr, Expr, Expr]:
+    """Cut e = left + middle + right; an empty side is ONE."""
+    left: Expr = ONE
+    right: Expr = ONE
+    if end < e.size:
+        e, right = s.space.split(e, end)
+    if start > 0:
+        left, e = s.space.split(e, start)
+    return left, e, right
+
+
+def slice_(s: Solver, n: Node) -> None:
+    """slice(x, dim, start, end, step)."""
+    dims = list(s.dims[next(n.refs())])
+    dim, size = n.arg(1, "dim", 0) % len(dims), 0
+    size = dims[dim].size
+    start, end = (_clamp(n.arg(i, k, d), size) for i, k, d in ((2, "start", 0), (3, "end", size)))
+    step = n.arg(4, "step", 1)
+    if (start, end, step) == (0, size, 1):
+        s.put(n.outputs[0], dims)
+        return
+    if step != 1:
+        _strided(s, n, dims, dim, start, end, step)
+        return
+    left, middle, _ = cuts3(s, dims[dim], start, end)
+    if start > 0:
+        s.edit(n, ("args", 2), left, when=dims[dim])
+    if end < size:
+        upto = concat((left, middle)) if start > 0 else middle
+        s.edit(n, ("args", 3), upto, when=dims[dim])
+    dims[dim] = middle
+    s.put(n.outputs[0], dims)
+
+
+def narrow(s: Solver, n: Node) -> None:
+    """narrow(x, dim, start, length)."""
+    dims = list(s.dims[next(n.refs())])
+    dim, (start, length) = n.args[1] % len(dims), n.args[2:4]
+    start %= dims[dim].size
+    left, middle, _ = cuts3(s, dims[dim], start, start + length)
+    s.edit(n, ("args", 2), left, when=dims[dim], value=None if start else 0)
+    s.edit(n, ("args", 3), middle)
+    dims[dim] = middle
+    s.put(n.outputs[0], dims)
+
+
+def _clamp(value: Any, size: int) -> int:
+    value = (0 if value is None else value)
+    return max(0, min(value + size if value < 0 else value, size))
+
+
+def _strided(s: Solver, n: Node, dims: list[Expr], dim: int, start: int, end: int,
+             step: int) -> None:
+    """x[start::step] picks one member of each run of `step`: runs go or stay whole."""
+    if end != dims[dim].size or start >= step or dims[dim].size % step:
+        raise Clash("a strided slice that is not one member of equal runs")
+    outer, inner = s.space.factor(dims[dim], step)
+    cuts(s, inner, [1] * step)
+    dims[dim] = outer
+    s.put(n.outputs[0], dims)
+
+
+def pad(s: Solver, n: Node) -> None:
+    """pad(x, pads, mode, value): constant padding is a fixed part of a Sum.
+
+    Other modes copy positions into the padding, so that the padded dimensions freeze.
+    """
+    dims = list(s.dims[next(n.refs())])
+    pads = n.args[1]
+    copied = isinstance(n.arg(2, "mode"), str) and n.arg(2, "mode") != "constant"
+    for i in range(len(pads) // 2):
+        dim, before, after = len(dims) - 1 - i, pads[2 * i], pads[2 * i + 1]
+        if copied:
+            s.space.freeze(dims[dim], f"{n.op} copies positions of it")
+        if before < 0 or after < 0:
+            raise Clash("negative padding")
+        parts = [s.space.atom(k, "padding") for k in (before,) if k] + [dims[dim]]
+        parts += [s.space.atom(k, "padding") for k in (after,) if k]
+        dims[dim] = concat(parts) if len(parts) > 1 else dims[dim]
+    s.put(n.outputs[0], dims)
