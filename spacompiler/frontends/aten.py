@@ -64,7 +64,7 @@ _PATTERNS: dict[str, Row] = {
     "mv": p.contract("n i, i -> n"),
     "dot": p.contract("i, i -> "),
     "outer": p.contract("n, m -> n m"),
-    "transformers.grouped_mm_fallback": p.contract("s i, ! i o, ! -> s o"),
+    "transformers.grouped_mm_fallback": p.contract("! i, ! i o, ! -> ! o"),
     "batch_norm": p.contract("b c ..., c, c, c, c -> b c ..."),
     "_native_batch_norm_legit_no_training": p.contract("b c ..., c, c, c, c -> b c ..."),
     "instance_norm": p.contract("b c !*, c, c, c, c -> b c !*"),
