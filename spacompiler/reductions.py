@@ -117,6 +117,15 @@ def rms_norm(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], s.dims[x])
 
 
+def weight_norm(s: Solver, n: Node) -> None:
+    """_weight_norm(v, g, dim): v / |v| * g; the norm is over all dimensions but `dim`."""
+    v, g = s.dims[n.args[0].name], s.dims[n.args[1].name]
+    dim = n.arg(2, "dim", 0) % len(v)
+    s.freeze([e for d, e in enumerate(v) if d != dim], f"{n.op} takes a norm over it")
+    s.relate(v[dim], g[dim] if len(g) == len(v) else g[0], n)
+    s.put(n.outputs[0], v)
+
+
 def group_norm(s: Solver, n: Node) -> None:
     """group_norm(x, groups, gain, bias): whole groups may go, what is inside stays."""
     refs = [n.args[0].name, *operands(n)[2:4]]

@@ -140,6 +140,8 @@ def repeat_interleave(s: Solver, n: Node) -> None:
     replicas = s.space.atom(count)
     s.edit(n, ("args", 1), replicas)
     dims[dim] = product((dims[dim], replicas))
+    if n.kwargs.get("output_size") is not None:
+        s.edit(n, ("kwargs", "output_size"), dims[dim])
     s.put(n.outputs[0], dims)
 
 

@@ -241,6 +241,8 @@ def pointwise_cases() -> Iterator[Case]:
     yield Case("where", op("where"), (Bools((3, 4)), (3, 4), (4,)), "** ** *")
     yield Case("masked_fill", op("masked_fill", -1.0), ((2, 3, 4), Bools((3, 4))), "*** **")
     yield Case("prelu", op("prelu"), ((2, 4, 4), (4,)), "*** *")
+    yield Case("_weight_norm", op("_weight_norm", 0), ((4, 3, 2), (4, 1, 1)), "*.. *..")
+    yield Case("_weight_norm", op("_weight_norm", 2), ((4, 3, 2), (1, 1, 2)), "..* ..*")
     yield Case("prelu", op("prelu"), ((2, 3, 4), (1,)), "*** .")
     yield Case("prelu", op("prelu"), ((2, 4), (4,)), "** *")
 

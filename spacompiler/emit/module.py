@@ -112,7 +112,7 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
 def _call_changes(module: nn.Module, solution: Solution,
                   choices: Choices) -> Iterator[tuple[str, str, Any]]:
     nodes = {node.name: node for node in solution.graph.nodes}
-    for name, path, value in edits(solution, choices):
+    for name, path, value, _ in edits(solution, choices):
         for op, (position, attribute) in CALL_ATTRIBUTES.items():
             node = nodes[name]
             known = path == ("args", position) and node.op.startswith(f"aten.{op}")

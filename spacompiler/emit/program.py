@@ -6,7 +6,9 @@ Works for every architecture that traces; the module emitter is checked against 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
+from math import gcd
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..axes import Choices, kept_size
-from ..errors import SpaError
 from ..frontends.torch_export import Trace, copied
 from ..groups import Solution
 from ..runner import Runner
@@ -22,51 +23,58 @@ from ..slicing import Slicer, norm_changes
 from ..solver import Path
 
 
-def edits(solution: Solution, choices: Choices) -> Iterator[tuple[str, Path, Any]]:
-    """Yield (node, path of the argument, new value) for every constant that a plan changes."""
+def edits(solution: Solution, choices: Choices) -> Iterator[tuple[str, Path, Any, Any]]:
+    """Yield (node, path of the argument, value, old value) for each constant that changes."""
     for edit in solution.solver.edits:
         if kept_size(edit.when, choices) != edit.when.size:
             value = kept_size(edit.expr, choices) if edit.value is None else edit.value
-            yield edit.node, edit.path, value
+            yield edit.node, edit.path, value, edit.expr.size
     for change in norm_changes(solution, choices):
-        yield change.norm.eps_node, ("args", change.norm.eps_arg), change.eps
+        yield change.norm.eps_node, ("args", change.norm.eps_arg), change.eps, change.norm.eps
 
 
 def edited(trace: Trace, solution: Solution, choices: Choices) -> fx.GraphModule:
     """Return a copy of the program's graph with its size arguments re-written."""
     module = copied(trace.program.graph_module)
     nodes = {node.name: node for node in module.graph.nodes}
-    for name, path, value in edits(solution, choices):
-        _set(nodes[name], path, value)
+    for name, path, value, old in edits(solution, choices):
+        _set(nodes[name], path, value, old)
+    for node in module.graph.nodes:  # a view that fits dense strides may not fit the pruned ones
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     module.recompile()
     return module
 
 
-def _set(node: fx.Node, path: Path, value: Any) -> None:
-    if path[0] == "kwargs":
-        node.kwargs = {**node.kwargs, path[1]: value}
-        return
-    args = list(node.args)
-    if len(path) == 2:
-        args[path[1]] = value
+def _set(node: fx.Node, path: Path, value: Any, old: Any) -> None:
+    """Put a value at `("args", i)`, `("args", i, j)` or `("kwargs", name)` of a node."""
+    holder: Any = list(node.args) if path[0] == "args" else dict(node.kwargs)
+    if len(path) == 3:
+        items = list(holder[path[1]])
+        if items[path[2]] != -1:  # an inferred size stays inferred
+            items[path[2]] = _resized(items[path[2]], node, value, old)
+        holder[path[1]] = items
+    elif path[0] == "args":
+        holder[path[1]] = _resized(holder[path[1]], node, value, old)
     else:
-        items = list(args[path[1]])  # type: ignore[arg-type]
-        if isinstance(items[path[2]], fx.Node):
-            value = _inferred(node, items, path[2])
-        if items[path[2]] != -1:
-            items[path[2]] = value
-        args[path[1]] = items
-    node.args = tuple(args)
+        holder[path[1]] = _resized(holder.get(path[1]), node, value, old)
+    if path[0] == "args":
+        node.args = tuple(holder)
+    else:
+        node.kwargs = holder
 
 
-def _inferred(node: fx.Node, items: list[Any], at: int) -> int:
-    """A size that varies between calls and shrinks too: let the view infer it."""
-    if any(isinstance(item, int) and item == -1 for i, item in enumerate(items) if i != at):
-        raise SpaError(
-            f"cannot re-write the sizes of {node.name}",
-            why="two of its sizes both vary between calls and shrink",
-            fix="trace with fixed sizes, or ignore the groups of this layer (--ignore)")
-    return -1
+def _resized(have: Any, user: fx.Node, value: Any, old: Any) -> Any:
+    """The new value; a size that varies between calls (batch x heads) is scaled instead."""
+    return _scaled(have, user, value, old) if isinstance(have, fx.Node) else value
+
+
+def _scaled(size: fx.Node, user: fx.Node, value: int, old: int) -> fx.Node:
+    """Insert size * value // old before its user."""
+    common = gcd(value, old)
+    with user.graph.inserting_before(user):
+        times = user.graph.call_function(operator.mul, (size, value // common))
+        return user.graph.call_function(operator.floordiv, (times, old // common))
 
 
 def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,

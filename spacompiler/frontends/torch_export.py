@@ -284,5 +284,9 @@ def _hint(value: Any) -> Any:
 
 def _tensor(name: str, value: torch.Tensor, kind: str, weight: str | None) -> Tensor:
     dynamic = frozenset(i for i, n in enumerate(value.shape) if isinstance(n, torch.SymInt))
-    shape = tuple(int(_hint(n)) for n in value.shape)
+    sizes = [_hint(n) for n in value.shape]
+    if any(isinstance(n, torch.SymInt) for n in sizes):
+        raise SpaError(f"the size of {name} depends on data", why=f"its shape is {value.shape}",
+                       fix="compile the part of the model before or after that step")
+    shape = tuple(map(int, sizes))
     return Tensor(name, shape, str(value.dtype).removeprefix("torch."), kind, weight, dynamic)
