@@ -52,6 +52,18 @@ def pair(length: int = 9) -> Inputs:
     return {"input_ids": _ids(length), "decoder_input_ids": _ids(7)}
 
 
+def masked_pair() -> Inputs:
+    """Like `pair`, with the attention masks that some decoders need when they are traced."""
+    inputs = pair()
+    return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"]),
+            "decoder_attention_mask": torch.ones_like(inputs["decoder_input_ids"])}
+
+
+def noisy_picture() -> Inputs:
+    """Images for a masked autoencoder, with the noise that orders its patches."""
+    return {**picture(), "noise": torch.rand(2, 16)}
+
+
 def picture(size: int = 32) -> Inputs:
     """Two small images."""
     return {"pixel_values": images(size=size)}
@@ -237,7 +249,7 @@ FAMILIES = (
         "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 48, "n_head": 6,
                    "d_head": 8, "d_inner": 40},
         "longformer": {"attention_window": 4}, "big_bird": {"attention_type": "original_full"},
-        "nystromformer": {"num_landmarks": 3, "segment_means_seq_len": 9},
+        "nystromformer": {"num_landmarks": 9, "segment_means_seq_len": 9},
         "convbert": {"embedding_size": 20, "head_ratio": 2, "conv_kernel_size": 3},
         "squeezebert": {"embedding_size": 48, "q_groups": 2, "k_groups": 2, "v_groups": 2,
                         "post_attention_groups": 1, "intermediate_groups": 2,
@@ -274,10 +286,12 @@ FAMILIES = (
                        "num_encoder_attention_heads": 6, "num_decoder_attention_heads": 6},
     }),
     Family("AutoModelForSeq2SeqLM", T5, pair, {
-        "t5": {}, "mt5": {}, "umt5": {}, "longt5": {"local_radius": 3},
+        "t5": {}, "mt5": {}, "umt5": {}, "t5gemma": {"encoder": CACHELESS, "decoder": CACHELESS},
+    }),
+    Family("AutoModelForSeq2SeqLM", T5, masked_pair, {
+        "longt5": {"local_radius": 3},
         "switch_transformers": {"num_experts": 4, "num_sparse_encoder_layers": 1,
                                 "num_sparse_decoder_layers": 1},
-        "t5gemma": {"encoder": CACHELESS, "decoder": CACHELESS},
     }),
     Family("AutoModelForSpeechSeq2Seq", {**SEQ2SEQ, "num_mel_bins": 16}, speech, {
         "speech_to_text": {"max_source_positions": 24, "max_target_positions": 16,
@@ -307,6 +321,8 @@ FAMILIES = (
                    "pretrain_image_size": 32, "window_block_indices": [0]},
         "dinov3_vit": {"num_register_tokens": 2, "hidden_size": 48},
         "yolos": {"image_size": [32, 32], "num_detection_tokens": 5},
+    }),
+    Family("AutoModel", IMAGE, noisy_picture, {
         "vit_mae": {"mask_ratio": 0.0, "decoder_num_attention_heads": 4},
     }),
     # Hierarchical and convolutional vision.
