@@ -330,9 +330,9 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for module in ("torch._dynamo", "torch.export", "transformers.modeling_utils",
-                   "transformers.generation", "transformers.models.auto.modeling_auto",
-                   "spacompiler.emit.onnx_file"):
+    for module in (SUITES[options.suite], "torch._dynamo", "torch.export",
+                   "transformers.modeling_utils", "transformers.generation",
+                   "transformers.models.auto.modeling_auto", "spacompiler.emit.onnx_file"):
         importlib.import_module(module)  # once, before the processes fork
     torch.set_num_threads(1)
     trace(nn.Linear(2, 2), (torch.zeros(2, 2),))

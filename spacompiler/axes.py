@@ -76,6 +76,8 @@ def product(parts: Iterable[Expr]) -> Expr:
     flat: list[Expr] = []
     for part in map(resolve, parts):
         flat.extend(part.parts if isinstance(part, Prod) else (part,))
+    if not flat:
+        return ONE
     return flat[0] if len(flat) == 1 else Prod(tuple(flat), prod(p.size for p in flat))
 
 

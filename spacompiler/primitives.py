@@ -31,7 +31,7 @@ def broadcast(s: Solver, n: Node, operands: Sequence[Sequence[Expr]]) -> list[Ex
     result: list[Expr] = [ONE] * rank
     for dims in operands:
         for i, e in enumerate(dims, start=rank - len(dims)):
-            if result[i] is ONE:
+            if result[i].size == 1:
                 result[i] = e
             elif e.size != 1:
                 s.relate(result[i], e, n)
@@ -196,6 +196,20 @@ def matmul(s: Solver, n: Node) -> None:
     result = ("" if a == 1 else "n ") + ("" if b == 1 else "m")
     lead = "" if a == 1 and b == 1 else "... "
     relate_pattern(s, n, f"{left}, {right} -> {lead}{result}", operands(n)[:2])
+
+
+def baddbmm(s: Solver, n: Node) -> None:
+    """baddbmm(bias, a, b): a batched product; the bias broadcasts to it."""
+    relate_pattern(s, n, "b n i, b i m -> b n m", operands(n)[1:3])
+    s.put(n.outputs[0], broadcast(s, n, [s.dims[n.outputs[0]], s.dims[n.args[0].name]]))
+
+
+def batch_norm(s: Solver, n: Node) -> None:
+    """batch_norm(x, gain, bias, mean, var, training, ...): in training mode (weight
+    standardisation) statistics are taken over everything but the channels."""
+    text = "! c !*, c, c, c, c -> ! c !*" if n.arg(5, "training", False) else \
+        "b c ..., c, c, c, c -> b c ..."
+    relate_pattern(s, n, text, operands(n)[:5])
 
 
 def addmm(s: Solver, n: Node) -> None:

@@ -53,6 +53,55 @@ def _unnest(s: Solver, e: Expr, sizes: Sequence[int]) -> list[Expr]:
     return [e, *reversed(made)]
 
 
+def reshape_as(s: Solver, n: Node) -> None:
+    """reshape_as(x, other): regrouped to the sizes, and so tied to the axes, of another tensor."""
+    x, other = n.args[0].name, n.args[1].name
+    made = regroup(s, s.dims[x], s.shape(n.outputs[0]))
+    for e, o in zip(made, s.dims[other], strict=True):
+        s.relate(e, o, n)
+    s.put(n.outputs[0], made)
+
+
+def glu(s: Solver, n: Node) -> None:
+    """glu(x, dim): one half gates the other, so both shrink alike."""
+    dims = list(s.dims[next(n.refs())])
+    dim = n.arg(1, "dim", -1) % len(dims)
+    left, right = s.space.split(dims[dim], dims[dim].size // 2)
+    s.relate(left, right, n)
+    dims[dim] = left
+    s.put(n.outputs[0], dims)
+
+
+def im2col(s: Solver, n: Node) -> None:
+    """im2col(x, kernel, ...): (b, c, h, w) -> (b, c x window, positions)."""
+    dims = s.dims[next(n.refs())]
+    s.freeze(dims[-2:], f"{n.op} works along it")
+    *_, columns, places = s.shape(n.outputs[0])
+    window = s.space.atom(columns // dims[-3].size, "position inside the operator's window")
+    s.put(n.outputs[0], [*dims[:-3], product((dims[-3], window)),
+                         s.space.atom(places, f"result of {n.op}")])
+
+
+def col2im(s: Solver, n: Node) -> None:
+    """col2im(x, size, kernel, ...): (b, c x window, positions) -> (b, c, h, w)."""
+    dims = s.dims[next(n.refs())]
+    channels, window = s.space.factor(dims[-2], n.args[2][0] * n.args[2][1])
+    s.freeze([window, dims[-1]], f"{n.op} works along it")
+    made = [s.space.atom(size, f"result of {n.op}") for size in s.shape(n.outputs[0])[-2:]]
+    s.put(n.outputs[0], [*dims[:-2], channels, *made])
+
+
+def slice_scatter(s: Solver, n: Node) -> None:
+    """slice_scatter(x, part, dim, ...): the dimension written into stays, the others agree."""
+    x, part = (s.dims[a.name] for a in n.args[:2])
+    dim = n.arg(2, "dim", 0) % len(x)
+    s.freeze([x[dim], part[dim]], f"{n.op} writes into it")
+    for d, (e, o) in enumerate(zip(x, part, strict=True)):
+        if d != dim:
+            s.relate(e, o, n)
+    s.put(n.outputs[0], x)
+
+
 def flatten(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], regroup(s, s.dims[next(n.refs())], s.shape(n.outputs[0])))
 

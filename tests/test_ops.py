@@ -182,6 +182,7 @@ clone contiguous alias detach zeros_like ones_like _to_copy lift_fresh_copy lift
 """.split()
 BINARY = """
 add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
+multiply divide subtract copy
 eq ne lt le gt ge logical_and logical_or logical_xor xlogy heaviside copysign hypot
 """.split()
 INTEGERS = """
@@ -228,6 +229,8 @@ def pointwise_cases() -> Iterator[Case]:
         yield Case(name, op(name, *args), ((3, 4),), "**")
     for name in "rand_like randn_like empty_like bernoulli".split():
         yield Case(name, op(name), ((3, 4),), "**", random=True)
+    yield Case("new_empty", lambda x: x + aten.new_empty(x, [3, 4]) * 0, ((2, 3, 4),), "***",
+               random=True)
     for name in "zeros ones".split():
         yield Case(name, lambda x, n=name: x + getattr(aten, n)([3, 4]), ((2, 3, 4),), "***")
         yield Case(f"new_{name}", lambda x, n=f"new_{name}": x + getattr(aten, n)(x, [3, 4]),
@@ -253,8 +256,8 @@ def along_cases() -> Iterator[Case]:
         yield Case(name, op(name, 1, *args), ((3, 4, 5),), "*.*")
         yield Case(name, op(name, -1, *args), ((4, 4),), "*.")
     yield Case("_safe_softmax", op("_safe_softmax", 1), ((3, 4),), "*.")
-    yield Case("glu", op("glu", 1), ((3, 4),), "*.")
-    yield Case("glu", op("glu"), ((3, 4),), "*.")
+    yield Case("glu", op("glu", 1), ((3, 4),), "**")
+    yield Case("glu", op("glu", 0), ((6, 4),), "**")
     for name in "sort argsort".split():
         yield Case(name, op(name, 0), ((4, 4),), ".*")
         yield Case(name, op(name), ((3, 4),), "*.")
@@ -314,6 +317,7 @@ def contraction_cases() -> Iterator[Case]:
     yield Case("bmm", op("bmm"), ((2, 3, 4), (2, 4, 5)), "*** ***")
     yield Case("bmm", op("bmm"), ((4, 4, 4), (4, 4, 4)), "*** ***")
     yield Case("baddbmm", op("baddbmm"), ((2, 3, 5), (2, 3, 4), (2, 4, 5)), "*** *** ***")
+    yield Case("baddbmm", op("baddbmm"), ((2, 1, 5), (2, 3, 4), (2, 4, 5)), "*.* *** ***")
     yield Case("mv", op("mv"), ((4, 4), (4,)), "** *")
     yield Case("dot", op("dot"), ((4,), (4,)), "* *")
     yield Case("outer", op("outer"), ((3,), (4,)), "* *")
@@ -432,6 +436,13 @@ def cut_cases() -> Iterator[Case]:
     yield Case("cat", lambda x, y: aten.cat([x, y, x], -1), ((4, 4), (4, 4)), "** **")
     yield Case("stack", lambda x, y: aten.stack([x, y], 1), ((3, 4), (3, 4)), "** **")
     yield Case("stack", lambda x, y: aten.stack([x, y], -1), ((3, 4), (3, 4)), "** **")
+    yield Case("reshape_as", op("reshape_as"), ((4, 6), (4, 2, 3)), "** ***")
+    yield Case("view_as", op("view_as"), ((4, 6), (24,)), "** *")
+    yield Case("im2col", op("im2col", [2, 2], [1, 1], [0, 0], [1, 1]), ((2, 3, 4, 4),), "**..")
+    yield Case("col2im", op("col2im", [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), ((2, 12, 9),),
+               "**.")
+    yield Case("slice_scatter", op("slice_scatter", 1, 1, 3), ((3, 4), (3, 2)), "*. *.")
+    yield Case("concatenate", lambda x, y: aten.concatenate([x, y], 1), ((4, 4), (4, 3)), "** **")
     for name in "split_with_sizes split".split():
         yield Case(name, op(name, [2, 3, 4], 1), ((3, 9),), "**")
     yield Case("split_with_sizes", op("split", 4, 1), ((3, 9),), "**")
@@ -481,6 +492,8 @@ def norm_cases() -> Iterator[Case]:
     call = lambda x, w, b, m, v: aten.batch_norm(x, w, b, m, v, False, 0.1, 1e-5, False)  # noqa: E731
     yield Case("batch_norm", call, ((2, 4, 4, 4), *((4,),) * 4), "**** * * * *")
     yield Case("batch_norm", call, ((4, 4), *((4,),) * 4), "** * * * *")
+    yield Case("batch_norm", lambda x: aten.batch_norm(x, None, None, None, None, True, 0.1, 1e-5,
+                                                       False), ((2, 4, 4),), ".*.")
     call = lambda x, m, v: aten.batch_norm(x, None, None, m, v, False, 0.1, 1e-5, False)  # noqa: E731
     yield Case("batch_norm", call, ((2, 3, 4), (3,), (3,)), "*** * *")
     call = lambda x, w, b, m, v: aten._native_batch_norm_legit_no_training(  # noqa: E731

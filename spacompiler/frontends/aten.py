@@ -21,6 +21,7 @@ elu selu celu gelu silu mish softplus hardtanh hardswish hardsigmoid hardshrink 
 threshold log_sigmoid clamp clamp_min clamp_max clip floor ceil round trunc frac
 nan_to_num lerp addcmul addcdiv where masked_fill eq ne lt le gt ge logical_and logical_or
 logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__
+multiply divide subtract copy
 isnan isinf isfinite xlogy heaviside copysign hypot sgn bitwise_left_shift bitwise_right_shift
 """.split()
 
@@ -42,7 +43,7 @@ _POOLING = {
 
 _ALONG: dict[str, Row] = {
     **{op: r.along() for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
-    **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin glu".split()},
+    **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin".split()},
     "topk": r.along(2), "sort": r.along(1), "argsort": r.along(1),
     "flip": r.along(1, "dims"), "roll": r.along(2, "dims", None), "diff": r.along(2),
     "tril": r.along(9, "", [-1, -2]), "triu": r.along(9, "", [-1, -2]),
@@ -60,12 +61,10 @@ _PATTERNS: dict[str, Row] = {
     "linear": p.contract("... i, o i, o -> ... o"),
     "mm": p.contract("n i, i m -> n m"),
     "bmm": p.contract("b n i, b i m -> b n m"),
-    "baddbmm": p.contract("b n m, b n i, b i m -> b n m"),
     "mv": p.contract("n i, i -> n"),
     "dot": p.contract("i, i -> "),
     "outer": p.contract("n, m -> n m"),
     "transformers.grouped_mm_fallback": p.contract("! i, ! i o, ! -> ! o"),
-    "batch_norm": p.contract("b c ..., c, c, c, c -> b c ..."),
     "_native_batch_norm_legit_no_training": p.contract("b c ..., c, c, c, c -> b c ..."),
     "instance_norm": p.contract("b c !*, c, c, c, c -> b c !*"),
     "pixel_shuffle": p.contract("... (c r r) h w -> ... c (h r) (w r)", r=(1, "r")),
@@ -75,6 +74,7 @@ _PATTERNS: dict[str, Row] = {
 
 _FUNCTIONS: dict[str, Row] = {
     "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum, "addmm": p.addmm,
+    "baddbmm": p.baddbmm, "batch_norm": p.batch_norm,
     "prelu": p.prelu,
     **dict.fromkeys("conv1d conv2d conv3d".split(), p.convolution),
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(),
@@ -82,6 +82,8 @@ _FUNCTIONS: dict[str, Row] = {
     "convolution": p.aten_convolution,
     "scaled_dot_product_attention": p.attention,
     **dict.fromkeys("view _unsafe_view reshape view_copy".split(), s.reshape),
+    "reshape_as": s.reshape_as, "view_as": s.reshape_as, "glu": s.glu,
+    "im2col": s.im2col, "col2im": s.col2im, "slice_scatter": s.slice_scatter,
     "flatten": s.flatten, "unflatten": s.unflatten,
     **dict.fromkeys("permute numpy_T".split(), s.permute),
     **dict.fromkeys("transpose t mT swapaxes swapdims".split(), s.transpose),
@@ -89,7 +91,7 @@ _FUNCTIONS: dict[str, Row] = {
     "unsqueeze": s.unsqueeze, "squeeze": s.squeeze,
     "expand": s.expand, "expand_as": p.pointwise,
     "repeat": s.tile, "tile": s.tile, "repeat_interleave": s.repeat_interleave,
-    "cat": s.cat, "concat": s.cat, "stack": s.stack,
+    "cat": s.cat, "concat": s.cat, "concatenate": s.cat, "stack": s.stack,
     **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), s.split),
     "unbind": s.unbind, "select": s.select, "slice": s.slice_, "narrow": s.narrow,
     "constant_pad_nd": s.pad, "pad": s.pad,
@@ -97,7 +99,7 @@ _FUNCTIONS: dict[str, Row] = {
     "_weight_norm": r.weight_norm,
     "index": r.index, "index_select": r.lookup(), "gather": r.gather,
     **dict.fromkeys("zeros ones full".split(), r.create(0)),
-    **dict.fromkeys("new_zeros new_ones new_full".split(), r.create(1)),
+    **dict.fromkeys("new_zeros new_ones new_full new_empty".split(), r.create(1)),
 }
 
 
