@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spacompiler import models_zoo, proof
+from spacompiler import models_zoo, proof, shapes
 from spacompiler import primitives as p
 from spacompiler.axes import Choice, Choices, kept_size
 from spacompiler.emit.program import run_pruned
@@ -127,10 +127,10 @@ def test_a_wrong_index_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def reversed_cat(s: Any, n: Any) -> None:
-    p.cat(s, n)
+    shapes.cat(s, n)
     dims = list(s.dims[n.outputs[0]])
     at = n.arg(1, "dim", 0)
-    dims[at] = p.concat(s.dims[ref.name][at] for ref in reversed(n.args[0]))
+    dims[at] = shapes.concat(s.dims[ref.name][at] for ref in reversed(n.args[0]))
     s.put(n.outputs[0], dims)
 
 
@@ -142,7 +142,7 @@ def another_scale(s: Any, n: Any) -> None:
 
 def channels_inside(s: Any, n: Any) -> None:
     batch, channels, *rest = s.dims[next(n.refs())]
-    s.put(n.outputs[0], [batch, p.product((*rest, channels))])
+    s.put(n.outputs[0], [batch, shapes.product((*rest, channels))])
 
 
 def silent_linear(s: Any, n: Any) -> None:
