@@ -209,6 +209,8 @@ def emit(job: Job) -> None:
             model = make(job)
         except SpaError as problem:
             difference = f"{problem.what} ({problem.why})"
+        except (RuntimeError, TypeError) as problem:  # a module that cannot be copied or built
+            difference = f"{type(problem).__name__}: {problem}".splitlines()[0]
         else:
             difference = runs_like(model, job.trace.args, job.trace.kwargs, want)
             if not difference:
