@@ -11,7 +11,7 @@ EXTRAS := adapters,gguf,graph,test,dev
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    compile a small model and verify it"
+	@echo "make demo    compile a real language model and compare it with the dense one"
 	@echo "make test    ruff, mypy, then the test suite"
 	@echo "make lint    ruff and mypy only"
 	@echo "make clean   remove .venv, builds and caches"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from .axes import Atom, Expr, atoms, resolve
+from .axes import Atom, Expr, Prod, atoms, resolve
 from .groups import Solution
 
 
@@ -24,7 +24,7 @@ def size_under(e: Expr, counts: Mapping[Atom, int]) -> int:
     if isinstance(e, Atom):
         return counts.get(e, e.size)
     sizes = [size_under(part, counts) for part in e.parts]
-    return prod(sizes) if type(e).__name__ == "Prod" else sum(sizes)
+    return prod(sizes) if isinstance(e, Prod) else sum(sizes)
 
 
 @dataclass

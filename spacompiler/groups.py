@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 
-from .axes import Atom, Expr, atoms, is_frozen, reasons, resolve, show, walk
+from .axes import Atom, Expr, Prod, Sum, atoms, is_frozen, reasons, resolve, show, walk
 from .graph import Graph, Node, Tensor
 from .idioms import rms_norms
 from .solver import Read, Row, Solver
@@ -184,7 +184,7 @@ def _certain(e: Expr) -> frozenset[Atom]:
     parts = [_certain(p) for p in e.parts]
     if not parts:
         return frozenset()
-    both = frozenset.union if type(e).__name__ == "Prod" else frozenset.intersection
+    both = frozenset.union if isinstance(e, Prod) else frozenset.intersection
     return both(*parts)
 
 
@@ -193,7 +193,7 @@ def _beside(e: Expr) -> Iterator[tuple[Atom, frozenset[Atom], frozenset[Atom]]]:
     e = resolve(e)
     if isinstance(e, Atom):
         yield e, frozenset(), frozenset()
-    elif type(e).__name__ == "Sum":
+    elif isinstance(e, Sum):
         for part in e.parts:
             yield from _beside(part)
     else:

@@ -50,11 +50,6 @@ def prelu(s: Solver, n: Node) -> None:
     relate_pattern(s, n, "..., ! -> ..." if one else "b c ..., c -> b c ...", operands(n))
 
 
-def fixed(s: Solver, n: Node) -> None:
-    """The result depends on every position of the operands: all of it freezes."""
-    s.give_up(n, f"{n.op} needs every slice")
-
-
 # --- contractions and other patterns ----------------------------------------------------------
 
 

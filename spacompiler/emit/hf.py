@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..allocation import Unit, join
-from ..axes import Choice, Choices, Expr, atoms, kept_size, product, resolve
+from ..axes import Choice, Choices, Expr, Prod, atoms, kept_size, product, resolve
 from ..errors import SpaError
 from ..groups import Solution
 from ..slicing import norm_changes
@@ -174,7 +174,7 @@ def _parts(e: Expr) -> Iterator[Expr]:
     e = resolve(e)
     yield e
     inner = getattr(e, "parts", ())
-    if inner and type(e).__name__ == "Prod":
+    if isinstance(e, Prod):
         for k in range(2, len(inner)):
             yield product(inner[:k])
     for part in inner:
