@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers an operator; never while tracing)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -202,8 +203,6 @@ def op(name: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
 
 def experts(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Grouped products of rows, sorted by expert, with an expert's matrix each."""
-    import transformers.integrations.moe  # noqa: F401  (registers the operator)
-
     return torch.ops.transformers.grouped_mm_fallback(x, weights, torch.tensor([2, 3, 6]))
 
 
