@@ -22,7 +22,7 @@ from .proof import relative_error
 from .slicing import norm_changes
 
 ONNX_TOLERANCE = 1e-3
-RELOAD_TOLERANCE = 1e-5
+RELOAD_TOLERANCE = 1e-6
 
 
 def write(job: Job, out: Path) -> dict[str, Any]:
