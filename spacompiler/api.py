@@ -11,9 +11,8 @@ from torch import nn
 
 from . import pipeline, source
 from .artifact_path import check_out
-from .frontends.aten import TABLE
-from .frontends.torch_export import Inputs, trace
-from .groups import Solution, solve
+from .frontends.torch_export import Inputs
+from .groups import Solution
 from .plan import Plan
 from .recipe import Recipe
 
@@ -92,7 +91,7 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
             trust_remote_code: bool = False) -> Solution:
     """Trace a model and return its solved axes and groups (print it for the whole text)."""
     found = _source(model, example_inputs, None, trust_remote_code, None, None)
-    return solve(trace(found.module, found.inputs).graph, TABLE)
+    return pipeline.backend_of(found.module).trace(found.module, found.inputs)[1]
 
 
 def _named(what: Any) -> str:

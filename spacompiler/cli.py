@@ -114,8 +114,9 @@ def _print_compiled(data: dict[str, Any], out: Path | None) -> None:
     console = Console(soft_wrap=True)
     console.print(compiled(data))
     if data["proof"]:
-        console.print(f"proof: relative error {data['proof']['relative_error']:.1e} in float64; "
-                      f"a wrong index gives {data['proof']['negative_control']:.1e}")
+        proof = data["proof"]
+        console.print(f"proof: relative error {proof['relative_error']:.1e} in "
+                      f"{proof['precision']}; a wrong index gives {proof['negative_control']:.1e}")
     for note in data["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"written to {out}" if out else "dry run: nothing written", markup=False)

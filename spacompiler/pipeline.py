@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .frontends.aten import TABLE
 from .frontends.torch_export import Inputs, Trace, trace
 from .groups import Group, Solution, solve
 from .plan import Plan, make_plan
-from .proof import CONTROL, TOLERANCE, Proof, prove
+from .proof import CONTROL, Proof, prove
 from .recipe import METRICS, Recipe, parse_target
 from .scores import Scores
 from .slicing import Slicer
@@ -37,7 +38,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Job:
-    """A compile under way; later fields are filled by later steps."""
+    """A compile under way; later fields are filled by later steps.
+
+    `module` is a torch module, or what another front end reads: then it brings its `backend`.
+    """
 
     recipe: Recipe
     module: nn.Module
@@ -64,19 +68,56 @@ class Job:
 
     uniform: bool = False
 
+    @property
+    def backend(self) -> Backend:
+        """What carries out the steps that depend on where the model lives."""
+        return backend_of(self.module)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The steps of a compile that depend on where the model lives: mostly functions of the job.
+
+    `trace` returns a trace (with its `graph`) and its solution, `context` what importance
+    passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
+    `layout` and `emission`; `write` fills the artifact's folder and adds to the report's data.
+    """
+
+    check_weights: Callable[[Job], None]
+    trace: Callable[[Any, Inputs], tuple[Any, Solution]]
+    context: Callable[[Job], Any]
+    digest: Callable[[Job], str]
+    prove: Callable[[Job], Proof]
+    emit: Callable[[Job], None]
+    write: Callable[[Job, Path, dict[str, Any]], None]
+
+
+def backend_of(module: Any) -> Backend:
+    """Return the backend that a front end put on what it read, or torch's."""
+    found = getattr(module, "backend", None)
+    return found if isinstance(found, Backend) else TORCH
+
 
 def check_weights(job: Job) -> None:
     """Raise SpaError if a weight is not finite."""
+    job.backend.check_weights(job)
+
+
+def _check_module(job: Job) -> None:
     for name, tensor in job.module.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
                            fix="use a checkpoint with finite weights")
 
 
+def _trace_module(module: nn.Module, inputs: Inputs) -> tuple[Trace, Solution]:
+    traced = trace(module, inputs)
+    return traced, solve(traced.graph, TABLE)
+
+
 def analyse(job: Job) -> None:
     """Trace the module, solve its axes, and list the groups that may shrink."""
-    job.trace = trace(job.module, job.inputs)
-    job.solution = solve(job.trace.graph, TABLE)
+    job.trace, job.solution = job.backend.trace(job.module, job.inputs)
     r = job.recipe
     job.candidates = allocation.candidates(
         job.solution, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
@@ -91,7 +132,7 @@ def analyse(job: Job) -> None:
 
 def score(job: Job) -> None:
     """Run calibration if the importance pass needs it, then score every candidate."""
-    context = Scores(job.trace, job.solution, job.recipe.seed)
+    context = job.backend.context(job)
     if job.importance.needs:
         total = len(job.calibration.batches)
         done = iter(range(1, total + 1))
@@ -126,7 +167,7 @@ def decide(job: Job) -> None:
     counts = {g.name: g.size for g in job.candidates}
     counts |= {g.name: kept[u.name] for u in found for g in u.groups}
     job.plan = make_plan(job.candidates, job.scores, counts, target=r.target,
-                         weights_hash=weights_hash(job.module), recipe=r.as_dict())
+                         weights_hash=job.backend.digest(job), recipe=r.as_dict())
     job.choices = job.plan.choices(job.solution)
     job.plan.costs.update(costs(job.solution, job.choices))
 
@@ -185,13 +226,13 @@ def prove_plan(job: Job) -> None:
     if not job.recipe.prove:
         job.notes.append("the proof was skipped on request")
         return
-    job.proof = prove(job.trace, job.solution, job.choices, seed=job.recipe.seed)
+    job.proof = job.backend.prove(job)
     if not job.proof.holds:
         raise ProofError(
             "the proof's negative control was not caught",
             why=f"a wrong index in {job.proof.swapped} changes results by "
                 f"{job.proof.control:.1e} only (needed {CONTROL:.0e}; error {job.proof.error:.1e}, "
-                f"allowed {TOLERANCE:.0e})",
+                f"allowed {job.proof.tolerance:.0e})",
             fix="the example inputs may not reach that layer; pass other ones")
     if job.proof.approximate is not None:
         job.notes.append(
@@ -200,7 +241,12 @@ def prove_plan(job: Job) -> None:
 
 
 def emit(job: Job) -> None:
-    """Make the pruned model by the first emitter whose result agrees with the proved program."""
+    """Make the pruned model in memory."""
+    job.backend.emit(job)
+
+
+def _emit_module(job: Job) -> None:
+    """Take the first emitter whose result agrees with the proved program."""
     want = run_pruned(job.trace, job.solution, job.choices, double=False)
     for layout, emission, make in EMITTERS:
         if layout == "uniform" and not job.uniform:
@@ -262,6 +308,23 @@ def _program(job: Job) -> Any:
 def pruned_program(job: Job) -> Any:
     """Return the re-written exported program (made once, sharing the module's arrays)."""
     return _program(job)
+
+
+def _write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
+    from .write import write_module
+
+    write_module(job, folder, data)
+
+
+TORCH = Backend(
+    check_weights=_check_module,
+    trace=_trace_module,
+    context=lambda job: Scores(job.trace, job.solution, job.recipe.seed),
+    digest=lambda job: weights_hash(job.module),
+    prove=lambda job: prove(job.trace, job.solution, job.choices, seed=job.recipe.seed),
+    emit=_emit_module,
+    write=_write_module,
+)
 
 
 STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (

@@ -30,17 +30,23 @@ CONTROLS = 8
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Relative errors: `error` of the pruned program, `control` with one index swapped."""
+    """Relative errors: `error` of the pruned program, `control` with one index swapped.
+
+    `precision` says what it was computed in, `tolerance` what rounding may do there.
+    """
 
     error: float
     control: float | None
     swapped: str = ""
     approximate: float | None = None
+    precision: str = "float64"
+    tolerance: float = TOLERANCE
 
     @property
     def holds(self) -> bool:
         """True if the pruned model is right and the control shows that a wrong one is caught."""
-        return self.error <= TOLERANCE and (self.control is None or self.control >= CONTROL)
+        return self.error <= self.tolerance and (
+            self.control is None or self.control >= max(CONTROL, 10 * self.tolerance))
 
 
 def relative_error(got: list[Any], want: list[Any]) -> float:

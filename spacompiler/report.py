@@ -9,6 +9,9 @@ from .axes import kept_size
 from .pipeline import Job, frozen_reasons
 from .plan import widths
 
+ITEM_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16,
+              "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2,
+              "int8": 1, "uint8": 1, "bool": 1}
 LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
 
 
@@ -35,6 +38,7 @@ def facts(job: Job) -> dict[str, Any]:
         "frozen": {why: len(dims) for why, dims in frozen_reasons(job.solution).items()},
         "unknown_operators": sorted({n.title() for n in job.solution.solver.opaque}),
         "proof": None if job.proof is None else {
+            "precision": job.proof.precision, "tolerance": job.proof.tolerance,
             "relative_error": job.proof.error, "negative_control": job.proof.control,
             "control_array": job.proof.swapped, "approximate_by": job.proof.approximate},
         "notes": job.notes,
@@ -99,7 +103,8 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
     proof = data["proof"]
     if proof is None:
         return ["**Skipped on request.**"]
-    rows = [("masked dense ≡ pruned, float64, relative error", f"{proof['relative_error']:.1e}"),
+    rows = [(f"masked dense ≡ pruned, {proof['precision']}, relative error",
+             f"{proof['relative_error']:.1e}"),
             (f"negative control (one wrong index in `{proof['control_array']}`)",
              f"{proof['negative_control']:.1e}")]
     if proof["approximate_by"] is not None:
@@ -116,10 +121,9 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
 def pruned_bytes(job: Job) -> dict[str, int]:
     """Return bytes of all stored arrays, dense and pruned."""
     total = {"dense": 0, "pruned": 0}
-    sizes = {w: t for w, t in job.solution.graph.weights().items()}
-    stored = {**job.trace.program.state_dict, **job.trace.program.constants}
+    kinds = {w: t.dtype for w, t in job.solution.graph.weights().items()}
     for name, dims in job.solution.weights().items():
-        item = stored[sizes[name].weight or name].element_size()
+        item = ITEM_BYTES.get(kinds[name], 4)
         dense = pruned = item
         for e in dims:
             dense, pruned = dense * e.size, pruned * kept_size(e, job.choices)

@@ -34,12 +34,7 @@ def write(job: Job, out: Path) -> dict[str, Any]:
     data["bytes"] = report.pruned_bytes(job)
     with artifact.whole(out) as folder:
         job.progress("writing weights", 0, 4)
-        _weights(job, folder)
-        job.progress("checking the reload", 1, 4)
-        data["reload"] = _reload(job, folder)
-        job.progress("exporting ONNX", 2, 4)
-        if job.recipe.onnx:
-            data["onnx"], data["latency"] = _onnx(job, folder)
+        job.backend.write(job, folder, data)
         job.progress("writing the report", 3, 4)
         (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
         artifact.write_json(folder / "slices.json", slices(job))
@@ -50,6 +45,16 @@ def write(job: Job, out: Path) -> dict[str, Any]:
         (folder / "report.md").write_text(report.markdown(data), encoding="utf-8")
         artifact.write_manifest(folder)
     return data
+
+
+def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
+    """Write a pruned torch module: weights that load again, and ONNX."""
+    _weights(job, folder)
+    job.progress("checking the reload", 1, 4)
+    data["reload"] = _reload(job, folder)
+    job.progress("exporting ONNX", 2, 4)
+    if job.recipe.onnx:
+        data["onnx"], data["latency"] = _onnx(job, folder)
 
 
 def _weights(job: Job, folder: Path) -> None:
