@@ -21,6 +21,7 @@ from .axes import Choices
 from .calibration import Calibration, default_loss, resolve
 from .cost import cost
 from .emit import hf
+from .emit.attributes import resized, watch
 from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
 from .errors import ProofError, SpaError, TargetError
@@ -65,7 +66,7 @@ class Job:
     layout: str = ""
     emission: str = ""
     notes: list[str] = field(default_factory=list)
-
+    obstacles: tuple[str, ...] = ()
     uniform: bool = False
 
     @property
@@ -248,6 +249,7 @@ def emit(job: Job) -> None:
 def _emit_module(job: Job) -> None:
     """Take the first emitter whose result agrees with the proved program."""
     want = run_pruned(job.trace, job.solution, job.choices, double=False)
+    problems: dict[str, str] = {}
     for layout, emission, make in EMITTERS:
         if layout == "uniform" and not job.uniform:
             continue
@@ -261,13 +263,15 @@ def _emit_module(job: Job) -> None:
             difference = runs_like(model, job.trace.args, job.trace.kwargs, want)
             if not difference:
                 job.pruned, job.layout, job.emission = model, layout, emission
+                problems.pop(f"layout {layout} by {emission}", None)
+                job.notes.extend(f"{k} is not possible: {why}" for k, why in problems.items())
                 return
         if job.recipe.layout == layout == "uniform":
             raise SpaError("the uniform layout cannot be made", why=difference,
                            fix="use --layout any")
-        job.notes.append(f"layout {layout} by {emission} is not possible: {difference}")
-    raise ProofError("no emitted model is the proved one", why="; ".join(job.notes[-3:]),
-                     fix="please report it")
+        problems[f"layout {layout} by {emission}"] = "; ".join((difference, *job.obstacles[:2]))
+    raise ProofError("no emitted model is the proved one", fix="please report it",
+                     why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
 def _uniform(job: Job) -> Any:
@@ -287,6 +291,15 @@ def _surgery(job: Job) -> Any:
     return operate(job.trace, job.module, job.solution, job.choices)
 
 
+def _watched(job: Job) -> Any:
+    """Surgery, with the sizes that the module's code was seen to read brought in step too."""
+    uses = watch(job.module, job.trace.args, job.trace.kwargs)
+    sizes = resized(uses, job.trace, job.solution, job.choices)
+    model = operate(job.trace, job.module, job.solution, job.choices, sizes=sizes.changes)
+    job.obstacles = sizes.problems
+    return model
+
+
 def _rewritten(job: Job) -> Any:
     return Rewritten(_program(job))
 
@@ -294,6 +307,7 @@ def _rewritten(job: Job) -> Any:
 EMITTERS: tuple[tuple[str, str, Callable[[Job], Any]], ...] = (
     ("uniform", "module", _uniform),
     ("any", "module", _surgery),
+    ("any", "module", _watched),
     ("any", "program", _rewritten),
 )
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from . import artifact, report
 from .axes import indices
 from .emit import hf
-from .emit.module import size_attributes
+from .emit.attributes import differing
 from .errors import ProofError
 from .frontends.torch_export import Trace
 from .pipeline import Job, pruned_program
@@ -110,7 +110,7 @@ def _differing_array(one: torch.nn.Module, other: torch.nn.Module) -> str:
 def structure(job: Job) -> dict[str, Any]:
     """Return what a loader needs beside the weights."""
     attributes = [] if job.layout == "uniform" or job.emission == "program" else \
-        [list(change) for change in size_attributes(job.module, job.pruned)]
+        [list(change) for change in differing(job.module, job.pruned)]
     cls = type(job.module)
     return {"layout": job.layout, "emission": job.emission, "model": job.name,
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,

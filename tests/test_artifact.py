@@ -81,7 +81,7 @@ def test_config_says_the_new_sizes(llama):
 
 
 @pytest.mark.parametrize("name, emission", [
-    ("resnet", "module"), ("fused-qkv", "program"), ("gpt2", "program"), ("convnext", "module"),
+    ("resnet", "module"), ("fused-qkv", "program"), ("gpt2", "module"), ("convnext", "module"),
     ("gated-mlp-shared", "module")])
 def test_any_layout_loads_again(tmp_path, name, emission):
     result = compiled(name, tmp_path / "out", "body=60%", onnx=False)

@@ -1,8 +1,8 @@
 """Carry out a plan on a copy of the user's module: arrays sliced, size attributes brought in step.
 
 The copy shares every array that a plan leaves alone, so no second model is held. Attributes of
-stock modules stand in one table; what a module's own code computes from sizes of its own is
-caught by comparing the copy with the re-written program.
+stock modules stand in one table; those that a module's own code reads are found by watching it
+(see `attributes`). Either way the copy is compared with the re-written program.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..errors import SpaError
 from ..frontends.torch_export import Trace
 from ..groups import Solution
 from ..slicing import Slicer, norm_changes
+from .attributes import Change, assign
 from .program import edits
 
 Attribute = Callable[[nn.Module], Any]
@@ -55,8 +56,8 @@ EPS = ("eps", "variance_epsilon", "epsilon")
 
 
 def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choices, *,
-            arrays: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-    """Return a pruned copy of a module; arrays may be given (dense, e.g. compensated ones)."""
+            sizes: Sequence[Change] = ()) -> nn.Module:
+    """Return a pruned copy of a module; `sizes` are attributes to change beyond the stock ones."""
     slicer = Slicer(trace, solution, choices)
     memo: dict[int, Any] = {}
     made: dict[str, torch.Tensor] = {}
@@ -69,8 +70,8 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
             made[first] = _like(tensor, slicer.array(name))
         memo[id(tensor)] = made[first]
     pruned = copy.deepcopy(module, memo)
-    for path, attribute, value in attribute_changes(pruned, trace, solution, choices):
-        setattr(pruned.get_submodule(path), attribute, value)
+    for path, attribute, value in (*attribute_changes(pruned, trace, solution, choices), *sizes):
+        assign(pruned.get_submodule(path), attribute, value)
     return pruned
 
 
@@ -154,17 +155,6 @@ def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return "" if error <= 1e-4 else f"results differ by {error:.1e}"
 
 
-def size_attributes(dense: nn.Module, pruned: nn.Module) -> list[tuple[str, str, Any]]:
-    """Return (path, attribute, value) of every plain attribute in which two modules differ."""
-    changes = []
-    for (path, a), (_, b) in zip(dense.named_modules(), pruned.named_modules(), strict=True):
-        for name, value in vars(b).items():
-            plain = isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
-            if plain and not name.startswith("_") and getattr(a, name, value) != value:
-                changes.append((path, name, value))
-    return changes
-
-
 def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
            arrays: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of a module that holds `arrays` and the given attributes.
@@ -184,6 +174,5 @@ def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
                        fix="pass the dense module it was made from")
     pruned = copy.deepcopy(dense, memo)
     for path, attribute, value in attributes:
-        setattr(pruned.get_submodule(path), attribute,
-                tuple(value) if isinstance(value, list) else value)
+        assign(pruned.get_submodule(path), attribute, value)
     return pruned

@@ -1,0 +1,150 @@
+"""Sizes held by the user's own code: which attributes are found, and what is left alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import spacompiler
+from spacompiler.emit.attributes import Sized, assign, differing, held
+
+FAST = {"importance": "magnitude", "align": 1, "onnx": False, "latency": False}
+
+
+class Attention(nn.Module):
+    """Heads split by sizes that `sizes` holds; a subclass says where they are kept."""
+
+    def __init__(self, width=24, heads=4):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.keep(heads, width // heads)
+
+    def split(self, x, heads, dims):
+        return x.view(*x.shape[:-1], heads, dims).transpose(1, 2)
+
+    def forward(self, x):
+        heads, dims = self.sizes()
+        q, k, v = (self.split(f(x), heads, dims) for f in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.o(y.reshape(x.shape[0], x.shape[1], heads * dims))
+
+
+class Plain(Attention):
+    def keep(self, heads, dims):
+        self.heads, self.all = heads, heads * dims
+
+    def sizes(self):
+        return self.heads, self.all // self.heads
+
+
+class InTuple(Attention):
+    def keep(self, heads, dims):
+        self.shape = (heads, dims)
+
+    def sizes(self):
+        return self.shape
+
+
+class InConfig(Attention):
+    config = SimpleNamespace(heads=4, dims=6)
+
+    def keep(self, heads, dims):
+        self.config = InConfig.config
+
+    def sizes(self):
+        return self.config.heads, self.config.dims
+
+
+class Conflict(Attention):
+    """One number says both how many heads there are and how wide they are."""
+
+    def keep(self, heads, dims):
+        self.number = 4
+
+    def sizes(self):
+        return self.number, self.number
+
+    def __init__(self):
+        super().__init__(16)
+
+
+class FromWidth(Attention):
+    def keep(self, heads, dims):
+        self.heads = heads
+
+    def forward(self, x):
+        self.width = x.shape[-1]
+        return super().forward(x)
+
+    def sizes(self):
+        return self.heads, 24 // self.heads
+
+
+class Twice(nn.Module):
+    """Two layers that share a configuration, one of them called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = InConfig(), InConfig()
+
+    def forward(self, x):
+        return self.b(self.a(self.b(x)))
+
+
+def compiled(module, width=24, **options):
+    torch.manual_seed(0)
+    return spacompiler.compile(module, (torch.randn(2, 5, width),), target="params=50%",
+                               **FAST, **options)
+
+
+@pytest.mark.parametrize("kind", [Plain, InTuple, InConfig, Twice])
+def test_a_module_that_holds_sizes_stays_a_module(kind, tmp_path):
+    torch.manual_seed(1)
+    dense = kind()
+    result = compiled(dense)
+    assert (result.job.emission, result.job.notes) == ("module", [])
+    assert type(result.module) is kind
+    assert vars(InConfig.config) == {"heads": 4, "dims": 6}
+    result.save(tmp_path / "out")
+    again = spacompiler.load(tmp_path / "out", model=kind())
+    x = torch.randn(3, 7, 24)
+    with torch.no_grad():
+        assert torch.equal(again(x), result.module.eval()(x))
+
+
+@pytest.mark.parametrize("kind, width, why", [
+    (Conflict, 16, "number = 4 stands for two sizes"),
+    (FromWidth, 24, "attributes cannot say so"),
+])
+def test_a_size_that_no_attribute_can_say_is_named(kind, width, why):
+    result = compiled(kind(), width)
+    assert result.job.emission == "program"
+    assert why in result.job.notes[0]
+
+
+def test_numbers_are_found_in_containers_and_set_without_touching_what_is_shared():
+    shared = SimpleNamespace(width=8, flag=True, name="x", deep=SimpleNamespace(size=3))
+    module = nn.Module()
+    module.window, module.config, module._hidden, module.many = (7, 5), shared, 9, [1, 2]
+    assert dict(held(module)) == {"window.0": 7, "window.1": 5, "config.width": 8,
+                                  "config.deep.size": 3, "many.0": 1, "many.1": 2}
+    other = nn.Module()
+    other.window, other.config, other.many = (7, 5), shared, [1, 2]
+    for name, value in (("window.1", 4), ("config.deep.size", 2), ("config.width", 6)):
+        assign(other, name, value)
+    assert (other.window, other.config.deep.size, other.config.width) == ((7, 4), 2, 6)
+    assert (shared.width, shared.deep.size, module.window) == (8, 3, (7, 5))
+    assert sorted(differing(module, other)) == [
+        ("", "config.deep.size", 2), ("", "config.width", 6), ("", "window.1", 4)]
+
+
+def test_marks_survive_arithmetic():
+    a, b = Sized.held(6, ("", "a")), Sized.held(4, ("m", "b"))
+    made = (3 * a + b) // 2 - 1 % a
+    assert made == 10
+    assert made.value({("", "a"): 2, ("m", "b"): 10}) == 7
+    assert made.keys == {("", "a"), ("m", "b")}
