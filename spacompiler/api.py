@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
             out: str | Path | None = None, importance: Any = "taylor",
             allocation: Any = "uniform", calibration: Any = None,
             loss: Callable[..., Any] | None = None, tokenizer: Any = None,
-            name: str = "", dry_run: bool = False,
+            adapter: str | Path | Sequence[str | Path] = (), name: str = "", dry_run: bool = False,
             trust_remote_code: bool = False, progress: pipeline.Progress | None = None,
             **options: Any) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
@@ -65,6 +65,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         calibration: a text file, an iterable of inputs, "none", or None for the model's own.
         tokenizer: turns calibration text into `input_ids`; saved with the artifact.
         name: what the report calls the model, and where `load` finds its code again.
+        adapter: directories of adapters in peft's format (`DIR` or `DIR=weight`), merged first;
+            a PeftModel as `model` is merged likewise (the user's own stays as it is).
         loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
         options: further fields of `Recipe` (roles, only, ignore, align, floor, layout, seed, …).
 
@@ -74,13 +76,15 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     """
     if out is not None:
         check_out(Path(out))
+    adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
     recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
-                    calibration=calibration if isinstance(calibration, str) else "", **options)
+                    calibration=calibration if isinstance(calibration, str) else "",
+                    adapters=tuple(map(str, adapters)), **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
     job = pipeline.make_job(
         found.module, found.inputs, recipe, importance=importance, allocator=allocation,
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
-        name=name or found.name, progress=progress)
+        name=name or found.name, progress=progress, owned=isinstance(model, str))
     result = Result(pipeline.run(job, dry_run=dry_run))
     if out is not None and not dry_run:
         result.save(out)

@@ -65,6 +65,12 @@ def compile(
     onnx: Annotated[bool, typer.Option(help="Export model.onnx and check it.")] = True,
     latency: Annotated[bool, typer.Option(help="Time dense against pruned in ONNX Runtime.")]
     = True,
+    adapter: Annotated[list[str] | None, typer.Option(
+        metavar="DIR[=WEIGHT]", help="An adapter in peft's format, merged before pruning. "
+                                     "Repeatable.")] = None,
+    combine: Annotated[str, typer.Option(help="How several adapters become one: cat (exact "
+                                              "weighted sum), linear, svd, ties, dare_linear, "
+                                              "dare_ties.")] = "cat",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan.")] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -77,15 +83,17 @@ def compile(
             "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
             "ignore": tuple(ignore or ()), "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples, "length": length,
-            "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "latency": latency}
-        _check_early(target, out, importance, allocation, options)
+            "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "latency": latency,
+            "combine": combine}
+        _check_early(target, out, importance, allocation,
+                     {**options, "adapters": tuple(adapter or ())})
         from . import api, report
 
         with _progress() as tick:
             result = api.compile(
                 model, target=target, out=out, importance=importance, allocation=allocation,
-                calibration=calibration, dry_run=dry_run, trust_remote_code=trust_remote_code,
-                progress=tick, **options)
+                calibration=calibration, adapter=tuple(adapter or ()), dry_run=dry_run,
+                trust_remote_code=trust_remote_code, progress=tick, **options)
         data = result.report or report.facts(result.job)
         if as_json:
             print(json.dumps({**data, "out": str(out) if out else None}, default=str))

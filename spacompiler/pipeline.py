@@ -5,6 +5,7 @@ Each step is a function of the job so far; between any two of them the job can b
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,22 @@ class Job:
     notes: list[str] = field(default_factory=list)
     obstacles: tuple[str, ...] = ()
     uniform: bool = False
+    owned: bool = False
+
+
+def merge_adapters(job: Job) -> None:
+    """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
+    from .adapters import files, merging
+
+    if merging.is_adapted(job.module):
+        job.module, notes = merging.merge_adapted(job.module, job.inputs)
+        job.notes.extend(notes)
+    if job.recipe.adapters:
+        adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
+        module = job.module if job.owned else copy.deepcopy(job.module)
+        job.module, notes = merging.merge(module, adapters, job.inputs,
+                                          combine=job.recipe.combine)
+        job.notes.extend(notes)
 
     @property
     def backend(self) -> Backend:
@@ -342,6 +359,7 @@ TORCH = Backend(
 
 
 STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
+    ("merging adapters", merge_adapters),
     ("checking weights", check_weights),
     ("tracing and solving axes", analyse),
     ("scoring", score),
@@ -349,7 +367,7 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("proving", prove_plan),
     ("emitting", emit),
 )
-DRY_STEPS = 4
+DRY_STEPS = 5
 
 
 def run(job: Job, *, dry_run: bool = False) -> Job:
@@ -372,7 +390,8 @@ def _settings(seed: int) -> Iterator[None]:
 
 def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,
              allocator: Any = None, calibration: Any = None, own: Any = None, loss: Any = None,
-             tokenizer: Any = None, name: str = "", progress: Progress | None = None) -> Job:
+             tokenizer: Any = None, name: str = "", progress: Progress | None = None,
+             owned: bool = False) -> Job:
     """Resolve passes and calibration data; raises before anything is computed."""
     scorer = registry.find("importance", importance or recipe.importance)
     needs = bool(scorer.needs)
@@ -382,7 +401,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     return Job(recipe, module, inputs, scorer,
                registry.find("allocation", allocator or recipe.allocation), batches,
                loss or default_loss, name or type(module).__name__, tokenizer,
-               progress or (lambda stage, done, total: None))
+               progress or (lambda stage, done, total: None), owned=owned)
 
 
 def frozen_reasons(solution: Solution) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from .errors import UsageError, did_you_mean
 METRICS = ("params", "body", "macs")
 ROLES = ("channel", "head", "head dim", "hidden")
 LAYOUTS = ("auto", "uniform", "any")
+COMBINATIONS = ("cat", "linear", "svd", "ties", "dare_linear", "dare_ties")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recipe:
 
     `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go; `align`
     is a multiple for widths (None: what the CPU wants); `floor` the least share of each group.
+    `adapters` are directories, `DIR` or `DIR=weight`.
     """
 
     target: str
@@ -43,6 +45,9 @@ class Recipe:
     prove: bool = True
     onnx: bool = True
     latency: bool = True
+    adapters: tuple[str, ...] = ()
+    combine: str = "cat"
+    keep_adapter: bool = False
 
     def __post_init__(self) -> None:
         parse_target(self.target)
@@ -59,6 +64,11 @@ class Recipe:
         for name in ("samples", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
+        if self.combine not in COMBINATIONS:
+            raise UsageError(f"unknown combination {self.combine!r}",
+                             fix=did_you_mean(self.combine, COMBINATIONS))
+        if self.keep_adapter and not self.adapters:
+            raise UsageError("there is no adapter to keep", fix="give --adapter DIR")
         if self.length < 2:
             raise UsageError("length must be at least 2 tokens")
 

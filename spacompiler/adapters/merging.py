@@ -1,0 +1,310 @@
+"""Merge adapters into their base, in float32 or better, and check it: adapter = merged.
+
+peft builds, combines and merges the layers. This module refuses what peft would merge wrongly,
+ignore or invent, and compares the merged network with the adapted one on a probe.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ProofError, SpaError
+from ..frontends.torch_export import Inputs, as_call
+from ..proof import relative_error
+from .files import PREFIX, Adapter, check_type
+from .kinds import COMBINATION_TRAPS, LAYER_TRAPS
+
+PROBE = 1e-4  # largest relative difference of results, adapter against merged, in float32
+ROUNDING = 1e-5  # below this, a difference is rounding ...
+OF_EFFECT = 1e-2  # ... above it, it must be small beside what the adapter changes
+TUNER = "combined"
+
+
+def library() -> Any:
+    """Import peft; raises SpaError naming the extra where it is missing."""
+    try:
+        import peft
+    except ImportError as problem:
+        raise SpaError("adapters need peft, which is not installed", why=str(problem),
+                       fix="pip install 'spacompiler[adapters]'") from problem
+    return peft
+
+
+def is_adapted(module: Any) -> bool:
+    """True for a PeftModel (without importing peft)."""
+    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+
+
+def merge(module: nn.Module, adapters: Sequence[Adapter], inputs: Inputs, *,
+          combine: str = "cat") -> tuple[nn.Module, list[str]]:
+    """Return the module with adapters merged into its weights, and notes for the report.
+
+    The module is changed. Several adapters, or one with a weight, are combined by peft first:
+    `cat` is the exact weighted sum.
+
+    Raises:
+        SpaError: an adapter of another base, or one that can't be merged or combined.
+        ProofError: the merged network is not the adapted one.
+    """
+    notes = prepare(module, adapters)
+    trainable = {name: p.requires_grad for name, p in module.named_parameters()}
+    before = _results(module, inputs)
+    tuned = attach(module, adapters)
+    if len(adapters) > 1 or adapters[0].weight != 1.0:
+        _combine(tuned, adapters, combine)
+    merged, found = fold(tuned, inputs, before, where=", ".join(str(a.path) for a in adapters))
+    for name, p in merged.named_parameters():
+        p.requires_grad_(trainable.get(name, True))
+    return merged, [*notes, *found]
+
+
+def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
+    """Return a merged copy of a PeftModel of the user's, which stays as it is, and notes."""
+    tuned = copy.deepcopy(tuned)
+    active = tuned.active_adapters if hasattr(tuned, "active_adapters") else ()
+    for name in active:
+        check_type(type(tuned).__name__, _plain(tuned.peft_config[name]))
+    notes = master(tuned)
+    with _quiet(), tuned.disable_adapter():
+        before = _results(tuned, inputs)
+    _check_layers(tuned)
+    merged, found = fold(tuned, inputs, before, where="the PeftModel")
+    for p in merged.parameters():
+        p.requires_grad_(p.is_floating_point())
+    return merged, [*notes, *found]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    found = config.to_dict()
+    return {**found, "peft_type": str(getattr(config.peft_type, "value", config.peft_type))}
+
+
+def fold(tuned: Any, inputs: Inputs, before: Sequence[Any], *,
+         where: str) -> tuple[nn.Module, list[str]]:
+    """Merge and unload a PeftModel; raises ProofError if its results change."""
+    adapted = _results(tuned, inputs)
+    try:
+        with _quiet():
+            merged = tuned.merge_and_unload(safe_merge=True)
+    except Exception as problem:  # each adapter type refuses in its own way
+        raise SpaError("the adapter cannot be merged", where=where, why=_line(problem),
+                       fix="merge it with peft, save the model, and prune that") from problem
+    effect = relative_error(adapted, list(before))
+    error = relative_error(_results(merged, inputs), adapted)
+    if error > min(PROBE, max(OF_EFFECT * effect, ROUNDING)):
+        raise ProofError(
+            "the merged model is not the adapted one", where=where,
+            why=f"results differ by {error:.1e} where the adapter changes them by {effect:.1e}",
+            fix="prune the base without this adapter, and please report it")
+    merged.eval()
+    if not effect:
+        return merged, [f"{where}: the adapter changes no result on the example inputs"]
+    return merged, [f"{where}: merged; adapter = merged to {error:.1e} "
+                    f"(it changes results by {effect:.1e})"]
+
+
+# --- the base ---------------------------------------------------------------------------------
+
+
+def prepare(module: nn.Module, adapters: Sequence[Adapter]) -> list[str]:
+    """Give the base what its adapters need: float32 weights, biases, untied arrays."""
+    notes = master(module)
+    touched = sorted({path for a in adapters for path in targets(a)})
+    wanted = sorted({key.removeprefix(PREFIX).removesuffix(ending) for a in adapters
+                     for key in a.tensors for ending in a.kind.biases if key.endswith(ending)})
+    added = [path for path in wanted if add_bias(module, path)]
+    if added:
+        notes.append(f"zero biases were added to {len(added)} layers for the adapter "
+                     f"({added[0]}, ...)")
+    return notes + [f"{path} was untied from {other}: an adapter changes only one of them"
+                    for path, other in _untie(module, touched)]
+
+
+def master(module: nn.Module) -> list[str]:
+    """Make the weights at least float32, in place; returns a note where that changed them."""
+    low = {str(p.dtype) for p in module.parameters()
+           if p.is_floating_point() and p.dtype.itemsize < 4}
+    if low:
+        module.float()
+    return [f"adapters are merged in float32, and the result is float32 (from {', '.join(low)})"
+            ] if low else []
+
+
+def add_bias(module: nn.Module, path: str) -> bool:
+    """Give a linear layer or convolution a zero bias; False if it has one or is none."""
+    try:
+        layer = module.get_submodule(path)
+    except AttributeError:
+        return False
+    if not hasattr(layer, "bias") or layer.bias is not None:
+        return False
+    size = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
+    weight = layer.weight
+    layer.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device))
+    return True
+
+
+def targets(adapter: Adapter) -> set[str]:
+    """Return the paths of the modules that an adapter's arrays belong to."""
+    return {key.removeprefix(PREFIX).rpartition(f".{name}")[0]
+            for key in adapter.tensors for name in adapter.kind.axes
+            if key.endswith(f".{name}")}
+
+
+def _untie(module: nn.Module, touched: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Give a touched module its own copy of an array that it shares; yields (path, other)."""
+    owners: dict[int, str] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        other = owners.setdefault(id(p), path)
+        if other == path or not {path, other} & set(touched):
+            continue
+        setattr(module.get_submodule(path), leaf, nn.Parameter(p.detach().clone()))
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        yield path, other
+
+
+# --- attaching --------------------------------------------------------------------------------
+
+
+def attach(module: nn.Module, adapters: Sequence[Adapter]) -> Any:
+    """Put adapters on a module with peft, and return the PeftModel, the first one active.
+
+    Raises SpaError if an adapter was made for another base: a module or an array is missing, left
+    over, or of another shape.
+    """
+    peft = library()
+    tuned: Any = None
+    for i, adapter in enumerate(adapters):
+        config = _config(peft, adapter)
+        try:
+            with _quiet():
+                if tuned is None:
+                    tuned = peft.PeftModel(module, config, adapter_name=_name(i))
+                else:
+                    tuned.add_adapter(_name(i), config)
+                _fill(peft, tuned, adapter, _name(i))
+        except SpaError:
+            raise
+        except Exception as problem:  # peft and torch raise many kinds here
+            raise SpaError("the adapter does not fit this model", where=str(adapter.path),
+                           why=_line(problem), fix=_base(adapter)) from problem
+    _check_layers(tuned)
+    return tuned.eval()
+
+
+def _name(index: int) -> str:
+    return f"adapter{index}"
+
+
+def _config(peft: Any, adapter: Adapter) -> Any:
+    """The stored configuration; without a task, so that any torch module will do as base."""
+    try:
+        with _quiet():
+            config = peft.PeftConfig.from_pretrained(str(adapter.path))
+    except Exception as problem:
+        raise SpaError("adapter_config.json cannot be used", where=str(adapter.path),
+                       why=_line(problem)) from problem
+    config.task_type, config.inference_mode = None, True
+    if hasattr(config, "progressbar"):
+        config.progressbar = False
+    return config
+
+
+def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:
+    """Load the arrays; none may be left over, and none of the type's own may be missing."""
+    loaded = peft.set_peft_model_state_dict(tuned, dict(adapter.tensors), adapter_name=name)
+    prefix = getattr(tuned.base_model, "prefix", "")
+    absent, names = set(loaded.missing_keys), dict[int, set[str]]()
+    for key, p in tuned.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), set()).add(key)  # layers may share one array
+    missing = sorted(min(keys) for keys in names.values()
+                     if keys <= absent and any(prefix in key and name in key.split(".")
+                                               for key in keys))
+    left = [*loaded.unexpected_keys, *missing]
+    if left:
+        raise SpaError("the adapter does not fit this model", where=str(adapter.path),
+                       why=f"{len(loaded.unexpected_keys)} of its arrays belong to no module and "
+                           f"{len(missing)} are missing, e.g. {left[0].replace(f'.{name}', '')}",
+                       fix=_base(adapter))
+
+
+def _base(adapter: Adapter) -> str:
+    base = adapter.config.get("base_model_name_or_path")
+    return f"give the base that it was trained on{f': {base}' if base else ''}"
+
+
+def _check_layers(tuned: Any) -> None:
+    used = {str(getattr(c.peft_type, "value", c.peft_type)) for c in tuned.peft_config.values()}
+    for kind, wrong, why in LAYER_TRAPS:
+        for path, layer in tuned.named_modules():
+            if kind in used and hasattr(layer, "get_base_layer") and \
+                    wrong(layer.get_base_layer()):
+                raise SpaError(f"this {kind} adapter cannot be merged", where=path, why=why,
+                               fix="prune the base without it")
+
+
+def _combine(tuned: Any, adapters: Sequence[Adapter], how: str) -> None:
+    """Replace the adapters by their weighted combination, made by peft."""
+    add: Any = getattr(tuned.base_model, "add_weighted_adapter", None)
+    for adapter in adapters:
+        reasons = [why for when, why in COMBINATION_TRAPS if when(adapter.config)]
+        if add is None or adapter.type != adapters[0].type:
+            reasons.append(f"peft does not combine {adapter.type} with {adapters[0].type}")
+        if reasons:
+            raise SpaError("adapters cannot be combined or weighted", where=str(adapter.path),
+                           why=reasons[0], fix="merge one of them, and give the result as MODEL")
+    known = inspect.signature(add).parameters
+    options: dict[str, Any] = {"combination_type": how} if "combination_type" in known else {}
+    if how.startswith(("ties", "dare")):
+        options["density"] = 0.5
+    try:
+        with _quiet():
+            add([_name(i) for i in range(len(adapters))], [a.weight for a in adapters], TUNER,
+                **options)
+            tuned.set_adapter(TUNER)
+    except Exception as problem:
+        raise SpaError(f"adapters cannot be combined by {how!r}", why=_line(problem),
+                       fix="use cat (the exact weighted sum) or svd") from problem
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+def _results(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    args, kwargs = as_call(inputs)
+    was = module.training
+    module.eval()
+    with torch.no_grad():
+        result = module(*args, **kwargs)
+    module.train(was)
+    return [x.clone() for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+
+
+def _line(problem: Exception) -> str:
+    """The first line of an exception that says something."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")),
+                type(problem).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def facts(adapters: Sequence[Adapter]) -> list[Mapping[str, Any]]:
+    """Return what a recipe says of its adapters."""
+    return [{"path": str(a.path), "type": a.type, "weight": a.weight} for a in adapters]

@@ -1,0 +1,355 @@
+"""Adapters: every type of peft that merges is merged right, the others are refused by name."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import spacompiler
+from spacompiler.adapters import files, merging
+from spacompiler.adapters.kinds import KINDS
+from spacompiler.errors import ProofError, SpaError, UsageError
+from spacompiler.models_zoo import load
+
+peft = pytest.importorskip("peft")
+LINEARS = ["q_proj", "up_proj", "down_proj"]
+
+# variant -> (type, options); each type that KINDS says merges stands here at least once
+VARIANTS = {
+    "lora": ("LORA", {"r": 4}),
+    "lora-rs": ("LORA", {"r": 4, "use_rslora": True}),
+    "lora-bias": ("LORA", {"r": 4, "lora_bias": True}),
+    "lora-base-bias": ("LORA", {"r": 4, "bias": "lora_only"}),
+    "lora-embedding": ("LORA", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),
+    "lora-head": ("LORA", {"r": 4, "target_modules": ["lm_head", "q_proj"]}),
+    "lora-saved-module": ("LORA", {"r": 4, "modules_to_save": ["lm_head"]}),
+    "lora-tokens": ("LORA", {"r": 4, "trainable_token_indices": [1, 2]}),
+    "dora": ("LORA", {"r": 4, "use_dora": True}),
+    "pissa": ("LORA", {"r": 4, "init_lora_weights": "pissa"}),
+    "olora": ("LORA", {"r": 4, "init_lora_weights": "olora"}),
+    "orthogonal": ("LORA", {"r": 4, "init_lora_weights": "orthogonal"}),
+    "mica": ("LORA", {"r": 4, "init_lora_weights": "mica"}),
+    "adalora": ("ADALORA", {"init_r": 4, "total_step": 10}),
+    "adamss": ("ADAMSS", {"r": 4}),
+    "beft": ("BEFT", {}),
+    "boft": ("BOFT", {"boft_block_size": 4}),
+    "c3a": ("C3A", {"block_size": 8}),
+    "deft": ("DEFT", {"r": 4}),
+    "delora": ("DELORA", {"r": 4}),
+    "fourierft": ("FOURIERFT", {"n_frequency": 20}),
+    "frod": ("FROD", {}),
+    "glora": ("GLORA", {"r": 4}),
+    "gralora": ("GRALORA", {"r": 4, "gralora_k": 2}),
+    "hira": ("HIRA", {"r": 4}),
+    "hra": ("HRA", {"r": 4}),
+    "ia3": ("IA3", {"feedforward_modules": ["down_proj"]}),
+    "ln-tuning": ("LN_TUNING", {"target_modules": ["input_layernorm", "norm"]}),
+    "loha": ("LOHA", {"r": 4}),
+    "lokr": ("LOKR", {"r": 4}),
+    "miss": ("MISS", {"r": 4}),
+    "miss-bat": ("MISS", {"r": 4, "init_weights": "bat"}),
+    "miss-mini": ("MISS", {"r": 4, "mini_r": 4, "init_weights": "mini"}),
+    "oft": ("OFT", {"r": 0, "oft_block_size": 4}),
+    "osf": ("OSF", {"effective_rank": 4}),
+    "peanut": ("PEANUT", {"r": 4}),
+    "psoft": ("PSOFT", {"r": 4}),
+    "pvera": ("PVERA", {"r": 4}),
+    "randlora": ("RANDLORA", {"r": 4}),
+    "road": ("ROAD", {"group_size": 8}),
+    "shira": ("SHIRA", {"r": 2, "random_seed": 0}),
+    "supertuning": ("SUPERTUNING", {}),
+    "tinylora": ("TINYLORA", {}),
+    "trainable-tokens": ("TRAINABLE_TOKENS", {"token_indices": [1, 2, 3],
+                                              "target_modules": ["embed_tokens"]}),
+    "unilora": ("UNILORA", {"r": 4, "theta_d_length": 64}),
+    "vblora": ("VBLORA", {"r": 4, "num_vectors": 8, "vector_length": 8}),
+    "vera": ("VERA", {"r": 4}),
+    "waveft": ("WAVEFT", {"n_frequency": 20}),
+}
+
+
+def llama():
+    """The tiny Llama with logits below 1, whose float32 rounding is then below 1e-6."""
+    module, inputs = load("llama-gqa").build()
+    with torch.no_grad():
+        module.lm_head.weight.mul_(0.1)
+    inputs["input_ids"][0, :3] = torch.tensor([1, 2, 3])  # the tokens that token adapters change
+    return module, inputs
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def tuned(base, kind, options, seed=1, size=0.03):
+    """An adapter whose every trained array is away from its initial value."""
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]](
+        **{"target_modules": LINEARS, **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(base, config)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(torch.randn_like(p) * size)
+    return model.eval()
+
+
+def stored(path, variant="lora", base=None, **kwargs):
+    """Save an adapter and return its directory with the adapted model's results."""
+    module, inputs = base or llama()
+    kind, options = VARIANTS[variant] if isinstance(variant, str) else variant
+    model = tuned(copy.deepcopy(module), kind, options, **kwargs)
+    model.save_pretrained(path)
+    return path, run(model, inputs)
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return getattr(out, "logits", out)
+
+
+def test_the_table_names_every_type_of_peft():
+    assert {t.value for t in peft.PeftType} <= set(KINDS)
+    merged = {name for name, kind in KINDS.items() if not kind.refused}
+    assert merged == {kind for kind, _ in VARIANTS.values()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapter_equals_merged(variant, tmp_path):
+    """Saved, read onto a fresh base under other random state, merged: equal to 1e-6."""
+    if variant == "adamss":
+        pytest.importorskip("sklearn")
+    path, want = stored(tmp_path / "a", variant)
+    module, inputs = llama()
+    base = run(module, inputs)
+    torch.manual_seed(99)
+    merged, notes = merging.merge(module, [files.read(path)], inputs)
+    assert (run(merged, inputs) - want).abs().max() <= 1e-6
+    assert (base - want).abs().max() > 1e-4, "the adapter does nothing: nothing was tested"
+    assert "adapter = merged" in notes[-1]
+    assert all(p.requires_grad for p in merged.parameters())
+    assert not any(hasattr(part, "base_layer") for part in merged.modules())
+
+
+# --- refused ----------------------------------------------------------------------------------
+
+
+def edited(path, **changes):
+    config = json.loads((path / files.CONFIG).read_text())
+    (path / files.CONFIG).write_text(json.dumps({**config, **changes}))
+    return path
+
+
+def damaged(path):
+    weights = path / files.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def pickled(path):
+    (path / files.WEIGHTS).rename(path / files.PICKLE)
+
+
+def not_finite(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / files.WEIGHTS)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, path / files.WEIGHTS)
+
+
+def without(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / files.WEIGHTS)
+    save_file(dict(list(tensors.items())[1:]), path / files.WEIGHTS)
+
+
+def surplus(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / files.WEIGHTS)
+    key = next(iter(tensors))
+    save_file({**tensors, key.replace("layers.0", "layers.7"): tensors[key].clone()},
+              path / files.WEIGHTS)
+
+
+BROKEN = {
+    "no directory": (lambda p: shutil.rmtree(p), "no adapter at"),
+    "no config": (lambda p: (p / files.CONFIG).unlink(), "adapter_config.json cannot be read"),
+    "no weights": (lambda p: (p / files.WEIGHTS).unlink(), "is missing"),
+    "pickled": (pickled, "pickled weights"),
+    "damaged": (damaged, "cannot be read"),
+    "not finite": (not_finite, "NaN or infinity"),
+    "array missing": (without, "1 are missing"),
+    "array left over": (surplus, "1 of its arrays belong to no module"),
+    "unknown type": (lambda p: edited(p, peft_type="BONE"), "'BONE' are not known"),
+    "prompt": (lambda p: edited(p, peft_type="PREFIX_TUNING"), "not its weights"),
+    "routed": (lambda p: edited(p, peft_type="XLORA"), "depends on the input"),
+    "lily": (lambda p: edited(p, peft_type="LILY"), "depends on the input"),
+    "activated": (lambda p: edited(p, alora_invocation_tokens=[1]), "depends on the input"),
+    "pissa_niter": (lambda p: edited(p, init_lora_weights="pissa_niter_4"), "the merge would be"),
+    "lora_ga": (lambda p: edited(p, init_lora_weights="lora_ga"), "the merge would be wrong"),
+    "loftq": (lambda p: edited(p, init_lora_weights="loftq"), "needs data"),
+    "replicated": (lambda p: edited(p, layer_replication=[[0, 2]]), "another network"),
+    "other names": (lambda p: edited(p, target_modules=["query"]), "trained on"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_refused_with_the_reason(how, tmp_path):
+    breaks, words = BROKEN[how]
+    path, _ = stored(tmp_path / "a")
+    module, inputs = llama()
+    breaks(path)
+    with pytest.raises(SpaError) as error:
+        merging.merge(module, [files.read(path)], inputs)
+    assert words in str(error.value) and error.value.fix
+
+
+def test_an_adapter_of_a_wider_base_is_refused(tmp_path):
+    path, _ = stored(tmp_path / "a", base=load("qwen3").build())
+    module, inputs = llama()
+    with pytest.raises(SpaError, match="does not fit this model"):
+        merging.merge(module, [files.read(path)], inputs)
+
+
+class Conv(nn.Module):
+    def __init__(self, kernel=3):
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, kernel, padding=kernel // 2)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu().mean((2, 3)))
+
+
+def conv(kernel=3):
+    torch.manual_seed(0)
+    return Conv(kernel), (torch.randn(2, 4, 6, 6),)
+
+
+def test_oft_on_patches_is_refused_and_on_points_merged(tmp_path):
+    """peft merges OFT on a 3 x 3 convolution to something else; on 1 x 1 it is right."""
+    oft = ("OFT", {"r": 0, "oft_block_size": 4, "target_modules": ["first"]})
+    path, want = stored(tmp_path / "one", oft, conv(1))
+    merged, _ = merging.merge(*(conv(1)[0], [files.read(path)], conv(1)[1]))
+    assert (run(merged, conv(1)[1]) - want).abs().max() <= 1e-6
+    path, _ = stored(tmp_path / "three", oft, conv(3))
+    with pytest.raises(SpaError, match="OFT adapter cannot be merged") as error:
+        merging.merge(conv(3)[0], [files.read(path)], conv(3)[1])
+    assert error.value.where.endswith("first")
+
+
+def test_the_probe_catches_a_wrong_merge(tmp_path, monkeypatch):
+    """Without the row that refuses it, the wrong merge is still found by the probe."""
+    monkeypatch.setattr(merging, "LAYER_TRAPS", ())
+    oft = ("OFT", {"r": 0, "oft_block_size": 4, "target_modules": ["first"]})
+    path, _ = stored(tmp_path / "a", oft, conv(3))
+    with pytest.raises(ProofError, match="not the adapted one"):
+        merging.merge(conv(3)[0], [files.read(path)], conv(3)[1])
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("LORA", {"r": 2}), ("LORA", {"r": 2, "use_dora": True}), ("LOHA", {"r": 2}),
+    ("LOKR", {"r": 2}), ("IA3", {"feedforward_modules": []}),
+    ("BOFT", {"boft_block_size": 4}), ("HRA", {"r": 2}), ("HIRA", {"r": 2})])
+def test_convolutions_merge(kind, options, tmp_path):
+    base = conv()
+    path, want = stored(tmp_path / "a", (kind, {**options, "target_modules": ["first"]}), base)
+    merged, _ = merging.merge(base[0], [files.read(path)], base[1])
+    assert (run(merged, base[1]) - want).abs().max() <= 1e-6
+
+
+# --- several ----------------------------------------------------------------------------------
+
+
+def test_cat_is_the_weighted_sum(tmp_path):
+    module, inputs = llama()
+    one, _ = stored(tmp_path / "one", seed=1)
+    two, _ = stored(tmp_path / "two", ("LORA", {"r": 6, "lora_alpha": 3}), seed=2)
+    w0 = {k: v.clone() for k, v in module.state_dict().items()}
+
+    def change(path):
+        merged, _ = merging.merge(llama()[0], [files.read(path)], inputs)
+        return {k: v - w0[k] for k, v in merged.state_dict().items()}
+
+    merged, _ = merging.merge(module, [files.read(one, 0.7), files.read(two, -0.4)], inputs)
+    a, b = change(one), change(two)
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, w0[key] + 0.7 * a[key] - 0.4 * b[key],
+                                   rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["linear", "svd", "ties", "dare_linear", "dare_ties"])
+def test_other_combinations_are_those_of_peft(how, tmp_path):
+    module, inputs = llama()
+    paths = [stored(tmp_path / str(i), seed=i)[0] for i in (1, 2)]
+    torch.manual_seed(5)
+    merged, _ = merging.merge(module, [files.read(p, 0.5) for p in paths], inputs, combine=how)
+    base = llama()[0]
+    torch.manual_seed(5)  # DARE drops at random
+    want = peft.PeftModel.from_pretrained(base, paths[0], adapter_name="a")
+    want.load_adapter(paths[1], "b")
+    want.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c", how,
+                              density=None if how in ("linear", "svd") else 0.5)
+    want.set_adapter("c")
+    assert (run(merged, inputs) - run(want, inputs)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa", "lora-bias", "hira"])
+def test_what_does_not_add_is_refused(variant, tmp_path):
+    path, _ = stored(tmp_path / "a", variant)
+    module, inputs = llama()
+    with pytest.raises(SpaError, match="cannot be combined or weighted"):
+        merging.merge(module, [files.read(path, 0.5)], inputs)
+
+
+def test_a_tied_head_is_untied_when_only_one_side_is_adapted(tmp_path):
+    module, inputs = llama()
+    module.config.tie_word_embeddings = True
+    module.lm_head.weight = module.model.embed_tokens.weight
+    path, _ = stored(tmp_path / "a", "lora-head", base=(copy.deepcopy(module), inputs))
+    before = module.model.embed_tokens.weight.clone()
+    merged, notes = merging.merge(module, [files.read(path)], inputs)
+    assert torch.equal(merged.model.embed_tokens.weight, before)
+    assert not torch.equal(merged.lm_head.weight, before)
+    assert not merged.config.tie_word_embeddings and any("untied" in n for n in notes)
+
+
+def test_low_precision_is_merged_in_float32(tmp_path):
+    module, inputs = llama()
+    path, _ = stored(tmp_path / "a", base=(copy.deepcopy(module), inputs))
+    merged, notes = merging.merge(module.bfloat16(), [files.read(path)], inputs)
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert "bfloat16" in notes[0]
+
+
+# --- compiling --------------------------------------------------------------------------------
+
+
+def test_compile_merges_first(tmp_path):
+    """A PeftModel, an adapter's directory, and the merged model give the same pruned model."""
+    module, inputs = llama()
+    path, _ = stored(tmp_path / "a")
+    model = tuned(copy.deepcopy(module), "LORA", {"r": 4})
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    options = {"target": "body=60%", "importance": "magnitude", "align": 1}
+    merged, _ = merging.merge(copy.deepcopy(module), [files.read(path)], inputs)
+    want = spacompiler.compile(merged, inputs, **options)
+    for made in (spacompiler.compile(module, inputs, adapter=path, **options),
+                 spacompiler.compile(model, inputs, **options)):
+        assert made.plan.kept == want.plan.kept and any("merged" in n for n in made.job.notes)
+        for key, value in made.module.state_dict().items():
+            torch.testing.assert_close(value, want.module.state_dict()[key], rtol=0, atol=1e-6)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert hasattr(model, "peft_config") and run(model, inputs) is not None
+
+
+@pytest.mark.parametrize("text, fix", [("a=b", "DIR=0.5"), ("a=", "DIR=0.5")])
+def test_a_weight_that_is_no_number(text, fix):
+    with pytest.raises(UsageError) as error:
+        files.parse(text)
+    assert fix in error.value.fix
