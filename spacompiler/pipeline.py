@@ -71,21 +71,6 @@ class Job:
     uniform: bool = False
     owned: bool = False
 
-
-def merge_adapters(job: Job) -> None:
-    """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
-    from .adapters import files, merging
-
-    if merging.is_adapted(job.module):
-        job.module, notes = merging.merge_adapted(job.module, job.inputs)
-        job.notes.extend(notes)
-    if job.recipe.adapters:
-        adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
-        module = job.module if job.owned else copy.deepcopy(job.module)
-        job.module, notes = merging.merge(module, adapters, job.inputs,
-                                          combine=job.recipe.combine)
-        job.notes.extend(notes)
-
     @property
     def backend(self) -> Backend:
         """What carries out the steps that depend on where the model lives."""
@@ -114,6 +99,21 @@ def backend_of(module: Any) -> Backend:
     """Return the backend that a front end put on what it read, or torch's."""
     found = getattr(module, "backend", None)
     return found if isinstance(found, Backend) else TORCH
+
+
+def merge_adapters(job: Job) -> None:
+    """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
+    from .adapters import files, merging
+
+    if merging.is_adapted(job.module):
+        job.module, notes = merging.merge_adapted(job.module, job.inputs)
+        job.notes.extend(notes)
+    if job.recipe.adapters:
+        adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
+        module = job.module if job.owned else copy.deepcopy(job.module)
+        job.module, notes = merging.merge(module, adapters, job.inputs,
+                                          combine=job.recipe.combine)
+        job.notes.extend(notes)
 
 
 def check_weights(job: Job) -> None:
@@ -198,7 +198,8 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
         return allocation.units(job.solution, job.candidates, job.scores, uniform=uniform,
                                 align=r.align, lanes=lanes(), floor=r.floor)
 
-    if hf.is_hf(job.module) and r.layout in ("auto", "uniform"):
+    stock = hf.is_hf(job.module) and r.layout in ("auto", "uniform")
+    if stock:
         found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
         job.notes.extend(notes)
         if not found and r.layout == "uniform":
@@ -208,7 +209,7 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
             job.uniform = True
             yield tuple(found)
     if r.layout != "uniform":
-        if job.notes:
+        if stock:
             job.notes.append("the target is out of reach of the uniform layout: layout any")
         yield units(False)
 
