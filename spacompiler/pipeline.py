@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from .proof import CONTROL, Proof, prove
 from .recipe import METRICS, Recipe, parse_target
 from .scores import Scores
 from .slicing import Slicer
+from .statistics import forward_only
 
 Progress = Callable[[str, int, int], None]
 
@@ -151,13 +152,7 @@ def analyse(job: Job) -> None:
 def score(job: Job) -> None:
     """Run calibration if the importance pass needs it, then score every candidate."""
     context = job.backend.context(job)
-    if job.importance.needs:
-        total = len(job.calibration.batches)
-        done = iter(range(1, total + 1))
-        context.calibrate(job.importance.needs, job.calibration.batches, job.loss,
-                          groups=job.candidates,
-                          tick=lambda: job.progress("calibrating", next(done), total))
-    for group in job.candidates:
+    for group in _calibrated(job, context):
         value = torch.as_tensor(job.importance.score(group, context)).detach().double()
         if tuple(value.shape) != group.shape or not torch.isfinite(value).all():
             raise SpaError(
@@ -166,6 +161,24 @@ def score(job: Job) -> None:
                     f"finite: {bool(torch.isfinite(value).all())}",
                 fix="a score is a finite tensor of shape group.shape")
         job.scores[group.name] = value.numpy()
+
+
+def _calibrated(job: Job, context: Any) -> Iterable[Group]:
+    """Yield the candidates as their statistics become complete.
+
+    Covariances are held for one block at a time where the backend can stream them.
+    """
+    needs, batches = job.importance.needs, job.calibration.batches
+    total = len(batches)
+    done = iter(range(1, total + 1))
+    if not needs:
+        return job.candidates
+    if forward_only(needs) and "covariance" in needs and hasattr(context, "stream"):
+        job.progress("calibrating", 0, total)
+        return context.stream(needs, batches, job.candidates)
+    context.calibrate(needs, batches, job.loss, groups=job.candidates,
+                      tick=lambda: job.progress("calibrating", next(done), total))
+    return job.candidates
 
 
 def decide(job: Job) -> None:

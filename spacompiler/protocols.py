@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .allocation import Problem
     from .groups import Group, Member, Solution
     from .plan import Plan
+    from .statistics import View
 
 KINDS = ("importance", "allocation", "compensation", "recovery")
 
@@ -38,6 +39,12 @@ class Context(Protocol):
 
     def gradient_rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return the loss gradient of a stored array likewise (needs `weight_gradients`)."""
+
+    def consumers(self, group: Group) -> list[View]:
+        """Return every consumer of the group as a matrix product X W', with its statistics.
+
+        `moments`, `covariance` and `fluctuation` of X are there if needed (see `statistics`).
+        """
 
     def gates(self, group: Group) -> torch.Tensor:
         """Return the derivative of the loss by a gate on each slice: shape `group.shape`.
@@ -56,7 +63,8 @@ class Importance(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Statistics to gather: any of gates, token_gates, weight_gradients."""
+        """Statistics to gather: any of gates, token_gates, weight_gradients (by backward passes),
+        moments, covariance, fluctuation (forward only: they exist for ONNX models too)."""
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
         """Return a float tensor of shape `group.shape`."""

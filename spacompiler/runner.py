@@ -6,7 +6,7 @@ evaluation, so that all three speak of the same places in the program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,28 @@ class Runner(fx.Interpreter):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the flat list of results of one call."""
+        return list(self.run(*self._values(args, kwargs)))
+
+    def steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+              stops: set[str]) -> Iterator[str]:
+        """Run one call, pausing after each node named in `stops`; ends after the last of them.
+
+        While it pauses, only values that later nodes read are held.
+        """
+        self.env = {}
+        self.args_iter = iter(self._values(args, kwargs))
+        left = len(stops)
+        for node in self.graph.nodes:
+            if not left:
+                return
+            self.env[node] = self.run_node(node)
+            for done in self.user_to_last_uses.get(node, []):
+                del self.env[done]
+            if node.name in stops:
+                left -= 1
+                yield node.name
+
+    def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         flat = iter(pytree.tree_leaves((args, kwargs)))
         values = []
         for spec in self._program.graph_signature.input_specs:
@@ -48,7 +70,7 @@ class Runner(fx.Interpreter):
             values.append(self._weights(spec.target) if stored else next(flat))
         if self._double:
             values = [v if isinstance(v, torch.nn.Parameter) else _double(v) for v in values]
-        return list(self.run(*values))
+        return values
 
     def run_node(self, n: fx.Node) -> Any:
         changed = {}

@@ -6,18 +6,22 @@ statistic, of a weight or of an activation, sums onto the group in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from .axes import Expr, coordinates, is_frozen
+from .consumers import Consumer, consumer
 from .frontends.torch_export import Trace
 from .groups import Group, Member, Solution
 from .runner import Runner
+from .statistics import OF_INPUTS, View
 
 Loss = Callable[[list[Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
@@ -85,6 +89,8 @@ class Scores:
     _kinds: list[str] = field(default_factory=list)
     _sites: dict[tuple[str, str], list[tuple[Group, int]]] = field(default_factory=dict)
     _gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
 
     def _stored(self, name: str) -> torch.Tensor:
         program = self.trace.program
@@ -103,6 +109,37 @@ class Scores:
             array = torch.zeros_like(self._stored(member.weight))
         return rows(array, self.solution.dims(member.weight), member.dim, group)
 
+    def consumers(self, group: Group) -> list[View]:
+        """Return every consumer of a group as a matrix product, with its statistics."""
+        return [self._view(c, group) for c in self._consumers_of(group)]
+
+    def _consumers_of(self, group: Group) -> list[Consumer]:
+        if group.name not in self._consumers:
+            nodes = {node.name: node for node in self.solution.graph.nodes}
+            reads = dict.fromkeys((r.node, r.tensor) for r in group.reads)
+            found = {node: consumer(self.solution.graph, nodes[node]) for node, _ in reads}
+            self._consumers[group.name] = [
+                c for (node, tensor) in reads
+                if (c := found[node]) is not None and c.tensor == tensor]
+        return self._consumers[group.name]
+
+    def _view(self, at: Consumer, group: Group) -> View:
+        weight = at.matrix(static(self.trace, self.solution, at.weight, self._stored))
+        slot = self._feature_slots(at, group)
+        return View(at, weight.detach(), slot, group.shape, self._inputs.get(at.key, {}))
+
+    def _feature_slots(self, at: Consumer, group: Group) -> torch.Tensor:
+        """The slice of every feature: the slices of an activation, patched as it is."""
+        dims = self.solution.dims(at.tensor)
+        dim = next(r.dim for r in group.reads if (r.node, r.tensor) == (at.node.name, at.tensor))
+        axes, slot = slots(dims, dim, group)
+        dynamic = self.solution.graph.tensors[at.tensor].dynamic
+        shape = [1 if d in dynamic else e.size for d, e in enumerate(dims)]
+        spread = [e.size if d in axes else 1 for d, e in enumerate(dims)]
+        values = torch.from_numpy(slot).permute(*np.argsort(np.argsort(axes)).tolist())
+        marks = (values.reshape(spread) + 1).double().expand(shape)
+        return at.inputs(marks).amax(1).long() - 1
+
     def gates(self, group: Group) -> torch.Tensor:
         """Return dL/dgate summed over all places where the group is read: `group.shape`."""
         return self._gates["gates", group.name].reshape(group.shape)
@@ -113,22 +150,93 @@ class Scores:
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
                   groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
-        """Run forward and backward over batches of (args, kwargs), gathering what is needed.
+        """Run over batches of (args, kwargs) once, gathering what is needed.
 
         `gates` and `token_gates` keep one number per slice; `weight_gradients` one array per
-        member.
+        member; statistics of inputs (see `statistics`) what they hold, once per input. Without
+        gradients there is no backward pass, and forward stops at the last consumer.
         """
         wanted = set(needs)
+        watched = self._watch(wanted, groups)
+        if wanted <= OF_INPUTS.keys():
+            stops = {node for node, _ in watched}
+            for args, kwargs in batches:
+                for _ in self._steps(args, kwargs, watched, stops):
+                    pass
+                tick()
+            return
         self._kinds = [kind for kind in ("gates", "token_gates") if kind in wanted]
         self._sites = self._gated(groups) if self._kinds else {}
-        gated: dict[str, set[str]] = {}
-        for node, tensor in self._sites:
-            gated.setdefault(node, set()).add(tensor)
-        learned = {m.weight for g in groups for m in g.members} \
-            if "weight_gradients" in wanted else set()
+        stored = self.solution.graph.weights()
+        learned = {m.weight for g in groups for m in g.members
+                   if "weight_gradients" in wanted and stored[m.weight].kind == "parameter"}
         for args, kwargs in batches:
-            self._backward(*self.trace.match(args, kwargs), loss, gated, learned)
+            self._backward(*self.trace.match(args, kwargs), loss, learned, watched)
             tick()
+
+    def stream(self, needs: Iterable[str], batches: Iterable[Any],
+               groups: Sequence[Group]) -> Iterator[Group]:
+        """Gather statistics of inputs and yield each group when its own are complete.
+
+        All batches advance together from consumer to consumer; what no later group needs is
+        dropped after each step, so that one block's worth of statistics is held at a time.
+        """
+        watched = self._watch(set(needs), groups)
+        waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
+        stops = {node for node, _ in watched}
+        runs = [self._steps(args, kwargs, watched, stops) for args, kwargs in batches]
+        keys = {node: at.key for (node, _), at in watched.items()}
+        done: set[str] = set()
+        for node in [n.name for n in self.solution.graph.nodes if n.name in stops]:
+            for run in runs:
+                next(run)
+            done.add(keys[node])
+            yield from self._complete(waiting, done, groups)
+        yield from (g for g in groups if not self._consumers_of(g))
+
+    def _complete(self, waiting: dict[str, set[str]], done: set[str],
+                  groups: Sequence[Group]) -> Iterator[Group]:
+        for group in groups:
+            if waiting.get(group.name) and waiting[group.name] <= done:
+                yield group
+                del waiting[group.name]
+        held = set().union(*waiting.values())
+        for key in done - held:
+            self._inputs.pop(key, None)
+
+    def _watch(self, wanted: set[str],
+               groups: Sequence[Group]) -> dict[tuple[str, str], Consumer]:
+        """The first consumer of every input that statistics are wanted of."""
+        kinds = [kind for kind in OF_INPUTS if kind in wanted]
+        found: dict[str, Consumer] = {}
+        for group in groups if kinds else ():
+            for at in self._consumers_of(group):
+                found.setdefault(at.key, at)
+        order = {node.name: i for i, node in enumerate(self.solution.graph.nodes)}
+        self._inputs.update({key: {kind: OF_INPUTS[kind]() for kind in kinds} for key in found})
+        return {(at.node.name, at.tensor): at
+                for at in sorted(found.values(), key=lambda c: order[c.node.name])}
+
+    def _steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+               watched: dict[tuple[str, str], Consumer], stops: set[str]) -> Iterator[str]:
+        """Run one batch without gradients, pausing at `stops`."""
+        args, kwargs = self.trace.match(args, kwargs)
+        runner = Runner(self.trace.program, self._stored, touched=_by_node(watched),
+                        touch=lambda node, name, value: self._observe(
+                            watched[node.name, name], value, _examples(args, kwargs)))
+        steps = runner.steps(args, kwargs, stops)
+        while True:
+            with torch.no_grad():
+                node = next(steps, None)
+            if node is None:
+                return
+            yield node
+
+    def _observe(self, at: Consumer, value: torch.Tensor, examples: int) -> torch.Tensor:
+        x = at.inputs(value.detach())
+        for statistic in self._inputs[at.key].values():
+            statistic.add(x, examples if x.shape[1] % examples == 0 else 1)
+        return value
 
     def _gated(self, groups: Sequence[Group]) -> dict[tuple[str, str], list[tuple[Group, int]]]:
         """Places where groups are read: (node, activation) -> groups and dimensions."""
@@ -142,11 +250,16 @@ class Scores:
         return found
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss,
-                  gated: dict[str, set[str]], learned: set[str]) -> None:
+                  learned: set[str],
+                  watched: dict[tuple[str, str], Consumer]) -> None:
         gates: dict[tuple[str, str], torch.Tensor] = {}
         arrays: dict[str, torch.Tensor] = {}
 
         def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+            if (node.name, name) in watched:
+                self._observe(watched[node.name, name], value, _examples(args, kwargs))
+            if (node.name, name) not in self._sites:
+                return value
             gate = torch.ones(self._gate_shape(name, value), dtype=value.dtype,
                               requires_grad=True)
             gates[node.name, name] = gate
@@ -158,7 +271,8 @@ class Scores:
                 arrays[first] = self._stored(first).requires_grad_(first in learned)
             return arrays[first]
 
-        runner = Runner(self.trace.program, weights, touched=gated, touch=touch)
+        runner = Runner(self.trace.program, weights, touch=touch,
+                        touched=_by_node([*self._sites, *watched]))
         with torch.enable_grad():
             value = loss(runner.call(args, kwargs), args, kwargs)
             leaves: dict[Any, torch.Tensor] = {
@@ -185,3 +299,35 @@ class Scores:
             for kind in self._kinds:
                 self._gates[kind, group.name] += \
                     each.sum(0) if kind == "gates" else each.abs().sum(0)
+
+
+def _by_node(places: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for node, tensor in places:
+        found.setdefault(node, set()).add(tensor)
+    return found
+
+
+def _examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Examples in a batch: the first size of its first tensor."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def static(trace: Trace, solution: Solution, name: str,
+           stored: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Return the value of a tensor that follows from stored arrays alone."""
+    tensor = solution.graph.tensors[name]
+    if tensor.weight is not None:
+        return stored(tensor.weight)
+    nodes = {node.name: node for node in trace.program.graph.nodes}
+
+    def value(node: fx.Node) -> Any:
+        known = solution.graph.tensors.get(node.name)
+        if known is not None and known.weight is not None:
+            return stored(known.weight)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with torch.no_grad():
+        return value(nodes[name])

@@ -1,0 +1,147 @@
+"""What calibration gathers of a consumer's input X, streaming: moments, covariance, fluctuation.
+
+Every statistic is an accumulator with `add(x, examples)`, x: (shared, samples, features); sums are
+kept in float64. A back end feeds the X of each consumer, batch after batch; who runs the network
+(torch, ONNX Runtime) does not matter here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Protocol
+
+import torch
+
+from .consumers import Consumer
+
+
+class Accumulator(Protocol):
+    """A statistic of X under way."""
+
+    def add(self, x: torch.Tensor, examples: int) -> None:
+        """Take in one batch: x (shared, samples, features), samples example by example."""
+
+
+@dataclass
+class Moments:
+    """Count of samples, and per feature the sum and the sum of squares: (shared, features)."""
+
+    count: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: torch.Tensor, examples: int) -> None:
+        x = x.double()
+        self.count += x.shape[1]
+        self.total = self.total + x.sum(1)
+        self.squares = self.squares + x.square().sum(1)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """||X_j||_2 over all samples."""
+        return self.squares.sqrt()
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return (self.squares / self.count - self.mean.square()).clamp(min=0)
+
+
+@dataclass
+class Covariance:
+    """Count, sums (shared, features) and X^T X (shared, features, features)."""
+
+    count: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    gram: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: torch.Tensor, examples: int) -> None:
+        x = x if x.dtype == torch.float64 else x.float()
+        product = x.mT @ x
+        self.count += x.shape[1]
+        self.total = self.total + x.sum(1, dtype=torch.float64)
+        self.gram = product.double() if self.gram.ndim == 0 else self.gram.add_(product)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def second(self) -> torch.Tensor:
+        """H = X^T X / count: (shared, features, features)."""
+        return self.gram / self.count
+
+    @property
+    def centred(self) -> torch.Tensor:
+        """C = H - mean mean^T: what remains once a bias repairs the mean."""
+        mean = self.mean
+        return self.second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+@dataclass
+class Fluctuation:
+    """The running mean and fluctuation that FLAP's released code computes, example by example.
+
+    With n examples seen: mean <- (n mean + mean_t x) / (n + 1), then
+    fluctuation <- fluctuation (n - 1) / n + sum_t (x - mean)^2 / (n + 1); the first adds nothing.
+    """
+
+    count: int = 0
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    value: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: torch.Tensor, examples: int) -> None:
+        for one in x.double().unflatten(1, (examples, -1)).unbind(1):
+            n = self.count
+            self.mean = (n * self.mean + one.mean(1)) / (n + 1)
+            spread = (one - self.mean.unsqueeze(1)).square().sum(1) / (n + 1)
+            self.value = self.value * (n - 1) / n + spread if n else torch.zeros_like(spread)
+            self.count += 1
+
+
+OF_INPUTS: dict[str, type[Any]] = {
+    "moments": Moments, "covariance": Covariance, "fluctuation": Fluctuation}
+
+
+def forward_only(needs: Iterable[str]) -> bool:
+    """True if no statistic among `needs` takes a gradient: such criteria work on ONNX too."""
+    return set(needs) <= OF_INPUTS.keys()
+
+
+@dataclass(frozen=True)
+class View:
+    """A consumer as one group sees it.
+
+    `weight` is W (shared, outputs, features); `slot` (shared, features) the flat index into
+    `shape` of the slice that a feature belongs to, -1 where it belongs to none.
+    """
+
+    consumer: Consumer
+    weight: torch.Tensor
+    slot: torch.Tensor
+    shape: tuple[int, ...]
+    found: dict[str, Any]
+
+    @property
+    def moments(self) -> Moments:
+        return self.found["moments"]
+
+    @property
+    def covariance(self) -> Covariance:
+        return self.found["covariance"]
+
+    @property
+    def fluctuation(self) -> Fluctuation:
+        return self.found["fluctuation"]
+
+    def onto(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum one number per feature, (shared, features), onto the group: `shape`."""
+        inside = self.slot >= 0
+        total = torch.zeros(prod(self.shape), dtype=torch.float64)
+        total.index_add_(0, self.slot[inside], values[inside].double())
+        return total.reshape(self.shape)
