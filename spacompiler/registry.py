@@ -29,7 +29,7 @@ def available() -> Iterator[tuple[str, EntryPoint]]:
 
 def check_name(kind: str, text: str) -> None:
     """Raise UsageError for a misspelt name, without importing anything."""
-    name, _ = _parse(text)
+    name, _ = parse(text)
     known = [entry.name for entry in entry_points(group=f"spacompiler.{kind}")]
     if ":" not in name and name not in known:
         raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, known))
@@ -54,11 +54,11 @@ def find(kind: str, what: Any) -> Any:
     """
     if not isinstance(what, str):
         return _checked(kind, what() if isinstance(what, type) else what, repr(what))
-    name, options = _parse(what)
-    return _checked(kind, _construct(_load(kind, name), options, what), what)
+    name, options = parse(what)
+    return _checked(kind, construct(_load(kind, name), options, what), what)
 
 
-def _parse(text: str) -> tuple[str, dict[str, Any]]:
+def parse(text: str) -> tuple[str, dict[str, Any]]:
     """`taylor(mode='element')` -> ("taylor", {"mode": "element"})."""
     import ast
 
@@ -91,7 +91,7 @@ def _load(kind: str, name: str) -> Any:
                          why=str(problem)) from problem
 
 
-def _construct(found: Any, options: dict[str, Any], text: str) -> Any:
+def construct(found: Any, options: dict[str, Any], text: str) -> Any:
     if not isinstance(found, type):
         return found
     try:

@@ -8,7 +8,7 @@ stock modules stand in one table; those that a module's own code reads are found
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..axes import Choices
 from ..errors import SpaError
-from ..frontends.torch_export import Trace
+from ..frontends.torch_export import Trace, in_eval_mode
 from ..groups import Solution
 from ..slicing import Slicer, norm_changes
 from .attributes import Change, assign
@@ -61,7 +61,7 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
     slicer = Slicer(trace, solution, choices)
     memo: dict[int, Any] = {}
     made: dict[str, torch.Tensor] = {}
-    for name, tensor in _arrays(module):
+    for name, tensor in named_arrays(module):
         first = trace.tied.get(name)
         if first is None or slicer.untouched(name):
             memo[id(tensor)] = tensor
@@ -75,7 +75,8 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
     return pruned
 
 
-def _arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter and buffer under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
@@ -131,28 +132,47 @@ def _eps_changes(module: nn.Module, solution: Solution,
                 yield path, attribute, change.eps
 
 
+def guessed_changes(module: nn.Module, solution: Solution, choices: Choices,
+                    known: Set[tuple[str, str]]) -> dict[str, list[tuple[str, str, Any]]]:
+    """Return, by attribute name, (path, attribute, value) that a module's own code may go by.
+
+    Where an operator's size argument changes from n to m, the module that made the call may hold
+    n as a number of its own (`num_heads`, `embed_dim`). Such guesses need a check; those `known`,
+    by (path, attribute), are left out.
+    """
+    where = {node.name: node.where for node in solution.graph.nodes}
+    parts = dict(module.named_modules())
+    found: dict[tuple[str, str], set[int]] = {}
+    for name, _, value, old in edits(solution, choices):
+        path = where.get(name, "")
+        for attribute, have in vars(parts.get(path, module)).items():
+            if type(have) is int and have == old and type(value) is int:
+                found.setdefault((path, attribute), set()).add(value)
+    guesses: dict[str, list[tuple[str, str, Any]]] = {}
+    for (path, attribute), values in found.items():
+        if len(values) == 1 and (path, attribute) not in known:
+            guesses.setdefault(attribute, []).append((path, attribute, values.pop()))
+    return guesses
+
+
 def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-              want: list[Any]) -> str:
+              want: list[Any], tolerance: float = 1e-4) -> str:
     """Return "" if the module's results equal the program's (to rounding), else how they differ."""
     from torch.utils import _pytree as pytree
 
     from ..proof import relative_error
 
-    was = module.training
-    module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(module):
             result = module(*args, **kwargs)
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}".splitlines()[0]
-    finally:
-        module.train(was)
     got = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
     want = [x for x in want if isinstance(x, torch.Tensor)]
     if len(got) != len(want):
         return f"{len(got)} results for {len(want)}"
     error = relative_error(got, want)
-    return "" if error <= 1e-4 else f"results differ by {error:.1e}"
+    return "" if error <= tolerance else f"results differ by {error:.1e}"
 
 
 def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
@@ -162,12 +182,12 @@ def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
     Raises SpaError if the arrays are not those of this network.
     """
     memo: dict[int, Any] = {}
-    for name, tensor in _arrays(dense):
+    for name, tensor in named_arrays(dense):
         if name in arrays:
             memo.setdefault(id(tensor), _like(tensor, arrays[name]))
         else:
             memo[id(tensor)] = tensor.clone()
-    unknown = sorted(arrays.keys() - {name for name, _ in _arrays(dense)})
+    unknown = sorted(arrays.keys() - {name for name, _ in named_arrays(dense)})
     if unknown:
         raise SpaError(f"the network has no array {unknown[0]!r}",
                        why="the artifact was made from another network",

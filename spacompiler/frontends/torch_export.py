@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +74,25 @@ def trace(module: nn.Module, inputs: Inputs) -> Trace:
     Raises SpaError, with the place in the user's code, where the module cannot be traced.
     """
     args, kwargs = as_call(inputs)
-    was_training = module.training
-    module.eval()
-    try:
+    with in_eval_mode(module):
         program = _export(module, args, kwargs)
-    finally:
-        module.train(was_training)
     _drop_asserts(program)
     _canonicalise(program)
     graph, tied = lower(program, module)
     return Trace(program, graph, args, kwargs, tied)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode, and every part of it back in the mode that it was in."""
+    was = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was[0][1])
+        for part, mode in was:
+            part.training = mode
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

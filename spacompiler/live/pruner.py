@@ -1,0 +1,417 @@
+"""Prune a model in the user's own training loop: before, during and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spacompiler import allocation, registry
+from spacompiler.axes import Choices
+from spacompiler.cost import cost
+from spacompiler.emit.module import guessed_changes, named_arrays, runs_like
+from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
+from spacompiler.frontends.aten import TABLE
+from spacompiler.frontends.torch_export import Inputs, trace
+from spacompiler.groups import Group, solve
+from spacompiler.pipeline import costs, lanes
+from spacompiler.proof import Proof, masked_dense, prove
+from spacompiler.recipe import Recipe, parse_target
+
+from . import ramp
+from .kept import Kept, lowest_out
+from .shrunk import shrunk
+from .sites import Site, sites
+from .surgery import Undo, operate_in_place
+from .watch import GATES, Watch
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2,
+              torch.bfloat16: 5e-2}
+STATE_VERSION = 1
+
+
+class Pruner:
+    """Watches a training run and shrinks its model in place, with the optimiser's state.
+
+    Scores are measured just before each optimiser step (a hook of the optimiser calls it) and
+    averaged: S <- ema * S + (1 - ema) * score. `step()`, called once after each optimiser step,
+    removes the lowest slices whenever the schedule says so. The module, its Parameter objects,
+    their requires_grad, ties and modes, and the optimiser's parameter groups stay what they are;
+    arrays, gradients, optimiser state and size attributes become smaller. Every removal is
+    compared with the masked model (float64) before training goes on, and undone if it is wrong.
+
+    Args:
+        model: the module that is trained, in any mode.
+        example_inputs: as for `compile`; batch 2 or more.
+        optimizer: one, several, or None (give it later by `attach`, or prune without training).
+        target: what stays at the end: `params=50%`, `body=...` or `macs=...`.
+        schedule: `cubic(steps=...)`, `linear(steps=...)`, `once(at=...)`, or an object.
+        importance, allocation: passes as for `compile`; a pass may need gates, token_gates
+            (gradients at activations) and weight_gradients (`.grad`).
+        ema: the moving average's memory, 0 to below 1.
+        prove: compare each shrunk model with the masked one.
+        options: further fields of `Recipe`: roles, only, ignore, approximate, align, floor, seed.
+
+    Raises:
+        UsageError: the request is malformed. TargetError: nothing may go.
+        SpaError: the module cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Inputs,
+                 optimizer: Any = None, *, target: str, schedule: Any = "cubic",
+                 importance: Any = "taylor", allocation: Any = "uniform", ema: float = 0.9,
+                 prove: bool = True, align: int | None = 1, **options: Any) -> None:
+        if not 0 <= ema < 1:
+            raise UsageError(f"ema must be from 0 to below 1, not {ema}")
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise UsageError("a DistributedDataParallel module cannot shrink in place",
+                             why="its gradient buckets have fixed sizes",
+                             fix="prune in one process, or before wrapping the module")
+        self.recipe = Recipe(target=target, align=align, **options)
+        self.schedule = ramp.find(schedule)
+        self.importance = registry.find("importance", importance)
+        self.allocation = registry.find("allocation", allocation)
+        self.ema, self.steps, self.done, self._prove = ema, 0, False, prove
+        self.proof: Proof | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._hooks: list[Any] = []
+        self._scores: dict[str, np.ndarray] = {}
+        self._measured = False
+        self._attributes: dict[tuple[str, str], Any] = {}
+        with torch.random.fork_rng(devices=[]):
+            self.trace = trace(self.model, example_inputs)
+        self.solution = self._dense = solve(self.trace.graph, TABLE)
+        self.notes: list[str] = []
+        self.groups = self._candidates()
+        self._kept = Kept(self._dense, {})
+        self._price = cost(self._dense, parse_target(target)[0])
+        self._dense_cost = self._price.total
+        self._watch: Watch | None = None
+        self._sites = self._seen() if set(GATES) & set(self.importance.needs) else []
+        self._look()
+        self._check_target()
+        self.attach(optimizer)
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def attach(self, optimizer: Any) -> None:
+        """Follow one or several optimisers: their state shrinks too, their steps are watched."""
+        if optimizer is None:
+            return
+        many = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        for given in many:
+            each: Any = getattr(given, "optimizer", given)  # accelerate wraps it
+            if any(each is have for have in self._optimizers):
+                continue
+            if not self._optimizers:
+                self._hooks.append(each.register_step_pre_hook(lambda *_: self.watch()))
+            self._optimizers.append(each)
+
+    def watch(self) -> None:
+        """Measure importance from the gradients at hand (the optimiser's step calls it)."""
+        if self._watch is None or not self.importance.needs:
+            return
+        found = self._measure()
+        self._watch.clear()
+        if all(np.isfinite(score).all() for score in found.values()):
+            for name, score in found.items():
+                have = self._scores.get(name, 0.0)
+                self._scores[name] = self.ema * have + (1 - self.ema) * score
+            self._measured = True
+
+    def step(self) -> bool:
+        """Count one optimiser step and remove what is due; True if the model shrank.
+
+        Raises ProofError, with the model as it was before, if the shrunk model would be wrong.
+        """
+        if not self.schedule.steps:
+            raise UsageError("the schedule does not know how many steps the run has",
+                             fix="say so: schedule='cubic(steps=1000)'")
+        self.steps += 1
+        if self.done or not self.schedule.due(self.steps):
+            return False
+        return self.shrink(self.schedule.share(self.steps))
+
+    def finish(self) -> None:
+        """Remove what is still due, check that the target is met, and take out all hooks.
+
+        Raises TargetError if the target is missed.
+        """
+        if not self.done:
+            self.shrink(1.0)
+        self.stop()
+        problem = self._problem(self._units())
+        allocation.check_met(problem, {u.name: self._kept.count(u.groups[0].name)
+                                       for u in problem.units})
+
+    def stop(self) -> None:
+        """Take out all hooks; the model stays as it is."""
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+
+    # --- one removal --------------------------------------------------------------------------
+
+    def shrink(self, share: float = 1.0) -> bool:
+        """Bring the model to a share (0 to 1) of the final removal now; True if it shrank."""
+        later = self.planned(share)
+        shrank = self._operate(later)
+        self.done = share >= 1
+        if self.done and self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        return shrank
+
+    def planned(self, share: float) -> Kept:
+        """Return what would be kept at a share of the final removal, by the scores so far."""
+        scores = self._current_scores()
+        problem = self._problem(self._units(scores))
+        final = self.allocation.allocate(problem)
+        allocation.check_met(problem, final)
+        tables = dict(self._kept.tables)
+        for unit in problem.units:
+            now = self._kept.count(unit.groups[0].name)
+            due = unit.size - int((unit.size - final[unit.name]) * share + 1e-9)
+            count = min(now, next(k for k in unit.legal if k >= due))
+            for group in unit.groups:
+                if count < now:
+                    tables[group.name] = lowest_out(self._kept, group, scores[group.name], count)
+        return Kept(self._dense, tables)
+
+    def _operate(self, later: Kept) -> bool:
+        self._refresh()
+        choices = self._kept.relative(later, self.solution)
+        if not choices:
+            self._kept = later
+            return False
+        with torch.random.fork_rng(devices=[]):
+            want = self._expected(choices)
+            after = shrunk(self.trace, self.solution, choices)
+            undo = operate_in_place(self.model, self.trace, self.solution, choices,
+                                    self._optimizers, (self._dense, later.choices()))
+            if want is not None:
+                wrong = self._settle(choices, undo, want)
+                if wrong:
+                    undo()
+                    raise ProofError("the shrunk module is not the masked one; it was restored",
+                                     where=type(self.model).__name__, why=wrong,
+                                     fix="its own code may hold sizes: ignore those groups, or "
+                                         "compute sizes from the arrays")
+        self._attributes |= {key: new for key, (_, _, new) in undo.attributes.items()}
+        self.trace, self.solution = after
+        self._kept = later
+        self._look()
+        return True
+
+    def _refresh(self) -> None:
+        """Look up arrays that the user's code has put in the place of others (buffers)."""
+        live = dict(named_arrays(self.model))
+        for stored in (self.trace.program.state_dict, self.trace.program.constants):
+            stored.update({name: live[name] for name in stored if name in live})
+
+    def _settle(self, choices: Choices, undo: Undo, want: list[Any]) -> str:
+        """Return "" if the module computes what it must, if need be with sizes of its own set.
+
+        Of those guessed, only the names that are needed are set.
+        """
+        def wrong() -> str:
+            return runs_like(self.model, self.trace.args, self.trace.kwargs, want,
+                             self._tolerance())
+
+        problem = wrong()
+        if not problem:
+            return ""
+        guesses = guessed_changes(self.model, self.solution, choices, set(undo.attributes))
+        for rows in guesses.values():
+            undo.set(self.model, rows)
+        if wrong():
+            return problem
+        for rows in guesses.values():
+            undo.unset([row[:2] for row in rows])
+            if wrong():
+                undo.set(self.model, rows)
+        return ""
+
+    def _expected(self, choices: Any) -> list[Any] | None:
+        """Results of the masked model; the first time with the proof's negative control."""
+        if not self._prove:
+            return None
+        if self.proof is None:
+            proof = self.proof = prove(self.trace, self.solution, choices, seed=self.recipe.seed)
+            if not proof.holds:
+                raise ProofError("the proof's negative control was not caught",
+                                 why=f"a wrong index changes results by {proof.control:.1e}",
+                                 fix="the example inputs may not reach every layer; pass others")
+        return masked_dense(self.trace, self.solution, choices)
+
+    def _tolerance(self) -> float:
+        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return max((TOLERANCES.get(kind, 1e-4) for kind in kinds), default=1e-4)
+
+    # --- scores and counts --------------------------------------------------------------------
+
+    def _candidates(self) -> list[Group]:
+        r = self.recipe
+        own = adapter_arrays(self.model)
+        found = [g for g in allocation.candidates(
+            self._dense, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
+            if not all(m.weight in own for m in g.members)]
+        if not found:
+            raise TargetError("nothing to prune", where=type(self.model).__name__,
+                              why=f"no group has a role in {list(r.roles)}",
+                              fix="see `spacompiler.inspect`; let more go with roles or only")
+        return found
+
+    def _check_target(self) -> None:
+        """Raise TargetError now rather than in the middle of a run."""
+        problem = self._problem(self._units())
+        try:
+            allocation.check_met(problem, self.allocation.allocate(problem))
+        except TargetError as error:
+            error.why = "; ".join([error.why, *self.notes[:2]])
+            raise
+
+    def _seen(self) -> list[Site]:
+        """Return where groups are read; those that no module reads stay, and a note says so."""
+        found = sites(self.model, self.trace, self.solution, self.groups)
+        seen = {name for site in found for name, _ in site.reads}
+        unseen = [g.name for g in self.groups if g.name not in seen]
+        self.notes += [f"{name} stays: no module reads it as its first argument, where "
+                       f"{self.importance.name} would measure it (taylor-element can)"
+                       for name in unseen]
+        self.groups = [g for g in self.groups if g.name in seen]
+        if not self.groups:
+            raise TargetError("nothing to prune", why=self.notes[0],
+                              fix="use importance='taylor-element' (gradients of weights)")
+        return found
+
+    def _current(self) -> list[Group]:
+        return [self.solution.groups[g.name] for g in self.groups]
+
+    def _look(self) -> None:
+        """Watch the model as it is now."""
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = Watch(self.model, self.trace, self.solution, self._sites,
+                            self.importance.needs, self.recipe.seed)
+
+    def _measure(self) -> dict[str, np.ndarray]:
+        """Score every candidate as it is now; results in the dense shape, removed ones zero."""
+        assert self._watch is not None
+        found = {}
+        for group in self._current():
+            if self._watch.blind(group):
+                raise SpaError(f"all weights of {group.name} are frozen or have no gradient",
+                               why=f"{self.importance.name} needs gradients of weights",
+                               fix="use importance='taylor' (gradients at activations)")
+            score = torch.as_tensor(self.importance.score(group, self._watch)).detach().double()
+            if tuple(score.shape) != group.shape:
+                raise SpaError(f"importance pass {self.importance.name!r} gave no valid scores",
+                               why=f"shape {tuple(score.shape)} for {group.shape}")
+            found[group.name] = self._kept.scatter(group.name, score.cpu().numpy())
+        return found
+
+    def _current_scores(self) -> dict[str, np.ndarray]:
+        """The moving averages; measured now where a pass needs no gradients."""
+        if not self.importance.needs:
+            self._scores = self._measure()
+        elif not self._measured:
+            raise SpaError(
+                "nothing has been measured yet", why=f"{self.importance.name} needs gradients",
+                fix="attach the optimiser and let it step (or call watch() after backward), "
+                    "or use importance='magnitude'")
+        return {name: np.where(self._kept.table(name), score, 0.0)
+                for name, score in self._scores.items()}
+
+    def _units(self, scores: Any = None) -> tuple[allocation.Unit, ...]:
+        r = self.recipe
+        if scores is None:
+            scores = {g.name: np.ones(g.shape) for g in self.groups}
+        return allocation.units(self._dense, self.groups, scores, uniform=False, align=r.align,
+                                lanes=lanes(), floor=r.floor)
+
+    def _problem(self, units: Sequence[allocation.Unit]) -> allocation.Problem:
+        metric, share = parse_target(self.recipe.target)
+        self._price.set({g.atom: g.size for g in self.groups})
+        return allocation.Problem(tuple(units), self._price, share * self._dense_cost,
+                                  self._dense_cost, metric)
+
+    # --- what is said and saved ---------------------------------------------------------------
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """How many slices each candidate group has now (inside each outer slice)."""
+        return {g.name: self._kept.count(g.name) for g in self.groups}
+
+    def costs(self) -> dict[str, dict[str, int]]:
+        """Return {metric: {dense, pruned}} of the model as it is now."""
+        return costs(self._dense, self._kept.choices())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return widths, scores and progress as plain data (numbers, strings, lists)."""
+        return {"version": STATE_VERSION, "target": self.recipe.target, "steps": self.steps,
+                "done": self.done, "kept": self._kept.as_plain(),
+                "attributes": [[*key, value] for key, value in self._attributes.items()],
+                "scores": {name: score.tolist() for name, score in self._scores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring a dense model to a saved run's widths; load weights and optimiser afterwards.
+
+        Raises SpaError if the state is of another model or version, UsageError if this model has
+        shrunk already.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise SpaError(f"the pruner's state has version {state.get('version')}",
+                           why=f"this one reads version {STATE_VERSION}")
+        if not all(self._kept.table(g.name).all() for g in self.groups):
+            raise UsageError("the model has shrunk already", fix="build the dense model anew")
+        self._operate(self._kept.read(state["kept"]))
+        for path, name, value in state["attributes"]:
+            part = self.model.get_submodule(path)
+            setattr(part, name, tuple(value) if isinstance(value, list) else value)
+            self._attributes[path, name] = value
+        self.steps = state["steps"]
+        self._scores = {name: np.asarray(score, dtype=float)
+                        for name, score in state["scores"].items()}
+        self._measured = bool(self._scores)
+        if state["done"]:
+            self.done = True
+            self.stop()
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict()` as JSON."""
+        Path(path).write_text(json.dumps(self.state_dict()) + "\n", encoding="utf-8")
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote (see `load_state_dict`)."""
+        try:
+            state = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise SpaError(f"cannot read the pruner's state {str(path)!r}",
+                           why=str(problem)) from problem
+        self.load_state_dict(state)
+
+
+def adapter_arrays(module: nn.Module) -> set[str]:
+    """Return the names of arrays that belong to peft's adapters (their ranks are no slices)."""
+    import sys
+
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = set()
+    for path, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            found |= {f"{path}.{name}" for name, _ in layer.named_parameters()
+                      if not name.startswith("base_layer.")}
+    return found
