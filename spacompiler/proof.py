@@ -21,7 +21,7 @@ from .frontends.torch_export import Trace
 from .groups import Solution
 from .runner import Override, OverridingRunner
 from .scores import rows
-from .slicing import cut
+from .slicing import cut, norm_changes
 
 TOLERANCE = 1e-10
 CONTROL = 1e-4
@@ -207,15 +207,31 @@ def swap(trace: Trace, solution: Solution, choices: Choices,
     return member.weight, {member.weight: changed}
 
 
+def rescaled(solution: Solution, choices: Choices) -> set[str]:
+    """Values inside pruned RMSNorms, which differ by the factor that the gain undoes."""
+    norms = [change.norm for change in norm_changes(solution, choices)]
+    means, weights = {norm.mean for norm in norms}, {norm.gain for norm in norms}
+    gains = {t.name for t in solution.graph.tensors.values() if t.weight in weights}
+    inside: set[str] = set()
+    for node in solution.graph.nodes:
+        refs = set(node.refs())
+        if refs & gains and all(solution.graph.tensors[ref].static for ref in refs):
+            gains.update(node.outputs)
+        elif not refs & gains and (node.name in means or refs & inside):
+            inside.update(node.outputs)
+    return inside | gains
+
+
 def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
     """Name the first operator whose pruned result is not the kept part of its dense one."""
     dense: dict[str, torch.Tensor] = {}
     masked_dense(trace, solution, choices, watch=dense.__setitem__)
     found: list[str] = []
+    skipped = rescaled(solution, choices)
 
     def compare(name: str, value: Any) -> None:
         dims = solution.solver.dims.get(name)
-        if found or dims is None or not isinstance(value, torch.Tensor):
+        if found or dims is None or name in skipped or not isinstance(value, torch.Tensor):
             return
         want = cut(dense[name], dims, choices)
         if value.is_floating_point() and relative_error([value], [want]) > TOLERANCE:

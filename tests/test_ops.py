@@ -18,19 +18,18 @@ import numpy as np
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  (registers an operator; never while tracing)
+from commuting import choose, differences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from spacompiler import primitives as p
 from spacompiler import reductions, shapes
-from spacompiler.axes import Atom, Choice, Choices, is_frozen, walk
-from spacompiler.emit.program import run_pruned
+from spacompiler.axes import Choices, is_frozen
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.groups import Solution, solve
-from spacompiler.proof import TOLERANCE, masked_dense, relative_error
-from spacompiler.slicing import cut
+from spacompiler.proof import TOLERANCE
 from spacompiler.solver import Row
 
 aten = torch.ops.aten
@@ -112,53 +111,6 @@ def free_dims(solution: Solution) -> str:
         "".join("." if is_frozen(e) else "*" for e in dims[name]) for name in sorted(dims))
 
 
-def table_of(rng: np.random.Generator, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """A random choice of `count` along the last dimension, another one in every row."""
-    return np.argsort(np.argsort(rng.random(shape), axis=-1), axis=-1) < count
-
-
-def choose(solution: Solution, rng: np.random.Generator, least: int = 1) -> Choices:
-    """Random kept slices of random free atoms; fibred ones, often, with their own in each row."""
-    by_atom = solution.by_atom()
-    every = dict.fromkeys(
-        a for dims in solution.solver.dims.values() for e in dims for a in walk(e))
-    made: dict[Atom, Choice] = {}
-    for atom in every:
-        if atom.frozen or atom.size <= least or rng.random() < 0.25:
-            continue
-        count = int(rng.integers(least, atom.size))
-        group = by_atom.get(atom)
-        if group is not None and group.outers and rng.random() < 0.7:
-            made[atom] = Choice(table_of(rng, group.shape, count), group.outers)
-        else:
-            made[atom] = Choice(table_of(rng, (atom.size,), count))
-    return made
-
-
-def difference(found: Trace, solution: Solution, choices: Choices, random: bool = False) -> float:
-    """Worst relative error over all values; inf where a shape or an integer differs."""
-    dense: dict[str, Any] = {}
-    pruned: dict[str, Any] = {}
-    masked_dense(found, solution, choices, watch=dense.__setitem__)
-    run_pruned(found, solution, choices, watch=pruned.__setitem__)
-    worst = 0.0
-    for node in found.graph.nodes:
-        for name in node.outputs:
-            if name in dense and name in pruned:
-                want = cut(dense[name], solution.solver.dims[name], choices)
-                worst = max(worst, gap(pruned[name], want, random))
-    return worst
-
-
-def gap(got: torch.Tensor, want: torch.Tensor, random: bool) -> float:
-    if random:
-        return 0.0 if got.shape == want.shape else float("inf")
-    if not want.is_floating_point():
-        return 0.0 if torch.equal(got, want) else float("inf")
-    assert torch.isfinite(want).all()
-    return relative_error([got], [want])
-
-
 def tried(case: Case, solution: Solution, tries: int = 6) -> list[Choices]:
     """The choices of slices that a case is tried with."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
@@ -168,8 +120,8 @@ def tried(case: Case, solution: Solution, tries: int = 6) -> list[Choices]:
 def worst(case: Case, table: Mapping[str, Row] = TABLE) -> float:
     """Worst error over random choices of slices."""
     solution = solved(case, table)
-    return max(difference(traced(case), solution, choices, case.random)
-               for choices in tried(case, solution))
+    return max(error for choices in tried(case, solution)
+               for error in differences(traced(case), solution, choices, case.random).values())
 
 
 # --- the cases ----------------------------------------------------------------------------------
@@ -773,4 +725,5 @@ def test_slicing_commutes_with_programs(shape: list[int], steps: list[tuple[str,
     found.graph.outputs = []
     solution, rng = solve(found.graph, TABLE), np.random.default_rng(seed)
     for _ in range(4):
-        assert difference(found, solution, choose(solution, rng)) <= TOLERANCE
+        errors = differences(found, solution, choose(solution, rng))
+        assert max(errors.values()) <= TOLERANCE

@@ -1,0 +1,96 @@
+"""What tests of operators and of whole networks share: random choices, and slicing commutes.
+
+For random kept slices, each value of the pruned program must be the kept part of the same value
+of the masked dense one.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from spacompiler.axes import Atom, Choice, Choices, walk
+from spacompiler.emit.program import run_pruned
+from spacompiler.frontends import torch_export
+from spacompiler.frontends.torch_export import Trace
+from spacompiler.groups import Solution
+from spacompiler.proof import masked_dense, relative_error, rescaled
+from spacompiler.slicing import cut
+
+
+def table_of(rng: np.random.Generator, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """A random choice of `count` along the last dimension, another one in every row."""
+    return np.argsort(np.argsort(rng.random(shape), axis=-1), axis=-1) < count
+
+
+def choose(solution: Solution, rng: np.random.Generator, least: int = 1) -> Choices:
+    """Random kept slices of random free atoms; fibred ones, often, with their own in each row."""
+    by_atom = solution.by_atom()
+    every = dict.fromkeys(
+        a for dims in solution.solver.dims.values() for e in dims for a in walk(e))
+    made: dict[Atom, Choice] = {}
+    for atom in every:
+        if atom.frozen or atom.size <= least or rng.random() < 0.25:
+            continue
+        count = int(rng.integers(least, atom.size))
+        group = by_atom.get(atom)
+        if group is not None and group.outers and rng.random() < 0.7:
+            made[atom] = Choice(table_of(rng, group.shape, count), group.outers)
+        else:
+            made[atom] = Choice(table_of(rng, (atom.size,), count))
+    return made
+
+
+def differences(found: Trace, solution: Solution, choices: Choices,
+                random: bool = False) -> dict[str, float]:
+    """Relative error of every value; inf where a shape or an integer differs."""
+    dense: dict[str, Any] = {}
+    pruned: dict[str, Any] = {}
+    masked_dense(found, solution, choices, watch=dense.__setitem__)
+    run_pruned(found, solution, choices, watch=pruned.__setitem__)
+    factors = rescaled(solution, choices)
+    return {name: gap(pruned[name], cut(dense[name], solution.solver.dims[name], choices), random)
+            for node in found.graph.nodes for name in node.outputs
+            if name in dense and name in pruned and name not in factors}
+
+
+def gap(got: torch.Tensor, want: torch.Tensor, random: bool = False) -> float:
+    if random:
+        return 0.0 if got.shape == want.shape else float("inf")
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    assert torch.isfinite(want).all()
+    return relative_error([got], [want])
+
+
+def quick_trace(module: nn.Module, *args: torch.Tensor) -> Trace:
+    """Trace with concrete sizes: what torch.export yields without its checks, in a tenth of
+    its time."""
+    arrays = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def call(arrays: dict[str, torch.Tensor], *args: torch.Tensor) -> Any:
+        return functional_call(module, arrays, args)
+
+    with torch.no_grad():
+        made = make_fx(call, pre_dispatch=True)(arrays, *args)
+    inputs = [n for n in made.graph.nodes if n.op == "placeholder"]
+    learned = {name for name, _ in module.named_parameters()}
+    targets = [*arrays, *[None] * len(args)]
+    specs = [SimpleNamespace(arg=SimpleNamespace(name=node.name), target=target,
+                             kind=InputKind.USER_INPUT if target is None else
+                             InputKind.PARAMETER if target in learned else InputKind.BUFFER)
+             for node, target in zip(inputs, targets, strict=True)]
+    program: Any = SimpleNamespace(
+        graph=made.graph, graph_module=made, state_dict=arrays, constants={},
+        graph_signature=SimpleNamespace(input_specs=specs))
+    torch_export._drop_asserts(program)
+    torch_export._canonicalise(program)
+    graph, tied = torch_export.lower(program, module)
+    return Trace(program, graph, args, {}, tied)
