@@ -224,9 +224,6 @@ def _is_idle_slice(node: Node) -> bool:
     return not node.kwargs and start in (None, 0) and whole and step in (None, 1)
 
 
-
-
-
 def _to_ir(
     ep: ExportedProgram, inputs: list[str], outputs: Sequence[str] | None, opset: int
 ) -> ir.Model:
@@ -309,6 +306,7 @@ def _simplify(model: ir.Model) -> None:
         onnxscript.optimizer.fold_constants_ir(
             model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
         )
+        _divide(model)
         for step in (
             ir_passes.IdentityEliminationPass(),
             ir_passes.RemoveUnusedNodesPass(),
@@ -322,6 +320,24 @@ def _simplify(model: ir.Model) -> None:
             ir_passes.NameFixPass(),
         ):
             step(model)
+
+
+def _divide(model: ir.Model) -> None:
+    """Write x * (1 / y) as x / y: in that form runtimes know a root-mean-square norm and fuse it.
+    """
+    for node in list(model.graph):
+        inverses = [v for v in node.inputs if node.op_type == "Mul" and v is not None
+                    and (made := v.producer()) is not None and made.op_type == "Reciprocal"
+                    and len(v.uses()) == 1 and not v.is_graph_output()]
+        if inverses and inverses[0] is not None:
+            inverse = inverses[0].producer()
+            other = node.inputs[1 - node.inputs.index(inverses[0])]
+            quotient = ir.node("Div", [other, inverse.inputs[0]], name=node.name)
+            out, old = quotient.outputs[0], node.outputs[0]
+            out.name, out.shape, out.type = old.name, old.shape, old.type
+            model.graph.insert_before(node, quotient)
+            ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+            model.graph.remove((node, inverse), safe=True)
 
 
 def _strip(model: ir.Model) -> None:
