@@ -81,6 +81,10 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
                     calibration=calibration if isinstance(calibration, str) else "",
                     adapters=tuple(map(str, adapters)), **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
+    if recipe.decoder:
+        from .emit.decoder import check_causal_lm
+
+        check_causal_lm(found.module)
     job = pipeline.make_job(
         found.module, found.inputs, recipe, importance=importance, allocator=allocation,
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,

@@ -63,6 +63,12 @@ def compile(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     prove: Annotated[bool, typer.Option(help="Prove masked dense = pruned in float64.")] = True,
     onnx: Annotated[bool, typer.Option(help="Export model.onnx and check it.")] = True,
+    decoder: Annotated[bool, typer.Option(
+        "--decoder", help="Give model.onnx a key/value cache, for writing text: a causal language "
+                          "model of transformers.")] = False,
+    int8: Annotated[bool, typer.Option(
+        "--int8", help="Write model.int8.onnx too: int8 weights, the difference measured.")]
+    = False,
     latency: Annotated[bool, typer.Option(help="Time dense against pruned in ONNX Runtime.")]
     = True,
     adapter: Annotated[list[str] | None, typer.Option(
@@ -83,7 +89,8 @@ def compile(
             "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
             "ignore": tuple(ignore or ()), "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples, "length": length,
-            "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "latency": latency,
+            "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "decoder": decoder,
+            "int8": int8, "latency": latency,
             "combine": combine}
         _check_early(target, out, importance, allocation,
                      {**options, "adapters": tuple(adapter or ())})
@@ -190,6 +197,44 @@ def verify(
                 print(f"{words[check.passed]:8}{check.name}: {check.detail}")
         if any(check.passed is False for check in found):
             raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    path: Annotated[Path, typer.Argument(
+        metavar="DIR_OR_ONNX", help="A directory that `compile` wrote (alone: against the dense "
+                                    "model of its recipe), or an .onnx file.")],
+    other: Annotated[Path | None, typer.Argument(
+        metavar="OTHER", help="A directory or file to compare with it.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(
+        help="Batch size. Repeatable. Default: 1 and 8.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(
+        help="Threads inside an operator. Repeatable. Default: 1 and 2.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt, or of other free axes.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Timed turns of each case.")] = 20,
+    seconds: Annotated[float, typer.Option(
+        help="Begin no turn of a case after this time, once five are done.")] = 20.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time ONNX files against each other in ONNX Runtime, turn by turn."""
+    with _errors(as_json):
+        numbers = (*(batch or (1, 8)), *(threads or (1, 2)), length, repeats)
+        if min(numbers) < 1:
+            raise UsageError(f"sizes and numbers must be at least 1, not {min(numbers)}")
+        for place in (path, other):
+            if place is not None and not place.exists():
+                raise UsageError(f"there is nothing at {str(place)!r}",
+                                 fix="give an .onnx file or a directory that `compile` wrote")
+        from . import bench as benchmark
+
+        with _progress() as tick:
+            tick(f"timing {path}", 0, 1)
+            rows = benchmark.run(path, other, batches=batch or (1, 8), threads=threads or (1, 2),
+                                 length=length, repeats=repeats, seconds=seconds)
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            _print(benchmark.table(rows))
 
 
 @app.command()

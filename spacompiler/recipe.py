@@ -44,6 +44,8 @@ class Recipe:
     seed: int = 0
     prove: bool = True
     onnx: bool = True
+    decoder: bool = False
+    int8: bool = False
     latency: bool = True
     adapters: tuple[str, ...] = ()
     combine: str = "cat"
@@ -69,6 +71,9 @@ class Recipe:
                              fix=did_you_mean(self.combine, COMBINATIONS))
         if self.keep_adapter and not self.adapters:
             raise UsageError("there is no adapter to keep", fix="give --adapter DIR")
+        for name in ("decoder", "int8"):
+            if getattr(self, name) and not self.onnx:
+                raise UsageError(f"--{name} is about model.onnx, which --no-onnx leaves out")
         if self.length < 2:
             raise UsageError("length must be at least 2 tokens")
 

@@ -57,11 +57,12 @@ def table_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         sizes = data["bytes"]
         rows.append(("bytes of weights", f"{sizes['dense']:,}", f"{sizes['pruned']:,}",
                      share(sizes)))
-    latency = data.get("latency")
-    if latency:
-        ratio = latency["pruned"]["median_ms"] / latency["dense"]["median_ms"]
-        rows.append(("latency in ONNX Runtime, ms", f"{latency['dense']['median_ms']:.2f}",
-                     f"{latency['pruned']['median_ms']:.2f}", f"{ratio:.1%}"))
+    for key, label in (("latency", "latency in ONNX Runtime, ms"),
+                       ("decode_latency", "latency of a decode step, ms")):
+        if latency := data.get(key):
+            ratio = latency["pruned"]["median_ms"] / latency["dense"]["median_ms"]
+            rows.append((label, f"{latency['dense']['median_ms']:.2f}",
+                         f"{latency['pruned']['median_ms']:.2f}", f"{ratio:.1%}"))
     return rows
 
 
@@ -113,6 +114,15 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
     for check in data.get("onnx", ()):
         rows.append((f"ONNX Runtime ≡ torch at {check['shapes']}, max difference",
                      f"{check['max_abs']:.1e}"))
+    for check in data.get("decoder", ()):
+        rows.append((f"ONNX Runtime with its cache ≡ torch, {check['batch']} rows: likeliest "
+                     "tokens that agree, logits' relative difference",
+                     f"{check['same']} of {check['tokens']}, {check['max_rel']:.1e}"))
+    if int8 := data.get("int8"):
+        rows.append((f"int8 against float on {int8['on']}: likeliest answers that agree, results' "
+                     "relative difference (root mean square), bytes",
+                     f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
+                     f"{int8['float_bytes']:,}"))
     if data.get("reload"):
         rows.append(("reload ≡ memory", data["reload"]))
     return _table(("check", "result"), rows)

@@ -121,11 +121,14 @@ def _selected(tensor: torch.Tensor, slices: dict[str, Any], key: str) -> torch.T
 def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
     """ONNX Runtime against the reloaded model, at two sizes other than the recorded one."""
     from .emit.latency import open_session, run_session
+    from .runtime import cache_names
 
     path = folder / "model.onnx"
     if not path.exists():
         return Check("onnx", None, "skipped: the artifact has no model.onnx")
     session = open_session(path)
+    if cache_names([i.name for i in session.get_inputs()]):
+        return _decoder(path, module)
     worst, shapes = 0.0, []
     for inputs in _resized(session, check_inputs(folder, structure)):
         tensors = inputs.values() if isinstance(inputs, dict) else inputs
@@ -138,6 +141,18 @@ def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
         shapes.append(str([list(v.shape) for v in values]))
     return Check("onnx", worst <= ONNX_TOLERANCE,
                  f"ONNX Runtime = torch to {worst:.1e} at {' and '.join(shapes)}")
+
+
+def _decoder(path: Path, module: nn.Module) -> Check:
+    """A decoder's file against the reloaded model, token by token with its cache."""
+    from .emit.decoder_parity import decoder_parity
+
+    found = decoder_parity(module, path)
+    worst = max(check.max_rel for check in found)
+    same, tokens = (sum(getattr(c, key) for c in found) for key in ("same", "tokens"))
+    return Check("onnx", worst <= ONNX_TOLERANCE,
+                 f"ONNX Runtime with its cache = torch to {worst:.1e}; {same} of {tokens} "
+                 "likeliest tokens agree")
 
 
 def _resized(session: Any, inputs: Any) -> Iterator[Any]:

@@ -53,8 +53,16 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
     job.progress("checking the reload", 1, 4)
     data["reload"] = _reload(job, folder)
     job.progress("exporting ONNX", 2, 4)
-    if job.recipe.onnx:
+    if job.recipe.decoder:
+        from .deploy import write_decoder
+
+        data.update(write_decoder(job, folder))
+    elif job.recipe.onnx:
         data["onnx"], data["latency"] = _onnx(job, folder)
+    if job.recipe.int8:
+        from .deploy import write_int8
+
+        data.update(write_int8(job, folder))
 
 
 def _weights(job: Job, folder: Path) -> None:
@@ -179,7 +187,7 @@ def _feed(trace: Trace, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     return {name: t.numpy() for name, t in zip(trace.graph.inputs, tensors, strict=True)}
 
 
-def _axes(trace: Trace) -> dict[str, dict[int, str]]:
+def axis_names(trace: Trace) -> dict[str, dict[int, str]]:
     """Readable names of varying dimensions: batch, sequence, then axis numbers."""
     names = {0: "batch", 1: "sequence"}
     return {n: {d: names.get(d, f"axis{d}") for d in trace.graph.tensors[n].dynamic}
@@ -192,7 +200,7 @@ def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] 
 
     path = folder / "model.onnx"
     program = pruned_program(job)
-    export_onnx(program, path, input_names=job.trace.graph.inputs, axes=_axes(job.trace))
+    export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace))
     sets = [other_inputs(job.trace, k) for k in (0, 1)]
     feeds = [_feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}

@@ -122,7 +122,7 @@ def trace_decoder(model: Any) -> Traced:
             "attention_mask": {0: batch, 1: Dim.AUTO}}
     shapes = [{0: batch, 2: length} for _ in past], [free[name] for name in inputs]
     try:
-        with quiet(), torch.no_grad(), _plain_attention(model):
+        with quiet(), torch.no_grad(), _plain_kernels(model):
             program = torch.export.export(
                 CachedDecoder(model, list(inputs)), (past, list(inputs.values())),
                 dynamic_shapes=shapes, strict=False)
@@ -138,14 +138,19 @@ def trace_decoder(model: Any) -> Traced:
 
 
 @contextmanager
-def _plain_attention(model: Any) -> Iterator[None]:
-    """Let a model compute attention step by step for a while."""
-    was = model.config._attn_implementation
+def _plain_kernels(model: Any) -> Iterator[None]:
+    """Let a model compute attention and experts by plain operators for a while."""
+    config = model.config
+    attention, experts = config._attn_implementation, config._experts_implementation
     model.set_attn_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
-        model.set_attn_implementation(was)
+        model.set_attn_implementation(attention)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation(experts)
 
 
 def export_decoder(model: Any, path: Path, **options: Any) -> tuple[Path, ...]:

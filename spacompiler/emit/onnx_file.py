@@ -325,15 +325,13 @@ def _simplify(model: ir.Model) -> None:
 def _divide(model: ir.Model) -> None:
     """Write x * (1 / y) as x / y: in that form runtimes know a root-mean-square norm and fuse it.
     """
-    for node in list(model.graph):
-        inverses = [v for v in node.inputs if node.op_type == "Mul" and v is not None
-                    and (made := v.producer()) is not None and made.op_type == "Reciprocal"
-                    and len(v.uses()) == 1 and not v.is_graph_output()]
-        if inverses and inverses[0] is not None:
-            inverse = inverses[0].producer()
-            other = node.inputs[1 - node.inputs.index(inverses[0])]
-            quotient = ir.node("Div", [other, inverse.inputs[0]], name=node.name)
-            out, old = quotient.outputs[0], node.outputs[0]
+    for inverse in [n for n in model.graph if n.op_type == "Reciprocal"]:
+        uses = list(inverse.outputs[0].uses())
+        if len(uses) == 1 and uses[0].node.op_type == "Mul":
+            node, old = uses[0].node, uses[0].node.outputs[0]
+            quotient = ir.node("Div", [node.inputs[1 - uses[0].idx], inverse.inputs[0]],
+                               name=node.name)
+            out = quotient.outputs[0]
             out.name, out.shape, out.type = old.name, old.shape, old.type
             model.graph.insert_before(node, quotient)
             ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
