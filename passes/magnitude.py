@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.groups import Group
+from spacompiler.coupling import REDUCTIONS, reduced
+from spacompiler.groups import Group, Member
 from spacompiler.protocols import Context
 
 
@@ -17,23 +18,33 @@ class Magnitude:
 
     The mean (not the sum) over members lets groups of different sizes compare. Gains, biases and
     buffers (one value a slice) do not count. Group mean of L2: DepGraph, CVPR 2023.
+    With `reduce`, each member's channels are scored by their norm ||w||_p, and coupled members by
+    the sum, mean, max, prod, first or last of theirs (LLM-Pruner, NeurIPS 2023).
     """
 
     name: ClassVar[str] = "magnitude"
     needs: ClassVar[tuple[str, ...]] = ()
     norm: int = 2
+    reduce: str = "weights"
 
     def __post_init__(self) -> None:
         if self.norm not in (1, 2):
             raise TypeError("norm must be 1 or 2")
+        if self.reduce not in ("weights", *REDUCTIONS):
+            raise TypeError(f"reduce must be weights or one of {', '.join(REDUCTIONS)}")
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
-        """Return (*group.shape): the mean of |w|^norm over each slice."""
+        """Return (*group.shape)."""
+        members = [m for m in group.members if m.role != "carrier"]
+        if self.reduce != "weights":
+            return reduced([self._norms(m, group, ctx) for m in members], self.reduce)
         total, count = torch.zeros(group.shape, dtype=torch.float64), 0
-        for member in group.members:
-            if member.role == "carrier":
-                continue
+        for member in members:
             rows = ctx.rows(member, group)
             total += rows.abs().pow(self.norm).sum(-1, dtype=torch.float64)
             count += rows.shape[-1]
         return total / max(count, 1)
+
+    def _norms(self, member: Member, group: Group, ctx: Context) -> torch.Tensor:
+        powers = ctx.stored(member.weight).double().abs().pow(self.norm)
+        return ctx.onto(powers, member, group, lambda sums: sums.pow(1 / self.norm))

@@ -34,11 +34,18 @@ class Context(Protocol):
     solution: Solution
     seed: int
 
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a parameter or buffer by its name."""
+
     def rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return a stored array with the group's axes first: (*group.shape, rest)."""
 
-    def gradient_rows(self, member: Member, group: Group) -> torch.Tensor:
-        """Return the loss gradient of a stored array likewise (needs `weight_gradients`)."""
+    def onto(self, values: torch.Tensor, member: Member, group: Group,
+             then: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """Sum values of a stored array's shape onto the group: `group.shape`.
+
+        With `then`, values are summed over each channel of the member first, and `then` applied.
+        """
 
     def consumers(self, group: Group) -> list[View]:
         """Return every consumer of the group as a matrix product X W', with its statistics.
@@ -55,6 +62,31 @@ class Context(Protocol):
     def token_gates(self, group: Group) -> torch.Tensor:
         """Return the same, absolute values summed over examples and positions (`token_gates`)."""
 
+    def gate(self, kind: str, group: Group) -> torch.Tensor:
+        """Return any statistic of gates by its name: those above, `fisher` or `relevance`."""
+
+    def sums(self, kind: str, member: Member, group: Group) -> torch.Tensor:
+        """Return a sum over the weights of a member, shape `group.shape`, by its name.
+
+        `elements`: |w dL/dw|; `vectors`: |sum of w dL/dw over a channel|; `element_squares`:
+        (w dL/dw)^2 of single examples; `hessian`: w (H g).
+        """
+
+    def gradient(self, kind: str, name: str) -> torch.Tensor:
+        """Return the gradient of a whole array: `weight_gradients` (summed over batches),
+        `weight_squares` or `weight_absolutes` (g^2 or |g|, summed over examples)."""
+
+    def gradient_rows(self, member: Member, group: Group) -> torch.Tensor:
+        """Return `weight_gradients` of a stored array with the group's axes first."""
+
+    @property
+    def batches(self) -> int:
+        """Batches that gradients were taken over."""
+
+    @property
+    def examples(self) -> int:
+        """Examples that gradients were taken over."""
+
 
 class Importance(Protocol):
     """Score every slice of a group: the lowest go first."""
@@ -63,8 +95,12 @@ class Importance(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Statistics to gather: any of gates, token_gates, weight_gradients (by backward passes),
-        moments, covariance, fluctuation (forward only: they exist for ONNX models too)."""
+        """Statistics to gather, by name.
+
+        Forward only, so that they exist for ONNX models too: moments, covariance, fluctuation.
+        By backward passes: gates, token_gates, fisher, relevance; elements, vectors,
+        element_squares, hessian; weight_gradients, weight_squares, weight_absolutes.
+        """
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
         """Return a float tensor of shape `group.shape`."""

@@ -79,12 +79,15 @@ class Runner(fx.Interpreter):
                 changed[source] = self.env[source]
                 self.env[source] = self._touch(n, source.name, self.env[source])
         try:
-            result = super().run_node(n)
+            result = self._execute(n)
         finally:
             self.env.update(changed)
         if self._watch is not None:
             self._watch(n.name, result)
         return result
+
+    def _execute(self, n: fx.Node) -> Any:
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._double:
@@ -95,16 +98,13 @@ class Runner(fx.Interpreter):
 class OverridingRunner(Runner):
     """A runner that also replaces whole nodes by functions of their arguments."""
 
-    def run_node(self, n: fx.Node) -> Any:
+    def _execute(self, n: fx.Node) -> Any:
         if n.name not in self._override:
-            return super().run_node(n)
+            return super()._execute(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if self._double:
             args, kwargs = pytree.tree_map(_double, (args, kwargs))
-        result = self._override[n.name](args, kwargs)
-        if self._watch is not None:
-            self._watch(n.name, result)
-        return result
+        return self._override[n.name](args, kwargs)
 
 
 def _double(value: Any) -> Any:

@@ -1,81 +1,32 @@
-"""Hand criteria what they need: arrays with the group's axis first, gradients, gates.
+"""Hand criteria what they need: arrays with the group's axis first, statistics, gradients.
 
-`slots` maps every position of a tensor to the slice of a group it belongs to, so that any
-statistic, of a weight or of an activation, sums onto the group in the same way.
+All statistics that criteria need are gathered in one pass over the batches: those of consumers'
+inputs (`statistics`) where a consumer reads them, those of gradients (`gradients`) by hooks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from .axes import Expr, coordinates, is_frozen
 from .consumers import Consumer, consumer
+from .errors import SpaError, UsageError, did_you_mean
 from .frontends.torch_export import Trace
+from .gradients import KINDS, Gradients, examples
 from .groups import Group, Member, Solution
 from .runner import Runner
+from .slots import by_channel, onto, rows, slots
 from .statistics import OF_INPUTS, View
 
+__all__ = ["Loss", "Scores", "onto", "rows", "slots", "static"]
 Loss = Callable[[list[Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
-
-
-def slots(dims: Sequence[Expr], dim: int, group: Group) -> tuple[list[int], np.ndarray]:
-    """Return the dimensions that decide a position's slice, and the slice at each position.
-
-    The slice is a flat index into `group.shape`; -1 where the group has no coordinate.
-    """
-    wanted = (*group.outers, group.atom)
-    places: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for axis, e in enumerate(dims):
-        for atom, at in coordinates(e):
-            for k, target in enumerate(wanted):
-                if atom is target and (axis == dim or k < len(wanted) - 1):
-                    places.setdefault(axis, []).append((k, at))
-    axes = sorted(places)
-    shape = [dims[axis].size for axis in axes]
-    total = [np.full(shape, -1) for _ in wanted]
-    for i, axis in enumerate(axes):
-        spread = [1] * len(axes)
-        spread[i] = shape[i]
-        for k, at in places[axis]:
-            total[k] = np.maximum(total[k], at.reshape(spread))
-    flat = np.zeros(shape, dtype=np.int64)
-    for k, atom in enumerate(wanted):
-        flat = flat * atom.size + total[k]
-    missing = np.any([t < 0 for t in total], axis=0)
-    return axes, np.where(missing, -1, flat)
-
-
-def rows(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> torch.Tensor:
-    """Return a tensor with the group's axes first: (*group.shape, rest)."""
-    axes, slot = slots(dims, dim, group)
-    rest = [d for d in range(tensor.ndim) if d not in axes]
-    flat = tensor.permute(*axes, *rest).reshape(slot.size, -1)
-    slot = slot.reshape(-1)
-    order = np.argsort(slot, kind="stable")[int((slot < 0).sum()):]
-    return flat[torch.from_numpy(order)].reshape(*group.shape, -1)
-
-
-def onto(values: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> torch.Tensor:
-    """Sum a statistic of a tensor onto a group: (rest, slices), `rest` the other dimensions.
-
-    `values` broadcasts to the tensor's shape (dimensions of one were summed before).
-    """
-    axes, slot = slots(dims, dim, group)
-    rest = [d for d in range(values.ndim) if d not in axes]
-    shape = [slot.shape[axes.index(d)] if d in axes else values.shape[d]
-             for d in range(values.ndim)]
-    flat = values.expand(shape).permute(*rest, *axes).reshape(-1, slot.size)
-    index = torch.from_numpy(slot.reshape(-1))
-    total = torch.zeros(flat.shape[0], prod(group.shape), dtype=torch.float64)
-    return total.index_add_(1, index[index >= 0], flat[:, index >= 0].double())
+Then = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 @dataclass
@@ -85,32 +36,87 @@ class Scores:
     trace: Trace
     solution: Solution
     seed: int = 0
-    _gates: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
-    _kinds: list[str] = field(default_factory=list)
-    _sites: dict[tuple[str, str], list[tuple[Group, int]]] = field(default_factory=dict)
-    _gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    _gradients: Gradients = None  # type: ignore[assignment]
     _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
 
-    def _stored(self, name: str) -> torch.Tensor:
+    def __post_init__(self) -> None:
+        self._gradients = Gradients(self.trace, self.solution, self.stored)
+
+    # --- stored arrays ------------------------------------------------------------------------
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a parameter or buffer by its name in the traced program."""
         program = self.trace.program
         return (program.state_dict[name] if name in program.state_dict
                 else program.constants[name]).detach()
 
     def rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return a stored array as (*group.shape, rest)."""
-        return rows(self._stored(member.weight), self.solution.dims(member.weight), member.dim,
+        return rows(self.stored(member.weight), self.solution.dims(member.weight), member.dim,
                     group)
+
+    def onto(self, values: torch.Tensor, member: Member, group: Group,
+             then: Then = None) -> torch.Tensor:
+        """Sum values of a stored array's shape onto the group: `group.shape`.
+
+        With `then`, values are summed over each channel of the member first, and `then` applied.
+        """
+        dims = self.solution.dims(member.weight)
+        found = by_channel(values, dims, member.dim, group, then or (lambda sums: sums))
+        return found.reshape(group.shape)
+
+    # --- statistics ---------------------------------------------------------------------------
+
+    def gates(self, group: Group) -> torch.Tensor:
+        """Return dL/dgate summed over all places where the group is read: `group.shape`."""
+        return self.gate("gates", group)
+
+    def token_gates(self, group: Group) -> torch.Tensor:
+        """Return, summed over examples and positions, |dL/dgate| of each: `group.shape`."""
+        return self.gate("token_gates", group)
+
+    def gate(self, kind: str, group: Group) -> torch.Tensor:
+        """Return a statistic of gates (gates, token_gates, fisher, relevance): `group.shape`."""
+        return self._gradients.gates[kind, group.name].reshape(group.shape)
+
+    def sums(self, kind: str, member: Member, group: Group) -> torch.Tensor:
+        """Return a sum over w dL/dw of a member (elements, vectors, element_squares, hessian)."""
+        found = self._gradients.sums.get((kind, group.name, member))
+        return torch.zeros(group.shape, dtype=torch.float64) if found is None \
+            else found.reshape(group.shape)
+
+    def gradient(self, kind: str, name: str) -> torch.Tensor:
+        """Return weight_gradients, weight_squares or weight_absolutes of a parameter (or 0)."""
+        found = self._gradients.arrays.get((kind, name))
+        return torch.zeros_like(self.stored(name)) if found is None else found
 
     def gradient_rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return the gradient of a stored array as (*group.shape, rest); zeros if it has none."""
-        array = self._gradients.get(member.weight)
-        if array is None:
-            array = torch.zeros_like(self._stored(member.weight))
-        return rows(array, self.solution.dims(member.weight), member.dim, group)
+        return rows(self.gradient("weight_gradients", member.weight),
+                    self.solution.dims(member.weight), member.dim, group)
+
+    @property
+    def batches(self) -> int:
+        """Batches that gradients were taken over."""
+        return self._gradients.batches
+
+    @property
+    def examples(self) -> int:
+        """Examples that gradients were taken over."""
+        return self._gradients.examples
 
     def consumers(self, group: Group) -> list[View]:
-        """Return every consumer of a group as a matrix product, with its statistics."""
+        """Return every consumer of a group as a matrix product, with its statistics.
+
+        Raises SpaError if no consumer of the group has weights.
+        """
+        if not self._consumers_of(group):
+            readers = sorted({r.node for r in group.reads})
+            raise SpaError(f"no consumer of {group.name} is a product with weights",
+                           why=f"it is read by {', '.join(readers[:3]) or 'nothing'}",
+                           fix="use a criterion of weights or gradients (magnitude, taylor), or "
+                               f"keep the group: --ignore '{group.name}'")
         return [self._view(c, group) for c in self._consumers_of(group)]
 
     def _consumers_of(self, group: Group) -> list[Consumer]:
@@ -124,9 +130,10 @@ class Scores:
         return self._consumers[group.name]
 
     def _view(self, at: Consumer, group: Group) -> View:
-        weight = at.matrix(static(self.trace, self.solution, at.weight, self._stored))
-        slot = self._feature_slots(at, group)
-        return View(at, weight.detach(), slot, group.shape, self._inputs.get(at.key, {}))
+        weight = at.matrix(static(self.trace, self.solution, at.weight, self.stored))
+        return View(at, weight.detach(), self._feature_slots(at, group), group.shape,
+                    self._inputs.get(at.key, {}), lambda kind: static(
+                        self.trace, self.solution, at.weight, partial(self.gradient, kind)))
 
     def _feature_slots(self, at: Consumer, group: Group) -> torch.Tensor:
         """The slice of every feature: the slices of an activation, patched as it is."""
@@ -140,38 +147,26 @@ class Scores:
         marks = (values.reshape(spread) + 1).double().expand(shape)
         return at.inputs(marks).amax(1).long() - 1
 
-    def gates(self, group: Group) -> torch.Tensor:
-        """Return dL/dgate summed over all places where the group is read: `group.shape`."""
-        return self._gates["gates", group.name].reshape(group.shape)
-
-    def token_gates(self, group: Group) -> torch.Tensor:
-        """Return, summed over examples and positions, |dL/dgate| of each: `group.shape`."""
-        return self._gates["token_gates", group.name].reshape(group.shape)
-
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
                   groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
-        """Run over batches of (args, kwargs) once, gathering what is needed.
+        """Run over batches of (args, kwargs) once, gathering what is needed for all groups.
 
-        `gates` and `token_gates` keep one number per slice; `weight_gradients` one array per
-        member; statistics of inputs (see `statistics`) what they hold, once per input. Without
-        gradients there is no backward pass, and forward stops at the last consumer.
+        Without statistics of gradients there is no backward pass, and forward stops at the last
+        consumer. Raises UsageError for a statistic that there is not.
         """
         wanted = set(needs)
         watched = self._watch(wanted, groups)
-        if wanted <= OF_INPUTS.keys():
-            stops = {node for node, _ in watched}
-            for args, kwargs in batches:
+        self._gradients.prepare(wanted, groups)
+        stops = {node for node, _ in watched}
+        for args, kwargs in batches:
+            args, kwargs = self.trace.match(args, kwargs)
+            if wanted <= OF_INPUTS.keys():
                 for _ in self._steps(args, kwargs, watched, stops):
                     pass
-                tick()
-            return
-        self._kinds = [kind for kind in ("gates", "token_gates") if kind in wanted]
-        self._sites = self._gated(groups) if self._kinds else {}
-        stored = self.solution.graph.weights()
-        learned = {m.weight for g in groups for m in g.members
-                   if "weight_gradients" in wanted and stored[m.weight].kind == "parameter"}
-        for args, kwargs in batches:
-            self._backward(*self.trace.match(args, kwargs), loss, learned, watched)
+            else:
+                self._gradients.add((args, kwargs), loss,
+                                    partial(self._see, watched, examples(args, kwargs)),
+                                    _by_node(watched))
             tick()
 
     def stream(self, needs: Iterable[str], batches: Iterable[Any],
@@ -207,6 +202,9 @@ class Scores:
     def _watch(self, wanted: set[str],
                groups: Sequence[Group]) -> dict[tuple[str, str], Consumer]:
         """The first consumer of every input that statistics are wanted of."""
+        for name in wanted - KINDS - OF_INPUTS.keys():
+            raise UsageError(f"there is no statistic {name!r}",
+                             fix=did_you_mean(name, sorted(KINDS | OF_INPUTS.keys())))
         kinds = [kind for kind in OF_INPUTS if kind in wanted]
         found: dict[str, Consumer] = {}
         for group in groups if kinds else ():
@@ -221,9 +219,9 @@ class Scores:
                watched: dict[tuple[str, str], Consumer], stops: set[str]) -> Iterator[str]:
         """Run one batch without gradients, pausing at `stops`."""
         args, kwargs = self.trace.match(args, kwargs)
-        runner = Runner(self.trace.program, self._stored, touched=_by_node(watched),
-                        touch=lambda node, name, value: self._observe(
-                            watched[node.name, name], value, _examples(args, kwargs)))
+        runner = Runner(self.trace.program, self.stored, touched=_by_node(watched),
+                        touch=lambda node, name, value: self._see(
+                            watched, examples(args, kwargs), node.name, name, value))
         steps = runner.steps(args, kwargs, stops)
         while True:
             with torch.no_grad():
@@ -232,73 +230,14 @@ class Scores:
                 return
             yield node
 
-    def _observe(self, at: Consumer, value: torch.Tensor, examples: int) -> torch.Tensor:
+    def _see(self, watched: dict[tuple[str, str], Consumer], count: int, node: str, name: str,
+             value: torch.Tensor) -> torch.Tensor:
+        """Show statistics what a node reads; `count` examples, unless it reads them mixed."""
+        at = watched[node, name]
         x = at.inputs(value.detach())
         for statistic in self._inputs[at.key].values():
-            statistic.add(x, examples if x.shape[1] % examples == 0 else 1)
+            statistic.add(x, count if x.shape[1] % count == 0 else 1)
         return value
-
-    def _gated(self, groups: Sequence[Group]) -> dict[tuple[str, str], list[tuple[Group, int]]]:
-        """Places where groups are read: (node, activation) -> groups and dimensions."""
-        found: dict[tuple[str, str], list[tuple[Group, int]]] = {}
-        for group in groups:
-            for kind in self._kinds:
-                self._gates[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
-            for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads):
-                if not self.solution.graph.tensors[read[1]].static:
-                    found.setdefault(read[:2], []).append((group, read[2]))
-        return found
-
-    def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Loss,
-                  learned: set[str],
-                  watched: dict[tuple[str, str], Consumer]) -> None:
-        gates: dict[tuple[str, str], torch.Tensor] = {}
-        arrays: dict[str, torch.Tensor] = {}
-
-        def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
-            if (node.name, name) in watched:
-                self._observe(watched[node.name, name], value, _examples(args, kwargs))
-            if (node.name, name) not in self._sites:
-                return value
-            gate = torch.ones(self._gate_shape(name, value), dtype=value.dtype,
-                              requires_grad=True)
-            gates[node.name, name] = gate
-            return value * gate
-
-        def weights(name: str) -> torch.Tensor:
-            first = self.trace.tied.get(name, name)
-            if first not in arrays:
-                arrays[first] = self._stored(first).requires_grad_(first in learned)
-            return arrays[first]
-
-        runner = Runner(self.trace.program, weights, touch=touch,
-                        touched=_by_node([*self._sites, *watched]))
-        with torch.enable_grad():
-            value = loss(runner.call(args, kwargs), args, kwargs)
-            leaves: dict[Any, torch.Tensor] = {
-                **gates, **{n: a for n, a in arrays.items() if n in learned}}
-            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        for key, gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
-                self._add(key, gradient)
-
-    def _gate_shape(self, name: str, value: torch.Tensor) -> list[int]:
-        """One gate per removable slice; per example and position too if those are told apart."""
-        apart = self.solution.graph.tensors[name].dynamic if "token_gates" in self._kinds else ()
-        return [n if d in apart or not is_frozen(e) else 1
-                for d, (n, e) in enumerate(zip(value.shape, self.solution.solver.dims[name],
-                                               strict=True))]
-
-    def _add(self, key: Any, gradient: torch.Tensor) -> None:
-        if isinstance(key, str):
-            have = self._gradients.get(key)
-            self._gradients[key] = gradient if have is None else have.add_(gradient)
-            return
-        for group, dim in self._sites[key]:
-            each = onto(gradient, self.solution.solver.dims[key[1]], dim, group)
-            for kind in self._kinds:
-                self._gates[kind, group.name] += \
-                    each.sum(0) if kind == "gates" else each.abs().sum(0)
 
 
 def _by_node(places: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
@@ -306,12 +245,6 @@ def _by_node(places: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
     for node, tensor in places:
         found.setdefault(node, set()).add(tensor)
     return found
-
-
-def _examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Examples in a batch: the first size of its first tensor."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    return next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 
 def static(trace: Trace, solution: Solution, name: str,

@@ -7,7 +7,7 @@ kept in float64. A back end feeds the X of each consumer, batch after batch; who
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -126,6 +126,11 @@ class View:
     slot: torch.Tensor
     shape: tuple[int, ...]
     found: dict[str, Any]
+    array_gradient: Callable[[str], torch.Tensor]
+
+    def gradient(self, kind: str) -> torch.Tensor:
+        """Return weight_gradients, weight_squares or weight_absolutes in the shape of W."""
+        return self.consumer.matrix(self.array_gradient(kind))
 
     @property
     def moments(self) -> Moments:

@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spacompiler import registry
 from spacompiler.calibration import default_loss
+from spacompiler.errors import SpaError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import trace
+from spacompiler.gradients import KINDS
 from spacompiler.groups import solve
 from spacompiler.models_zoo import load
 from spacompiler.scores import Scores
+from spacompiler.statistics import OF_INPUTS
 
 BATCHES = 3
 
@@ -187,14 +191,262 @@ def test_streaming_gives_the_same_statistics_and_drops_them(llama):
     assert not streamed._inputs
 
 
+# --- gradients, by hand ------------------------------------------------------------------------
+
+
+def gradients(module, batches, single=False):
+    """Gradients of all parameters for each batch, or for each example."""
+    found = []
+    for args, kwargs in batches:
+        parts = [(args, kwargs)]
+        if single:
+            count = len(args[0] if args else kwargs["input_ids"])
+            parts = [(tuple(a[i:i + 1] for a in args), {k: v[i:i + 1] for k, v in kwargs.items()})
+                     for i in range(count)]
+        for part in parts:
+            module.zero_grad()
+            out = module(*part[0], **part[1])
+            default_loss([getattr(out, "logits", out)], *part).backward()
+            found.append({n: p.grad.clone() for n, p in module.named_parameters()
+                          if p.grad is not None})
+    module.zero_grad()
+    return found
+
+
+# for each group: its parameters and how each is cut: (name, function to (*shape, channels, rest))
+def _kv(name, heads, whole):
+    def cut(w):
+        rows = w.T if name == "o_proj" else w
+        split = rows.reshape(2, heads, -1, 48)
+        return split.flatten(1, 2) if whole else split
+
+    return f"model.layers.0.self_attn.{name}.weight", cut
+
+
+MLP = "model.layers.0.mlp."
+CUTS = {
+    "mlp": [(MLP + "gate_proj.weight", lambda w: w[:, None]),
+            (MLP + "up_proj.weight", lambda w: w[:, None]),
+            (MLP + "down_proj.weight", lambda w: w.T[:, None])],
+    "kv": [_kv("q_proj", 3, True), _kv("k_proj", 1, True), _kv("v_proj", 1, True),
+           _kv("o_proj", 3, True)],
+    "query": [_kv("q_proj", 3, False), _kv("o_proj", 3, False)],
+    "grouped": [("one.weight", lambda w: w.reshape(2, 4, 1, -1)),
+                ("one.bias", lambda w: w.reshape(2, 4, 1, 1)),
+                ("norm.weight", lambda w: w.reshape(2, 4, 1, 1)),
+                ("norm.bias", lambda w: w.reshape(2, 4, 1, 1)),
+                ("two.weight", lambda w: w.reshape(2, 6, 4, 9).permute(0, 2, 1, 3).reshape(
+                    2, 4, 1, -1))],
+}
+
+
+def mean(arrays):
+    return {k: sum(a[k] for a in arrays) / len(arrays) for k in arrays[0]}
+
+
+def squares(arrays):
+    return mean([{k: v.double().square() for k, v in a.items()} for a in arrays])
+
+
+def _element(module, batches, cuts):
+    g = mean(gradients(module, batches))
+    return [cut(w * g[n] * len(batches)).abs().sum((-1, -2)) for n, cut, w in cuts]
+
+
+def _batched(per_batch):
+    return lambda module, batches, cuts: [
+        sum(per_batch(cut(w * g[n])) for g in gradients(module, batches)) for n, cut, w in cuts]
+
+
+def _second(module, batches, cuts):
+    f = squares(gradients(module, batches, single=True))
+    return [cut(w.double().square() * f[n]).sum((-1, -2)) for n, cut, w in cuts]
+
+
+def _mixed(module, batches, cuts):
+    g, f = mean(gradients(module, batches)), squares(gradients(module, batches, single=True))
+    return [cut(w * g[n] - w.double().square() * f[n] / 2).abs().sum((-1, -2))
+            for n, cut, w in cuts]
+
+
+def _norms(power):
+    return lambda module, batches, cuts: [
+        cut(w).norm(p=power, dim=-1).sum(-1) for _, cut, w in cuts if w.ndim > 1]
+
+
+def _hessian(module, batches, cuts):
+    """w (H g), H and g over all parameters, batch by batch."""
+    weights, total = dict(module.named_parameters()), []
+    for args, kwargs in batches:
+        with sdpa_kernel(SDPBackend.MATH):
+            out = module(*args, **kwargs)
+            loss = default_loss([getattr(out, "logits", out)], args, kwargs)
+            g = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            h = torch.autograd.grad(g, list(weights.values()), [x.detach() for x in g])
+        total.append(dict(zip(weights, h, strict=True)))
+    return [sum(cut(w * t[n]).sum((-1, -2)) for t in total) for n, cut, w in cuts]
+
+
+OF_GRADIENTS = {
+    "taylor-element": _element,
+    "taylor-element(per='batch')": _batched(lambda x: x.abs().sum((-1, -2))),
+    "taylor-vector": _batched(lambda x: x.sum(-1).abs().sum(-1)),
+    "taylor-element(order=2)": _second,
+    "taylor-element(order='mixed')": _mixed,
+    "snip": _batched(lambda x: x.abs().sum((-1, -2))),
+    "magnitude(norm=1, reduce='sum')": _norms(1),
+    "magnitude(norm=2, reduce='sum')": _norms(2),
+    "grasp": _hessian,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_weight_criteria_are_their_formulas(place, name, request):
+    which, group, *_ = PLACES[place]
+    module, batches = request.getfixturevalue(which)
+    weights = dict(module.named_parameters())
+    cuts = [(n, cut, weights[n].detach()) for n, cut in CUTS[place]]
+    want = torch.stack([part.double() for part in OF_GRADIENTS[name](module, batches, cuts)])
+    got = scored(name, group, module, batches)
+    torch.testing.assert_close(got, want.sum(0).reshape(got.shape), rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "prod", "first", "last"])
+def test_members_are_reduced_by_name(how, llama):
+    module, batches = llama
+    parts = torch.stack([cut(w).norm(dim=-1).sum(-1).double() for _, cut, w in [
+        (n, cut, module.get_parameter(n).detach()) for n, cut in CUTS["mlp"]]])
+    want = {"mean": parts.mean(0), "max": parts.amax(0), "prod": parts.prod(0),
+            "first": parts[0], "last": parts[-1]}[how]
+    got = scored(f"magnitude(reduce={how!r})", PLACES["mlp"][1], module, batches)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+def test_fisher_of_gates_is_that_of_single_examples(llama):
+    module, batches = llama
+    want = torch.zeros(40)
+    for _, kwargs in batches:
+        for ids in kwargs["input_ids"].split(1):
+            gate = torch.ones(40, requires_grad=True)
+            hook = module.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+                lambda m, args, gate=gate: (args[0] * gate,))
+            loss = default_loss([module(ids).logits], (), {"input_ids": ids})
+            want += torch.autograd.grad(loss, gate)[0].square()
+            hook.remove()
+    got = scored("taylor(per='example')", PLACES["mlp"][1], module, batches)
+    torch.testing.assert_close(got.float(), want, rtol=1e-3, atol=1e-12)
+
+
+# --- the others -------------------------------------------------------------------------------
+
+
+def test_gblm_is_its_formula(llama):
+    module, batches = llama
+    x, w = mlp(module, batches)
+    single = gradients(module, batches, single=True)
+    name = MLP + "down_proj.weight"
+    g = squares(single)[name].mul(len(single)).sqrt() / len(single)
+    want = (w[0].abs() * (x[0].norm(dim=0) + 100 * g)).mean(0)
+    got = scored("gblm", PLACES["mlp"][1], module, batches)
+    torch.testing.assert_close(got, want.detach().double(), rtol=1e-4, atol=0)
+    absolute = sum(a[name].abs() for a in single) / len(single)
+    want = (w[0].abs() * (x[0].norm(dim=0) + 10 * absolute)).mean(0)
+    got = scored("gblm(alpha=10, norm=1)", PLACES["mlp"][1], module, batches)
+    torch.testing.assert_close(got, want.detach().double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("axis, relative", [(0, "column"), (1, "row")])
+def test_cfsp_is_its_formula(axis, relative, llama):
+    module, batches = llama
+    x, w = mlp(module, batches)
+    norm = x[0].norm(dim=0)
+    block = module.model.layers[0].mlp
+    parts = [w[0].abs() * norm, block.gate_proj.weight.T.abs(), block.up_proj.weight.T.abs()]
+    want = (sum(p / p.sum(axis, keepdim=True) for p in parts) * norm).mean(0)
+    got = scored(f"cfsp(relative={relative!r})", PLACES["mlp"][1], module, batches)
+    torch.testing.assert_close(got, want.detach().double(), rtol=1e-4, atol=0)
+
+
+def test_geometric_median_sums_distances_between_filters(net):
+    module, batches = net
+    filters = module.two.weight.detach().reshape(2, 6, -1)
+    want = (filters[:, :, None] - filters[:, None]).norm(dim=-1).sum(-1)
+    got = scored("geometric-median", "two.weight:0.1", module, batches)
+    torch.testing.assert_close(got, want.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_scale_is_the_gain(net):
+    module, batches = net
+    got = scored("batch-norm-scale", "one.weight:0.1", module, batches)
+    assert torch.equal(got, module.norm.weight.detach().double().abs().reshape(2, 4))
+
+
+def test_batch_norm_scale_refuses_a_group_without_a_gain(llama):
+    with pytest.raises(SpaError, match="no normalisation with a gain"):
+        scored("batch-norm-scale", PLACES["mlp"][1], *llama)
+
+
+def test_relevance_is_the_z_plus_rule():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 5, 3),
+                               nn.ReLU(), nn.Flatten(), nn.Linear(20, 4)).eval()
+        x = torch.randn(7, 3, 6, 6)
+    with torch.no_grad():
+        a = torch.relu(module[0](x))
+        b = torch.relu(module[2](a)).flatten(1)
+        out = module[5](b)
+        relevance = out * (out == out.amax(1, keepdim=True))
+        w = module[5].weight.clamp(min=0)
+        low = b * ((relevance / (b @ w.T)) @ w)
+        w = module[2].weight.clamp(min=0)
+        share = low.reshape(7, 5, 2, 2) / functional.conv2d(a, w).clamp(min=1e-9)
+        high = a * functional.conv_transpose2d(share, w)
+    for group, want in (("0.weight:0", high.abs().sum((0, 2, 3))),
+                        ("2.weight:0", low.abs().reshape(7, 5, 4).sum((0, 2)))):
+        got = scored("relevance", group, module, [((x,), {})])
+        torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_obs_adds_up_to_the_error_of_a_refit(place, bias, request):
+    which, group, gather, shape, per = PLACES[place]
+    module, batches = request.getfixturevalue(which)
+    x, w = gather(module, batches)
+    x, w = x.double(), w.detach().double()
+    x = x - x.mean(1, keepdim=True) if bias else x
+    h = x.mT @ x / x.shape[1]
+    h = h + 0.01 * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(h.shape[-1])
+    got = scored(f"obs(rounds=99, bias={bias})", group, module, batches)
+    # the first slices to go (one under each outer slice) score their joint error after a refit
+    gone = got == got.amin(-1, keepdim=True)
+    total = 0.0
+    slot = torch.arange(got.numel()).repeat_interleave(per).reshape(w.shape[0], -1)
+    for hs, ws, ss in zip(h, w, slot, strict=True):
+        keep = ~gone.reshape(-1)[ss]
+        miss = ws.clone()
+        miss[:, keep] -= (ws @ hs[:, keep]) @ torch.linalg.inv(hs[keep][:, keep])
+        total += ((miss @ hs) * miss).sum()
+    torch.testing.assert_close(got[gone].sum(), total, rtol=1e-5, atol=1e-12)
+    # and no other choice is cheaper where slices do not share a round
+    if len(shape) == 1 and w.shape[0] == 1:
+        inverse = torch.linalg.inv(h[0])
+        blocks = [torch.arange(i * per, (i + 1) * per) for i in range(shape[0])]
+        alone = [(w[0][:, b] @ torch.linalg.inv(inverse[b][:, b]) * w[0][:, b]).sum()
+                 for b in blocks]
+        assert int(torch.stack(alone).argmin()) == int(gone.nonzero())
+
+
 def test_one_pass_for_all_statistics_equals_separate_passes(net):
     module, batches = net
     together = context(module, batches)
-    kinds = ("moments", "covariance", "fluctuation", "gates", "token_gates", "weight_gradients")
+    kinds = {*OF_INPUTS, *KINDS}
     groups = list(together.solution.groups.values())
     together.calibrate(kinds, batches, default_loss, groups=groups)
-    for name in ("wanda", "fluctuation", "fluctuation(published=True)", "taylor",
-                 "taylor(per='batch')", "taylor-element"):
+    names = [e.name for kind, e in registry.available() if kind == "importance"]
+    for name in (*names, *FORMULAS, *OF_GRADIENTS, "taylor(per='batch')", "taylor(per='example')"):
         criterion = registry.find("importance", name)
         for group in groups:
             alone = scored(name, group.name, module, batches)

@@ -1,0 +1,266 @@
+"""Statistics of gradients: reduced to what a group needs as soon as backward makes them.
+
+A *gate* is a factor of one on what a consumer reads of a slice, so that its gradient is the sum
+of x dL/dx; gates cost the memory of one number per slice (and position). A weight's gradient is
+reduced by a hook and dropped before the next one is made, unless it is asked for as an array.
+Losses are taken to be means over the examples of a batch, and batches to be of equal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from .axes import is_frozen
+from .frontends.torch_export import Trace
+from .groups import Group, Member, Solution
+from .relevance import largest, rules
+from .runner import Override, OverridingRunner
+from .slots import by_channel, onto
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _as_is(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+
+# kinds of gates: what is added up over examples and positions (fisher: see `_settle`)
+GATES: dict[str, Change] = {
+    "gates": lambda each: each.sum(0),
+    "token_gates": lambda each: each.abs().sum(0),
+    "relevance": lambda each: each.abs().sum(0),
+}
+
+
+# kinds of sums over a member's w dL/dw: (on single weights, on the sums of channels)
+SUMS: dict[str, tuple[Change, Change]] = {
+    "elements": (torch.abs, _as_is), "vectors": (_as_is, torch.abs),
+    "element_squares": (torch.square, _as_is), "hessian": (_as_is, _as_is)}
+# kinds of whole arrays that are kept, one for each parameter
+ARRAYS: dict[str, Change] = {
+    "weight_gradients": _as_is, "weight_squares": torch.square,
+    "weight_absolutes": torch.abs}
+_SINGLE = {"element_squares", "weight_squares", "weight_absolutes"}
+KINDS = {*GATES, "fisher", *SUMS, *ARRAYS}
+
+
+@dataclass
+class Gradients:
+    """Runs batches forward and backward and holds what was asked for.
+
+    `gates` by (kind, group), `sums` by (kind, group, member), `arrays` by (kind, weight).
+    """
+
+    trace: Trace
+    solution: Solution
+    stored: Callable[[str], torch.Tensor]
+    gates: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    sums: dict[tuple[str, str, Member], torch.Tensor] = field(default_factory=dict)
+    arrays: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    batches: int = 0
+    examples: int = 0
+    _kinds: set[str] = field(default_factory=set)
+    _sites: dict[tuple[str, str], list[tuple[Group, int]]] = field(default_factory=dict)
+    _members: dict[str, list[tuple[Member, Group]]] = field(default_factory=dict)
+    _apart: dict[str, torch.Tensor] = field(default_factory=dict)
+    _count: int = 1
+    _running: set[str] = field(default_factory=set)
+
+    def prepare(self, kinds: set[str], groups: Sequence[Group]) -> None:
+        """Say what is to be gathered, for which groups."""
+        self._kinds = kinds & KINDS
+        for group in groups:
+            for kind in self._kinds & {*GATES, "fisher"}:
+                self.gates[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
+        if self._kinds & {*GATES, "fisher"}:
+            self._sites = self._read_places(groups)
+        if self._kinds & {*SUMS, *ARRAYS}:
+            kept = self.solution.graph.weights()
+            for member, group in ((m, g) for g in groups for m in g.members):
+                if kept[member.weight].kind == "parameter":
+                    self._members.setdefault(member.weight, []).append((member, group))
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Where gates stand: (node, activation)."""
+        return list(self._sites)
+
+    def _read_places(self, groups: Sequence[Group]) -> dict[tuple[str, str],
+                                                            list[tuple[Group, int]]]:
+        found: dict[tuple[str, str], list[tuple[Group, int]]] = {}
+        for group in groups:
+            for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads):
+                if not self.solution.graph.tensors[read[1]].static:
+                    found.setdefault(read[:2], []).append((group, read[2]))
+        return found
+
+    def add(self, batch: Batch, loss: Callable[..., torch.Tensor],
+            observe: Callable[[str, str, torch.Tensor], Any],
+            observed: Mapping[str, set[str]]) -> None:
+        """Take in one batch, told `observe` what nodes read at the places in `observed`.
+
+        Kinds that need single examples, second derivatives or relevance run by themselves.
+        """
+        count = self._count = examples(*batch)
+        self.batches += 1
+        self.examples += count
+        special = _SINGLE | {"hessian", "relevance"}
+        self._run(batch, loss, self._kinds - special, observe=observe, observed=observed)
+        self._settle()
+        if self._kinds & _SINGLE:
+            for one in singles(batch, count):
+                self._run(one, loss, self._kinds & _SINGLE)
+        if "hessian" in self._kinds:
+            self._run(batch, loss, {"hessian"})
+        if "relevance" in self._kinds:
+            self._run(batch, largest, {"relevance"}, override=rules(self.solution.graph))
+
+    def _run(self, batch: Batch, loss: Callable[..., torch.Tensor], kinds: set[str], *,
+             override: Mapping[str, Override] | None = None,
+             observe: Callable[[str, str, torch.Tensor], Any] | None = None,
+             observed: Mapping[str, set[str]] | None = None) -> None:
+        self._running = kinds
+        observed = observed or {}
+        gated = self._sites if kinds & {*GATES, "fisher"} else {}
+        learned: Container[str] = self._members if kinds & {*SUMS, *ARRAYS} else ()
+        if "hessian" in kinds:  # over all parameters, whatever may go
+            learned = {n for n, t in self.solution.graph.weights().items()
+                       if t.kind == "parameter"}
+        leaves: dict[str, torch.Tensor] = {}
+
+        def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+            if observe and name in observed.get(node.name, ()):
+                observe(node.name, name, value)
+            return value * self._gate((node.name, name), value) if (node.name, name) in gated \
+                else value
+
+        def weights(name: str) -> torch.Tensor:
+            first = self.trace.tied.get(name, name)
+            if first not in leaves:
+                leaves[first] = self.stored(first).detach()
+                if first in learned:
+                    leaves[first].requires_grad_()
+                    if "hessian" not in kinds:
+                        self._hook(leaves[first], partial(self._take, first))
+            return leaves[first]
+
+        touched = {node: set(names) for node, names in observed.items()}
+        for node, name in gated:
+            touched.setdefault(node, set()).add(name)
+        runner = OverridingRunner(self.trace.program, weights, touched=touched, touch=touch,
+                                  override=override)
+        with torch.enable_grad(), sdpa_kernel(_ATTENTION[bool({"hessian"} & kinds)]):
+            value = loss(runner.call(*batch), *batch)
+            if "hessian" in kinds:
+                self._second({n: a for n, a in leaves.items() if n in learned}, value)
+            elif gated or learned:
+                value.backward()
+
+    @staticmethod
+    def _hook(leaf: torch.Tensor, take: Callable[[torch.Tensor], None]) -> None:
+        def reduce(tensor: torch.Tensor) -> None:
+            gradient, tensor.grad = tensor.grad, None
+            if gradient is not None:
+                take(gradient)
+
+        leaf.register_post_accumulate_grad_hook(reduce)
+
+    # --- gates --------------------------------------------------------------------------------
+
+    def _gate(self, at: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
+        """One gate per removable slice; per example and position too if those are told apart."""
+        apart = self._running & {"token_gates", "fisher", "relevance"}
+        dynamic = set(self.solution.graph.tensors[at[1]].dynamic) if apart else set()
+        if apart and not dynamic and len(value) == self._count:
+            dynamic = {0}
+        dims = self.solution.solver.dims[at[1]]
+        shape = [n if d in dynamic or not is_frozen(e) else 1
+                 for d, (n, e) in enumerate(zip(value.shape, dims, strict=True))]
+        gate = torch.ones(shape, dtype=value.dtype, requires_grad=True)
+        self._hook(gate, lambda gradient: self._open(at, gradient))
+        return gate
+
+    def _open(self, at: tuple[str, str], gradient: torch.Tensor) -> None:
+        for group, dim in self._sites[at]:
+            each = onto(gradient, self.solution.solver.dims[at[1]], dim, group)
+            for kind in self._running & GATES.keys():
+                self.gates[kind, group.name] += GATES[kind](each)
+            if "fisher" in self._running:
+                own = _fold(each, self._count)
+                have = self._apart.get(group.name)
+                self._apart[group.name] = own if have is None else have.add_(own)
+
+    def _settle(self) -> None:
+        """fisher: square each example's own gradient, `count` times its part of the mean."""
+        for name, own in self._apart.items():
+            self.gates["fisher", name] += (own * self._count).square().sum(0)
+        self._apart.clear()
+
+    # --- weights ------------------------------------------------------------------------------
+
+    def _take(self, name: str, gradient: torch.Tensor) -> None:
+        for kind in self._running & ARRAYS.keys():
+            value = ARRAYS[kind](gradient)
+            have = self.arrays.get((kind, name))
+            self.arrays[kind, name] = value if have is None else have.add_(value)
+        sums = self._running & SUMS.keys()
+        if sums:
+            product = self.stored(name).detach() * gradient
+            for member, group in self._members.get(name, ()):
+                self._sum(sums, product, member, group)
+
+    def _sum(self, kinds: set[str], product: torch.Tensor, member: Member, group: Group) -> None:
+        dims = self.solution.dims(member.weight)
+        for kind in kinds:
+            each, then = SUMS[kind]
+            value = by_channel(each(product), dims, member.dim, group, then)
+            have = self.sums.get((kind, group.name, member))
+            self.sums[kind, group.name, member] = value if have is None else have.add_(value)
+
+    def _second(self, leaves: dict[str, torch.Tensor], value: torch.Tensor) -> None:
+        """H g, from the gradient of <g, g held fixed>."""
+        arrays = list(leaves.values())
+        first = torch.autograd.grad(value, arrays, create_graph=True, allow_unused=True)
+        norm = torch.stack([(g * g.detach()).sum() for g in first if g is not None]).sum()
+        second = torch.autograd.grad(norm, arrays, allow_unused=True)
+        for name, gradient in zip(leaves, second, strict=True):
+            if gradient is not None:
+                self._take(name, gradient)
+
+
+_ALL = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+_ATTENTION = {False: _ALL, True: [SDPBackend.MATH]}  # only MATH has second derivatives
+
+
+def _fold(each: torch.Tensor, count: int) -> torch.Tensor:
+    """Add up positions example by example: (count, slices)."""
+    if len(each) % count:
+        raise ValueError(f"{len(each)} positions are not those of {count} examples")
+    return each.reshape(count, -1, each.shape[1]).sum(1)
+
+
+def examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of examples in a batch: the first size of its first tensor."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def singles(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield the examples of a batch as batches of one."""
+
+    def one(i: int, value: Any) -> Any:
+        batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
+        return value[i : i + 1] if batched else value
+
+    for i in range(count):
+        yield pytree.tree_map(lambda v, i=i: one(i, v), batch)
