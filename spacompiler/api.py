@@ -50,7 +50,9 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
             out: str | Path | None = None, importance: Any = "taylor",
             allocation: Any = "uniform", calibration: Any = None,
             loss: Callable[..., Any] | None = None, tokenizer: Any = None,
-            adapter: str | Path | Sequence[str | Path] = (), name: str = "", dry_run: bool = False,
+            adapter: str | Path | Sequence[str | Path] = (),
+            recovery: Any = None, recover_data: Any = None, checkpoint: str | Path | None = None,
+            name: str = "", dry_run: bool = False,
             trust_remote_code: bool = False, progress: pipeline.Progress | None = None,
             **options: Any) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
@@ -67,6 +69,10 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         name: what the report calls the model, and where `load` finds its code again.
         adapter: directories of adapters in peft's format (`DIR` or `DIR=weight`), merged first;
             a PeftModel as `model` is merged likewise (the user's own stays as it is).
+        recovery: a pass that trains the pruned module, by name, `module:object` or as an object.
+        recover_data: what it trains on, given as `calibration` is (default: the same source);
+            a batch's keyword `labels` goes to the loss alone.
+        checkpoint: directory that a training is saved to, and continued from if it is there.
         loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
         options: further fields of `Recipe` (roles, only, ignore, align, floor, layout, seed, …).
 
@@ -79,7 +85,10 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
     recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
                     calibration=calibration if isinstance(calibration, str) else "",
-                    adapters=tuple(map(str, adapters)), **options)
+                    adapters=tuple(map(str, adapters)),
+                    recovery=_named(recovery) if recovery else "",
+                    recover_data=recover_data if isinstance(recover_data, str) else "",
+                    **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
     if recipe.decoder:
         from .emit.decoder import check_causal_lm
@@ -88,7 +97,9 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     job = pipeline.make_job(
         found.module, found.inputs, recipe, importance=importance, allocator=allocation,
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
-        name=name or found.name, progress=progress, owned=isinstance(model, str))
+        name=name or found.name, progress=progress, owned=isinstance(model, str),
+        recovery=recovery, recover_data=recover_data,
+        checkpoint=Path(checkpoint) if checkpoint is not None else None)
     result = Result(pipeline.run(job, dry_run=dry_run))
     if out is not None and not dry_run:
         result.save(out)

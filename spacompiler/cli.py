@@ -77,6 +77,14 @@ def compile(
     combine: Annotated[str, typer.Option(help="How several adapters become one: cat (exact "
                                               "weighted sum), linear, svd, ties, dare_linear, "
                                               "dare_ties.")] = "cat",
+    recover: Annotated[str, typer.Option(
+        metavar="PASS", help="Train what is left: lora, norms, full, or lora(lr=2e-3, logits=1).")]
+    = "",
+    recover_data: Annotated[str | None, typer.Option(
+        metavar="FILE", help="Text to train on. Default: where calibration comes from.")] = None,
+    recover_samples: Annotated[int, typer.Option(help="Windows to train on.")] = 512,
+    checkpoint: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Save the training here, and continue it if it was stopped.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan.")] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -91,8 +99,8 @@ def compile(
             "floor": floor, "layout": layout, "samples": samples, "length": length,
             "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "decoder": decoder,
             "int8": int8, "latency": latency,
-            "combine": combine}
-        _check_early(target, out, importance, allocation,
+            "combine": combine, "recover_samples": recover_samples}
+        _check_early(target, out, importance, allocation, recover,
                      {**options, "adapters": tuple(adapter or ())})
         from . import api, report
 
@@ -100,6 +108,7 @@ def compile(
             result = api.compile(
                 model, target=target, out=out, importance=importance, allocation=allocation,
                 calibration=calibration, adapter=tuple(adapter or ()), dry_run=dry_run,
+                recovery=recover or None, recover_data=recover_data, checkpoint=checkpoint,
                 trust_remote_code=trust_remote_code, progress=tick, **options)
         data = result.report or report.facts(result.job)
         if as_json:
@@ -109,7 +118,7 @@ def compile(
 
 
 def _check_early(target: str, out: Path | None, importance: str, allocation: str,
-                 options: dict[str, Any]) -> None:
+                 recover: str, options: dict[str, Any]) -> None:
     """Find mistakes in the request before torch is imported."""
     from . import artifact_path, registry
     from .recipe import Recipe
@@ -117,7 +126,9 @@ def _check_early(target: str, out: Path | None, importance: str, allocation: str
     Recipe(target=target, **options)
     if out is not None:
         artifact_path.check_out(out)
-    for kind, name in (("importance", importance), ("allocation", allocation)):
+    wanted = [("importance", importance), ("allocation", allocation)]
+    wanted += [("recovery", recover)] if recover else []
+    for kind, name in wanted:
         registry.check_name(kind, name)
 
 
@@ -285,7 +296,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     warnings.simplefilter("ignore")
     if not sys.stderr.isatty():
         yield lambda stage, done, total: print(f"… {stage}" + (
-            f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True)
+            f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True) \
+            if not stage.startswith("training") or done % max(1, total // 10) == 0 else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -71,6 +71,10 @@ class Job:
     obstacles: tuple[str, ...] = ()
     uniform: bool = False
     owned: bool = False
+    recovery: Any = None
+    recover_data: Calibration | None = None
+    checkpoint: Path | None = None
+    trained: dict[str, Any] | None = None
 
     @property
     def backend(self) -> Backend:
@@ -305,6 +309,14 @@ def _emit_module(job: Job) -> None:
                      why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
+def recover(job: Job) -> None:
+    """Train the pruned module, if the recipe asks for it."""
+    from . import recovery
+
+    if job.recovery is not None:
+        recovery.recover(job)
+
+
 def _uniform(job: Job) -> Any:
     shapes = hf.pruned_shapes(job.module, job.trace.tied, job.solution, job.choices)
     config = hf.uniform_config(job.module, job.solution, job.choices, shapes)
@@ -380,6 +392,7 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("allocating", decide),
     ("proving", prove_plan),
     ("emitting", emit),
+    ("recovering", recover),
 )
 DRY_STEPS = 5
 
@@ -405,17 +418,26 @@ def _settings(seed: int) -> Iterator[None]:
 def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,
              allocator: Any = None, calibration: Any = None, own: Any = None, loss: Any = None,
              tokenizer: Any = None, name: str = "", progress: Progress | None = None,
-             owned: bool = False) -> Job:
+             owned: bool = False, recovery: Any = None, recover_data: Any = None,
+             checkpoint: Path | None = None) -> Job:
     """Resolve passes and calibration data; raises before anything is computed."""
     scorer = registry.find("importance", importance or recipe.importance)
     needs = bool(scorer.needs)
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed)
-    return Job(recipe, module, inputs, scorer,
-               registry.find("allocation", allocator or recipe.allocation), batches,
-               loss or default_loss, name or type(module).__name__, tokenizer,
-               progress or (lambda stage, done, total: None), owned=owned)
+    job = Job(recipe, module, inputs, scorer,
+              registry.find("allocation", allocator or recipe.allocation), batches,
+              loss or default_loss, name or type(module).__name__, tokenizer,
+              progress or (lambda stage, done, total: None), owned=owned)
+    if recovery or recipe.recovery:
+        job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
+            checkpoint
+        job.recover_data = resolve(
+            calibration if recover_data is None else recover_data, inputs, tokenizer=tokenizer,
+            own=own, samples=recipe.recover_samples, length=recipe.length,
+            batch=recipe.recover_batch, seed=recipe.seed + 1)
+    return job
 
 
 def frozen_reasons(solution: Solution) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .groups import Group, Member, Solution
     from .plan import Plan
     from .statistics import View
+    from .training import Training
 
 KINDS = ("importance", "allocation", "compensation", "recovery")
 
@@ -126,9 +127,9 @@ class Compensation(Protocol):
 
 
 class Recovery(Protocol):
-    """Train the pruned module in place."""
+    """Train the pruned module."""
 
     name: ClassVar[str]
 
-    def run(self, module: torch.nn.Module, batches: Sequence[Any],
-            loss: Callable[..., torch.Tensor]) -> None: ...
+    def run(self, task: Training) -> dict[str, Any]:
+        """Train `task.module` in place and return what happened, as plain data for the report."""

@@ -50,6 +50,10 @@ class Recipe:
     adapters: tuple[str, ...] = ()
     combine: str = "cat"
     keep_adapter: bool = False
+    recovery: str = ""
+    recover_data: str = ""
+    recover_samples: int = 512
+    recover_batch: int = 4
 
     def __post_init__(self) -> None:
         parse_target(self.target)
@@ -63,7 +67,7 @@ class Recipe:
             raise UsageError(f"align must be at least 1, not {self.align}")
         if not 0 <= self.floor < 1:
             raise UsageError(f"floor must be a share from 0 to below 1, not {self.floor}")
-        for name in ("samples", "batch"):
+        for name in ("samples", "batch", "recover_samples", "recover_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
         if self.combine not in COMBINATIONS:

@@ -41,6 +41,7 @@ def facts(job: Job) -> dict[str, Any]:
             "precision": job.proof.precision, "tolerance": job.proof.tolerance,
             "relative_error": job.proof.error, "negative_control": job.proof.control,
             "control_array": job.proof.swapped, "approximate_by": job.proof.approximate},
+        "recovery": job.trained,
         "notes": job.notes,
     }
 
@@ -74,6 +75,7 @@ def markdown(data: Mapping[str, Any]) -> str:
              f"Layout {data['layout']} (by {data['emission']}).", "",
              *_table(("", "dense", "pruned", "stays"), table_rows(data)), "",
              "## Proof", "", *_proof(data), "",
+             *_recovery(data["recovery"]),
              "## Widths", "",
              *_table(("group", "role", "before", "after"),
                      [(f"`{g['group']}`", g["role"], g["before"], g["after"])
@@ -89,6 +91,18 @@ def markdown(data: Mapping[str, Any]) -> str:
     if data["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
     return "\n".join(lines)
+
+
+def _recovery(done: Mapping[str, Any] | None) -> list[str]:
+    if done is None:
+        return []
+    rows = [(f"{h['step']}", f"{h['objective']:.4f}", f"{h['loss']:.4f}") for h in done["history"]]
+    return ["## Recovery", "",
+            f"`{done['pass']}` on {done['amount']:,} {done['unit']} ({done['data']}; "
+            f"{done['held_out']:,} held out): {done['parameters']:,} parameters trained, the state "
+            f"of step {done['best_step']} was kept. The proof above is of the plan, before "
+            "training; reload and ONNX were checked after it.", "",
+            *_table(("step", "held-out objective", "held-out loss"), rows), ""]
 
 
 def _shape(shape: Any) -> str:

@@ -122,6 +122,7 @@ def structure(job: Job) -> dict[str, Any]:
     cls = type(job.module)
     return {"layout": job.layout, "emission": job.emission, "model": job.name,
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
+            "trained": job.trained is not None,
             "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
                        "constants": {k: v for k, v in job.trace.kwargs.items()
                                      if not isinstance(v, torch.Tensor)}}}

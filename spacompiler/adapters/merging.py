@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,12 @@ def merge(module: nn.Module, adapters: Sequence[Adapter], inputs: Inputs, *,
     """
     notes = prepare(module, adapters)
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
-    before = _results(module, inputs)
+    before = results(module, inputs)
     tuned = attach(module, adapters)
     if len(adapters) > 1 or adapters[0].weight != 1.0:
         _combine(tuned, adapters, combine)
-    merged, found = fold(tuned, inputs, before, where=", ".join(str(a.path) for a in adapters))
+    merged, found = fold(tuned, partial(results, inputs=inputs), before,
+                         where=", ".join(str(a.path) for a in adapters))
     for name, p in merged.named_parameters():
         p.requires_grad_(trainable.get(name, True))
     return merged, [*notes, *found]
@@ -75,9 +77,9 @@ def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
         check_type(type(tuned).__name__, _plain(tuned.peft_config[name]))
     notes = master(tuned)
     with _quiet(), tuned.disable_adapter():
-        before = _results(tuned, inputs)
+        before = results(tuned, inputs)
     _check_layers(tuned)
-    merged, found = fold(tuned, inputs, before, where="the PeftModel")
+    merged, found = fold(tuned, partial(results, inputs=inputs), before, where="the PeftModel")
     for p in merged.parameters():
         p.requires_grad_(p.is_floating_point())
     return merged, [*notes, *found]
@@ -88,10 +90,10 @@ def _plain(config: Any) -> dict[str, Any]:
     return {**found, "peft_type": str(getattr(config.peft_type, "value", config.peft_type))}
 
 
-def fold(tuned: Any, inputs: Inputs, before: Sequence[Any], *,
+def fold(tuned: Any, probe: Callable[[nn.Module], list[Any]], before: Sequence[Any], *,
          where: str) -> tuple[nn.Module, list[str]]:
-    """Merge and unload a PeftModel; raises ProofError if its results change."""
-    adapted = _results(tuned, inputs)
+    """Merge and unload a PeftModel; raises ProofError if its results on the probe change."""
+    adapted = probe(tuned.eval())
     try:
         with _quiet():
             merged = tuned.merge_and_unload(safe_merge=True)
@@ -99,7 +101,7 @@ def fold(tuned: Any, inputs: Inputs, before: Sequence[Any], *,
         raise SpaError("the adapter cannot be merged", where=where, why=_line(problem),
                        fix="merge it with peft, save the model, and prune that") from problem
     effect = relative_error(adapted, list(before))
-    error = relative_error(_results(merged, inputs), adapted)
+    error = relative_error(probe(merged), adapted)
     if error > min(PROBE, max(OF_EFFECT * effect, ROUNDING)):
         raise ProofError(
             "the merged model is not the adapted one", where=where,
@@ -281,7 +283,8 @@ def _combine(tuned: Any, adapters: Sequence[Adapter], how: str) -> None:
 # --- running ----------------------------------------------------------------------------------
 
 
-def _results(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+def results(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """Return copies of a module's flat results, in eval mode."""
     args, kwargs = as_call(inputs)
     was = module.training
     module.eval()

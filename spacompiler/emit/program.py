@@ -98,7 +98,8 @@ def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
 
 def rewrite(trace: Trace, solution: Solution, choices: Choices,
             arrays: dict[str, torch.Tensor] | None = None) -> ExportedProgram:
-    """Return the pruned program, with symbolic sizes kept; `arrays` are sliced ones to share."""
+    """Return the pruned program, with symbolic sizes kept; `arrays` are sliced (and trained)
+    ones to share."""
     from .refresh import refresh
 
     slicer = Slicer(trace, solution, choices)
@@ -106,7 +107,7 @@ def rewrite(trace: Trace, solution: Solution, choices: Choices,
     made: dict[str, torch.Tensor] = {}
     for name in slicer.names():
         first = trace.tied[name]
-        if not slicer.untouched(name):
+        if name in given or not slicer.untouched(name):
             made[name] = given.get(name, made.get(first))  # type: ignore[assignment]
             if made[name] is None:
                 made[name] = slicer.array(name)

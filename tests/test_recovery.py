@@ -1,0 +1,197 @@
+"""Recovery: it lowers the loss, keeps the dense network as it is, resumes to the same bits."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import spacompiler
+from spacompiler import loading, verification
+from spacompiler.calibration import default_loss
+from spacompiler.checkpoint import FILE
+from spacompiler.distillation import Objective, divergence, labelled
+from spacompiler.errors import SpaError
+from spacompiler.models_zoo import load
+from spacompiler.passes.full import Full
+from spacompiler.passes.lora import Lora
+from spacompiler.passes.norms import Norms
+from spacompiler.training import Schedule, Training
+
+FAST = {"importance": "magnitude", "latency": False, "align": 1}
+
+
+def texts(n=24, seed=0):
+    """Batches of a language with structure: each token follows from the one before."""
+    g = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 61, (n, 2, 1), generator=g)
+    ids = [start]
+    for _ in range(11):
+        ids.append((ids[-1] * 3 + 1) % 61)
+    return [{"input_ids": x} for x in torch.cat(ids, 2)]
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    """A function that gives a tiny Llama cut by half, which shares arrays with its dense one."""
+    module, inputs = load("llama-gqa").build()
+    cut = spacompiler.compile(module, inputs, target="body=60%", prove=False, **FAST).module
+    shared = {id(p): p for p in cut.parameters()
+              if p.data_ptr() in {q.data_ptr() for q in module.parameters()}}
+    assert shared
+
+    def make():
+        return copy.deepcopy(cut, {k: nn.Parameter(p.data) for k, p in shared.items()}), module
+
+    return make
+
+
+def task(make, **options):
+    module, dense = make()
+    calls = [((), b) for b in texts()]
+    return Training(module, dense, calls[:-4], calls[-4:], default_loss, **options)
+
+
+PASSES = {
+    "lora": Lora(lr=1e-2, epochs=2), "dora": Lora(lr=1e-2, epochs=2, dora=True, norms=False),
+    "eva": Lora(lr=1e-2, epochs=2, init="eva"), "norms": Norms(lr=3e-2, epochs=2),
+    "full": Full(lr=3e-3, epochs=2), "logits": Full(lr=3e-3, epochs=2, task=0.0, logits=1.0),
+    "blocks": Full(lr=3e-3, epochs=2, task=0.0, blocks=1.0),
+    "mixed": Lora(lr=1e-2, epochs=2, task=0.5, logits=0.5, blocks=0.1),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_held_out_objective_falls(name, pruned):
+    t = task(pruned)
+    dense = {k: v.clone() for k, v in t.dense.state_dict().items()}
+    names = set(t.module.state_dict())
+    facts = PASSES[name].run(t)
+    assert facts["after"]["objective"] < 0.98 * facts["before"]["objective"]
+    assert facts["amount"] == 2 * 20 * 2 * 12 and facts["unit"] == "tokens"
+    assert set(t.module.state_dict()) == names, "adapters were left behind"
+    assert all(torch.equal(v, dense[k]) for k, v in t.dense.state_dict().items())
+
+
+def test_the_best_held_out_state_is_kept(pruned):
+    """A rate that destroys the network ends where it began, and stops early."""
+    t = task(pruned)
+    before = {k: v.clone() for k, v in t.module.state_dict().items()}
+    facts = Full(lr=3.0, epochs=4, patience=2).run(t)
+    assert facts["best_step"] == 0 and facts["steps"] < facts["planned_steps"]
+    assert all(torch.equal(v, before[k]) for k, v in t.module.state_dict().items())
+
+
+class Stop(Exception):
+    """The user's interruption."""
+
+
+@pytest.mark.parametrize("recipe", [Lora(lr=1e-2, dropout=0.2, evaluations=5),
+                                    Full(lr=1e-3, evaluations=5)], ids=["lora", "full"])
+def test_a_checkpoint_resumes_to_the_same_bits(recipe, pruned, tmp_path):
+    def run(**options):
+        t = task(pruned, key="k", **options)
+        torch.manual_seed(4)
+        return recipe.run(t), t.module.state_dict()
+
+    def stop(stage, done, total):
+        if done == 3:
+            raise Stop
+
+    whole, want = run()
+    with pytest.raises(Stop):
+        run(checkpoint=tmp_path, progress=stop)
+    steps = []
+    resumed, got = run(checkpoint=tmp_path, progress=lambda stage, done, total: steps.append(done))
+    assert steps[0] > 1, "it started anew"
+    assert resumed["history"] == whole["history"]
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+    with pytest.raises(SpaError, match="of another run"):
+        recipe.run(task(pruned, key="other", checkpoint=tmp_path))
+    (tmp_path / FILE).write_bytes(b"x" * 40)
+    with pytest.raises(SpaError, match="cannot be read"):
+        run(checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("breaks, words", [
+    (lambda t: setattr(t, "batches", []), "too little data"),
+    (lambda t: setattr(t, "held_out", []), "too little data"),
+    (lambda t: setattr(t, "loss", lambda *a: torch.tensor(float("nan"), requires_grad=True)),
+     "diverged"),
+])
+def test_errors_say_what_to_do(breaks, words, pruned):
+    t = task(pruned)
+    breaks(t)
+    with pytest.raises(SpaError, match=words) as error:
+        Norms().run(t)
+    assert error.value.fix
+
+
+def test_no_linear_layer_no_lora(pruned):
+    t = task(pruned)
+    t.module = nn.Sequential(nn.Embedding(61, 4))
+    with pytest.raises(SpaError, match="no linear layer"):
+        Lora().run(t)
+
+
+def test_divergence_and_labels():
+    g = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 5, 7, generator=g), torch.randn(2, 5, 7, generator=g)
+    want = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(divergence(p, q, 1.0), want)
+    assert divergence(q, q, 2.0).abs() < 1e-6
+    labels = torch.randint(7, (2, 5), generator=g)
+    torch.testing.assert_close(
+        labelled(p, labels),
+        functional.cross_entropy(p[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1)))
+
+
+def test_blocks_whose_stream_was_pruned_cannot_be_paired(pruned):
+    module, inputs = load("llama-gqa").build()
+    narrow = spacompiler.compile(module, inputs, target="params=70%", roles=("hidden",),
+                                 prove=False, **FAST).module
+    with pytest.raises(SpaError, match="one by one") as error:
+        Objective(narrow, module, default_loss, Schedule(blocks=1.0))(((), texts(1)[0]))
+    assert "logits" in error.value.fix
+
+
+def test_compile_recovers_and_the_artifact_holds_what_was_trained(tmp_path):
+    module, inputs = load("llama-gqa").build()
+    dense = {k: v.clone() for k, v in module.state_dict().items()}
+    out = tmp_path / "out"
+    result = spacompiler.compile(
+        module, inputs, target="body=60%", out=out, calibration="none",
+        recovery=Lora(lr=1e-2), recover_data=texts(), name="zoo:llama-gqa", **FAST)
+    done = result.report["recovery"]
+    assert done["after"]["loss"] < done["before"]["loss"] and result.report["reload"]
+    assert all(c["max_rel"] < 1e-4 for c in result.report["onnx"])
+    again = loading.load(out)
+    ids = texts(1, seed=5)[0]
+    assert torch.equal(again(**ids).logits, result.module(**ids).logits)
+    assert all(torch.equal(v, dense[k]) for k, v in module.state_dict().items())
+    assert "before training" in " ".join((out / "report.md").read_text().split())
+    checks = {c.name: c.passed for c in verification.verify(out)}
+    assert checks == {"hashes": True, "reload": True, "plan identity": None, "onnx": True}
+
+
+@pytest.mark.parametrize("emission, recipe", [
+    ("module", Lora(lr=1e-2, epochs=3)), ("program", Full(lr=1e-2, epochs=3))])
+def test_a_convolutional_network_with_its_own_labels(emission, recipe, tmp_path, monkeypatch):
+    from spacompiler import pipeline
+
+    if emission == "program":
+        monkeypatch.setattr(pipeline, "EMITTERS", pipeline.EMITTERS[-1:])
+    module, inputs = load("resnet").build()
+    g = torch.Generator().manual_seed(0)
+    images = [torch.randn(8, *inputs[0].shape[1:], generator=g) for _ in range(20)]
+    labels = [x.mean((2, 3)).argmax(-1) for x in images]
+    batches = [((x,), {"labels": y}) for x, y in zip(images, labels, strict=True)]
+    out = tmp_path / "out"
+    result = spacompiler.compile(module, inputs, target="macs=60%", out=out, recovery=recipe,
+                                 recover_data=batches, name="zoo:resnet", **FAST)
+    done = result.report["recovery"]
+    assert result.job.emission == emission and done["unit"] == "examples"
+    assert done["after"]["loss"] < 0.9 * done["before"]["loss"]
+    assert all(c["max_rel"] < 1e-4 for c in result.report["onnx"])
+    assert result.report["reload"]
