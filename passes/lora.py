@@ -48,7 +48,7 @@ class Lora(Schedule):
         before = probe(task.module)
         extra = {id(p) for _, p in vectors(task.module)} if self.norms else set()
         for path in paths:  # merging writes into the weight
-            weight = task.module.get_submodule(path).weight
+            weight = task.module.get_parameter(f"{path}.weight")
             weight.data = weight.data.clone()
         tuned = self._attach(peft, task, paths)
         tuned.train()
@@ -78,7 +78,8 @@ class Lora(Schedule):
 
 def _layers(module: nn.Module) -> list[str]:
     """Linear layers and ungrouped convolutions, but not the output layer of a language model."""
-    output = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    outputs: Any = getattr(module, "get_output_embeddings", None)
+    output = outputs() if outputs is not None else None
     tied = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     return [path for path, part in module.named_modules()
             if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))

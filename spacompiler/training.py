@@ -142,8 +142,8 @@ def _check(task: Training, parameters: Mapping[str, nn.Parameter]) -> None:
                        why="no parameter of the pruned network is of the kind that it trains",
                        fix="use another pass, e.g. --recover full")
     if not task.batches or not task.held_out:
-        raise SpaError("there is too little data to recover on",
-                       why=f"{len(task.batches)} batches to train on, {len(task.held_out)} held out",
+        raise SpaError("there is too little data to recover on", why=f"{len(task.batches)} "
+                       f"batches to train on and {len(task.held_out)} held out",
                        fix="give more with --recover-data or --recover-samples")
 
 
