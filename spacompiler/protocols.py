@@ -14,7 +14,7 @@ compensation pass repairs what stays, a recovery pass trains it. Fifteen lines m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
