@@ -26,13 +26,15 @@ class RmsNorm:
     offset: float
 
 
-_CASTS = {"_to_copy", "to", "clone", "type_as"}
+_CASTS = {"_to_copy", "to", "clone", "type_as", "cast", "castlike", "identity"}
+_FUSED = ("rms_norm", "rmsnormalization", "simplifiedlayernormalization",
+          "skipsimplifiedlayernormalization")
 
 
 def base(op: str) -> str:
-    """`aten.mul.Tensor` -> `mul`."""
+    """`aten.mul.Tensor` and ONNX's `Mul` -> `mul`, `com.microsoft.Gelu` -> `gelu`."""
     parts = op.split(".")
-    return parts[1] if len(parts) > 1 else op
+    return parts[1] if parts[0] == "aten" else parts[-1].lower()
 
 
 class _Uses:
@@ -65,7 +67,8 @@ def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
     uses = _Uses(graph)
     found = {}
     for node in graph.nodes:
-        match = {"mean": _match, "rms_norm": _fused}.get(base(node.op))
+        match = {"mean": _match, "reducemean": _match, **dict.fromkeys(_FUSED, _fused)}.get(
+            base(node.op))
         norm = match(uses, node) if match is not None else None
         if norm is not None:
             found[node.name] = norm

@@ -35,6 +35,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 def load_folder(folder: Path, model: nn.Module | None = None) -> nn.Module:
     """Load without looking at the manifest."""
     structure = artifact.read_json(folder / "structure.json")
+    if structure["layout"] == "onnx":
+        return _onnx(folder)
     if structure["layout"] == "uniform":
         return _stock(folder, structure["class"])
     arrays = artifact.load_weights(folder / "model.safetensors")
@@ -42,6 +44,12 @@ def load_folder(folder: Path, model: nn.Module | None = None) -> nn.Module:
         return _program(folder, structure, arrays, model)
     dense = model if model is not None else dense_module(folder, structure)
     return resize(dense, structure["attributes"], arrays).eval()
+
+
+def _onnx(folder: Path) -> nn.Module:
+    from .emit.onnx_module import OnnxModule
+
+    return OnnxModule(folder / "model.onnx")
 
 
 def _class(path: str) -> Any:

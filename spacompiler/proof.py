@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -151,8 +152,9 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
     want = masked_dense(trace, solution, choices)
     error = _error(trace, solution, choices, want)
     weight, control = "", 0.0
+    stored = {**trace.program.state_dict, **trace.program.constants}
     for attempt in range(CONTROLS):
-        weight, wrong = swap(trace, solution, choices, seed + attempt)
+        weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt)
         control = _error(trace, solution, choices, want, wrong)
         if control >= CONTROL:  # a slice that these inputs do not excite shows nothing
             break
@@ -181,19 +183,20 @@ def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
     return error
 
 
-def swap(trace: Trace, solution: Solution, choices: Choices,
+def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Choices,
          seed: int) -> tuple[str, dict[str, Choices]]:
     """Give one array a wrong index: its largest kept slice for a removed one.
 
-    Returns the array's name and the choices it is to be sliced by.
+    `stored` gives an array by its name. Returns the array's name and the choices that it is to be
+    sliced by.
     """
     rng = np.random.default_rng(seed)
     groups = [g for g in solution.groups.values() if g.atom in choices and g.reads]
     group = groups[int(rng.integers(len(groups)))]
-    stored = {**trace.program.state_dict, **trace.program.constants}
+    graph = solution.graph.weights()
     member = max((m for m in group.members if m.role == "producer"),
-                 key=lambda m: stored[m.weight].numel(), default=group.members[0])
-    size = rows(stored[member.weight], solution.dims(member.weight), member.dim, group)
+                 key=lambda m: prod(graph[m.weight].shape), default=group.members[0])
+    size = rows(stored(member.weight), solution.dims(member.weight), member.dim, group)
     norms = size.detach().float().norm(dim=-1).reshape(group.shape).numpy()
     table = choices[group.atom].table.copy()
     flat = table.reshape(-1, group.size)

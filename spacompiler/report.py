@@ -126,7 +126,8 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
         rows.append(("LayerNorm over fewer slices differs from masked dense by",
                      f"{proof['approximate_by']:.1e}"))
     for check in data.get("onnx", ()):
-        rows.append((f"ONNX Runtime ≡ torch at {check['shapes']}, max difference",
+        other = "masked dense" if data["layout"] == "onnx" else "torch"
+        rows.append((f"ONNX Runtime ≡ {other} at {check['shapes']}, max difference",
                      f"{check['max_abs']:.1e}"))
     for check in data.get("decoder", ()):
         rows.append((f"ONNX Runtime with its cache ≡ torch, {check['batch']} rows: likeliest "

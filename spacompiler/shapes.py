@@ -10,7 +10,7 @@ from .axes import ONE, Clash, Expr, concat, is_frozen, product
 from .graph import Node
 from .idioms import base
 from .primitives import broadcast
-from .solver import Solver
+from .solver import Path, Solver
 
 
 def reshape(s: Solver, n: Node) -> None:
@@ -290,24 +290,33 @@ def cuts3(s: Solver, e: Expr, start: int, end: int) -> tuple[Expr, Expr, Expr]:
 def slice_(s: Solver, n: Node) -> None:
     """slice(x, dim, start, end, step)."""
     dims = list(s.dims[next(n.refs())])
-    dim, size = n.arg(1, "dim", 0) % len(dims), 0
-    size = dims[dim].size
-    start, end = (_clamp(n.arg(i, k, d), size) for i, k, d in ((2, "start", 0), (3, "end", size)))
-    step = n.arg(4, "step", 1)
+    bounds = (n.arg(2, "start"), n.arg(3, "end"), n.arg(4, "step", 1))
+    cut_dim(s, n, dims, n.arg(1, "dim", 0) % len(dims), bounds, (("args", 2), ("args", 3)))
+    s.put(n.outputs[0], dims)
+
+
+def cut_dim(s: Solver, n: Node, dims: list[Expr], dim: int, bounds: tuple[Any, Any, Any],
+            paths: tuple[Path, Path]) -> None:
+    """Cut one of `dims` in place by (start, end, step); `paths` say where start and end stand."""
+    size, step = dims[dim].size, bounds[2]
+    if step == -1:
+        s.space.freeze(dims[dim], f"{n.op} turns it around")
+        if not (bounds[0] in (-1, size - 1) and bounds[1] < -size):
+            raise Clash("a part of a dimension, turned around")
+        return
+    start, end = _clamp(bounds[0], size), size if bounds[1] is None else _clamp(bounds[1], size)
     if (start, end, step) == (0, size, 1):
-        s.put(n.outputs[0], dims)
         return
     if step != 1:
-        _strided(s, n, dims, dim, start, end, step)
+        dims[dim] = _strided(s, dims[dim], start, end, step)
         return
     left, middle, _ = cuts3(s, dims[dim], start, end)
     if start > 0:
-        s.edit(n, ("args", 2), left, when=dims[dim])
+        s.edit(n, paths[0], left, when=dims[dim])
     if end < size:
         upto = concat((left, middle)) if start > 0 else middle
-        s.edit(n, ("args", 3), upto, when=dims[dim])
+        s.edit(n, paths[1], upto, when=dims[dim])
     dims[dim] = middle
-    s.put(n.outputs[0], dims)
 
 
 def narrow(s: Solver, n: Node) -> None:
@@ -327,15 +336,13 @@ def _clamp(value: Any, size: int) -> int:
     return max(0, min(value + size if value < 0 else value, size))
 
 
-def _strided(s: Solver, n: Node, dims: list[Expr], dim: int, start: int, end: int,
-             step: int) -> None:
+def _strided(s: Solver, e: Expr, start: int, end: int, step: int) -> Expr:
     """x[start::step] picks one member of each run of `step`: runs go or stay whole."""
-    if end != dims[dim].size or start >= step or dims[dim].size % step:
+    if end != e.size or start >= step or e.size % step:
         raise Clash("a strided slice that is not one member of equal runs")
-    outer, inner = s.space.factor(dims[dim], step)
+    outer, inner = s.space.factor(e, step)
     cuts(s, inner, [1] * step)
-    dims[dim] = outer
-    s.put(n.outputs[0], dims)
+    return outer
 
 
 def pad(s: Solver, n: Node) -> None:

@@ -107,7 +107,7 @@ class Solver:
             return
         try:
             (row or opaque)(self, node)
-        except (Clash, ValueError, KeyError, IndexError, TypeError) as problem:
+        except (Clash, ValueError, LookupError, TypeError, ArithmeticError) as problem:
             self.give_up(node, f"{node.title()}: {problem}")
         if any(out not in self.dims for out in node.outputs):
             self._by_products(node)

@@ -38,6 +38,8 @@ def load(text: str, *, trust_remote_code: bool = False) -> Source:
     """
     if text.startswith("zoo:"):
         return _zoo(text)
+    if text.endswith(".onnx"):
+        return _onnx(text)
     if not Path(text).exists() and ":" in text:
         return _factory(text)
     return _transformers(text, text, trust_remote_code)
@@ -55,6 +57,12 @@ def _zoo(text: str) -> Source:
         return _transformers(text, str(_fetched(text, found.fetch)), False)
     module, inputs = _fetched(text, found.build)
     return Source(text, module, inputs, calibration=getattr(found, "calibration", None))
+
+
+def _onnx(text: str) -> Source:
+    from .frontends.onnx_file import open_model
+
+    return Source(text, open_model(text), {})  # type: ignore[arg-type]
 
 
 def _fetched(text: str, make: Callable[[], Any]) -> Any:

@@ -43,6 +43,11 @@ def checks(folder: Path, model: nn.Module | None = None) -> Iterator[Check]:
     if wrong:
         return
     structure = artifact.read_json(folder / "structure.json")
+    if structure["layout"] == "onnx":
+        from .emit.onnx_verify import checks as of_file
+
+        yield from of_file(folder, structure, model)
+        return
     try:
         module = load_folder(folder, model)
     except SpaError as problem:

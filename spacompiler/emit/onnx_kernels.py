@@ -1,0 +1,83 @@
+"""Convolutions and poolings in float64 for ONNX's reference implementation, by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from onnx.reference.op_run import OpRun
+from torch.nn import functional
+
+
+def _pads(x: Any, window: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
+          pads: Sequence[int] | None, auto: str) -> list[int]:
+    """Return (begin, end) per spatial dimension, from the last, as torch.nn.functional.pad."""
+    n = len(window)
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        both = []
+        for d in range(n):
+            size, reach = x.shape[2 + d], (window[d] - 1) * dilations[d] + 1
+            total = max((-(-size // strides[d]) - 1) * strides[d] + reach - size, 0)
+            small, large = total // 2, total - total // 2
+            both.append((small, large) if auto == "SAME_UPPER" else (large, small))
+    else:
+        given = list(pads or [0] * 2 * n)
+        both = [(given[d], given[d + n]) for d in range(n)]
+    return [k for pair in reversed(both) for k in pair]
+
+
+class Conv(OpRun):
+    """Conv of any number of spatial dimensions up to three."""
+
+    op_domain = ""
+
+    def _run(self, X: Any, W: Any, B: Any = None, auto_pad: Any = None,
+             dilations: Any = None, group: Any = None, kernel_shape: Any = None,
+             pads: Any = None, strides: Any = None) -> tuple[Any]:
+        n = W.ndim - 2
+        strides, dilations = strides or [1] * n, dilations or [1] * n
+        x, w = torch.from_numpy(np.ascontiguousarray(X)), torch.from_numpy(
+            np.ascontiguousarray(W))
+        auto = auto_pad.decode() if isinstance(auto_pad, bytes) else auto_pad or "NOTSET"
+        x = functional.pad(x, _pads(x, W.shape[2:], strides, dilations, pads, auto))
+        bias = None if B is None else torch.from_numpy(np.array(B))
+        run = (functional.conv1d, functional.conv2d, functional.conv3d)[n - 1]
+        return (run(x, w, bias, tuple(strides), 0, tuple(dilations), group or 1).numpy(),)
+
+
+class ConvTranspose(OpRun):
+    """ConvTranspose without output_shape."""
+
+    op_domain = ""
+
+    def _run(self, X: Any, W: Any, B: Any = None, auto_pad: Any = None,
+             dilations: Any = None, group: Any = None, kernel_shape: Any = None,
+             output_padding: Any = None, output_shape: Any = None, pads: Any = None,
+             strides: Any = None) -> tuple[Any]:
+        n = W.ndim - 2
+        if output_shape or auto_pad not in (None, "NOTSET", b"NOTSET"):
+            raise NotImplementedError("ConvTranspose with implied padding")
+        strides, dilations = strides or [1] * n, dilations or [1] * n
+        run = (functional.conv_transpose1d, functional.conv_transpose2d,
+               functional.conv_transpose3d)[n - 1]
+        y = run(torch.from_numpy(np.ascontiguousarray(X)), torch.from_numpy(
+            np.ascontiguousarray(W)), None if B is None else torch.from_numpy(np.array(B)),
+            tuple(strides), 0, tuple(output_padding or [0] * n), group or 1, tuple(dilations))
+        given = list(pads or [0] * 2 * n)
+        for d in range(n):
+            y = y.narrow(2 + d, given[d], y.shape[2 + d] - given[d] - given[d + n])
+        return (y.contiguous().numpy(),)
+
+
+class GlobalAveragePool(OpRun):
+    """Mean over all spatial dimensions."""
+
+    op_domain = ""
+
+    def _run(self, X: Any) -> tuple[Any]:
+        return (X.mean(axis=tuple(range(2, X.ndim)), keepdims=True),)
+
+
+KERNELS = (Conv, ConvTranspose, GlobalAveragePool)

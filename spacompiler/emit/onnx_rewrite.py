@@ -1,0 +1,415 @@
+"""Carry out a plan on an ONNX graph: slice initialisers, re-write sizes, drop what is dead.
+
+Sizes that a plan changes stand in attributes, in constants, or in shape arithmetic at run time.
+The pruned graph is inferred anew on the way: where arithmetic gives the wanted size by itself
+(it reads a shape that shrank) nothing is touched; a constant is changed at its source; else the
+computed size is scaled. At the end every value must have the shape that the algebra says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import gcd, prod
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from ..axes import Choices, atoms, keep_mask, kept_size, take
+from ..errors import ProofError
+from ..frontends.onnx_lower import OnnxTrace, Place
+from ..frontends.onnx_shapes import Facts, infer
+from ..groups import Solution
+from ..slicing import NormChange, norm_changes
+from ..solver import Path
+
+MaybeWrong = Mapping[str, Choices]
+
+
+class Arrays:
+    """Pruned arrays by name, sliced when they are asked for."""
+
+    def __init__(self, trace: OnnxTrace, solution: Solution, choices: Choices,
+                 wrong: MaybeWrong | None = None) -> None:
+        self._trace, self._dims, self._choices = trace, solution.weights(), choices
+        self._wrong = wrong or {}
+        self._gains: dict[str, NormChange] = {
+            c.norm.gain: c for c in norm_changes(solution, choices)}
+
+    def changed(self) -> Iterator[str]:
+        """Yield the names of the arrays that a plan changes."""
+        for name, dims in self._dims.items():
+            if name in self._gains or any(a in self._choices for e in dims for a in atoms(e)):
+                yield name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(kept_size(e, self._choices) for e in self._dims[name])
+
+    def array(self, name: str) -> np.ndarray:
+        """Return the kept part of a stored array, gains of RMSNorms corrected."""
+        array = take(self._trace.stored(name), self._dims[name],
+                     self._wrong.get(name, self._choices))
+        change = self._gains.get(name)
+        if change is not None:
+            offset = change.norm.offset
+            array = ((array.astype(np.float64) + offset) * change.gain - offset).astype(array.dtype)
+        return np.ascontiguousarray(array)
+
+
+def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
+            wrong: MaybeWrong | None = None) -> ir.Model:
+    """Return the pruned model; arrays are sliced when they are read.
+
+    Raises ProofError if a value does not have the shape that the algebra gives it.
+    """
+    model = trace.model.clone()
+    arrays = Arrays(trace, solution, choices, wrong)
+    values = {v.name: v for v in _values(model)}
+    for name in arrays.changed():
+        _store(model, values[name], _lazy(arrays, name, trace), arrays.shape(name))
+    _Sizes(trace, solution, choices, model).write()
+    _clean(model)
+    return model
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    graph = model.graph
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph.all_nodes():
+        yield from node.outputs
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from attribute.as_graph().initializers.values()
+
+
+def _lazy(arrays: Arrays, name: str, trace: OnnxTrace) -> ir.LazyTensor:
+    dtype = ir.DataType(trace.facts.types[name])
+    return ir.LazyTensor(
+        lambda: ir.Tensor(arrays.array(name), dtype=dtype, name=name), dtype=dtype,
+        shape=ir.Shape(arrays.shape(name)), name=name)
+
+
+def _store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
+           shape: tuple[int, ...]) -> None:
+    """Let a value be the initialiser `tensor`; a node that made it goes."""
+    maker = value.producer()
+    if maker is not None:
+        name, graph = value.name, model.graph
+        stored = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape),
+                          type=ir.TensorType(tensor.dtype))
+        value.name = f"{name}_dense"
+        ir.convenience.replace_all_uses_with(value, stored)
+        graph.remove(maker, safe=True)
+        graph.register_initializer(stored)
+        return
+    value.const_value = tensor
+    value.shape = ir.Shape(shape)
+
+
+def _clean(model: ir.Model) -> None:
+    """Drop dead nodes and unused initialisers, and what the file said about shapes inside."""
+    passes.RemoveUnusedNodesPass()(model)
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
+
+
+@dataclass
+class _Sizes:
+    """Writes the solver's edits into a cloned model."""
+
+    trace: OnnxTrace
+    solution: Solution
+    choices: Choices
+    model: ir.Model
+    nodes: dict[str, ir.Node] = field(default_factory=dict)
+
+    def write(self) -> None:
+        self.nodes = dict(zip(self.trace.nodes, _same_nodes(self.trace, self.model), strict=True))
+        wanted = self._wanted()
+        for name, edits in wanted.items():
+            for place, changes in edits.items():
+                self._direct(self.nodes[name], place, changes)
+        by_node = {id(self.nodes[n]): (n, edits) for n, edits in wanted.items()}
+        seen: set[int] = set()
+
+        def visit(node: ir.Node, facts: Facts) -> None:
+            if id(node) in by_node and id(node) not in seen:
+                seen.add(id(node))
+                self._computed(node, *by_node[id(node)], facts)
+            self._unmoved(node, facts)
+
+        sizes = {n: a.shape for n, a in self.trace.feeds.items()}
+        from ..emit.onnx_run import run
+
+        facts = infer(self.model, sizes, visit=visit,
+                      observe=lambda names: run(self.model, self.trace.feeds, names))
+        self._check(facts)
+
+    def _wanted(self) -> dict[str, dict[Place, dict[int | None, Any]]]:
+        """node -> place -> element (None: the whole) -> value after pruning."""
+        found: dict[str, dict[Place, dict[int | None, Any]]] = {}
+        for edit in self.solution.solver.edits:
+            if kept_size(edit.when, self.choices) != edit.when.size:
+                value = kept_size(edit.expr, self.choices) if edit.value is None else edit.value
+                self._want(found, edit.node, edit.path, value)
+        for change in norm_changes(self.solution, self.choices):
+            self._want(found, change.norm.eps_node, ("args", change.norm.eps_arg), change.eps)
+        return found
+
+    def _want(self, found: dict[str, Any], node: str, path: Path, value: Any) -> None:
+        place = self.trace.places.get((node, path[1]))
+        if place is not None:
+            element = path[2] if len(path) > 2 else None
+            found.setdefault(node, {}).setdefault(place, {})[element] = value
+
+    # --- attributes and constants -------------------------------------------------------------
+
+    def _direct(self, node: ir.Node, place: Place, changes: Mapping[int | None, Any]) -> None:
+        if place.kind == "attr":
+            _set_attribute(node, place.key, changes, self._dense(node, place))
+            return
+        value = node.inputs[place.key] if place.key < len(node.inputs) else None
+        if value is None:
+            self._new_input(node, place, changes)
+            return
+        for element, new in changes.items():
+            edge = _source(self.trace.facts, node, place.key, element or 0)
+            if edge is not None:
+                self._set_constant(*edge, new)
+
+    def _dense(self, node: ir.Node, place: Place) -> Any:
+        """The value of an argument that the file leaves out."""
+        name = next(n for n, other in self.nodes.items() if other is node)
+        at = next(i for (n, i), p in self.trace.places.items() if n == name and p == place)
+        ir_node = next(n for n in self.trace.graph.nodes if n.name == name)
+        return ir_node.arg(at, "")
+
+    def _new_input(self, node: ir.Node, place: Place, changes: Mapping[int | None, Any]) -> None:
+        dense = list(self._dense(node, place))
+        for element, new in changes.items():
+            dense[element or 0] = new
+        made = self._constant(np.array(dense, dtype=np.int64), f"{node.outputs[0].name}_sizes")
+        while len(node.inputs) <= place.key:
+            node.resize_inputs(len(node.inputs) + 1)
+        node.replace_input_with(place.key, made)
+        node.attributes.pop("num_outputs", None)
+
+    def _constant(self, array: np.ndarray, name: str) -> ir.Value:
+        while name in self.model.graph.initializers:
+            name += "_"
+        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name),
+                         shape=ir.Shape(array.shape),
+                         type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _set_constant(self, user: ir.Node, index: int, element: int, new: Any) -> None:
+        """Change one element of a constant input; other users keep the old constant."""
+        value = user.inputs[index]
+        assert value is not None and value.const_value is not None
+        array = np.array(value.const_value.numpy())
+        flat = array.reshape(-1)
+        if array.dtype.kind in "iu" and flat[element] in (0, -1) and user.op_type == "Reshape":
+            return  # copied or inferred sizes follow by themselves
+        if flat[element] == new:
+            return
+        flat[element] = new
+        if len(list(value.uses())) > 1 or value.is_graph_output():
+            user.replace_input_with(index, self._constant(array, f"{value.name}_pruned"))
+        else:
+            value.const_value = ir.Tensor(array, name=value.name)
+
+    # --- what is computed at run time ---------------------------------------------------------
+
+    def _computed(self, node: ir.Node, name: str, edits: Mapping[Place, Mapping[int | None, Any]],
+                  facts: Facts) -> None:
+        for place, changes in edits.items():
+            value = node.inputs[place.key] if place.kind == "input" else None
+            have = facts.known.get(value.name or "") if value is not None else None
+            if have is None:
+                continue
+            times, over = np.ones(have.size, np.int64), np.ones(have.size, np.int64)
+            for element, new in changes.items():
+                now = have.reshape(-1)[element or 0]
+                if have.dtype.kind in "iu" and now > 0 and now != new:
+                    common = gcd(int(now), int(new))
+                    times[element or 0], over[element or 0] = new // common, now // common
+            if (times != over).any():
+                self._scale(node, place.key, have.shape, times, over)
+                infer_again(self.model, node, facts)
+
+    def _scale(self, node: ir.Node, index: int, shape: tuple[int, ...], times: np.ndarray,
+               over: np.ndarray) -> None:
+        value = node.inputs[index]
+        assert value is not None and node.graph is not None
+        for op, numbers in (("Mul", times), ("Div", over)):
+            constant = self._constant(numbers.reshape(shape), f"{value.name}_{op.lower()}")
+            step = ir.Node("", op, [value, constant], num_outputs=1,
+                           name=f"{node.name}_{op.lower()}")
+            step.outputs[0].name = f"{value.name}_{op.lower()}_{node.outputs[0].name}"
+            node.graph.insert_before(node, step)
+            value = step.outputs[0]
+        node.replace_input_with(index, value)
+
+    def _unmoved(self, node: ir.Node, facts: Facts) -> None:
+        """Numbers that a node computes with, not sizes, stay what they were before pruning."""
+        if all(o.name in self.trace.facts.known for o in node.outputs):
+            return
+        for i, value in enumerate(node.inputs):
+            was = self.trace.facts.known.get(value.name or "") if value is not None else None
+            now = facts.known.get(value.name or "") if value is not None else None
+            if value is None or was is None or now is None or was.dtype.kind != "f" or \
+                    value.const_value is not None or np.array_equal(was, now):
+                continue
+            made = self._constant(was, f"{value.name}_dense")
+            node.replace_input_with(i, made)
+            _know(facts, made, was)
+
+    def _check(self, facts: Facts) -> None:
+        for node in self.solution.graph.nodes:
+            for out in node.outputs:
+                dims = self.solution.solver.dims[out]
+                want = tuple(kept_size(e, self.choices) for e in dims)
+                have = facts.shapes.get(out)
+                if have is not None and have != want:
+                    raise ProofError(
+                        f"{out!r} would have the shape {list(have)}, not {list(want)}",
+                        where=node.title(), why="a size in the file does not follow its axis",
+                        fix="please report it; --ignore the groups of that layer to go on")
+
+
+def _know(facts: Facts, value: ir.Value, array: np.ndarray) -> None:
+    name = value.name or ""
+    facts.known[name], facts.shapes[name] = array, array.shape
+    facts.types[name] = int(ir.DataType.from_numpy(array.dtype))
+
+
+def infer_again(model: ir.Model, node: ir.Node, facts: Facts) -> None:
+    """Infer the nodes that were put before `node` (its computed sizes)."""
+    from ..frontends.onnx_shapes import _Inference
+
+    step = _Inference(model, facts, None)
+    made = [v.producer() for v in node.inputs if v is not None and v.name not in facts.shapes]
+    for maker in made:
+        before = maker.inputs[0].producer() if maker is not None else None  # type: ignore[union-attr]
+        for each in (before, maker):
+            if each is not None:
+                for value in each.inputs:
+                    if value is not None and value.const_value is not None:
+                        step._stored(value)
+                step._node(each)
+
+
+def _same_nodes(trace: OnnxTrace, model: ir.Model) -> Iterator[ir.Node]:
+    """Yield the clones of the trace's nodes, in the trace's order."""
+    order = {id(old): new for old, new in zip(
+        trace.model.graph.all_nodes(), model.graph.all_nodes(), strict=True)}
+    for node in trace.nodes.values():
+        yield order[id(node)]
+
+
+def _set_attribute(node: ir.Node, key: str, changes: Mapping[int | None, Any],
+                   dense: Any) -> None:
+    have = node.attributes[key].value if key in node.attributes else dense
+    if None in changes:
+        new: Any = changes[None]
+    else:
+        new = list(have)
+        for element, value in changes.items():
+            new[element] = value
+    node.attributes[key] = ir.convenience.convert_attribute(key, new)
+
+
+def _source(facts: Facts, node: ir.Node, index: int,
+            element: int) -> tuple[ir.Node, int, int] | None:
+    """Find where an element of an input is stored: (user, input, element) of a constant.
+
+    Looks through Concat, Unsqueeze, Squeeze, Reshape, Cast and Identity; None if it is computed.
+    """
+    value = node.inputs[index]
+    if value is None or value.const_value is not None:
+        return None if value is None else (node, index, element)
+    maker = value.producer()
+    if maker is None:
+        return None
+    if maker.op_type in ("Unsqueeze", "Squeeze", "Reshape", "Cast", "Identity"):
+        return _source(facts, maker, 0, element)
+    if maker.op_type == "Concat":
+        for i, part in enumerate(maker.inputs):
+            size = prod(facts.shapes.get(part.name or "", ())) if part is not None else 0
+            if element < size:
+                return _source(facts, maker, i, element)
+            element -= size
+    return None
+
+
+# --- masks ------------------------------------------------------------------------------------
+
+
+def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
+    """Return the dense model in which every consumer of a removed slice reads zero."""
+    model = trace.model.clone()
+    nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
+    made: dict[str, ir.Value] = {}
+    for name, tensors in _touched(solution, choices).items():
+        node = nodes[name]
+        for tensor in sorted(tensors):
+            for i, value in enumerate(node.inputs):
+                if value is not None and value.name == tensor:
+                    mask = keep_mask(solution.solver.dims[tensor], choices)
+                    number = trace.facts.types[tensor]
+                    node.replace_input_with(i, _where(model, node, value, mask, number, made))
+    _clean(model)
+    return model
+
+
+def _touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
+    """What each node reads through a mask: activations, weights where it reads no other."""
+    found: dict[str, set[str]] = {}
+    stored: dict[str, set[str]] = {}
+    always: dict[str, set[str]] = {}
+    for read in solution.solver.reads:
+        if choices.keys() & set(atoms(solution.solver.dims[read.tensor][read.dim])):
+            static = solution.graph.tensors[read.tensor].static
+            kind = always if read.how == "recurrent" else stored if static else found
+            kind.setdefault(read.node, set()).add(read.tensor)
+    merged = {**stored, **found}
+    for node, tensors in always.items():
+        merged[node] = merged.get(node, set()) | tensors
+    return merged
+
+
+def _where(model: ir.Model, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int,
+           made: dict[str, ir.Value]) -> ir.Value:
+    """Insert Where(mask, value, 0) once for each value."""
+    name = value.name or ""
+    if name in made:
+        return made[name]
+    graph = node.graph
+    zero = np.zeros((), ir.DataType(number).numpy())
+    parts = []
+    for label, array in (("mask", mask), ("zero", zero)):
+        title = f"{name}_{label}"
+        part = ir.Value(name=title, const_value=ir.Tensor(array, name=title),
+                        shape=ir.Shape(array.shape),
+                        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+        model.graph.register_initializer(part)
+        parts.append(part)
+    step = ir.Node("", "Where", [parts[0], value, parts[1]], num_outputs=1, name=f"{name}_where")
+    step.outputs[0].name = f"{name}_masked"
+    first = min((user for user, _ in value.uses() if user.graph is graph and user is not step),
+                key=_position(graph), default=node)
+    graph.insert_before(first, step)  # type: ignore[union-attr]
+    if graph is model.graph:
+        made[name] = step.outputs[0]
+    return step.outputs[0]
+
+
+def _position(graph: Any) -> Any:
+    order = {id(n): i for i, n in enumerate(graph)}
+    return lambda node: order[id(node)]

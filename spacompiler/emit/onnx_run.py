@@ -1,0 +1,69 @@
+"""Run a model in ONNX Runtime from memory: weights are lent, not copied into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from ..errors import SpaError
+from ..frontends.onnx_file import external, skeleton
+
+
+class KernelMissing(SpaError):
+    """ONNX Runtime has no kernel for an operator in this type."""
+
+
+class Session:
+    """A model opened in ONNX Runtime; `extra` values are returned besides its outputs.
+
+    Raises SpaError (KernelMissing) if ONNX Runtime does not accept it.
+    """
+
+    def __init__(self, model: ir.Model, extra: Sequence[str] = (), *, fuse: bool = False) -> None:
+        proto = skeleton(model)
+        have = {o.name for o in proto.graph.output}
+        proto.graph.output.extend(
+            onnx.helper.make_empty_tensor_value_info(n) for n in extra if n not in have)
+        self._arrays = {n: np.ascontiguousarray(a) for n, a in external(model).items()}
+        options = ort.SessionOptions()
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if fuse else level.ORT_DISABLE_ALL
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        self._lent = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays.values()]
+        if self._lent:
+            options.add_external_initializers(list(self._arrays), self._lent)
+        try:
+            self._session = ort.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as problem:  # ONNX Runtime raises its own kinds
+            raise _refused("ONNX Runtime does not accept the model", problem) from problem
+
+    def run(self, feeds: Mapping[str, np.ndarray],
+            names: Sequence[str] | None = None) -> list[Any]:
+        """Return the named values (by default all outputs) for these inputs."""
+        wanted = {i.name for i in self._session.get_inputs()}
+        try:
+            return list(self._session.run(
+                list(names) if names is not None else None,
+                {n: a for n, a in feeds.items() if n in wanted}))
+        except Exception as problem:
+            raise _refused("ONNX Runtime cannot run the model", problem) from problem
+
+
+def _refused(what: str, problem: Exception) -> SpaError:
+    reason = str(problem).strip().splitlines()[0][:400]
+    kind = KernelMissing if "NOT_IMPLEMENTED" in reason else SpaError
+    return kind(what, why=reason, fix="the example inputs may not fit (--calibration inputs.npz), "
+                                      "or this version of ONNX Runtime lacks an operator")
+
+
+def run(model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
+    """Run a model once and return the named values."""
+    return dict(zip(names, Session(model, names).run(feeds, names), strict=True))

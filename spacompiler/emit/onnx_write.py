@@ -1,0 +1,132 @@
+"""Write a pruned ONNX file, and check the file as it lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+
+from .. import artifact
+from ..errors import ProofError, SpaError
+from ..frontends.onnx_file import OnnxFile, example
+from ..frontends.onnx_lower import OnnxTrace, trace
+from ..frontends.onnx_ops import TABLE
+from ..groups import solve
+from ..pipeline import Job
+from ..proof import relative_error
+from .latency import compare_latency, open_session, run_session
+from .onnx_proof import as_tensors
+from .onnx_rewrite import masked
+from .onnx_run import Session
+
+EXTERNAL_BYTES = 2**30
+LATENCY_BYTES = 2**29
+TOLERANCE = 1e-3
+RELOAD_TOLERANCE = 1e-4
+
+
+def write_file(job: Job, folder: Path, data: dict[str, Any]) -> None:
+    """Write model.onnx, structure.json and check.safetensors into an artifact's folder.
+
+    Raises ProofError if the file does not pass ONNX's full check or gives other results.
+    """
+    traced: OnnxTrace = job.trace  # type: ignore[assignment]
+    path = folder / "model.onnx"
+    size = save(job.pruned, path)
+    full_check(path)
+    job.progress("checking the file", 1, 4)
+    want = Session(job.pruned).run(traced.feeds)
+    got = run_session(open_session(path), traced.feeds)
+    error = relative_error(as_tensors(got), as_tensors(want))
+    if error > RELOAD_TOLERANCE:
+        raise ProofError("the written file differs from the model in memory",
+                         why=f"relative error {error:.1e} in ONNX Runtime",
+                         fix="please report it")
+    data["reload"] = f"the file's results are those of the model in memory to {error:.1e}"
+    data["onnx"] = elsewhere(job, path)
+    artifact.save_check(folder / "check.safetensors", (), {
+        n: torch.from_numpy(np.array(a)) for n, a in traced.feeds.items()},
+        [torch.from_numpy(np.array(a)) for a in got])
+    artifact.write_json(folder / "structure.json", structure(job, traced))
+    data["latency"] = None
+    if job.recipe.latency and size <= LATENCY_BYTES:
+        job.progress("measuring latency", 2, 4)
+        data["latency"] = _latency(traced, path)
+
+
+def save(model: ir.Model, path: Path) -> int:
+    """Save a model, large ones with external data beside it; return the bytes of weights."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values()
+               if v.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_BYTES else None)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.chmod(0o644)
+    return size
+
+
+def full_check(path: Path) -> None:
+    """Raise ProofError unless ONNX's checker, shape inference included, accepts a file."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as problem:
+        raise ProofError("the written file fails ONNX's full check",
+                         why=str(problem).strip().splitlines()[0][:300],
+                         fix="please report it") from problem
+
+
+def structure(job: Job, traced: OnnxTrace) -> dict[str, Any]:
+    """Return what a loader needs beside the file."""
+    file: OnnxFile = traced.file
+    return {"layout": "onnx", "emission": "graph", "model": job.name, "class": "",
+            "attributes": [], "source_sha256": file.digest,
+            "opset": dict(file.model.opset_imports),
+            "inputs": {"args": 0, "kwargs": list(traced.feeds), "constants": {}}}
+
+
+def other_sizes(traced: OnnxTrace) -> dict[str, tuple[int, ...]] | None:
+    """Return input sizes that differ from the traced ones in every varying dimension."""
+    graph, found = traced.graph, {}
+    for name in graph.inputs:
+        tensor = graph.tensors[name]
+        step = 32 if len(tensor.shape) >= 4 else 1
+        found[name] = tuple(
+            n + (1 if d == 0 else step) if d in tensor.dynamic else n
+            for d, n in enumerate(tensor.shape))
+    return found if any(traced.graph.tensors[n].dynamic for n in graph.inputs) else None
+
+
+def elsewhere(job: Job, path: Path) -> list[dict[str, Any]]:
+    """Compare the file with the masked dense model at other sizes, solved anew for them."""
+    traced: OnnxTrace = job.trace  # type: ignore[assignment]
+    sizes = other_sizes(traced)
+    if sizes is None:
+        return []
+    try:
+        feeds = example(traced.file, sizes, seed=1)
+        other = trace(traced.file, feeds)
+        solution = solve(other.graph, TABLE)
+        want = Session(masked(other, solution, job.plan.choices(solution))).run(feeds)
+    except SpaError as problem:
+        job.notes.append(f"not checked at other sizes than the traced ones: {problem.what}")
+        return []
+    got = run_session(open_session(path), feeds)
+    error = relative_error(as_tensors(got), as_tensors(want))
+    if error > TOLERANCE:
+        raise ProofError("the written file differs from the masked dense model at other sizes",
+                         where=str(sizes), why=f"relative error {error:.1e}",
+                         fix="please report it")
+    return [{"shapes": {n: list(s) for n, s in sizes.items()}, "max_abs": error,
+             "max_rel": error}]
+
+
+def _latency(traced: OnnxTrace, path: Path) -> dict[str, Any]:
+    feeds: Mapping[str, np.ndarray] = traced.feeds
+    times = compare_latency({"dense": traced.file.path, "pruned": path}, feeds)
+    return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
+               for n, t in times.items()}, "threads": 1,
+            "shapes": {n: list(a.shape) for n, a in feeds.items()}}
