@@ -113,7 +113,9 @@ def test_each_group_alone(name: str) -> None:
 def test_a_wrong_index_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     solution = solved(name)
     choices = half(solution)
-    _, wrong = swap(traced(name), solution, choices, seed=0)
+    program = traced(name).program
+    stored = {**program.state_dict, **program.constants}
+    _, wrong = swap(stored.__getitem__, solution, choices, seed=0)
 
     def pruned(*args: Any, **kwargs: Any) -> list[Any]:
         return run_pruned(*args, **{**kwargs, "wrong": wrong})
