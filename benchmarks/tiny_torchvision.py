@@ -1,4 +1,7 @@
-"""torchvision's models at small image sizes: one or two of each architecture, random weights."""
+"""Every float model that torchvision builds, at small image sizes, with random weights.
+
+Detection models take lists of images and choose boxes by data: they are traced in parts.
+"""
 
 from __future__ import annotations
 
@@ -18,54 +21,69 @@ for _name in ("nms", "qnms"):
         _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import torchvision  # noqa: E402
+from torchvision.models import list_models  # noqa: E402
 
-Built = tuple[nn.Module, tuple[torch.Tensor, ...]]
-
-IMAGES = {
-    64: """alexnet densenet121 efficientnet_b0 efficientnet_v2_s googlenet mnasnet0_5
-        mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18
-        resnet50 resnext50_32x4d wide_resnet50_2 shufflenet_v2_x0_5 squeezenet1_0 squeezenet1_1
-        swin_t swin_v2_t convnext_tiny""",
-    32: "vgg11 vgg11_bn",
-    96: "inception_v3",
-    224: "vit_b_32 maxvit_t",
-}
-SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large " \
-               "lraspp_mobilenet_v3_large"
-VIDEO = "r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b swin3d_t"
+Built = tuple[nn.Module, tuple[Any, ...]]
+DETECTION = torchvision.models.detection
+# prefix of a model's name -> side of its images (the longest prefix counts; else 64)
+_SIZES = {"vgg": 32, "inception": 96, "maxvit": 224, "vit_h": 56, "mvit": 224, "s3d": 224,
+          "raft": 128, "swin3d": 32, "r3d": 32, "mc3": 32, "r2plus1d": 32, "ssd300": 300,
+          "ssdlite": 320}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False},
-    "vit_b_32": {"image_size": 64}, "maxvit_t": {"input_size": (224, 224)},
+    "vit_b": {"image_size": 64}, "vit_l": {"image_size": 64}, "vit_h": {"image_size": 56},
+    "maxvit_t": {"input_size": (224, 224)},
 }
-_SIZES = {"vit_b_32": 64}
-# Forty residual blocks of redrawn weights overflow its gates: there only constants are redrawn.
-_GENTLE = {"efficientnet_v2_s"}
+_FRAMES = {"mvit": 16, "s3d": 16}
+# Forty residual blocks of redrawn weights overflow gates: there only constants are redrawn.
+_GENTLE = ("efficientnet", "regnet_y", "raft")
 
 
-def _image(name: str, size: int) -> Built:
+def _by_prefix(table: dict[str, Any], name: str, default: Any) -> Any:
+    fitting = [prefix for prefix in table if name.startswith(prefix)]
+    return table[max(fitting, key=len)] if fitting else default
+
+
+def _module(name: str, **options: Any) -> nn.Module:
     with seeded(0):
-        module = torchvision.models.get_model(name, weights=None, **_OPTIONS.get(name, {}))
-        redraw = randomise if name in _GENTLE else randomise_all
-        return redraw(module), (images(size=_SIZES.get(name, size)),)
+        options |= _by_prefix(_OPTIONS, name, {})
+        module = torchvision.models.get_model(name, weights=None, **options)
+        return (randomise if name.startswith(_GENTLE) else randomise_all)(module)
+
+
+def _image(name: str) -> Built:
+    return _module(name), (images(size=_by_prefix(_SIZES, name, 64)),)
 
 
 def _segmentation(name: str) -> Built:
-    with seeded(0):
-        make = getattr(torchvision.models.segmentation, name)
-        return randomise_all(make(weights=None, weights_backbone=None)), (images(size=64),)
+    return _module(name, weights_backbone=None), (images(size=64),)
 
 
 def _video(name: str) -> Built:
-    frames, size = (16, 224) if name.startswith(("mvit", "s3d")) else (8, 32)
+    size = _by_prefix(_SIZES, name, 64)
     with seeded(0):
-        module = getattr(torchvision.models.video, name)(weights=None)
-        clip = torch.stack([images(size=size) for _ in range(frames)], 2)
-        return randomise_all(module), (clip,)
+        clip = [images(size=size) for _ in range(_by_prefix(_FRAMES, name, 8))]
+    return _module(name), (torch.stack(clip, 2),)
 
 
-MODELS: dict[str, Callable[[], Built]] = {
-    **{name: partial(_image, name, size) for size, names in IMAGES.items()
-       for name in names.split()},
-    **{name: partial(_segmentation, name) for name in SEGMENTATION.split()},
-    **{name: partial(_video, name) for name in VIDEO.split()},
+def _flow(name: str) -> Built:
+    with seeded(0):
+        pair = [images(size=128) for _ in range(2)]
+    return _module(name), (*pair,)
+
+
+def _detection(name: str) -> Built:
+    size = _by_prefix(_SIZES, name, 128)
+    module = _module(name, weights_backbone=None).eval()
+    module.transform.min_size, module.transform.max_size = (size,), size
+    return module, (list(images(size=size)),)
+
+
+_KINDS: dict[Any, Callable[[str], Built]] = {
+    torchvision.models.segmentation: _segmentation, torchvision.models.video: _video,
+    torchvision.models.optical_flow: _flow, DETECTION: _detection,
 }
+_MADE = {name: make for kind, make in _KINDS.items() for name in list_models(kind)}
+MODELS: dict[str, Callable[[], Built]] = {
+    name: partial(_MADE.get(name, _image), name) for name in list_models()
+    if not name.startswith("quantized")}

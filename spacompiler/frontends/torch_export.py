@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
 from ..graph import Graph, Node, Ref, Tensor
+from .functional import make_functional
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 _KINDS = {
@@ -105,7 +106,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 warnings.simplefilter("ignore")
                 program = torch.export.export(
                     module, args, kwargs, dynamic_shapes=shapes, strict=False)
-                return program if _is_functional(program) else program.run_decompositions({})
+                return program if make_functional(program) else program.run_decompositions({})
         except Exception as problem:  # the tracer raises many kinds
             problems.append(problem)
     reason = str(problems[-1]).strip().splitlines()
@@ -122,17 +123,6 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in zip(module.graph.nodes, made.graph.nodes, strict=True):
         new.name = old.name
     return made
-
-
-def _is_functional(program: ExportedProgram) -> bool:
-    """True if no operator writes into its operands or holds a sub-graph: as good as decomposed.
-
-    Making a program functional costs twice as much as tracing it, so it is done only where needed.
-    """
-    return all(
-        (isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable)
-        or node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
-        for node in program.graph.nodes if node.op == "call_function")
 
 
 def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
