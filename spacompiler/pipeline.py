@@ -32,6 +32,7 @@ from .groups import Group, Solution, solve
 from .plan import Plan, make_plan
 from .proof import CONTROL, Proof, prove
 from .recipe import METRICS, Recipe, parse_target
+from .runner import Runner
 from .scores import Scores
 from .slicing import Slicer
 from .statistics import forward_only
@@ -367,6 +368,29 @@ def pruned_program(job: Job) -> Any:
     return _program(job)
 
 
+def _prove_module(job: Job) -> Proof:
+    """Prove the plan on the traced program, and that the program is the module."""
+    args, kwargs = job.trace.args, job.trace.kwargs
+    with torch.no_grad():
+        traced = Runner(job.trace.program).call(args, kwargs)
+    difference = runs_like(job.module, args, kwargs, traced)
+    if difference and not runs_like(job.module, args, kwargs, _called(job.module, args, kwargs)):
+        raise ProofError(
+            "the traced program does not compute what the module does", why=difference,
+            fix="the module's code may write into values that others alias, or choose by data")
+    return prove(job.trace, job.solution, job.choices, seed=job.recipe.seed)
+
+
+def _called(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            return torch.utils._pytree.tree_leaves(module(*args, **kwargs))
+    finally:
+        module.train(was)
+
+
 def _write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
     from .write import write_module
 
@@ -378,7 +402,7 @@ TORCH = Backend(
     trace=_trace_module,
     context=lambda job: Scores(job.trace, job.solution, job.recipe.seed),
     digest=lambda job: weights_hash(job.module),
-    prove=lambda job: prove(job.trace, job.solution, job.choices, seed=job.recipe.seed),
+    prove=_prove_module,
     emit=_emit_module,
     write=_write_module,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _views(node: Any) -> Iterator[fx.Node]:
 def _written(graph: fx.Graph, write: fx.Node, views: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     """What later readers read instead of the value written and of what it was sliced from."""
     now, at = {views[0]: write}, write
-    for view, whole in zip(views, views[1:], strict=False):
+    for view, whole in pairwise(views):
         with graph.inserting_after(at):
             at = graph.call_function(_BACK[view.target],
                                      (view.args[0], now[view], *view.args[1:]), view.kwargs)
@@ -90,8 +91,9 @@ def _written(graph: fx.Graph, write: fx.Node, views: list[fx.Node]) -> dict[fx.N
 def _storages(node: Any) -> set[Any]:
     """The storages of a node's traced results; dropout hands on its operand in eval mode."""
     handed_on = _storages(node.args[0]) if "dropout" in str(node.target) and node.args else set()
-    return handed_on | {value.untyped_storage()._cdata for value in pytree.tree_leaves(node.meta.get("val"))
-            if isinstance(value, torch.Tensor)}
+    values = pytree.tree_leaves(node.meta.get("val"))
+    return handed_on | {value.untyped_storage()._cdata for value in values
+                        if isinstance(value, torch.Tensor)}
 
 
 def _is_pure(node: fx.Node) -> bool:
