@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 _ATEN = torch.ops.aten
 # a view -> the operator that puts a changed view back into what it was taken from
-_BACK = {_ATEN.slice.Tensor: _ATEN.slice_scatter.default,
-         _ATEN.select.int: _ATEN.select_scatter.default}
+_BACK: dict[Any, Any] = {_ATEN.slice.Tensor: _ATEN.slice_scatter.default,
+                          _ATEN.select.int: _ATEN.select_scatter.default}
 
 
 def make_functional(program: ExportedProgram) -> bool:
