@@ -14,8 +14,7 @@ from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import trace
 from spacompiler.groups import solve
-from spacompiler.live import pruner as pruner_module
-from spacompiler.live import ramp
+from spacompiler.live import ramp, shrinking
 from spacompiler.models_zoo import load
 from spacompiler.scores import Scores
 
@@ -119,7 +118,7 @@ def test_a_run_shrinks_in_place_to_the_target(make):
     for p in model.parameters():
         assert optimizer.state[p]["exp_avg"].shape == optimizer.state[p]["exp_avg_sq"].shape \
             == p.shape
-    assert pruner.proof.holds and pruner.proof.control > 1e-4
+    assert pruner.live.proof.holds and pruner.live.proof.control > 1e-4
     assert pruner.costs()["params"]["pruned"] == sum(p.numel() for p in model.parameters())
 
 
@@ -135,7 +134,7 @@ def test_weights_and_state_are_the_kept_slices(optimizer):
     old = [p.detach().clone() for p in model.parameters()]
     state = [copy.deepcopy(made.state[p]) for p in model.parameters()]
     assert pruner.shrink()
-    first, second = (np.flatnonzero(pruner._kept.table(g.name)) for g in pruner.groups)
+    first, second = (np.flatnonzero(pruner.live.kept.table(g.name)) for g in pruner.groups)
     assert len(first) < 24 and len(second) < 16
     index = [(first, None), (first,), (second, first), (second,), (None, second), (None,)]
 
@@ -176,7 +175,7 @@ def test_gradients_of_the_moment_are_sliced_too():
     functional.cross_entropy(model(x), y).backward()
     old = model[0].weight.grad.clone()
     pruner.shrink()
-    kept = torch.from_numpy(np.flatnonzero(pruner._kept.table(pruner.groups[0].name)))
+    kept = torch.from_numpy(np.flatnonzero(pruner.live.kept.table(pruner.groups[0].name)))
     assert torch.equal(model[0].weight.grad, old[kept])
 
 
@@ -244,14 +243,14 @@ def test_a_wrong_shrink_is_undone_and_refused():
 def test_a_wrong_slice_is_caught(monkeypatch):
     """The check can fail: slices taken from the wrong place are no masked model."""
     model, _, pruner = start(mlp, importance="magnitude")
-    right = pruner_module.operate_in_place
+    right = shrinking.operate_in_place
 
     def wrong(*args):
         undo = right(*args)
         model[0].weight.data = model[0].weight.data.flip(0)
         return undo
 
-    monkeypatch.setattr(pruner_module, "operate_in_place", wrong)
+    monkeypatch.setattr(shrinking, "operate_in_place", wrong)
     with pytest.raises(ProofError):
         pruner.shrink()
 
@@ -286,7 +285,7 @@ def test_gates_are_those_of_calibration(make):
         found[0].flatten(0, 1) if make is llama else found[0], y), groups=groups)
     for group in groups:
         for kind in ("gates", "token_gates"):
-            got = getattr(pruner._watch, kind)(pruner.solution.groups[group.name])
+            got = getattr(pruner._watch, kind)(pruner.live.solution.groups[group.name])
             want = getattr(context, kind)(group)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
 

@@ -8,7 +8,7 @@ stock modules stand in one table; those that a module's own code reads are found
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,29 +130,6 @@ def _eps_changes(module: nn.Module, solution: Solution,
         for attribute in EPS:
             if isinstance(getattr(part, attribute, None), float):
                 yield path, attribute, change.eps
-
-
-def guessed_changes(module: nn.Module, solution: Solution, choices: Choices,
-                    known: Set[tuple[str, str]]) -> dict[str, list[tuple[str, str, Any]]]:
-    """Return, by attribute name, (path, attribute, value) that a module's own code may go by.
-
-    Where an operator's size argument changes from n to m, the module that made the call may hold
-    n as a number of its own (`num_heads`, `embed_dim`). Such guesses need a check; those `known`,
-    by (path, attribute), are left out.
-    """
-    where = {node.name: node.where for node in solution.graph.nodes}
-    parts = dict(module.named_modules())
-    found: dict[tuple[str, str], set[int]] = {}
-    for name, _, value, old in edits(solution, choices):
-        path = where.get(name, "")
-        for attribute, have in vars(parts.get(path, module)).items():
-            if type(have) is int and have == old and type(value) is int:
-                found.setdefault((path, attribute), set()).add(value)
-    guesses: dict[str, list[tuple[str, str, Any]]] = {}
-    for (path, attribute), values in found.items():
-        if len(values) == 1 and (path, attribute) not in known:
-            guesses.setdefault(attribute, []).append((path, attribute, values.pop()))
-    return guesses
 
 
 def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],

@@ -12,26 +12,19 @@ import torch
 from torch import nn
 
 from spacompiler import allocation, registry
-from spacompiler.axes import Choices
 from spacompiler.cost import cost
-from spacompiler.emit.module import guessed_changes, named_arrays, runs_like
-from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Inputs, trace
-from spacompiler.groups import Group, solve
+from spacompiler.errors import SpaError, TargetError, UsageError
+from spacompiler.frontends.torch_export import Inputs
+from spacompiler.groups import Group
 from spacompiler.pipeline import costs, lanes
-from spacompiler.proof import Proof, masked_dense, prove
 from spacompiler.recipe import Recipe, parse_target
 
 from . import ramp
 from .kept import Kept, lowest_out
-from .shrunk import shrunk
+from .shrinking import Shrinking
 from .sites import Site, sites
-from .surgery import Undo, operate_in_place
 from .watch import GATES, Watch
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2,
-              torch.bfloat16: 5e-2}
 STATE_VERSION = 1
 
 
@@ -77,19 +70,15 @@ class Pruner:
         self.schedule = ramp.find(schedule)
         self.importance = registry.find("importance", importance)
         self.allocation = registry.find("allocation", allocation)
-        self.ema, self.steps, self.done, self._prove = ema, 0, False, prove
-        self.proof: Proof | None = None
+        self.ema, self.steps, self.done = ema, 0, False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[Any] = []
         self._scores: dict[str, np.ndarray] = {}
         self._measured = False
-        self._attributes: dict[tuple[str, str], Any] = {}
-        with torch.random.fork_rng(devices=[]):
-            self.trace = trace(self.model, example_inputs)
-        self.solution = self._dense = solve(self.trace.graph, TABLE)
+        self.live = Shrinking(self.model, example_inputs, check=prove, seed=self.recipe.seed)
+        self._dense = self.live.dense
         self.notes: list[str] = []
         self.groups = self._candidates()
-        self._kept = Kept(self._dense, {})
         self._price = cost(self._dense, parse_target(target)[0])
         self._dense_cost = self._price.total
         self._watch: Watch | None = None
@@ -147,7 +136,7 @@ class Pruner:
             self.shrink(1.0)
         self.stop()
         problem = self._problem(self._units())
-        allocation.check_met(problem, {u.name: self._kept.count(u.groups[0].name)
+        allocation.check_met(problem, {u.name: self.live.kept.count(u.groups[0].name)
                                        for u in problem.units})
 
     def stop(self) -> None:
@@ -164,7 +153,7 @@ class Pruner:
     def shrink(self, share: float = 1.0) -> bool:
         """Bring the model to a share (0 to 1) of the final removal now; True if it shrank."""
         later = self.planned(share)
-        shrank = self._operate(later)
+        shrank = self._to(later)
         self.done = share >= 1
         if self.done and self._watch is not None:
             self._watch.stop()
@@ -177,85 +166,22 @@ class Pruner:
         problem = self._problem(self._units(scores))
         final = self.allocation.allocate(problem)
         allocation.check_met(problem, final)
-        tables = dict(self._kept.tables)
+        tables = dict(self.live.kept.tables)
         for unit in problem.units:
-            now = self._kept.count(unit.groups[0].name)
+            now = self.live.kept.count(unit.groups[0].name)
             due = unit.size - int((unit.size - final[unit.name]) * share + 1e-9)
             count = min(now, next(k for k in unit.legal if k >= due))
             for group in unit.groups:
                 if count < now:
-                    tables[group.name] = lowest_out(self._kept, group, scores[group.name], count)
+                    tables[group.name] = lowest_out(self.live.kept, group,
+                                                    scores[group.name], count)
         return Kept(self._dense, tables)
 
-    def _operate(self, later: Kept) -> bool:
-        self._refresh()
-        choices = self._kept.relative(later, self.solution)
-        if not choices:
-            self._kept = later
-            return False
-        with torch.random.fork_rng(devices=[]):
-            want = self._expected(choices)
-            after = shrunk(self.trace, self.solution, choices)
-            undo = operate_in_place(self.model, self.trace, self.solution, choices,
-                                    self._optimizers, (self._dense, later.choices()))
-            if want is not None:
-                wrong = self._settle(choices, undo, want)
-                if wrong:
-                    undo()
-                    raise ProofError("the shrunk module is not the masked one; it was restored",
-                                     where=type(self.model).__name__, why=wrong,
-                                     fix="its own code may hold sizes: ignore those groups, or "
-                                         "compute sizes from the arrays")
-        self._attributes |= {key: new for key, (_, _, new) in undo.attributes.items()}
-        self.trace, self.solution = after
-        self._kept = later
-        self._look()
-        return True
-
-    def _refresh(self) -> None:
-        """Look up arrays that the user's code has put in the place of others (buffers)."""
-        live = dict(named_arrays(self.model))
-        for stored in (self.trace.program.state_dict, self.trace.program.constants):
-            stored.update({name: live[name] for name in stored if name in live})
-
-    def _settle(self, choices: Choices, undo: Undo, want: list[Any]) -> str:
-        """Return "" if the module computes what it must, if need be with sizes of its own set.
-
-        Of those guessed, only the names that are needed are set.
-        """
-        def wrong() -> str:
-            return runs_like(self.model, self.trace.args, self.trace.kwargs, want,
-                             self._tolerance())
-
-        problem = wrong()
-        if not problem:
-            return ""
-        guesses = guessed_changes(self.model, self.solution, choices, set(undo.attributes))
-        for rows in guesses.values():
-            undo.set(self.model, rows)
-        if wrong():
-            return problem
-        for rows in guesses.values():
-            undo.unset([row[:2] for row in rows])
-            if wrong():
-                undo.set(self.model, rows)
-        return ""
-
-    def _expected(self, choices: Any) -> list[Any] | None:
-        """Results of the masked model; the first time with the proof's negative control."""
-        if not self._prove:
-            return None
-        if self.proof is None:
-            proof = self.proof = prove(self.trace, self.solution, choices, seed=self.recipe.seed)
-            if not proof.holds:
-                raise ProofError("the proof's negative control was not caught",
-                                 why=f"a wrong index changes results by {proof.control:.1e}",
-                                 fix="the example inputs may not reach every layer; pass others")
-        return masked_dense(self.trace, self.solution, choices)
-
-    def _tolerance(self) -> float:
-        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        return max((TOLERANCES.get(kind, 1e-4) for kind in kinds), default=1e-4)
+    def _to(self, later: Kept) -> bool:
+        shrank = self.live.to(later, self._optimizers)
+        if shrank:
+            self._look()
+        return shrank
 
     # --- scores and counts --------------------------------------------------------------------
 
@@ -282,7 +208,7 @@ class Pruner:
 
     def _seen(self) -> list[Site]:
         """Return where groups are read; those that no module reads stay, and a note says so."""
-        found = sites(self.model, self.trace, self.solution, self.groups)
+        found = sites(self.model, self.live.trace, self.live.solution, self.groups)
         seen = {name for site in found for name, _ in site.reads}
         unseen = [g.name for g in self.groups if g.name not in seen]
         self.notes += [f"{name} stays: no module reads it as its first argument, where "
@@ -295,13 +221,13 @@ class Pruner:
         return found
 
     def _current(self) -> list[Group]:
-        return [self.solution.groups[g.name] for g in self.groups]
+        return [self.live.solution.groups[g.name] for g in self.groups]
 
     def _look(self) -> None:
         """Watch the model as it is now."""
         if self._watch is not None:
             self._watch.stop()
-        self._watch = Watch(self.model, self.trace, self.solution, self._sites,
+        self._watch = Watch(self.model, self.live.trace, self.live.solution, self._sites,
                             self.importance.needs, self.recipe.seed)
 
     def _measure(self) -> dict[str, np.ndarray]:
@@ -317,7 +243,7 @@ class Pruner:
             if tuple(score.shape) != group.shape:
                 raise SpaError(f"importance pass {self.importance.name!r} gave no valid scores",
                                why=f"shape {tuple(score.shape)} for {group.shape}")
-            found[group.name] = self._kept.scatter(group.name, score.cpu().numpy())
+            found[group.name] = self.live.kept.scatter(group.name, score.cpu().numpy())
         return found
 
     def _current_scores(self) -> dict[str, np.ndarray]:
@@ -329,7 +255,7 @@ class Pruner:
                 "nothing has been measured yet", why=f"{self.importance.name} needs gradients",
                 fix="attach the optimiser and let it step (or call watch() after backward), "
                     "or use importance='magnitude'")
-        return {name: np.where(self._kept.table(name), score, 0.0)
+        return {name: np.where(self.live.kept.table(name), score, 0.0)
                 for name, score in self._scores.items()}
 
     def _units(self, scores: Any = None) -> tuple[allocation.Unit, ...]:
@@ -350,17 +276,17 @@ class Pruner:
     @property
     def kept(self) -> dict[str, int]:
         """How many slices each candidate group has now (inside each outer slice)."""
-        return {g.name: self._kept.count(g.name) for g in self.groups}
+        return {g.name: self.live.kept.count(g.name) for g in self.groups}
 
     def costs(self) -> dict[str, dict[str, int]]:
         """Return {metric: {dense, pruned}} of the model as it is now."""
-        return costs(self._dense, self._kept.choices())
+        return costs(self._dense, self.live.kept.choices())
 
     def state_dict(self) -> dict[str, Any]:
         """Return widths, scores and progress as plain data (numbers, strings, lists)."""
         return {"version": STATE_VERSION, "target": self.recipe.target, "steps": self.steps,
-                "done": self.done, "kept": self._kept.as_plain(),
-                "attributes": [[*key, value] for key, value in self._attributes.items()],
+                "done": self.done, "kept": self.live.kept.as_plain(),
+                "attributes": [[*key, value] for key, value in self.live.attributes.items()],
                 "scores": {name: score.tolist() for name, score in self._scores.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -372,13 +298,10 @@ class Pruner:
         if state.get("version") != STATE_VERSION:
             raise SpaError(f"the pruner's state has version {state.get('version')}",
                            why=f"this one reads version {STATE_VERSION}")
-        if not all(self._kept.table(g.name).all() for g in self.groups):
+        if not all(self.live.kept.table(g.name).all() for g in self.groups):
             raise UsageError("the model has shrunk already", fix="build the dense model anew")
-        self._operate(self._kept.read(state["kept"]))
-        for path, name, value in state["attributes"]:
-            part = self.model.get_submodule(path)
-            setattr(part, name, tuple(value) if isinstance(value, list) else value)
-            self._attributes[path, name] = value
+        self._to(self.live.kept.read(state["kept"]))
+        self.live.set_attributes(state["attributes"])
         self.steps = state["steps"]
         self._scores = {name: np.asarray(score, dtype=float)
                         for name, score in state["scores"].items()}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from spacompiler.axes import ONE, Choices, Expr, atoms, kept_size
+from spacompiler.emit.attributes import Change, assign
 from spacompiler.emit.module import attribute_changes, named_arrays
 from spacompiler.errors import SpaError
 from spacompiler.frontends.torch_export import Trace
@@ -30,37 +31,31 @@ FACTORED: Mapping[str, Any] = {
 }
 
 
-Attributes = dict[tuple[str, str], tuple[nn.Module, Any, Any]]
-
-
 @dataclass
 class Undo:
-    """What a module held before it shrank; `attributes` by (path, name): part, old, new value."""
+    """What a module held before it shrank; `set_to` are the attributes that were set."""
 
     arrays: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = field(
         default_factory=list)
     state: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    attributes: Attributes = field(default_factory=dict)
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    set_to: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
         for tensor, data, grad in self.arrays:
             put(tensor, data, grad)
         for holder, key, value in self.state:
             holder[key] = value
-        self.unset(list(self.attributes))
-
-    def set(self, module: nn.Module, changes: Iterable[tuple[str, str, Any]]) -> None:
-        """Set attributes of a module's parts."""
-        for path, name, value in changes:
-            part = module.get_submodule(path)
-            self.attributes[path, name] = (part, getattr(part, name), value)
+        for part, name, value in reversed(self.attributes):
             setattr(part, name, value)
 
-    def unset(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Give some attributes their old values."""
-        for key in keys:
-            part, old, _ = self.attributes.pop(key)
-            setattr(part, key[1], old)
+    def set(self, module: nn.Module, changes: Iterable[Change]) -> None:
+        """Set attributes of a module's parts (dotted names too)."""
+        for path, name, value in changes:
+            part, first = module.get_submodule(path), name.partition(".")[0]
+            self.attributes.append((part, first, getattr(part, first)))
+            self.set_to[path, name] = value
+            assign(part, name, value)
 
 
 def operate_in_place(module: nn.Module, trace: Trace, solution: Solution, choices: Choices,
