@@ -48,7 +48,7 @@ class Result:
 
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
             out: str | Path | None = None, importance: Any = "taylor",
-            allocation: Any = "uniform", calibration: Any = None,
+            allocation: Any = "uniform", schedule: Any = "", calibration: Any = None,
             loss: Callable[..., Any] | None = None, tokenizer: Any = None,
             adapter: str | Path | Sequence[str | Path] = (),
             recovery: Any = None, recover_data: Any = None, checkpoint: str | Path | None = None,
@@ -64,6 +64,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
             `macs=60%`.
         out: directory to write the artifact to; it must not exist.
         importance, allocation: a pass by name, `module:object`, or as an object.
+        schedule: a pass that decides what goes while it trains on the calibration batches
+            (`lora-prune`), in place of `importance`; none: one shot.
         calibration: a text file, an iterable of inputs, "none", or None for the model's own.
         tokenizer: turns calibration text into `input_ids`; saved with the artifact.
         name: what the report calls the model, and where `load` finds its code again.
@@ -84,6 +86,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         check_out(Path(out))
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
     recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
+                    schedule=_named(schedule),
                     calibration=calibration if isinstance(calibration, str) else "",
                     adapters=tuple(map(str, adapters)),
                     recovery=_named(recovery) if recovery else "",
@@ -99,7 +102,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
         name=name or found.name, progress=progress, owned=isinstance(model, str),
         recovery=recovery, recover_data=recover_data,
-        checkpoint=Path(checkpoint) if checkpoint is not None else None)
+        checkpoint=Path(checkpoint) if checkpoint is not None else None, schedule=schedule)
     result = Result(pipeline.run(job, dry_run=dry_run))
     if out is not None and not dry_run:
         result.save(out)

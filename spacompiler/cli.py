@@ -40,6 +40,9 @@ def compile(
     = "taylor",
     allocation: Annotated[str, typer.Option(help="Pass that turns scores into counts.")]
     = "uniform",
+    schedule: Annotated[str, typer.Option(
+        help="Pass that decides what goes while it trains on the calibration data, e.g. "
+             "'lora-prune(steps=200)'. Default: none, one shot.")] = "",
     calibration: Annotated[str | None, typer.Option(
         help="A text file, or none (example inputs only). Default: the model's own data, or "
              "text that Python carries.")] = None,
@@ -101,15 +104,15 @@ def compile(
             "int8": int8, "latency": latency,
             "combine": combine, "recover_samples": recover_samples}
         _check_early(target, out, importance, allocation, recover,
-                     {**options, "adapters": tuple(adapter or ())})
+                     {**options, "adapters": tuple(adapter or ()), "schedule": schedule})
         from . import api, report
 
         with _progress() as tick:
             result = api.compile(
                 model, target=target, out=out, importance=importance, allocation=allocation,
-                calibration=calibration, adapter=tuple(adapter or ()), dry_run=dry_run,
+                schedule=schedule, calibration=calibration, adapter=tuple(adapter or ()),
                 recovery=recover or None, recover_data=recover_data, checkpoint=checkpoint,
-                trust_remote_code=trust_remote_code, progress=tick, **options)
+                dry_run=dry_run, trust_remote_code=trust_remote_code, progress=tick, **options)
         data = result.report or report.facts(result.job)
         if as_json:
             print(json.dumps({**data, "out": str(out) if out else None}, default=str))
@@ -128,6 +131,7 @@ def _check_early(target: str, out: Path | None, importance: str, allocation: str
         artifact_path.check_out(out)
     wanted = [("importance", importance), ("allocation", allocation)]
     wanted += [("recovery", recover)] if recover else []
+    wanted += [("schedule", options["schedule"])] if options["schedule"] else []
     for kind, name in wanted:
         registry.check_name(kind, name)
 

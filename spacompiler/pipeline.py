@@ -25,7 +25,7 @@ from .emit import hf
 from .emit.attributes import resized, watch
 from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
-from .errors import ProofError, SpaError, TargetError
+from .errors import ProofError, SpaError, TargetError, UsageError
 from .frontends.aten import TABLE
 from .frontends.torch_export import Inputs, Trace, trace
 from .groups import Group, Solution, solve
@@ -76,6 +76,8 @@ class Job:
     recover_data: Calibration | None = None
     checkpoint: Path | None = None
     trained: dict[str, Any] | None = None
+    schedule: Any = None
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def backend(self) -> Backend:
@@ -141,6 +143,8 @@ def _trace_module(module: nn.Module, inputs: Inputs) -> tuple[Trace, Solution]:
 
 def analyse(job: Job) -> None:
     """Trace the module, solve its axes, and list the groups that may shrink."""
+    if job.schedule is not None and not job.owned:  # it trains
+        job.module, job.owned = copy.deepcopy(job.module), True
     job.trace, job.solution = job.backend.trace(job.module, job.inputs)
     r = job.recipe
     job.candidates = allocation.candidates(
@@ -155,8 +159,33 @@ def analyse(job: Job) -> None:
 
 
 def score(job: Job) -> None:
-    """Run calibration if the importance pass needs it, then score every candidate."""
-    context = job.backend.context(job)
+    """Run calibration if the importance pass needs it, then score every candidate.
+
+    A schedule trains instead, and leaves scores and counts.
+    """
+    if job.schedule is not None:
+        job.schedule.run(job)
+        return
+    context = _context(job)
+    try:
+        _score(job, context)
+    finally:
+        getattr(context, "close", lambda: None)()
+
+
+def _context(job: Job) -> Any:
+    """What importance passes see: adapters' gradients come from the module itself."""
+    if "adapter_steps" not in job.importance.needs:
+        return job.backend.context(job)
+    from .live.probe import Probe
+
+    if job.backend is not TORCH:
+        raise UsageError(f"{job.importance.name!r} needs a torch module",
+                         fix="use a criterion without gradients")
+    return Probe(job.module, job.trace, job.solution, job.recipe.seed)
+
+
+def _score(job: Job, context: Any) -> None:
     for group in _calibrated(job, context):
         value = torch.as_tensor(job.importance.score(group, context)).detach().double()
         if tuple(value.shape) != group.shape or not torch.isfinite(value).all():
@@ -187,7 +216,20 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
 
 
 def decide(job: Job) -> None:
-    """Allocate counts under the target and make the plan."""
+    """Allocate counts under the target (unless a schedule has) and make the plan."""
+    r = job.recipe
+    counts = job.counts or allocate_counts(job)
+    job.plan = make_plan(job.candidates, job.scores, counts, target=r.target,
+                         weights_hash=job.backend.digest(job), recipe=r.as_dict())
+    job.choices = job.plan.choices(job.solution)
+    job.plan.costs.update(costs(job.solution, job.choices))
+
+
+def allocate_counts(job: Job) -> dict[str, int]:
+    """Return how many slices each candidate keeps, by the allocation pass and the target.
+
+    Raises TargetError if the target is missed.
+    """
     r = job.recipe
     metric, share = parse_target(r.target)
     price = cost(job.solution, metric)
@@ -201,11 +243,7 @@ def decide(job: Job) -> None:
         job.uniform = False
     allocation.check_met(problem, kept)
     counts = {g.name: g.size for g in job.candidates}
-    counts |= {g.name: kept[u.name] for u in found for g in u.groups}
-    job.plan = make_plan(job.candidates, job.scores, counts, target=r.target,
-                         weights_hash=job.backend.digest(job), recipe=r.as_dict())
-    job.choices = job.plan.choices(job.solution)
-    job.plan.costs.update(costs(job.solution, job.choices))
+    return counts | {g.name: kept[u.name] for u in found for g in u.groups}
 
 
 def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
@@ -443,17 +481,19 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
              allocator: Any = None, calibration: Any = None, own: Any = None, loss: Any = None,
              tokenizer: Any = None, name: str = "", progress: Progress | None = None,
              owned: bool = False, recovery: Any = None, recover_data: Any = None,
-             checkpoint: Path | None = None) -> Job:
+             checkpoint: Path | None = None, schedule: Any = None) -> Job:
     """Resolve passes and calibration data; raises before anything is computed."""
     scorer = registry.find("importance", importance or recipe.importance)
-    needs = bool(scorer.needs)
+    schedule = schedule or recipe.schedule
+    trains = registry.find("schedule", schedule) if schedule else None
+    needs = bool(scorer.needs) or trains is not None
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed)
     job = Job(recipe, module, inputs, scorer,
               registry.find("allocation", allocator or recipe.allocation), batches,
               loss or default_loss, name or type(module).__name__, tokenizer,
-              progress or (lambda stage, done, total: None), owned=owned)
+              progress or (lambda stage, done, total: None), owned=owned, schedule=trains)
     if recovery or recipe.recovery:
         job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
             checkpoint

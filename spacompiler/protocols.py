@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     from .allocation import Problem
     from .groups import Group, Member, Solution
+    from .live.adapter_step import AdapterStep
+    from .pipeline import Job
     from .plan import Plan
     from .statistics import View
     from .training import Training
 
-KINDS = ("importance", "allocation", "compensation", "recovery")
+KINDS = ("importance", "allocation", "schedule", "compensation", "recovery")
 
 
 class Context(Protocol):
@@ -89,6 +91,14 @@ class Context(Protocol):
         """Examples that gradients were taken over."""
 
 
+    def adapted(self, member: Member, group: Group, *, eta: float,
+                scaled: bool) -> AdapterStep | None:
+        """Return `step` and merged `weight` of an adapted array, both as rows (`adapter_steps`).
+
+        None where no adapter sits.
+        """
+
+
 class Importance(Protocol):
     """Score every slice of a group: the lowest go first."""
 
@@ -114,6 +124,15 @@ class Allocation(Protocol):
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit name; each must be legal for its unit."""
+
+
+class Schedule(Protocol):
+    """Decide what goes while training: masks grow, and what was learned is folded in."""
+
+    name: ClassVar[str]
+
+    def run(self, job: Job) -> None:
+        """Train the job's module in place and set its `candidates`, `counts` and `scores`."""
 
 
 class Compensation(Protocol):

@@ -30,6 +30,7 @@ class Recipe:
     target: str
     importance: str = "taylor"
     allocation: str = "uniform"
+    schedule: str = ""
     roles: tuple[str, ...] = ("channel", "head")
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

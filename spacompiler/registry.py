@@ -1,8 +1,8 @@
 """Find passes: by name, by `module:object`, or as the object itself.
 
 Built-in and third-party passes come in by one door, entry points in the groups
-`spacompiler.importance`, `.allocation`, `.compensation` and `.recovery`; nothing is imported
-before it is asked for.
+`spacompiler.importance`, `.allocation`, `.schedule`, `.compensation` and `.recovery`; nothing is
+imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import UsageError, did_you_mean
 from .protocols import KINDS
 
 _METHODS = {"importance": "score", "allocation": "allocate", "compensation": "run",
-            "recovery": "run"}
+            "recovery": "run", "schedule": "run"}
 
 
 def available() -> Iterator[tuple[str, EntryPoint]]:

@@ -1,0 +1,213 @@
+"""LoRAPrune: train adapters while masks grow, guided by the adapters' own gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from spacompiler import registry
+from spacompiler.allocation import family
+from spacompiler.errors import SpaError, TargetError
+from spacompiler.groups import Group
+from spacompiler.live.attached import Attached, adaptable
+from spacompiler.live.kept import Kept, lowest_out
+from spacompiler.live.ramp import Cubic
+from spacompiler.live.sites import Masks, sites
+from spacompiler.live.watch import Watch
+from spacompiler.pipeline import Job, allocate_counts
+
+
+@dataclass(frozen=True)
+class LoraPrune:
+    """Adapters learn while a growing share of slices is masked; both are folded in at the end.
+
+    Zhang et al., LoRAPrune (arXiv 2305.18403), by the released code: after each backward (and
+    clipping) S <- ema * S + (1 - ema) * score; every `every` steps the lowest of each group are
+    masked where they are read, `share(step)` of what is to go; groups of the first
+    `protect_first` of the layers and of the last `protect_last` stay whole. How much each other
+    group loses comes from the target, by the allocation. Weights of the base are frozen
+    (`dtype="bfloat16"` holds those of adapted layers in half the memory) and come out merged.
+
+    Defaults are those of the released `prune.py`, but for `targets`, a regular expression over
+    layers (default: all that the groups pass through), and `accumulate` (it has 32 micro-batches
+    a step, here the user's batches are used as they come). `criterion` may be any pass that needs
+    adapter_steps, gates or token_gates (`taylor` is exact and as lean); `adapter` any type of
+    peft's that merges. Batches are those of the calibration.
+    """
+
+    name: ClassVar[str] = "lora-prune"
+    criterion: Any = "lora-gradient"
+    epochs: int = 3
+    steps: int = 0
+    accumulate: int = 1
+    lr: float = 3e-4
+    warmup_steps: int = 100
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    adapter: str = "lora"
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: str = ""
+    dtype: str = "float32"
+    start: float = 0.0
+    warmup: float = 0.1
+    cooldown: float = 0.1
+    every: int = 10
+    ema: float = 0.9
+    protect_first: float = 0.1
+    protect_last: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise TypeError("dtype must be float32, bfloat16 or float16")
+        if min(self.epochs, self.accumulate, self.every) < 1 or self.steps < 0:
+            raise TypeError("epochs, accumulate and every must be at least 1, steps at least 0")
+
+    def run(self, job: Job) -> None:
+        """Train the job's module in place; sets its candidates, counts and scores.
+
+        Raises SpaError if training diverges; TargetError if nothing may go.
+        """
+        criterion = registry.find("importance", self.criterion)
+        reachable = adaptable(job.module, job.candidates, self.targets)
+        job.candidates = self._free(job, reachable, criterion)
+        places = sites(job.module, job.trace, job.solution, job.candidates)
+        job.candidates = _seen(job, places)
+        job.scores = {g.name: np.ones(g.shape) for g in job.candidates}
+        job.counts = allocate_counts(job)
+        attached = Attached(job.module, reachable, adapter=self.adapter, dtype=self.dtype,
+                            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
+        masks = Masks(job.module, job.solution, places)
+        watch = Watch(job.module, job.trace, job.solution, places, criterion.needs,
+                      job.recipe.seed)
+        training = job.module.training
+        try:
+            job.module.train()
+            kept, scores = self._train(job, attached, masks, watch, criterion)
+        finally:
+            job.module.train(training)
+            watch.stop()
+            masks.remove()
+        attached.off(merge=True)
+        job.scores = {name: np.where(kept.table(name), score, -1.0)
+                      for name, score in scores.items()}
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def _train(self, job: Job, attached: Attached, masks: Masks, watch: Watch,
+               criterion: Any) -> tuple[Kept, dict[str, np.ndarray]]:
+        total = self.steps or self.epochs * ceil(len(job.calibration.batches) / self.accumulate)
+        ramp = Cubic(total, self.every, self.warmup, self.cooldown, self.start)
+        optimizer = torch.optim.AdamW(attached.parameters(), lr=self.lr,
+                                      weight_decay=self.weight_decay)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(
+            step, total, min(self.warmup_steps, total // 10)))
+        calls = _endless(job.calibration.batches, job.recipe.seed)
+        kept = Kept(job.solution, {})
+        average = {g.name: np.zeros(g.shape) for g in job.candidates}
+        losses = []
+        for step in range(1, total + 1):
+            losses.append(self._backward(job, calls))
+            torch.nn.utils.clip_grad_norm_(attached.parameters(), self.clip)
+            self._measure(job.candidates, watch, criterion, average)
+            optimizer.step()
+            rates.step()
+            optimizer.zero_grad()
+            if ramp.due(step):
+                kept = self._masked(job, kept, average, ramp.share(step))
+                masks.set(kept.choices())
+            job.progress(f"training, loss {losses[-1]:.3f}", step, total)
+        few = max(1, total // 20)
+        job.notes.append(f"{self.name}: {total} steps on {job.calibration.origin}, loss "
+                         f"{np.mean(losses[:few]):.3f} at first, {np.mean(losses[-few:]):.3f} at "
+                         "the end, pruned")
+        return kept, average
+
+    def _backward(self, job: Job, calls: Iterator[Any]) -> float:
+        total = 0.0
+        for _ in range(self.accumulate):
+            args, kwargs = job.trace.match(*next(calls))
+            loss = job.loss(pytree.tree_leaves(job.module(*args, **kwargs)), args, kwargs)
+            (loss / self.accumulate).backward()
+            total += loss.item() / self.accumulate
+        if not np.isfinite(total):
+            raise SpaError("training diverged: the loss is not finite", where=self.name,
+                           fix="lower the learning rate: lora-prune(lr=...)")
+        return total
+
+    def _measure(self, groups: Sequence[Group], watch: Watch, criterion: Any,
+                 average: dict[str, np.ndarray]) -> None:
+        """Update the moving averages, unless a score is not finite."""
+        found = {g.name: criterion.score(g, watch).detach().double().numpy() for g in groups}
+        watch.clear()
+        if all(np.isfinite(score).all() for score in found.values()):
+            for name, score in found.items():
+                average[name] = self.ema * average[name] + (1 - self.ema) * score
+
+    def _masked(self, job: Job, kept: Kept, average: dict[str, np.ndarray],
+                share: float) -> Kept:
+        """Return what stays when `share` of the removal is due; masks only grow."""
+        tables = dict(kept.tables)
+        for group in job.candidates:
+            due = group.size - int((group.size - job.counts[group.name]) * share + 1e-9)
+            if due < kept.count(group.name):
+                tables[group.name] = lowest_out(kept, group, average[group.name], due)
+        return Kept(job.solution, tables)
+
+    # --- what may go --------------------------------------------------------------------------
+
+    def _free(self, job: Job, reachable: list[str], criterion: Any) -> list[Group]:
+        """Candidates outside of protected layers that the criterion can judge."""
+        protected = self._protected(job.candidates)
+        adapted = {f"{path}.weight" for path in reachable}
+        free = [g for g in job.candidates if g.name not in protected and (
+            "adapter_steps" not in criterion.needs or any(m.weight in adapted for m in g.members))]
+        if protected:
+            job.notes.append(f"{len(protected)} groups of the first and last layers stay whole")
+        if not free:
+            raise TargetError("nothing to prune", where=job.name,
+                              why="all groups are protected, or no adapter fits on them",
+                              fix="lora-prune(protect_first=0, protect_last=0)")
+        return free
+
+    def _protected(self, groups: Sequence[Group]) -> set[str]:
+        """Groups of the first and last of repeated layers (three or more of a kind)."""
+        kinds: dict[str, list[Group]] = {}
+        for group in groups:
+            kinds.setdefault(family(group.name), []).append(group)
+        found = set()
+        for rows in kinds.values():
+            if len(rows) >= 3:
+                rows = sorted(rows, key=lambda g: [int(n) for n in re.findall(r"\d+", g.name)])
+                first = int(self.protect_first * len(rows))
+                found |= {g.name for g in (*rows[:first], *rows[len(rows) - self.protect_last:])}
+        return found
+
+
+def _seen(job: Job, places: Sequence[Any]) -> list[Group]:
+    """Candidates that can be masked where they are read; a note names the others."""
+    seen = {name for site in places for name, _ in site.reads}
+    unseen = [g.name for g in job.candidates if g.name not in seen]
+    job.notes.extend(f"{name} stays: no module reads it as its first argument" for name in unseen)
+    return [g for g in job.candidates if g.name in seen]
+
+
+def _linear(step: int, total: int, warmup: int) -> float:
+    """Up over the warm-up, then down to zero at the end."""
+    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
+
+
+def _endless(batches: Sequence[Any], seed: int) -> Iterator[Any]:
+    """Yield batches for ever, in a new seeded order each time."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]

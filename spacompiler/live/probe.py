@@ -1,0 +1,44 @@
+"""Adapter gradients for a compile: adapters on the dense module while it is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spacompiler.frontends.torch_export import Trace, in_eval_mode
+from spacompiler.groups import Group, Solution
+from spacompiler.scores import Loss
+
+from .attached import Attached, adaptable
+from .watch import Watch
+
+RANK, ALPHA = 8, 16
+
+
+class Probe(Watch):
+    """A context whose adapters have seen all calibration batches; `close` takes them off."""
+
+    def __init__(self, module: nn.Module, trace: Trace, solution: Solution, seed: int = 0) -> None:
+        super().__init__(module, trace, solution, (), ("adapter_steps",), seed)
+        self._attached: Attached | None = None
+
+    def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
+        """Put adapters on, and sum their gradients over batches of (args, kwargs)."""
+        self._attached = Attached(self._module, adaptable(self._module, groups),
+                                  r=RANK, lora_alpha=ALPHA)
+        with in_eval_mode(self._module), torch.enable_grad():
+            for call in batches:
+                args, kwargs = self._trace.match(*call)
+                loss(pytree.tree_leaves(self._module(*args, **kwargs)), args, kwargs).backward()
+                tick()
+
+    def close(self) -> None:
+        """Take the adapters off again."""
+        if self._attached is not None:
+            self._attached.off(merge=False)
+            self._attached = None
