@@ -38,8 +38,9 @@ class LoraPrune:
     Defaults are those of the released `prune.py`, but for `targets`, a regular expression over
     layers (default: all that the groups pass through), and `accumulate` (it has 32 micro-batches
     a step, here the user's batches are used as they come). `criterion` may be any pass that needs
-    adapter_steps, gates or token_gates (`taylor` is exact and as lean); `adapter` any type of
-    peft's that merges. Batches are those of the calibration.
+    adapter_steps, gates, token_gates, elements or vectors (`taylor`, `taylor-vector` and
+    `taylor-element(per='batch')` are exact and as lean); `adapter` any type of peft's that
+    merges. Batches are those of the calibration.
     """
 
     name: ClassVar[str] = "lora-prune"
@@ -86,12 +87,13 @@ class LoraPrune:
         attached = Attached(job.module, reachable, adapter=self.adapter, dtype=self.dtype,
                             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
         masks = Masks(job.module, job.solution, places)
+        adapters = attached.parameters()
         watch = Watch(job.module, job.trace, job.solution, places, criterion.needs,
-                      job.recipe.seed)
+                      job.recipe.seed, stream=job.candidates)
         training = job.module.training
         try:
             job.module.train()
-            kept, scores = self._train(job, attached, masks, watch, criterion)
+            kept, scores = self._train(job, adapters, masks, watch, criterion)
         finally:
             job.module.train(training)
             watch.stop()
@@ -102,11 +104,11 @@ class LoraPrune:
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def _train(self, job: Job, attached: Attached, masks: Masks, watch: Watch,
+    def _train(self, job: Job, adapters: list[torch.nn.Parameter], masks: Masks, watch: Watch,
                criterion: Any) -> tuple[Kept, dict[str, np.ndarray]]:
         total = self.steps or self.epochs * ceil(len(job.calibration.batches) / self.accumulate)
         ramp = Cubic(total, self.every, self.warmup, self.cooldown, self.start)
-        optimizer = torch.optim.AdamW(attached.parameters(), lr=self.lr,
+        optimizer = torch.optim.AdamW(adapters, lr=self.lr,
                                       weight_decay=self.weight_decay)
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(
             step, total, min(self.warmup_steps, total // 10)))
@@ -116,7 +118,7 @@ class LoraPrune:
         losses = []
         for step in range(1, total + 1):
             losses.append(self._backward(job, calls))
-            torch.nn.utils.clip_grad_norm_(attached.parameters(), self.clip)
+            torch.nn.utils.clip_grad_norm_(adapters, self.clip)
             self._measure(job.candidates, watch, criterion, average)
             optimizer.step()
             rates.step()

@@ -90,7 +90,6 @@ class Context(Protocol):
     def examples(self) -> int:
         """Examples that gradients were taken over."""
 
-
     def adapted(self, member: Member, group: Group, *, eta: float,
                 scaled: bool) -> AdapterStep | None:
         """Return `step` and merged `weight` of an adapted array, both as rows (`adapter_steps`).

@@ -290,8 +290,9 @@ def test_gates_are_those_of_calibration(make):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
 
 
-def test_scores_are_moving_averages_of_the_measured():
-    model, optimizer, pruner = start(mlp, importance="taylor-element", schedule="once(at=9)")
+@pytest.mark.parametrize("importance", ["taylor-element", "taylor-element(per='batch')"])
+def test_scores_are_moving_averages_of_the_measured(importance):
+    model, optimizer, pruner = start(mlp, importance=importance, schedule="once(at=9)")
     want = 0.0
     for step in range(3):
         x, y = batch(mlp, step)

@@ -33,7 +33,7 @@ class Probe(Watch):
                                   r=RANK, lora_alpha=ALPHA)
         with in_eval_mode(self._module), torch.enable_grad():
             for call in batches:
-                args, kwargs = self._trace.match(*call)
+                args, kwargs = self.trace.match(*call)
                 loss(pytree.tree_leaves(self._module(*args, **kwargs)), args, kwargs).backward()
                 tick()
 
