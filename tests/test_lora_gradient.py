@@ -377,12 +377,12 @@ def test_first_and_last_layers_stay_whole():
     ("lora-prun", UsageError), ("lora-prune(dtype='int4')", UsageError),
     ("lora-prune(adapter='lorra', steps=1)", UsageError),
     ("lora-prune(targets='nothing', steps=1)", (SpaError, TargetError)),
-    ("lora-prune(lr=1e30, steps=30)", SpaError),
+    ("lora-prune(steps=9)", SpaError),  # the loss is not finite
 ])
 def test_what_cannot_be_done_is_an_error(schedule, error):
     model = lines()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error):
         spacompiler.compile(model, (INPUT[lines],), target="params=56.25%", align=1,
-                            schedule=schedule, calibration=[(INPUT[lines] * 1e4,)])
+                            schedule=schedule, calibration=[(INPUT[lines] * float("nan"),)])
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
