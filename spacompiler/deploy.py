@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import artifact, bench
 from .emit.decoder import export_decoder
 from .emit.decoder_parity import decoder_parity
@@ -31,7 +33,7 @@ def write_decoder(job: Job, folder: Path) -> dict[str, Any]:
                            + "; ".join(job.notes[-1:]),
                        fix="leave --decoder out, or prune other roles")
     path = folder / "model.onnx"
-    export_decoder(job.pruned, path)
+    export_decoder(job.pruned, path, beside=sorted(folder.glob("model*.safetensors")))
     checks = decoder_parity(job.pruned, path)
     for check in checks:
         if not check.max_rel <= TOLERANCE:
@@ -68,7 +70,7 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
 def write_int8(job: Job, folder: Path) -> dict[str, Any]:
     """Write model.int8.onnx from model.onnx, and return its measured difference and size.
 
-    Measured on the first calibration batch where it fits the file, else on made-up inputs.
+    Measured on the first calibration batch as far as the file takes it, else on made-up inputs.
 
     Raises:
         SpaError: the file cannot be quantised.
@@ -76,9 +78,17 @@ def write_int8(job: Job, folder: Path) -> dict[str, Any]:
     path, made = folder / "model.onnx", folder / "model.int8.onnx"
     quantize(path, made)
     inputs = bench.synthetic(path, bench.Sizes(2, 16))
-    on = "made-up inputs"
-    ids = job.calibration.batches[0][1].get("input_ids") if job.calibration.batches else None
-    if ids is not None and "input_ids" in inputs:
-        found = bench.synthetic(path, bench.Sizes(*ids.shape))
-        inputs, on = found | {"input_ids": ids.numpy()}, job.calibration.origin
-    return {"int8": {**difference(path, made, inputs), "on": on}}
+    given = _calibration_batch(job, list(inputs))
+    if given:
+        shape = next(iter(given.values())).shape
+        inputs = bench.synthetic(path, bench.Sizes(shape[0], shape[-1]))
+        given = {n: a for n, a in given.items() if a.shape == inputs[n].shape}
+    on = job.calibration.origin if given else "made-up inputs"
+    return {"int8": {**difference(path, made, {**inputs, **given}), "on": on}}
+
+
+def _calibration_batch(job: Job, names: list[str]) -> dict[str, np.ndarray]:
+    """The first calibration batch by the names of a file's inputs, as far as it has them."""
+    args, kwargs = job.calibration.batches[0] if job.calibration.batches else ((), {})
+    found = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {n: np.asarray(a) for n, a in found.items() if n in names and np.ndim(a) > 0}

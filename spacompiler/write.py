@@ -35,6 +35,10 @@ def write(job: Job, out: Path) -> dict[str, Any]:
     with artifact.whole(out) as folder:
         job.progress("writing weights", 0, 4)
         job.backend.write(job, folder, data)
+        if job.recipe.int8:
+            from .deploy import write_int8
+
+            data.update(write_int8(job, folder))
         job.progress("writing the report", 3, 4)
         (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
         artifact.write_json(folder / "slices.json", slices(job))
@@ -59,10 +63,6 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
         data.update(write_decoder(job, folder))
     elif job.recipe.onnx:
         data["onnx"], data["latency"] = _onnx(job, folder)
-    if job.recipe.int8:
-        from .deploy import write_int8
-
-        data.update(write_int8(job, folder))
 
 
 def _weights(job: Job, folder: Path) -> None:
@@ -201,7 +201,8 @@ def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] 
 
     path = folder / "model.onnx"
     program = pruned_program(job)
-    export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace))
+    export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
+                beside=sorted(folder.glob("model*.safetensors")))
     sets = [other_inputs(job.trace, k) for k in (0, 1)]
     feeds = [_feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 import spacompiler
@@ -18,7 +20,7 @@ from spacompiler.cli import app
 from spacompiler.emit import decoder as decoders
 from spacompiler.emit.decoder_parity import DecoderParity, decoder_parity
 from spacompiler.emit.int8 import difference, quantize
-from spacompiler.emit.latency import Latency, compare_cases, ratio
+from spacompiler.emit.latency import Latency, compare_cases, open_session, ratio, run_session
 from spacompiler.emit.onnx_file import export_onnx
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.frontends.torch_export import trace
@@ -269,3 +271,21 @@ def test_time_budget_stops_after_five_turns(llama):
     found = compare_cases({"m": file}, {"c": {"m": inputs}}, repeats=50, seconds=0.0,
                           isolate=False)
     assert found["c", 1]["m"].repeats == 5
+
+
+@pytest.mark.parametrize("shift, files", [
+    (0, ["model.onnx"]), (1, ["model.onnx", "model.onnx.data"])], ids=["equal", "other"])
+def test_large_files_read_weights_from_equal_safetensors_beside_them(tmp_path, shift, files):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 80), nn.ReLU(), nn.Linear(80, 60))
+    save_file({n: a + shift for n, a in model.state_dict().items()}, tmp_path / "model.safetensors")
+    x = torch.randn(3, 70)
+    made = export_onnx(trace(model, (x,)).program, tmp_path / "model.onnx", external_bytes=10_000,
+                       beside=[tmp_path / "model.safetensors"])
+    assert [p.name for p in made] == files and made[0].stat().st_size < 5_000
+    got = run_session(open_session(made[0]), {bench_input(made[0]): x.numpy()})[0]
+    assert np.allclose(got, model(x).detach().numpy(), atol=1e-5)
+
+
+def bench_input(path):
+    return next(iter(bench.declared(path)))

@@ -38,7 +38,7 @@ _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "position_ids": {0: "batch", 
 def check_causal_lm(module: Any) -> None:
     """Raise SpaError unless a module is a causal language model that keeps keys and values."""
     what = "this model cannot be exported as a decoder with a cache"
-    accepts = inspect.signature(module.forward).parameters
+    accepts = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
     missing = [n for n in ("input_ids", "attention_mask", "past_key_values") if n not in accepts]
     if missing or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         why = f"its forward takes no {missing[0]}" if missing else "it has an encoder as well"

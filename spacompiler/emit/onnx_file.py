@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spacompiler.emit.refresh import drop_metadata_asserts, fake_mode, memory, quiet, rebuild
+from spacompiler.emit.safetensors_weights import refer_to_safetensors
 from spacompiler.errors import SpaError
 from spacompiler.frontends.torch_export import copied
 
@@ -64,13 +65,15 @@ def export_onnx(
     opset: int = OPSET,
     optimize: bool = True,
     external_bytes: int = EXTERNAL_BYTES,
+    beside: Sequence[Path] = (),
 ) -> tuple[Path, ...]:
     """Write a program as an ONNX file, the same bytes for the same program.
 
     ``axes`` names dynamic axes by input name, ``{"input_ids": {0: "batch", 1: "sequence"}}``.
-    Weights of more than ``external_bytes`` in all go to ``<name>.data`` beside the file. Weights
-    keep their names and layout; tied ones are written once. Returns the files written; on failure
-    there are none and earlier ones stay as they were.
+    Weights of more than ``external_bytes`` in all go to ``<name>.data`` beside the file, or stay
+    where they are: those found bit-equal in safetensors files ``beside`` it are read from there.
+    Weights keep their names and layout; tied ones are written once. Returns the files written; on
+    failure there are none and earlier ones stay as they were.
 
     Raises:
         SpaError: the names do not fit the program, a named axis is fixed, or torch's exporter
@@ -84,7 +87,10 @@ def export_onnx(
     if optimize:
         _simplify(model)
     _strip(model)
-    return _save(model, path, external_bytes)
+    limit = min(external_bytes, _INLINE_LIMIT)
+    if beside and _weight_bytes(model) > limit:
+        refer_to_safetensors(model, beside, limit)
+    return _save(model, path, limit)
 
 
 def _check_names(
@@ -357,15 +363,15 @@ def _clear(*parts: Any) -> None:
 
 
 def _weight_bytes(model: ir.Model) -> int:
-    """Size of all weights, in bytes."""
+    """Size of all weights that are not in a file yet, in bytes."""
     values = (v.const_value for v in model.graph.initializers.values())
-    return sum(v.nbytes for v in values if v is not None)
+    return sum(v.nbytes for v in values if v is not None and not isinstance(v, ir.ExternalTensor))
 
 
-def _save(model: ir.Model, path: Path, external_bytes: int) -> tuple[Path, ...]:
+def _save(model: ir.Model, path: Path, limit: int) -> tuple[Path, ...]:
     """Write the model; a failure leaves nothing behind and the earlier files as they were."""
     try:
-        return _write(model, path, _weight_bytes(model) > min(external_bytes, _INLINE_LIMIT))
+        return _write(model, path, _weight_bytes(model) > limit)
     except OSError as error:
         raise SpaError(
             what="the ONNX file cannot be written",
