@@ -133,7 +133,7 @@ def test_a_wrong_decoder_is_not_written(llama, tmp_path, monkeypatch):
     result, out = llama
     honest = deploy.decoder_parity
     monkeypatch.setattr(deploy, "export_decoder",
-                        lambda model, path: shutil.copy(out / "model.onnx", path))
+                        lambda model, path, **options: shutil.copy(out / "model.onnx", path))
     monkeypatch.setattr(deploy, "decoder_parity", lambda *args: [
         dataclasses.replace(check, max_rel=0.1) for check in honest(*args)])
     with pytest.raises(ProofError, match="differs from torch"):
@@ -271,6 +271,13 @@ def test_time_budget_stops_after_five_turns(llama):
     found = compare_cases({"m": file}, {"c": {"m": inputs}}, repeats=50, seconds=0.0,
                           isolate=False)
     assert found["c", 1]["m"].repeats == 5
+
+
+def test_a_rewritten_program_has_no_cache_to_export(llama, tmp_path):
+    job = dataclasses.replace(llama[0].job, emission="program", notes=["sizes in the code"])
+    with pytest.raises(SpaError, match="as a decoder with a cache") as caught:
+        write(job, tmp_path / "o")
+    assert "sizes in the code" in caught.value.why and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("shift, files", [
