@@ -9,8 +9,8 @@ computed size is scaled. At the end every value must have the shape that the alg
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import gcd, prod
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,11 @@ def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
     """
     model = trace.model.clone()
     arrays = Arrays(trace, solution, choices, wrong)
+    nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
     values = {v.name: v for v in _values(model)}
     for name in arrays.changed():
         _store(model, values[name], _lazy(arrays, name, trace), arrays.shape(name))
-    _Sizes(trace, solution, choices, model).write()
+    _Sizes(trace, solution, choices, model, nodes).write()
     _clean(model)
     return model
 
@@ -101,7 +102,7 @@ def _store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
         stored = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape),
                           type=ir.TensorType(tensor.dtype))
         value.name = f"{name}_dense"
-        ir.convenience.replace_all_uses_with(value, stored)
+        ir.convenience.replace_all_uses_with(value, stored, replace_graph_outputs=True)
         graph.remove(maker, safe=True)
         graph.register_initializer(stored)
         return
@@ -126,22 +127,19 @@ class _Sizes:
     solution: Solution
     choices: Choices
     model: ir.Model
-    nodes: dict[str, ir.Node] = field(default_factory=dict)
+    nodes: dict[str, ir.Node]
 
     def write(self) -> None:
-        self.nodes = dict(zip(self.trace.nodes, _same_nodes(self.trace, self.model), strict=True))
         wanted = self._wanted()
         for name, edits in wanted.items():
             for place, changes in edits.items():
                 self._direct(self.nodes[name], place, changes)
-        by_node = {id(self.nodes[n]): (n, edits) for n, edits in wanted.items()}
-        seen: set[int] = set()
+        by_node = {id(self.nodes[n]): edits for n, edits in wanted.items()}
+        live = {id(node) for node in self.nodes.values()}
 
         def visit(node: ir.Node, facts: Facts) -> None:
-            if id(node) in by_node and id(node) not in seen:
-                seen.add(id(node))
-                self._computed(node, *by_node[id(node)], facts)
-            self._unmoved(node, facts)
+            if id(node) in live:
+                self._computed(node, by_node.get(id(node), {}), facts)
 
         sizes = {n: a.shape for n, a in self.trace.feeds.items()}
         from ..emit.onnx_run import run
@@ -226,53 +224,64 @@ class _Sizes:
 
     # --- what is computed at run time ---------------------------------------------------------
 
-    def _computed(self, node: ir.Node, name: str, edits: Mapping[Place, Mapping[int | None, Any]],
+    def _computed(self, node: ir.Node, edits: Mapping[Place, Mapping[int | None, Any]],
                   facts: Facts) -> None:
-        for place, changes in edits.items():
-            value = node.inputs[place.key] if place.kind == "input" else None
-            have = facts.known.get(value.name or "") if value is not None else None
-            if have is None:
-                continue
-            times, over = np.ones(have.size, np.int64), np.ones(have.size, np.int64)
-            for element, new in changes.items():
-                now = have.reshape(-1)[element or 0]
-                if have.dtype.kind in "iu" and now > 0 and now != new:
-                    common = gcd(int(now), int(new))
-                    times[element or 0], over[element or 0] = new // common, now // common
-            if (times != over).any():
-                self._scale(node, place.key, have.shape, times, over)
-                infer_again(self.model, node, facts)
-
-    def _scale(self, node: ir.Node, index: int, shape: tuple[int, ...], times: np.ndarray,
-               over: np.ndarray) -> None:
-        value = node.inputs[index]
-        assert value is not None and node.graph is not None
-        for op, numbers in (("Mul", times), ("Div", over)):
-            constant = self._constant(numbers.reshape(shape), f"{value.name}_{op.lower()}")
-            step = ir.Node("", op, [value, constant], num_outputs=1,
-                           name=f"{node.name}_{op.lower()}")
-            step.outputs[0].name = f"{value.name}_{op.lower()}_{node.outputs[0].name}"
-            node.graph.insert_before(node, step)
-            value = step.outputs[0]
-        node.replace_input_with(index, value)
-
-    def _unmoved(self, node: ir.Node, facts: Facts) -> None:
-        """Numbers that a node computes with, not sizes, stay what they were before pruning."""
-        if all(o.name in self.trace.facts.known for o in node.outputs):
-            return
+        """Numbers that a node is given are what they were, but for those that a plan changes."""
+        changes = {p.key: c for p, c in edits.items() if p.kind == "input"}
         for i, value in enumerate(node.inputs):
             was = self.trace.facts.known.get(value.name or "") if value is not None else None
             now = facts.known.get(value.name or "") if value is not None else None
-            if value is None or was is None or now is None or was.dtype.kind != "f" or \
-                    value.const_value is not None or np.array_equal(was, now):
+            if value is None or was is None or now is None or value.const_value is not None:
                 continue
-            made = self._constant(was, f"{value.name}_dense")
-            node.replace_input_with(i, made)
-            _know(facts, made, was)
+            want = np.array(was)
+            for element, new in changes.get(i, {}).items():
+                if want.dtype.kind == "f" or want.reshape(-1)[element or 0] > 0:
+                    want.reshape(-1)[element or 0] = new
+            if node.op_type == "Slice" and i == 2:
+                want = np.where(self._whole(node, was, now, facts), now, want)
+            if not np.array_equal(want, now):
+                self._restore(node, i, want, now, facts)
+
+    def _whole(self, node: ir.Node, was: np.ndarray, now: np.ndarray,
+               facts: Facts) -> np.ndarray:
+        """True where an end of a slice is the size of a dimension, before and after."""
+        name = node.inputs[0].name or ""  # type: ignore[union-attr]
+        ends = set(zip(self.trace.facts.shapes[name], facts.shapes[name], strict=True))
+        return np.array([pair in ends for pair in zip(was.tolist(), now.tolist(), strict=True)])
+
+    def _restore(self, node: ir.Node, index: int, want: np.ndarray, now: np.ndarray,
+                 facts: Facts) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        off = want != now
+        if value.name in self.trace.facts.fixed or want.dtype.kind not in "iu" or \
+                (np.minimum(want, now)[off] <= 0).any():
+            made = self._constant(want, f"{value.name}_dense")
+        else:
+            common = np.gcd(want, now)
+            times, over = (np.where(off, n // np.maximum(common, 1), 1) for n in (want, now))
+            made = self._scaled(node, value, times.astype(want.dtype), over.astype(want.dtype))
+        node.replace_input_with(index, made)
+        _know(facts, made, want)
+
+    def _scaled(self, node: ir.Node, value: ir.Value, times: np.ndarray,
+                over: np.ndarray) -> ir.Value:
+        """Insert value * times / over: a size that varies between calls keeps varying."""
+        assert node.graph is not None
+        name = f"{value.name}_{node.outputs[0].name}"
+        for op, numbers in (("Mul", times), ("Div", over)):
+            constant = self._constant(numbers, f"{name}_{op.lower()}_by")
+            step = ir.Node("", op, [value, constant], num_outputs=1, name=f"{name}_{op.lower()}")
+            step.outputs[0].name = f"{name}_{op.lower()}"
+            node.graph.insert_before(node, step)
+            value = step.outputs[0]
+        return value
 
     def _check(self, facts: Facts) -> None:
+        read = {r for node in self.solution.graph.nodes for r in node.refs()}
+        read.update(self.solution.graph.outputs)
         for node in self.solution.graph.nodes:
-            for out in node.outputs:
+            for out in read.intersection(node.outputs):
                 dims = self.solution.solver.dims[out]
                 want = tuple(kept_size(e, self.choices) for e in dims)
                 have = facts.shapes.get(out)
@@ -287,22 +296,6 @@ def _know(facts: Facts, value: ir.Value, array: np.ndarray) -> None:
     name = value.name or ""
     facts.known[name], facts.shapes[name] = array, array.shape
     facts.types[name] = int(ir.DataType.from_numpy(array.dtype))
-
-
-def infer_again(model: ir.Model, node: ir.Node, facts: Facts) -> None:
-    """Infer the nodes that were put before `node` (its computed sizes)."""
-    from ..frontends.onnx_shapes import _Inference
-
-    step = _Inference(model, facts, None)
-    made = [v.producer() for v in node.inputs if v is not None and v.name not in facts.shapes]
-    for maker in made:
-        before = maker.inputs[0].producer() if maker is not None else None  # type: ignore[union-attr]
-        for each in (before, maker):
-            if each is not None:
-                for value in each.inputs:
-                    if value is not None and value.const_value is not None:
-                        step._stored(value)
-                step._node(each)
 
 
 def _same_nodes(trace: OnnxTrace, model: ir.Model) -> Iterator[ir.Node]:

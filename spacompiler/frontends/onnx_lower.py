@@ -132,8 +132,7 @@ class _Lowering:
 
     def _nodes(self, graph: ir.Graph) -> None:
         for node in graph:
-            outputs = [o for o in node.outputs if o.name]
-            if all(o.name in self.facts.known for o in outputs):
+            if all(o.name in self.facts.known for o in node.outputs if o.name):
                 continue
             if node.op_type == "ConstantOfShape" and self._is_array(node):
                 self._fill(node)
@@ -141,7 +140,7 @@ class _Lowering:
             if node.op_type == "If":
                 for body in body_graphs(node):
                     self._nodes(body)
-            self._node(node, outputs)
+            self._node(node)
 
     def _is_array(self, node: ir.Node) -> bool:
         source, out = node.inputs[0], node.outputs[0].name or ""
@@ -180,8 +179,8 @@ class _Lowering:
 
     # --- nodes --------------------------------------------------------------------------------
 
-    def _node(self, node: ir.Node, outputs: list[ir.Value]) -> None:
-        name = node.name or f"{node.op_type}_{outputs[0].name if outputs else ''}"
+    def _node(self, node: ir.Node) -> None:
+        name = node.name or f"{node.op_type}_{next((o.name for o in node.outputs if o.name), '')}"
         while name in self.made.nodes:
             name += "_"
         op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
@@ -195,12 +194,17 @@ class _Lowering:
         except Unknown as problem:
             op = f"{op} ({problem})"
             args = [self._ref(v) for v in node.inputs if v is not None and v.name]
-        for out in outputs:
-            self.graph.tensors[out.name or ""] = Tensor(
-                out.name or "", self.facts.shapes[out.name or ""], self._dtype(out.name or ""))
         self.made.nodes[name] = node
-        self.graph.nodes.append(Node(name, op, tuple(args), {},
-                                     tuple(o.name or "" for o in outputs), node.name or name))
+        self.graph.nodes.append(Node(name, op, tuple(args), {}, self._results(node, name),
+                                     node.name or name))
+
+    def _results(self, node: ir.Node, name: str) -> tuple[str, ...]:
+        """Register a node's results; those left out get a name that nothing reads."""
+        last = max((i for i, o in enumerate(node.outputs) if o.name), default=-1)
+        names = [o.name or f"{name}.{i}" for i, o in enumerate(node.outputs[:last + 1])]
+        for out in names:
+            self.graph.tensors[out] = Tensor(out, self.facts.shapes.get(out, ()), self._dtype(out))
+        return tuple(names)
 
     def _captured(self, node: ir.Node) -> list[Ref]:
         """What bodies that are not entered read from around them."""

@@ -298,7 +298,7 @@ def recurrent(gates: int, states: int) -> Row:
             raise Clash("layout 1")
         _, batch, i = s.dims[x or ""]
         d, rows, inputs = s.dims[w or ""]
-        s.freeze([d], "directions of a recurrent layer")
+        s.freeze([d, s.dims[x or ""][0]], "steps and directions of a recurrent layer")
         _, hidden = s.space.factor(rows, rows.size // gates)
         s.relate(i, inputs, n)
         s.read(n, x or "", 2, "contract")

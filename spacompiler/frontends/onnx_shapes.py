@@ -139,7 +139,8 @@ class _Inference:
         shape = sizes_of(tensor)
         _put(self.facts, value, shape, int(tensor.dtype))
         size = int(np.prod(shape, dtype=np.int64))
-        if size <= 1 or (size <= SMALL and tensor.dtype in _WHOLE):
+        few = size <= 1 and (tensor.dtype.is_floating_point() or tensor.dtype.is_integer())
+        if few or (size <= SMALL and tensor.dtype in _WHOLE):
             self.facts.known[value.name or ""] = tensor.numpy()
             self.facts.fixed.add(value.name or "")
 
