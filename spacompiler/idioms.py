@@ -96,18 +96,31 @@ def _match(uses: _Uses, mean: Node) -> RmsNorm | None:
         return None
     add = uses.only(mean.outputs[0], "add")
     eps_arg = 1 if add is not None and isinstance(add.arg(1, "other"), float) else 0
-    root = uses.only(add.outputs[0], "rsqrt", "pow") if add is not None else None
-    if add is None or root is None or not isinstance(add.args[eps_arg], float):
+    if add is None or not isinstance(add.args[eps_arg], float):
         return None
-    if base(root.op) == "pow" and root.arg(1, "exponent") != -0.5:
-        return None
-    scale = uses.only(root.outputs[0], "mul")
+    scale = _scale(uses, add.outputs[0])
     if scale is None or uses.uncast(source) not in map(uses.uncast, scale.refs()):
         return None
     gain = _gain(uses, scale.outputs[0])
     if gain is None:
         return None
     return RmsNorm(mean.name, source, add.name, eps_arg, add.args[eps_arg], *gain)
+
+
+def _scale(uses: _Uses, variance: str) -> Node | None:
+    """The product with 1 / sqrt(variance): rsqrt, pow -1/2, or a root and what divides by it."""
+    root = uses.only(variance, "rsqrt", "pow", "sqrt")
+    if root is None or (base(root.op) == "pow" and root.arg(1, "exponent") not in (-0.5, 0.5)):
+        return None
+    if base(root.op) == "rsqrt" or root.arg(1, "exponent") == -0.5:
+        return uses.only(root.outputs[0], "mul")
+    over = uses.only(root.outputs[0], "reciprocal", "div")
+    if over is None or base(over.op) == "reciprocal":
+        return uses.only(over.outputs[0], "mul") if over is not None else None
+    if over.args[0] in (1, 1.0):
+        return uses.only(over.outputs[0], "mul")
+    divides = isinstance(over.args[1], Ref) and over.args[1].name == root.outputs[0]
+    return over if divides and isinstance(over.args[0], Ref) else None
 
 
 def _is_square(node: Node) -> bool:

@@ -23,6 +23,7 @@ from .onnx_shapes import LIMIT, Shape, sizes_of
 
 INLINE = 4096
 """Initialisers above this many bytes stay out of the protobufs that are made of a model."""
+UNIFORM = 2**16
 _PLAIN = frozenset(ir.DataType[n] for n in (
     "FLOAT DOUBLE FLOAT16 INT8 UINT8 INT16 UINT16 INT32 UINT32 INT64 UINT64 BOOL").split())
 
@@ -180,6 +181,29 @@ def _prepare(file: OnnxFile) -> None:
             model.ir_version = 4
             file.notes.append("IR version 4 instead of 3: stored constants need not be inputs")
     passes.TopologicalSortPass()(model)
+    _unshare(model)
+
+
+def _unshare(model: ir.Model) -> None:
+    """Give each reader of a uniform array (zeros for a bias that there is not) its own.
+
+    Exporters write equal constants once; what reads them is not tied together by that.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        tensor, uses = value.const_value, list(value.uses())
+        if tensor is None or len(uses) < 2 or not 1 < tensor.size <= UNIFORM or \
+                not tensor.dtype.is_floating_point() or value.is_graph_output():
+            continue
+        array = tensor.numpy()
+        if (array != array.reshape(-1)[0]).any():
+            continue
+        for k, (node, index) in enumerate(uses[1:], start=2):
+            copy = ir.Value(name=f"{name}_{k}", shape=value.shape, type=value.type,
+                            const_value=ir.Tensor(array, dtype=tensor.dtype, name=f"{name}_{k}"))
+            if copy.name in model.graph.initializers:
+                return
+            model.graph.register_initializer(copy)
+            node.replace_input_with(index, copy)
 
 
 def skeleton(model: ir.Model, *, as_inputs: bool = False) -> onnx.ModelProto:
