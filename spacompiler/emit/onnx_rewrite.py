@@ -178,7 +178,7 @@ class _Sizes:
         for element, new in changes.items():
             edge = _source(self.trace.facts, node, place.key, element or 0)
             if edge is not None:
-                self._set_constant(*edge, new)
+                self._set_constant(*edge, new, follows=node.op_type == "Reshape")
 
     def _dense(self, node: ir.Node, place: Place) -> Any:
         """The value of an argument that the file leaves out."""
@@ -206,15 +206,17 @@ class _Sizes:
         self.model.graph.register_initializer(value)
         return value
 
-    def _set_constant(self, user: ir.Node, index: int, element: int, new: Any) -> None:
-        """Change one element of a constant input; other users keep the old constant."""
+    def _set_constant(self, user: ir.Node, index: int, element: int, new: Any, *,
+                      follows: bool) -> None:
+        """Change one element of a constant input; other users keep the old constant.
+
+        With `follows` a 0 or -1 stays: a reshape copies or infers that size.
+        """
         value = user.inputs[index]
         assert value is not None and value.const_value is not None
         array = np.array(value.const_value.numpy())
         flat = array.reshape(-1)
-        if array.dtype.kind in "iu" and flat[element] in (0, -1) and user.op_type == "Reshape":
-            return  # copied or inferred sizes follow by themselves
-        if flat[element] == new:
+        if flat[element] == new or (follows and flat[element] in (0, -1)):
             return
         flat[element] = new
         if len(list(value.uses())) > 1 or value.is_graph_output():
