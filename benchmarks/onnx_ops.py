@@ -126,7 +126,10 @@ def commutes(case: object, place: Path, seed: int = 0) -> str:
     if not choices:
         return "nothing may go"
     dense = Session(masked(traced, solution, choices), names).run({}, names)
-    pruned = Session(rewrite(traced, solution, choices), names).run({}, names)
+    try:
+        pruned = Session(rewrite(traced, solution, choices), names).run({}, names)
+    except SpaError as problem:
+        return f"pruned differs: {problem.what} {problem.why}"
     for name, one, other in zip(names, dense, pruned, strict=True):
         if any("by-product" in why for e in solution.solver.dims[name] for why in reasons(e)):
             continue

@@ -36,17 +36,16 @@ def check_weights(job: Job) -> None:
     job.notes.extend(file.notes)
     for name, value in file.model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.dtype.is_floating_point() and \
-                not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all() and \
-                not _is_mask(tensor.numpy()):
+        if tensor is not None and tensor.dtype.is_floating_point() and not _sound(tensor.numpy()):
             raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
                            fix="use a model with finite weights")
 
 
-def _is_mask(array: np.ndarray) -> bool:
-    """Attention masks hold minus infinity beside zeros."""
-    return bool(np.all(np.isfinite(array) | (array == -np.inf)) and array[np.isfinite(array)].size
-                and not array[np.isfinite(array)].any())
+def _sound(array: np.ndarray) -> bool:
+    """True if all is finite, or nothing but zeros and infinities (a mask, a bound)."""
+    array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    finite = np.isfinite(array)
+    return bool(finite.all() or (not np.isnan(array).any() and not array[finite].any()))
 
 
 class FileScores:

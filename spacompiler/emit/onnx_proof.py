@@ -23,7 +23,7 @@ from ..groups import Solution
 from ..proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
 from . import onnx_double
 from .onnx_rewrite import masked, rewrite
-from .onnx_run import KernelMissing, Session
+from .onnx_run import Session
 
 DOUBLE_BYTES = 2**28
 """Above this many bytes of weights no float64 copy is made."""
@@ -67,8 +67,8 @@ def prove(trace: OnnxTrace, solution: Solution, choices: Choices, *, seed: int =
     Raises ProofError, naming the first operator that differs, if the pruned graph is wrong.
     """
     engine, want = _dense(trace, solution, choices)
-    tolerance = TOLERANCE if engine.double else _noise(trace, solution, choices, want)
-    error = relative_error(engine.run(rewrite(trace, solution, choices), trace.feeds), want)
+    tolerance, error = compare(trace, solution, choices, engine, want,
+                               rewrite(trace, solution, choices))
     if not error <= tolerance:
         raise ProofError(
             f"the pruned model is not the masked dense model: relative error {error:.1e} in "
@@ -78,6 +78,27 @@ def prove(trace: OnnxTrace, solution: Solution, choices: Choices, *, seed: int =
             fix="please report it; --ignore the groups of that layer to go on")
     weight, control = _control(trace, solution, choices, engine, want, seed)
     return Proof(error, control, weight, None, engine.precision, tolerance)
+
+
+def compare(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Engine,
+            want: list[torch.Tensor], pruned: ir.Model) -> tuple[float, float]:
+    """Return (what rounding may do, relative error) of a pruned model, at the trace's inputs."""
+    tolerance = TOLERANCE if engine.double else _noise(trace, solution, choices, want)
+    return tolerance, _error(engine, pruned, trace, want)
+
+
+def _error(engine: Engine, model: ir.Model, trace: OnnxTrace, want: list[torch.Tensor]) -> float:
+    try:
+        return relative_error(engine.run(model, trace.feeds), want)
+    except Exception:  # a model of wrong sizes fails in as many ways as there are kernels
+        return float("inf")
+
+
+def elsewhere(trace: OnnxTrace, solution: Solution, choices: Choices,
+              pruned: ir.Model) -> tuple[str, float, float]:
+    """Compare a pruned model at a trace's (other) sizes: (precision, tolerance, error)."""
+    engine, want = _dense(trace, solution, choices)
+    return engine.precision, *compare(trace, solution, choices, engine, want, pruned)
 
 
 def _dense(trace: OnnxTrace, solution: Solution,
@@ -91,12 +112,8 @@ def _dense(trace: OnnxTrace, solution: Solution,
     for engine in engines:
         try:
             return engine, _finite(engine.run(masked(trace, solution, choices), trace.feeds))
-        except KernelMissing:
+        except Exception:  # no kernel, no type rule, no reference: the next one may do
             continue
-        except Exception as problem:
-            if engine is ORT_DOUBLE or engine.reference:
-                continue
-            raise SpaError("the dense model cannot be run", why=str(problem)) from problem
     return ORT_SINGLE, _finite(
         ORT_SINGLE.run(masked(trace, solution, choices), trace.feeds))
 
@@ -136,7 +153,7 @@ def _control(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Eng
         weight, wrong = swap(lambda n: torch.from_numpy(np.array(trace.stored(n), np.float32)),
                              solution, choices, seed + attempt)
         model = rewrite(trace, solution, choices, wrong)
-        control = relative_error(engine.run(model, trace.feeds), want)
+        control = _error(engine, model, trace, want)
         if control >= CONTROL:
             break
     return weight, control

@@ -14,14 +14,10 @@ from ..errors import SpaError
 from ..frontends.onnx_file import external, skeleton
 
 
-class KernelMissing(SpaError):
-    """ONNX Runtime has no kernel for an operator in this type."""
-
-
 class Session:
     """A model opened in ONNX Runtime; `extra` values are returned besides its outputs.
 
-    Raises SpaError (KernelMissing) if ONNX Runtime does not accept it.
+    Raises SpaError if ONNX Runtime does not accept it.
     """
 
     def __init__(self, model: ir.Model, extra: Sequence[str] = (), *, fuse: bool = False) -> None:
@@ -59,9 +55,9 @@ class Session:
 
 def _refused(what: str, problem: Exception) -> SpaError:
     reason = str(problem).strip().splitlines()[0][:400]
-    kind = KernelMissing if "NOT_IMPLEMENTED" in reason else SpaError
-    return kind(what, why=reason, fix="the example inputs may not fit (--calibration inputs.npz), "
-                                      "or this version of ONNX Runtime lacks an operator")
+    return SpaError(what, why=reason,
+                    fix="the example inputs may not fit (--calibration inputs.npz), or this "
+                        "version of ONNX Runtime lacks an operator")
 
 
 def run(model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:

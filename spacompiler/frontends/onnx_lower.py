@@ -137,7 +137,7 @@ class _Lowering:
             if node.op_type == "ConstantOfShape" and self._is_array(node):
                 self._fill(node)
                 continue
-            if node.op_type == "If":
+            if self.facts.entered(node):
                 for body in body_graphs(node):
                     self._nodes(body)
             self._node(node)
@@ -194,6 +194,7 @@ class _Lowering:
         except Unknown as problem:
             op = f"{op} ({problem})"
             args = [self._ref(v) for v in node.inputs if v is not None and v.name]
+            args += self._captured(node)
         self.made.nodes[name] = node
         self.graph.nodes.append(Node(name, op, tuple(args), {}, self._results(node, name),
                                      node.name or name))
@@ -208,7 +209,7 @@ class _Lowering:
 
     def _captured(self, node: ir.Node) -> list[Ref]:
         """What bodies that are not entered read from around them."""
-        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+        if self.facts.entered(node):
             return []
         found: dict[str, ir.Value] = {}
         for body in body_graphs(node):
@@ -336,6 +337,8 @@ def _softmax(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
 
 
 def _branches(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
+    if not low.facts.entered(node):
+        raise Unknown("its branches are not understood in every value")
     results = [list(g.outputs) for g in body_graphs(node)]
     shapes = [[low.facts.shapes.get(v.name or "") for v in side] for side in results]
     if shapes[0] != shapes[1]:

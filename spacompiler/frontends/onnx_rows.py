@@ -294,12 +294,13 @@ def recurrent(gates: int, states: int) -> Row:
 
     def row(s: Solver, n: Node) -> None:
         x, w, back, bias, lengths, *states_and_peepholes = p.operands(n)[:5 + states + 1]
-        if n.arg(6 + states, "layout"):
+        if n.arg(8 + states, "layout"):
             raise Clash("layout 1")
         _, batch, i = s.dims[x or ""]
         d, rows, inputs = s.dims[w or ""]
         s.freeze([d, s.dims[x or ""][0]], "steps and directions of a recurrent layer")
-        _, hidden = s.space.factor(rows, rows.size // gates)
+        each, hidden = s.space.factor(rows, rows.size // gates)
+        s.freeze([each], "gates of a recurrent layer")
         s.relate(i, inputs, n)
         s.read(n, x or "", 2, "contract")
         _rows(s, n, back, hidden, gates)
@@ -323,7 +324,8 @@ def recurrent(gates: int, states: int) -> Row:
 
 def _rows(s: Solver, n: Node, ref: str | None, hidden: Expr, times: int) -> None:
     if ref is not None:
-        _, inner = s.space.factor(s.dims[ref][1], s.dims[ref][1].size // times)
+        each, inner = s.space.factor(s.dims[ref][1], s.dims[ref][1].size // times)
+        s.freeze([each], "gates of a recurrent layer")
         s.relate(inner, hidden, n)
 
 

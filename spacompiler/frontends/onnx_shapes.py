@@ -33,16 +33,20 @@ _RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
 class Facts:
     """What is known of each value: shape, type, and the numbers in it where they are few.
 
-    `fixed` are the known values that follow from stored constants alone (not from a shape).
+    `fixed` are the known values that follow from stored constants alone (not from a shape);
+    `closed` names the If nodes (by first result) whose branches are not entered.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
     known: dict[str, np.ndarray] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
 
-    def complete(self, name: str) -> bool:
-        return name in self.shapes
+    def entered(self, node: ir.Node) -> bool:
+        """True for an If whose branches are understood in every value."""
+        return node.op_type == "If" and bool(node.outputs) and \
+            node.outputs[0].name not in self.closed
 
 
 Observe = Callable[[list[str]], Mapping[str, Any]]
@@ -121,9 +125,8 @@ class _Inference:
         for node in list(graph):
             if self.visit is not None:
                 self.visit(node, self.facts)
-            for body in body_graphs(node):
-                if node.op_type == "If":
-                    missing += self.graph(body)
+            if node.op_type == "If" and self.facts.entered(node):
+                self._enter(node)
             wanted = [o for o in node.outputs if o.name]
             if all(o.name in self.facts.shapes for o in wanted):
                 continue
@@ -131,6 +134,20 @@ class _Inference:
                 self._node(node)
             missing += [o.name or "" for o in wanted if o.name not in self.facts.shapes]
         return missing
+
+    def _enter(self, node: ir.Node) -> None:
+        """Infer both branches; where that fails the If stays closed."""
+        done = all(o.name in self.facts.shapes for o in node.outputs)
+        names = [o.name for body in body_graphs(node) for inner in body.all_nodes()
+                 for o in inner.outputs if o.name]
+        twice = len(set(names)) < len(names) or (
+            not done and any(n in self.facts.shapes for n in names))
+        try:
+            unknown = twice or any([self.graph(body) for body in body_graphs(node)])
+        except SpaError:
+            unknown = True
+        if unknown:
+            self.facts.closed.add(node.outputs[0].name or "")
 
     def _stored(self, value: ir.Value) -> None:
         tensor = value.const_value
