@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "loading",
+          "lift": "adapters.lifting",
           "verify": "verification", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner"}
 __all__ = ["ProofError", "Pruner", "Result", "SpaError", "TargetError", "UsageError", "__version__",
-           "compile", "inspect", "load", "verify"]
+           "compile", "inspect", "lift", "load", "verify"]
 
 if TYPE_CHECKING:
+    from .adapters.lifting import lift
     from .api import Result, compile, inspect
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .live.pruner import Pruner

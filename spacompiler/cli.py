@@ -80,6 +80,9 @@ def compile(
     combine: Annotated[str, typer.Option(help="How several adapters become one: cat (exact "
                                               "weighted sum), linear, svd, ties, dare_linear, "
                                               "dare_ties.")] = "cat",
+    keep_adapter: Annotated[bool, typer.Option(
+        "--keep-adapter", help="Keep the adapter beside the pruned base, cut to its size.")]
+    = False,
     recover: Annotated[str, typer.Option(
         metavar="PASS", help="Train what is left: lora, norms, full, or lora(lr=2e-3, logits=1).")]
     = "",
@@ -102,7 +105,7 @@ def compile(
             "floor": floor, "layout": layout, "samples": samples, "length": length,
             "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "decoder": decoder,
             "int8": int8, "latency": latency,
-            "combine": combine, "recover_samples": recover_samples}
+            "combine": combine, "keep_adapter": keep_adapter, "recover_samples": recover_samples}
         _check_early(target, out, importance, allocation, recover,
                      {**options, "adapters": tuple(adapter or ()), "schedule": schedule})
         from . import api, report
@@ -150,6 +153,27 @@ def _print_compiled(data: dict[str, Any], out: Path | None) -> None:
     for note in data["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"written to {out}" if out else "dry run: nothing written", markup=False)
+
+
+@app.command()
+def lift(
+    adapter: Annotated[Path, typer.Argument(
+        metavar="ADAPTER", help="A directory in peft's format, trained on the pruned model.")],
+    plan: Annotated[Path, typer.Option(
+        metavar="DIR", help="The pruned model's directory, as `compile` wrote it.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must not exist.")],
+    as_json: AsJson = False,
+) -> None:
+    """Scatter an adapter of a pruned model to the dense model."""
+    with _errors(as_json):
+        from .artifact_path import check_artifact, check_out
+
+        check_out(out)
+        check_artifact(plan)
+        from .adapters.lifting import lift as run
+
+        run(adapter, plan, out)
+        print(json.dumps({"out": str(out)}) if as_json else f"written to {out}")
 
 
 @app.command()

@@ -78,6 +78,9 @@ class Job:
     trained: dict[str, Any] | None = None
     schedule: Any = None
     counts: dict[str, int] = field(default_factory=dict)
+    base: dict[str, torch.Tensor] = field(default_factory=dict)
+    base_hash: str = ""
+    kept: Any = None
 
     @property
     def backend(self) -> Backend:
@@ -111,8 +114,11 @@ def backend_of(module: Any) -> Backend:
 
 def merge_adapters(job: Job) -> None:
     """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
-    from .adapters import files, merging
+    from .adapters import files, keeping, merging
 
+    if job.recipe.keep_adapter:
+        keeping.check(job)
+        job.base_hash = weights_hash(job.module)
     if merging.is_adapted(job.module):
         job.module, notes = merging.merge_adapted(job.module, job.inputs)
         job.notes.extend(notes)
@@ -120,7 +126,8 @@ def merge_adapters(job: Job) -> None:
         adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
         module = job.module if job.owned else copy.deepcopy(job.module)
         job.module, notes = merging.merge(module, adapters, job.inputs,
-                                          combine=job.recipe.combine)
+                                          combine=job.recipe.combine,
+                                          base=job.base if job.recipe.keep_adapter else None)
         job.notes.extend(notes)
 
 
@@ -348,6 +355,14 @@ def _emit_module(job: Job) -> None:
                      why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
+def keep_adapter(job: Job) -> None:
+    """Take a kept adapter out of the pruned model again, cut to its size."""
+    from .adapters import keeping
+
+    if job.recipe.keep_adapter:
+        keeping.keep(job)
+
+
 def recover(job: Job) -> None:
     """Train the pruned module, if the recipe asks for it."""
     from . import recovery
@@ -454,6 +469,7 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("allocating", decide),
     ("proving", prove_plan),
     ("emitting", emit),
+    ("keeping the adapter", keep_adapter),
     ("recovering", recover),
 )
 DRY_STEPS = 5

@@ -66,7 +66,11 @@ class Slicer:
     def array(self, name: str, *, double: bool = False,
               choices: Choices | None = None) -> torch.Tensor:
         """Return the pruned array (the dense one itself where nothing changes)."""
-        tensor = self._stored[name]
+        return self.sliced(name, self._stored[name], double=double, choices=choices)
+
+    def sliced(self, name: str, tensor: torch.Tensor, *, double: bool = False,
+               choices: Choices | None = None) -> torch.Tensor:
+        """Return the pruned array made from given values of a dense array."""
         first = self._tied.get(name, name)
         if self.untouched_under(first, choices):
             return tensor.detach().double() if double and tensor.is_floating_point() else tensor

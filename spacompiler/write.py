@@ -42,6 +42,8 @@ def write(job: Job, out: Path) -> dict[str, Any]:
         job.progress("writing the report", 3, 4)
         (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
         artifact.write_json(folder / "slices.json", slices(job))
+        if job.kept is not None:
+            job.kept.save(folder / "adapter")
         artifact.write_json(folder / "recipe.json", {
             "model": job.name, **job.recipe.as_dict(), "importance": repr(job.importance),
             "allocation": repr(job.allocation), "calibration": job.calibration.origin})
@@ -132,7 +134,8 @@ def slices(job: Job) -> dict[str, Any]:
     """Return, per stored array that changed, the kept indices of each dimension.
 
     Equal index lists are stored once; `null` keeps a whole dimension; arrays whose values were
-    corrected besides (gains of RMSNorms) are listed with their factor.
+    corrected besides (gains of RMSNorms) are listed with their factor. `weights_hash` is that of
+    the dense model, without the adapter if one was kept.
     """
     lists: dict[str, list[int]] = {}
     arrays: dict[str, Any] = {}
@@ -144,7 +147,10 @@ def slices(job: Job) -> dict[str, Any]:
             arrays[name] = [None if i is None else _shared(lists, i) for i in per_axis]
     gains = {c.norm.gain: {"factor": c.gain, "offset": c.norm.offset}
              for c in norm_changes(job.solution, job.choices)}
-    return {"indices": lists, "arrays": arrays, "corrected": gains}
+    shapes = {n: [e.size for e in dims] for n, dims in job.solution.weights().items()
+              if n in arrays}
+    return {"indices": lists, "arrays": arrays, "shapes": shapes, "corrected": gains,
+            "weights_hash": job.base_hash or job.plan.weights_hash}
 
 
 def _shared(lists: dict[str, list[int]], index: np.ndarray) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler.adapters import files, merging
+from spacompiler.adapters import cutting, files, lifting, merging
 from spacompiler.adapters.kinds import KINDS
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.models_zoo import load
@@ -353,3 +353,114 @@ def test_a_weight_that_is_no_number(text, fix):
     with pytest.raises(UsageError) as error:
         files.parse(text)
     assert fix in error.value.fix
+
+
+# --- kept beside the pruned base ---------------------------------------------------------------
+
+FAST = {"target": "body=60%", "importance": "magnitude", "align": 1, "prove": False,
+        "latency": False}
+KEPT = ["lora", "lora-rs", "lora-bias", "lora-embedding", "lora-saved-module", "dora", "pissa",
+        "adalora", "hira", "ia3", "ln-tuning", "loha", "beft",
+        "miss", "delora", "vera", "vblora", "unilora", "tinylora"]
+
+
+@pytest.mark.parametrize("variant", KEPT)
+def test_a_slice_of_the_merge_is_the_merge_of_the_slices(variant, tmp_path):
+    path, _ = stored(tmp_path / "a", variant)
+    module, inputs = llama()
+    merged = spacompiler.compile(module, inputs, adapter=path, **FAST)
+    kept = spacompiler.compile(module, inputs, adapter=path, keep_adapter=True, **FAST)
+    assert kept.plan.kept == merged.plan.kept
+    kept.job.kept.save(tmp_path / "cut")
+    want = run(merged.module, inputs)
+    assert (run(kept.module, inputs) - want).abs().max() > 1e-4, "the base holds the adapter"
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(kept.module), tmp_path / "cut")
+    assert (run(tuned, inputs) - want).abs().max() <= 1e-6
+    again, _ = merging.merge(kept.module, [files.read(tmp_path / "cut")], inputs)
+    assert (run(again, inputs) - want).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("variant", ["boft", "oft", "lokr", "fourierft", "road", "shira", "frod",
+                                     "trainable-tokens"])
+def test_what_mixes_rows_must_be_merged(variant, tmp_path):
+    path, _ = stored(tmp_path / "a", variant)
+    with pytest.raises(SpaError, match="cannot be sliced") as error:
+        spacompiler.compile(*llama(), adapter=path, keep_adapter=True, **FAST)
+    assert "--keep-adapter" in error.value.fix
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """An artifact with a kept adapter."""
+    place = tmp_path_factory.mktemp("beside")
+    path, _ = stored(place / "a")
+    module, inputs = llama()
+    module.save_pretrained(place / "dense")
+    result = spacompiler.compile(str(place / "dense"), inputs, adapter=path, keep_adapter=True,
+                                 out=place / "out", onnx=False, **FAST)
+    return place / "out", result, place / "dense"
+
+
+def test_the_artifact_works_with_transformers_and_peft_alone(beside):
+    from transformers import AutoModelForCausalLM
+
+    out, result, _ = beside
+    base = AutoModelForCausalLM.from_pretrained(out)
+    ids = llama()[1]
+    assert torch.equal(run(base, ids), run(result.module, ids))
+    tuned = peft.PeftModel.from_pretrained(base, out / "adapter")
+    assert (run(tuned, ids) - run(result.module, ids)).abs().max() > 1e-4
+    assert all(c.passed is not False for c in spacompiler.verify(out))
+
+
+def test_a_kept_adapter_knows_its_base(beside):
+    out, _, dense = beside
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(SpaError, match="belongs to another base"):
+        merging.merge(AutoModelForCausalLM.from_pretrained(dense), [files.read(out / "adapter")],
+                      llama()[1])
+
+
+# --- lifted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["lora", "adalora", "hira", "loha", "ia3", "beft"])
+def test_lift_after_slice_is_the_identity_on_what_was_kept(variant, beside, tmp_path):
+    out, result, dense = beside
+    path, _ = stored(tmp_path / "small", variant, base=(result.module, llama()[1]))
+    spacompiler.lift(path, out, tmp_path / "full")
+    small, full = files.read(path), files.read(tmp_path / "full")
+    recorded = lifting.recorded(out)
+    assert small.tensors.keys() == full.tensors.keys()
+    wider = 0
+    for part in cutting.parts(full):
+        back = cutting._selected(full.tensors[part.key], part, recorded) \
+            if part.weight in recorded else full.tensors[part.key]
+        assert torch.equal(back, small.tensors[part.key])
+        wider += back.shape != full.tensors[part.key].shape
+        rest = full.tensors[part.key].numel() - back.numel()
+        same = (full.tensors[part.key] == full.kind.fill).sum() - (back == full.kind.fill).sum()
+        assert same == rest, "what the pruned model lacks must change nothing"
+    assert wider
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(dense)
+    merging.merge(module, [full], llama()[1])
+    with pytest.raises(SpaError, match="belongs to another base"):
+        merging.merge(copy.deepcopy(result.module), [full], llama()[1])
+
+
+@pytest.mark.parametrize("variant", ["dora", "ln-tuning", "lokr"])
+def test_what_cannot_be_lifted(variant, beside, tmp_path):
+    out, result, _ = beside
+    path, _ = stored(tmp_path / "small", variant, base=(result.module, llama()[1]))
+    with pytest.raises(SpaError, match="cannot be lifted"):
+        spacompiler.lift(path, out, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+def test_lift_of_an_adapter_of_the_dense_model_is_refused(beside, tmp_path):
+    path, _ = stored(tmp_path / "wide")
+    with pytest.raises(SpaError, match="cannot be sliced"):
+        spacompiler.lift(path, beside[0], tmp_path / "full")

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ProofError, SpaError
 from ..frontends.torch_export import Inputs, as_call
 from ..proof import relative_error
-from .files import PREFIX, Adapter, check_type
+from .files import ORIGIN, PREFIX, Adapter, check_type
 from .kinds import COMBINATION_TRAPS, LAYER_TRAPS
 
 PROBE = 1e-4  # largest relative difference of results, adapter against merged, in float32
@@ -46,27 +46,44 @@ def is_adapted(module: Any) -> bool:
 
 
 def merge(module: nn.Module, adapters: Sequence[Adapter], inputs: Inputs, *,
-          combine: str = "cat") -> tuple[nn.Module, list[str]]:
+          combine: str = "cat", base: dict[str, torch.Tensor] | None = None
+          ) -> tuple[nn.Module, list[str]]:
     """Return the module with adapters merged into its weights, and notes for the report.
 
     The module is changed. Several adapters, or one with a weight, are combined by peft first:
-    `cat` is the exact weighted sum.
+    `cat` is the exact weighted sum. `base` takes copies of the arrays that merging changes.
 
     Raises:
         SpaError: an adapter of another base, or one that can't be merged or combined.
         ProofError: the merged network is not the adapted one.
     """
+    for adapter in adapters:
+        _check_origin(module, adapter)
     notes = prepare(module, adapters)
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     before = results(module, inputs)
     tuned = attach(module, adapters)
     if len(adapters) > 1 or adapters[0].weight != 1.0:
         _combine(tuned, adapters, combine)
+    if base is not None:
+        base.update(_before_merging(tuned))
     merged, found = fold(tuned, partial(results, inputs=inputs), before,
                          where=", ".join(str(a.path) for a in adapters))
     for name, p in merged.named_parameters():
         p.requires_grad_(trainable.get(name, True))
+    for name, tensor in merged.state_dict().items():
+        if base is not None and name in base and torch.equal(base[name], tensor):
+            del base[name]
     return merged, [*notes, *found]
+
+
+def _before_merging(tuned: Any) -> dict[str, torch.Tensor]:
+    """Copies of the base's arrays in adapted modules, by their names in the base."""
+    adapted = tuple(f"{path.removeprefix(PREFIX)}." for path, part in tuned.named_modules()
+                    if hasattr(part, "base_layer") or hasattr(part, "original_module"))
+    return {name: tensor.detach().clone()
+            for name, tensor in library().get_base_model_state_dict(tuned).items()
+            if name.startswith(adapted)}
 
 
 def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
@@ -213,7 +230,8 @@ def _config(peft: Any, adapter: Adapter) -> Any:
     """The stored configuration; without a task, so that any torch module will do as base."""
     try:
         with _quiet():
-            config = peft.PeftConfig.from_pretrained(str(adapter.path))
+            known = {k: v for k, v in adapter.config.items() if k != "runtime_config"}
+            config = peft.PeftConfig.from_peft_type(**known)
     except Exception as problem:
         raise SpaError("adapter_config.json cannot be used", where=str(adapter.path),
                        why=_line(problem)) from problem
@@ -239,6 +257,17 @@ def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:
                        why=f"{len(loaded.unexpected_keys)} of its arrays belong to no module and "
                            f"{len(missing)} are missing, e.g. {left[0].replace(f'.{name}', '')}",
                        fix=_base(adapter))
+
+
+def _check_origin(module: nn.Module, adapter: Adapter) -> None:
+    """An adapter that this compiler wrote says which weights it belongs to."""
+    from ..pipeline import weights_hash
+
+    wanted = adapter.origin.get("weights_hash")
+    if wanted and wanted != weights_hash(module):
+        raise SpaError("the adapter belongs to another base", where=str(adapter.path),
+                       why=f"the hash of the base's weights is not the one in {ORIGIN}",
+                       fix="give the model that it was cut or lifted for")
 
 
 def _base(adapter: Adapter) -> str:

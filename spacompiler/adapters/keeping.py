@@ -1,0 +1,96 @@
+"""Keep an adapter beside the pruned base: the plan is made for the merged model, both are cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..axes import indices
+from ..errors import ProofError, SpaError
+from ..proof import relative_error
+from ..slicing import Slicer
+from . import files, merging
+from .cutting import Cut, sliced
+
+if TYPE_CHECKING:
+    from ..pipeline import Job
+
+TOLERANCE = 1e-4
+
+
+def keep(job: Job) -> None:
+    """Take the adapter out of the pruned model again, cut to its size, and check both together.
+
+    Raises:
+        SpaError: a type that must be merged first.
+        ProofError: pruned base + cut adapter is not the pruned merged model.
+    """
+    from ..pipeline import weights_hash
+
+    if job.emission == "program":
+        raise SpaError("the adapter cannot be kept", where=job.name,
+                       why="the pruned network is a re-written program, without its layers",
+                       fix="merge it: leave out --keep-adapter")
+    adapter = files.read(*files.parse(job.recipe.adapters[0]))
+    inputs = (job.trace.args, job.trace.kwargs)
+    want = merging.results(job.pruned, inputs)
+    slicer, whole = Slicer(job.trace, job.solution, job.choices), job.module.state_dict()
+    merged = {n: slicer.sliced(n, whole[n]) for n in whole if n in job.trace.tied}
+    base = {n: slicer.sliced(n, tensor) for n, tensor in job.base.items()}
+    made = sliced(adapter, cuts(job), merged, base)
+    own = _base_arrays(job.pruned, base, merged)
+    _put(job.pruned, own)
+    made.origin["weights_hash"] = weights_hash(job.pruned)
+    cut = files.Adapter(adapter.path, 1.0, made.config, made.tensors, {})
+    tuned = merging.attach(job.pruned, [cut])
+    error = relative_error(merging.results(tuned, inputs), want)
+    job.pruned = tuned.unload().eval()
+    _put(job.pruned, own)  # unloading leaves whole modules of the adapter in place
+    for p in job.pruned.parameters():
+        p.requires_grad_(p.is_floating_point())
+    if error > TOLERANCE:
+        raise ProofError("the pruned base with the cut adapter is not the pruned merged model",
+                         where=str(adapter.path), why=f"results differ by {error:.1e}",
+                         fix="merge it: leave out --keep-adapter")
+    job.kept, job.program = made, None
+    job.notes.append(f"{adapter.path}: kept in adapter/, cut as the base was; pruned base + "
+                     f"adapter = pruned merged model to {error:.1e}")
+
+
+def cuts(job: Job) -> dict[str, Cut]:
+    """Return how each array was cut; arrays cut jointly are left out."""
+    found = {}
+    for name, dims in job.solution.weights().items():
+        per_axis = indices(dims, job.choices)
+        if per_axis is not None:
+            found[name] = Cut(tuple(e.size for e in dims), tuple(
+                None if i is None else torch.from_numpy(i) for i in per_axis))
+    return {name: found[first] for name, first in job.trace.tied.items() if first in found}
+
+
+def _base_arrays(pruned: Any, base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]
+                 ) -> dict[str, torch.Tensor]:
+    """The pruned base's arrays; what a repair did to the merged ones is carried over."""
+    have = pruned.state_dict()
+    return {name: tensor.clone() if torch.equal(have[name], merged[name])
+            else tensor + (have[name] - merged[name]) for name, tensor in base.items()}
+
+
+def _put(pruned: Any, own: dict[str, torch.Tensor]) -> None:
+    arrays = {**dict(pruned.named_parameters(remove_duplicate=False)),
+              **dict(pruned.named_buffers(remove_duplicate=False))}
+    for name, tensor in own.items():
+        arrays[name].data = tensor
+
+
+def check(job: Job) -> None:
+    """Refuse what a kept adapter does not go with, before anything is computed."""
+    if len(job.recipe.adapters) != 1 or files.parse(job.recipe.adapters[0])[1] != 1.0:
+        raise SpaError("only one adapter, without a weight, can be kept", where=job.name,
+                       fix="merge them: leave out --keep-adapter")
+    if job.recovery is not None:
+        raise SpaError("recovery trains the merged model, so its adapter cannot be kept",
+                       where=job.name, fix="leave out --keep-adapter, or --recover")
+
+
