@@ -40,6 +40,7 @@ from spacompiler.errors import ProofError, SpaError, TargetError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Inputs, trace
 from spacompiler.groups import Solution, solve
+from spacompiler.parts import Parts
 from spacompiler.proof import masked_dense, relative_error
 from spacompiler.recipe import ROLES, Recipe
 
@@ -85,9 +86,10 @@ def measure(suite: str, model: str) -> Row:
         module, inputs = importlib.import_module(SUITES[suite]).MODELS[model]()
         row.weights = sum(p.numel() for p in module.parameters())
         start = time.process_time()
-        job = _compile(row, _analyse(row, module, inputs))
+        first = _analyse(row, module, inputs)
+        job = _compile(row, first)
         row.cpu_s = time.process_time() - start
-        _check(row, job)
+        _check(row, job, first)
     except Exception as problem:  # any failure is what this benchmark is about
         row.kind = "wrong" if isinstance(problem, ProofError) else \
             "target" if isinstance(problem, TargetError) else "error"
@@ -109,8 +111,8 @@ def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> pipeline.Job:
     recipe = Recipe(TARGET, **DEFAULT)
     job = pipeline.make_job(module, inputs, recipe, calibration="none", name=row.model)
     pipeline.check_weights(job)
-    job.trace = trace(module, inputs)
-    row.traced = True
+    pipeline.trace_whole_or_parts(job)
+    row.traced = not isinstance(job.module, Parts)
     start = time.perf_counter()
     job.solution = solve(job.trace.graph, TABLE)
     row.solve_ms = 1000 * (time.perf_counter() - start)
@@ -127,7 +129,7 @@ def _share(solution: Solution) -> tuple[float, dict[str, int]]:
     total = prunable = 0
     stuck: Counter[str] = Counter()
     for name, tensor in solution.graph.weights().items():
-        if name in skip or tensor.kind != "parameter":
+        if name in skip or tensor.kind not in ("parameter", "outside"):
             continue
         numel = torch.Size(tensor.shape).numel()
         total += numel
@@ -162,29 +164,31 @@ def _compile(row: Row, first: pipeline.Job) -> pipeline.Job:
         row.notes.append(_told(short))
         row.roles = "all"
         job = _attempt(first, roles=ROLES, approximate=True)
-    row.emission = f"{job.layout}/{job.emission}"
+    row.emission = f"{job.layout}/{job.emission}" + ("" if row.traced else " in parts")
     row.exact = not any(g.approximate for g in job.solution.groups.values()
                         if g.atom in job.choices)
     row.notes.extend(n for n in job.notes if "not possible" in n)
     return job
 
 
-def _check(row: Row, job: pipeline.Job) -> None:
+def _check(row: Row, job: pipeline.Job, first: pipeline.Job) -> None:
+    """Compare what was emitted (of parts: the parts) with the masked dense program."""
     row.kind = row.result = "ok"
-    for which, call in (("traced inputs", (job.trace.args, job.trace.kwargs)),
-                        ("other inputs", _others(job))):
-        error = _error(job, call)
+    model = job.pruned if row.traced else Parts(job.pruned, first.module.paths)
+    for which, call in (("traced inputs", (first.trace.args, first.trace.kwargs)),
+                        ("other inputs", _others(first))):
+        error = _error(model, replace(job, trace=first.trace), call)
         if not error <= NEAR:
             row.kind, row.result = "wrong", f"emitted model differs by {error:.1e} on {which}"
             return
 
 
-def _error(job: pipeline.Job, call: tuple[Any, Any]) -> float:
+def _error(model: nn.Module, job: pipeline.Job, call: tuple[Any, Any]) -> float:
     """How far the emitted model is from the masked dense one in float64."""
     args, kwargs = call
     want = masked_dense(replace(job.trace, args=args, kwargs=kwargs), job.solution, job.choices)
     with torch.no_grad():
-        got = torch.utils._pytree.tree_leaves(job.pruned.eval()(*args, **kwargs))
+        got = torch.utils._pytree.tree_leaves(model.eval()(*args, **kwargs))
     tensors = [[t for t in ts if isinstance(t, torch.Tensor)] for ts in (got, want)]
     return relative_error(*tensors)
 

@@ -53,6 +53,8 @@ def compile(
         help="Pattern over groups and parameters: nothing else goes. Repeatable.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(
         help="Pattern over groups and parameters that stay. Repeatable.")] = None,
+    module: Annotated[list[str] | None, typer.Option(
+        help="Path of a sub-module to compile in place of the whole. Repeatable.")] = None,
     approximate: Annotated[bool, typer.Option(
         help="Let axes go whose LayerNorm statistics change.")] = False,
     align: Annotated[int | None, typer.Option(
@@ -101,7 +103,8 @@ def compile(
             raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
         options: dict[str, Any] = {
             "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
-            "ignore": tuple(ignore or ()), "approximate": approximate, "align": align,
+            "ignore": tuple(ignore or ()), "modules": tuple(module or ()),
+            "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples, "length": length,
             "batch": batch, "seed": seed, "prove": prove, "onnx": onnx, "decoder": decoder,
             "int8": int8, "latency": latency,

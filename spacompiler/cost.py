@@ -84,10 +84,10 @@ def heads(solution: Solution) -> set[str]:
     return {weight for weight in found if weight is not None}
 
 
-def _params(solution: Solution, skip: set[str]) -> list[Term]:
-    kinds = {t.weight: t.kind for t in solution.graph.weights().values()}
+def _params(solution: Solution, skip: set[str], *kinds: str) -> list[Term]:
+    kind = {t.weight: t.kind for t in solution.graph.weights().values()}
     return [Term(dims) for weight, dims in solution.weights().items()
-            if weight not in skip and kinds[weight] == "parameter"]
+            if weight not in skip and kind[weight] in ("parameter", *kinds)]
 
 
 def _macs(solution: Solution) -> list[Term]:
@@ -95,7 +95,7 @@ def _macs(solution: Solution) -> list[Term]:
 
 
 _TERMS: dict[str, Callable[[Solution], list[Term]]] = {
-    "params": lambda s: _params(s, set()),
+    "params": lambda s: _params(s, set(), "outside"),
     "body": lambda s: _params(s, heads(s)),
     "macs": _macs,
 }

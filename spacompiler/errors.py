@@ -30,6 +30,10 @@ class UsageError(SpaError):
     code = 2
 
 
+class TraceError(SpaError):
+    """The network cannot be traced as a whole; a part of it may be."""
+
+
 class TargetError(SpaError):
     """The target cannot be met; `why` names the constraint that binds."""
 

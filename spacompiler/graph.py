@@ -20,9 +20,16 @@ class Ref:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A number among the arguments that depends on data: no row can compute with it."""
+
+
 @dataclass(slots=True)
 class Tensor:
     """A value: `kind` is input, parameter, buffer, constant or value (an operator's result).
+
+    A parameter that code outside of the traced parts uses is of the kind `outside`.
 
     `weight` is the name of the stored array behind it (tied names share one), `shape` concrete,
     `dynamic` the dimensions whose size varies between calls. `static` values follow from stored

@@ -25,7 +25,7 @@ from .emit import hf
 from .emit.attributes import resized, watch
 from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
-from .errors import ProofError, SpaError, TargetError, UsageError
+from .errors import ProofError, SpaError, TargetError, TraceError, UsageError
 from .frontends.aten import TABLE
 from .frontends.torch_export import Inputs, Trace, trace
 from .groups import Group, Solution, solve
@@ -70,6 +70,7 @@ class Job:
     emission: str = ""
     notes: list[str] = field(default_factory=list)
     obstacles: tuple[str, ...] = ()
+    whole_inputs: Any = None
     uniform: bool = False
     owned: bool = False
     recovery: Any = None
@@ -149,10 +150,10 @@ def _trace_module(module: nn.Module, inputs: Inputs) -> tuple[Trace, Solution]:
 
 
 def analyse(job: Job) -> None:
-    """Trace the module, solve its axes, and list the groups that may shrink."""
+    """Trace the module (or parts of it), solve its axes, and list the groups that may shrink."""
     if job.schedule is not None and not job.owned:  # it trains
         job.module, job.owned = copy.deepcopy(job.module), True
-    job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+    trace_whole_or_parts(job)
     r = job.recipe
     job.candidates = allocation.candidates(
         job.solution, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
@@ -163,6 +164,23 @@ def analyse(job: Job) -> None:
             why=f"no group has a role in {list(r.roles)}; groups found: "
                 f"{len(job.solution.groups)} ({', '.join(roles) or 'none'})",
             fix="see `spacompiler inspect`; let more go with --roles, --only or --approximate")
+
+
+def trace_whole_or_parts(job: Job) -> None:
+    """Set `trace` and `solution`; what cannot be traced whole is entered by its largest parts."""
+    from . import parts
+
+    if job.recipe.modules:
+        parts.enter(job, job.recipe.modules)
+    try:
+        job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+    except TraceError as problem:
+        found = () if job.recipe.modules else parts.traceable(job.module, job.inputs)
+        if not found:
+            raise
+        job.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
+        parts.enter(job, found)
+        job.trace, job.solution = job.backend.trace(job.module, job.inputs)
 
 
 def score(job: Job) -> None:

@@ -22,7 +22,8 @@ COMBINATIONS = ("cat", "linear", "svd", "ties", "dare_linear", "dare_ties")
 class Recipe:
     """Options of one compile.
 
-    `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go; `align`
+    `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go, and
+    `modules` which sub-modules to compile in place of the whole; `align`
     is a multiple for widths (None: what the CPU wants); `floor` the least share of each group.
     `adapters` are directories, `DIR` or `DIR=weight`.
     """
@@ -34,6 +35,7 @@ class Recipe:
     roles: tuple[str, ...] = ("channel", "head")
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     approximate: bool = False
     align: int | None = None
     floor: float = 0.1

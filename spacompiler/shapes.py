@@ -331,6 +331,22 @@ def narrow(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], dims)
 
 
+def as_strided(s: Solver, n: Node) -> None:
+    """as_strided(x, sizes, strides): an outermost dimension that keeps its size and stride is
+    carried, the others freeze."""
+    dims, (sizes, strides) = s.dims[next(n.refs())], n.args[1:3]
+    rest = math.prod(e.size for e in dims[1:])
+    span = sum((k - 1) * step for k, step in zip(sizes[1:], strides[1:], strict=True))
+    carried = bool(sizes) and (sizes[0], strides[0]) == (dims[0].size, rest) and \
+        span < rest and not n.arg(3, "storage_offset")
+    s.freeze(dims[carried:], f"{n.op} goes over it by strides")
+    made = [s.space.atom(k, f"result of {n.op}") for k in s.shape(n.outputs[0])]
+    if carried:
+        made[0] = dims[0]
+        s.edit(n, ("args", 1, 0), dims[0])
+    s.put(n.outputs[0], made)
+
+
 def _clamp(value: Any, size: int) -> int:
     value = (0 if value is None else value)
     return max(0, min(value + size if value < 0 else value, size))

@@ -14,6 +14,7 @@ from .axes import ONE, Atom, Clash, Expr, Space, is_frozen, resolve
 from .graph import Graph, Node
 from .idioms import RmsNorm
 
+OUTSIDE = "used outside of the traced parts"
 Path = tuple[Any, ...]
 Row = Callable[["Solver", Node], None]
 
@@ -80,16 +81,28 @@ class Solver:
                 tensor.static = True
                 if tensor.weight not in stored:
                     stored[tensor.weight] = tuple(map(self.space.atom, tensor.shape))
+                    if tensor.kind == "outside":
+                        self.freeze(stored[tensor.weight], OUTSIDE)
                 self.dims[tensor.name] = stored[tensor.weight]
             elif tensor.kind in ("input", "constant"):
                 why = f"model {tensor.kind} {tensor.name}"
                 self.bare.add(tensor.name)
                 self.dims[tensor.name] = tuple(self.space.atom(n, why) for n in tensor.shape)
+        self._freeze_unused(stored)
         for node in self.graph.nodes:
             self._visit(node)
         for name in self.graph.outputs:
             self.freeze(self.dims[name], f"model output {name}")
         return self
+
+    def _freeze_unused(self, stored: Mapping[str, tuple[Expr, ...]]) -> None:
+        """What code reads an array that the traced program does not, nobody has seen."""
+        used = {ref for node in self.graph.nodes for ref in node.refs()}
+        used.update(self.graph.outputs)
+        names = {t.weight for t in self.graph.tensors.values() if t.name in used}
+        for weight, dims in stored.items():
+            if weight not in names:
+                self.freeze(dims, "not used on the example inputs")
 
     def _visit(self, node: Node) -> None:
         refs = list(node.refs())

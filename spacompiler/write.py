@@ -15,7 +15,7 @@ from . import artifact, report
 from .axes import indices
 from .emit import hf
 from .emit.attributes import differing
-from .errors import ProofError
+from .errors import ProofError, SpaError
 from .frontends.torch_export import Trace
 from .pipeline import Job, pruned_program
 from .proof import relative_error
@@ -73,6 +73,10 @@ def _weights(job: Job, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)
         return
+    if job.emission == "program" and not hasattr(job.pruned, "body"):
+        raise SpaError("parts that were re-written as programs cannot be saved", where=job.name,
+                       why="; ".join(job.notes[-2:]),
+                       fix="use the module in memory, or --ignore the groups of that part")
     module = job.pruned.body if job.emission == "program" else job.pruned
     artifact.save_weights(folder / "model.safetensors", module)
     if hf.is_hf(job.module):

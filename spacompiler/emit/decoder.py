@@ -26,9 +26,9 @@ from torch.export import Dim, ExportedProgram
 
 from ..errors import SpaError
 from ..frontends.torch_export import _drop_asserts as drop_asserts
+from ..frontends.untouched import quiet
 from ..runtime import PAST, PRESENT
 from .onnx_file import export_onnx
-from .refresh import quiet
 
 _BATCH, _SEQUENCE, _PAST_LENGTH = 2, 3, 5
 _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "position_ids": {0: "batch", 1: "sequence"},

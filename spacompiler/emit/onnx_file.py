@@ -22,10 +22,11 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spacompiler.emit.refresh import drop_metadata_asserts, fake_mode, memory, quiet, rebuild
+from spacompiler.emit.refresh import drop_metadata_asserts, fake_mode, memory, rebuild
 from spacompiler.emit.safetensors_weights import refer_to_safetensors
 from spacompiler.errors import SpaError
 from spacompiler.frontends.torch_export import copied
+from spacompiler.frontends.untouched import quiet
 
 OPSET = 20
 """Version 20 runs everywhere; 23 fuses rotary embeddings that ONNX Runtime gets wrong at batch > 1.

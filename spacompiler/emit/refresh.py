@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +17,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from spacompiler.errors import SpaError
 from spacompiler.frontends.torch_export import copied
+from spacompiler.frontends.untouched import quiet
 
-_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 _ATEN = torch.ops.aten
 
 
@@ -229,19 +226,3 @@ def rebuild(
             constants={name: tensors[name] for name in ep.constants},
             verifiers=ep.verifiers,
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

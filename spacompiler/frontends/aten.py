@@ -94,6 +94,7 @@ _FUNCTIONS: dict[str, Row] = {
     "cat": s.cat, "concat": s.cat, "concatenate": s.cat, "stack": s.stack,
     **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), s.split),
     "unbind": s.unbind, "select": s.select, "slice": s.slice_, "narrow": s.narrow,
+    "as_strided": s.as_strided,
     "constant_pad_nd": s.pad, "pad": s.pad,
     "layer_norm": r.layer_norm, "rms_norm": r.rms_norm, "group_norm": r.group_norm,
     "_weight_norm": r.weight_norm,

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +18,11 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ..errors import SpaError
-from ..graph import Graph, Node, Ref, Tensor
+from ..errors import SpaError, TraceError
+from ..graph import Graph, Node, Ref, Tensor, Unknown
+from ..runner import Runner
 from .functional import make_functional
+from .untouched import quiet, untouched
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 _KINDS = {
@@ -74,47 +74,69 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def trace(module: nn.Module, inputs: Inputs) -> Trace:
     """Export a module in eval mode with dynamic batch (and, for integer inputs, length).
 
-    Raises SpaError, with the place in the user's code, where the module cannot be traced.
+    The module is left as it was. Raises TraceError, with the place in the user's code, where it
+    cannot be traced.
     """
     args, kwargs = as_call(inputs)
-    with in_eval_mode(module):
+    with untouched(module):
         program = _export(module, args, kwargs)
     _drop_asserts(program)
     _canonicalise(program)
-    graph, tied = lower(program, module)
+    graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
     return Trace(program, graph, args, kwargs, tied)
-
-
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and every part of it back in the mode that it was in."""
-    was = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was[0][1])
-        for part, mode in was:
-            part.training = mode
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     problems = []
     for shapes in (_dynamic(args, kwargs), None):
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with quiet(), torch.no_grad():
                 program = torch.export.export(
                     module, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return program if make_functional(program) else program.run_decompositions({})
         except Exception as problem:  # the tracer raises many kinds
             problems.append(problem)
     reason = str(problems[-1]).strip().splitlines()
-    raise SpaError(
+    raise TraceError(
         f"{type(module).__name__} cannot be traced by torch.export",
+        where=_place(module, problems[-1]),
         why=reason[0] if reason else type(problems[-1]).__name__,
-        fix="compile the part of it that can be traced (pass that sub-module and its inputs)",
+        fix="compile a part of it: --module PATH of a sub-module that does not contain that line",
     ) from problems[-1]
+
+
+def _place(module: nn.Module, problem: Exception) -> str:
+    """The sub-module and line that an error rose from: the innermost `forward` of the user's."""
+    names = {id(part): path for path, part in module.named_modules()}
+    found, frame = "", problem.__traceback__
+    while frame is not None:
+        code, owner = frame.tb_frame.f_code, frame.tb_frame.f_locals.get("self")
+        if code.co_name == "forward" and id(owner) in names:
+            path = names[id(owner)] or type(module).__name__
+            found = f"{path} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    return found
+
+
+def _seen_sizes(program: ExportedProgram, args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Sizes that depend on data, as they come out on the example inputs."""
+    free = {node.name for node in program.graph.nodes for value in _tensors(node)
+            if any(_hint(size) is size for size in value.shape if isinstance(size, torch.SymInt))}
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def watch(name: str, value: Any) -> None:
+        if name in free and isinstance(value, torch.Tensor):
+            seen[name] = tuple(value.shape)
+
+    if free:
+        with torch.no_grad():
+            Runner(program, watch=watch).call(args, kwargs)
+    return seen
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
@@ -186,17 +208,21 @@ def _canonicalise(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def lower(program: ExportedProgram, module: nn.Module) -> tuple[Graph, dict[str, str]]:
-    """Return the IR of a program and, per stored name, the first name of its array."""
+def lower(program: ExportedProgram, module: nn.Module,
+          seen: Mapping[str, tuple[int, ...]] | None = None) -> tuple[Graph, dict[str, str]]:
+    """Return the IR of a program and, per stored name, the first name of its array.
+
+    `seen` gives shapes of results whose sizes depend on data.
+    """
     tied = _tied_names(program, module)
-    graph = Graph()
+    graph, seen = Graph(), seen or {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs
              if hasattr(spec.arg, "name")}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             _lower_input(graph, node, specs.get(node.name), tied)
         elif node.op == "call_function" and node.target is not operator.getitem:
-            _lower_call(graph, node)
+            _lower_call(graph, node, seen)
     out = next(n for n in program.graph.nodes if n.op == "output")
     graph.outputs = [n.name for n in out.all_input_nodes if n.name in graph.tensors]
     return graph, tied
@@ -232,7 +258,7 @@ def _lower_input(graph: Graph, node: fx.Node, spec: Any, tied: dict[str, str]) -
         graph.inputs.append(node.name)
 
 
-def _lower_call(graph: Graph, node: fx.Node) -> None:
+def _lower_call(graph: Graph, node: fx.Node, seen: Mapping[str, tuple[int, ...]]) -> None:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         outputs = {node.name: value}
@@ -243,7 +269,7 @@ def _lower_call(graph: Graph, node: fx.Node) -> None:
     else:
         return
     for name, result in outputs.items():
-        graph.tensors[name] = _tensor(name, result, "value", None)
+        graph.tensors[name] = _tensor(name, result, "value", None, seen.get(name))
     where = list(node.meta.get("nn_module_stack", {}).values())
     args, kwargs = _lower_value(graph, node.args), _lower_value(graph, node.kwargs)
     graph.nodes.append(Node(node.name, _op_name(node.target), args, kwargs, tuple(outputs),
@@ -269,12 +295,13 @@ def _lower_value(graph: Graph, value: Any) -> Any:
     if isinstance(value, fx.Node):
         if value.name in graph.tensors:
             return Ref(value.name)
-        return _hint(value.meta.get("val"))
+        return _lower_value(graph, value.meta.get("val"))
     if isinstance(value, (list, tuple)):
         return type(value)(_lower_value(graph, v) for v in value)
     if isinstance(value, dict):
         return {k: _lower_value(graph, v) for k, v in value.items()}
-    return _hint(value)
+    known = _hint(value)
+    return Unknown() if isinstance(known, (torch.SymInt, torch.SymFloat)) else known
 
 
 def _hint(value: Any) -> Any:
@@ -284,11 +311,12 @@ def _hint(value: Any) -> Any:
     return value
 
 
-def _tensor(name: str, value: torch.Tensor, kind: str, weight: str | None) -> Tensor:
+def _tensor(name: str, value: torch.Tensor, kind: str, weight: str | None,
+            seen: tuple[int, ...] | None = None) -> Tensor:
     dynamic = frozenset(i for i, n in enumerate(value.shape) if isinstance(n, torch.SymInt))
-    sizes = [_hint(n) for n in value.shape]
+    sizes = seen or [_hint(n) for n in value.shape]
     if any(isinstance(n, torch.SymInt) for n in sizes):
         raise SpaError(f"the size of {name} depends on data", why=f"its shape is {value.shape}",
-                       fix="compile the part of the model before or after that step")
+                       fix="compile a part of it: --module PATH of a sub-module before or after")
     shape = tuple(map(int, sizes))
     return Tensor(name, shape, str(value.dtype).removeprefix("torch."), kind, weight, dynamic)

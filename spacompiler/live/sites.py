@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from spacompiler.axes import Choices, atoms, keep_mask
-from spacompiler.frontends.torch_export import Trace, in_eval_mode
+from spacompiler.frontends.torch_export import Trace
+from spacompiler.frontends.untouched import untouched
 from spacompiler.groups import Group, Solution
 from spacompiler.runner import Runner
 
@@ -72,7 +73,7 @@ def _checked(module: nn.Module, trace: Trace, found: list[Site]) -> list[Site]:
         lambda part, args, calls=calls: calls.append(args[0] if args else None))
         for path, calls in given.items()]
     try:
-        with in_eval_mode(module):
+        with untouched(module):
             module(*trace.args, **trace.kwargs)
     finally:
         for handle in handles:

@@ -1,0 +1,198 @@
+"""Networks that cannot be traced whole: parts by name and by search, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import spacompiler
+from spacompiler.errors import ProofError, SpaError, TraceError, UsageError
+from spacompiler.frontends.torch_export import trace
+from spacompiler.parts import Parts, traceable
+
+FAST = {"importance": "magnitude", "align": 1, "onnx": False, "latency": False}
+INPUTS = (torch.randn(4, 12, generator=torch.Generator().manual_seed(3)),)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width=12, hidden=32, out=12):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, out)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+class Sized(nn.Module):
+    """A part that views by a size which only its input's width tells: no attribute can."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x):
+        width = 2 * x.shape[-1]
+        return self.down(self.up(x).view(-1, width // 4, 4).relu().reshape(-1, width))
+
+
+class Picky(nn.Module):
+    """Two blocks around a decision that depends on data."""
+
+    def __init__(self, block=Mlp):
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        while x.abs().max() > 1:
+            x = x / 2
+        return self.head(self.blocks[1](x))
+
+
+class Peeking(Picky):
+    """Reads an array inside a block from outside of it."""
+
+    def forward(self, x):
+        return super().forward(x) + self.blocks[0].up.weight.sum()
+
+
+class Tied(Picky):
+    """Its head is the last layer of a block; so is its other use."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(12, 32)
+        self.extra.weight = self.blocks[0].up.weight
+
+    def forward(self, x):
+        return super().forward(x) + self.extra(x).mean()
+
+
+def compiled(module, **options):
+    with torch.random.fork_rng():
+        return spacompiler.compile(module, INPUTS, target="params=60%", **FAST, **options)
+
+
+def widths(result):
+    return {g.name: result.job.choices[g.atom].count for g in result.solution.groups.values()
+            if g.atom in result.job.choices}
+
+
+def test_a_part_is_pruned_and_put_back(tmp_path):
+    dense = Picky()
+    result = compiled(dense, modules=("blocks.1",), floor=0.01)
+    assert type(result.module) is Picky
+    assert list(widths(result)) == ["blocks.1.up.weight:0"]
+    assert result.module.blocks[0].up.weight is dense.blocks[0].up.weight
+    kept = result.module.blocks[1].up.out_features
+    assert kept < 32 and result.module.blocks[1].down.in_features == kept
+    total = sum(p.numel() for p in dense.parameters())
+    assert result.plan.costs["params"]["dense"] == total
+    assert result.plan.costs["params"]["pruned"] == \
+        sum(p.numel() for p in result.module.parameters())
+    masked = Picky()
+    masked.load_state_dict(dense.state_dict())
+    index = torch.tensor(result.plan.kept["blocks.1.up.weight:0"])
+    gone = torch.ones(32, dtype=bool).index_fill(0, index, False)
+    masked.blocks[1].down.weight.data[:, gone] = 0
+    with torch.no_grad():
+        assert torch.allclose(result.module(*INPUTS), masked(*INPUTS), atol=1e-6)
+    result.save(tmp_path / "out")
+    again = spacompiler.load(tmp_path / "out", model=Picky())
+    with torch.no_grad():
+        assert torch.equal(again(*INPUTS), result.module(*INPUTS))
+
+
+def test_parts_are_found_where_the_whole_cannot_be_traced():
+    with pytest.raises(TraceError) as problem:
+        trace(Picky(), INPUTS)
+    assert "Picky (tests/test_parts.py:" in problem.value.where
+    assert "--module" in problem.value.fix
+    assert traceable(Picky(), INPUTS) == ("blocks.0", "blocks.1")
+    result = compiled(Picky())
+    assert list(widths(result)) == ["blocks.0.up.weight:0", "blocks.1.up.weight:0"]
+    assert "compiled in parts: blocks.0, blocks.1" in result.job.notes
+
+
+def test_a_part_whose_code_holds_sizes_is_put_back_as_a_program():
+    dense = Picky(Sized)
+    result = compiled(dense, floor=0.01)
+    assert result.job.emission == "program"
+    assert sum(p.numel() for p in result.module.parameters()) < \
+        0.7 * sum(p.numel() for p in dense.parameters())
+    with torch.no_grad():
+        assert result.module(*INPUTS).shape == dense(*INPUTS).shape
+    with pytest.raises(SpaError, match="cannot be saved"):
+        result.save("never")
+
+
+def test_what_code_outside_uses_too_stays():
+    solved = compiled(Tied()).solution
+    frozen = {(w, d): why for w, d, why in solved.frozen()}
+    assert "outside" in frozen["blocks.0.up.weight", 0][0]
+    assert "outside" in frozen["head.weight", 0][0]
+    assert "blocks.1.up.weight:0" in solved.groups
+
+
+def test_a_whole_that_looks_into_a_part_is_refused():
+    with pytest.raises(ProofError, match="more of a part than its results"):
+        compiled(Peeking(), modules=("blocks.0", "blocks.1"))
+
+
+@pytest.mark.parametrize("paths, error, what", [
+    (("blocks.7",), UsageError, "no sub-module 'blocks.7'"),
+    (("blocks.0", "blocks.0.up"), UsageError, "given twice"),
+    (("blocks",), SpaError, "'blocks' is not called"),
+])
+def test_wrong_parts_are_named(paths, error, what):
+    with pytest.raises(error, match=what):
+        compiled(Picky(), modules=paths)
+
+
+def test_the_users_module_is_left_as_it_was():
+    class Caching(Mlp):
+        def forward(self, x):
+            self.seen = x * 2
+            self.many.append(x)
+            return super().forward(x)
+
+    module = Caching().train()
+    module.many = [1]
+    module.up.eval()
+    module.up.weight.requires_grad_(False)
+    result = compiled(module)
+    assert module.training and not module.up.training
+    assert module.many == [1] and not hasattr(module, "seen")
+    assert result.module.training and not result.module.up.training
+    assert [p.requires_grad for p in result.module.parameters()] == [False, True, True, True]
+
+
+def test_sizes_that_depend_on_data_are_taken_as_seen():
+    class Picking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Mlp()
+
+        def forward(self, x):
+            return self.mlp(x[x[:, 0] > 0])
+
+    result = compiled(Picking())
+    assert not isinstance(result.job.module, Parts) and result.job.emission == "module"
+    with torch.no_grad():
+        assert result.module(-INPUTS[0]).shape == (int((-INPUTS[0][:, 0] > 0).sum()), 12)
+
+
+def test_an_array_that_the_example_does_not_reach_stays():
+    class Optional(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(12, 32)
+
+        def forward(self, x, extra=False):
+            return self.down((self.up(x) + self.other(x)).relu()) if extra else super().forward(x)
+
+    solved = compiled(Optional()).solution
+    frozen = {(w, d): why for w, d, why in solved.frozen()}
+    assert frozen["other.weight", 0] == ["not used on the example inputs"]
