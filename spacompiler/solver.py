@@ -99,7 +99,8 @@ class Solver:
         """What code reads an array that the traced program does not, nobody has seen."""
         used = {ref for node in self.graph.nodes for ref in node.refs()}
         used.update(self.graph.outputs)
-        names = {t.weight for t in self.graph.tensors.values() if t.name in used}
+        names = {t.weight for t in self.graph.tensors.values()
+                 if t.name in used or t.kind == "buffer"}
         for weight, dims in stored.items():
             if weight not in names:
                 self.freeze(dims, "not used on the example inputs")
