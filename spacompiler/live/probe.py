@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from spacompiler.frontends.torch_export import Trace, in_eval_mode
+from spacompiler.frontends.torch_export import Trace
+from spacompiler.frontends.untouched import untouched
 from spacompiler.groups import Group, Solution
 from spacompiler.scores import Loss
 
@@ -31,7 +32,7 @@ class Probe(Watch):
         """Put adapters on, and sum their gradients over batches of (args, kwargs)."""
         self._attached = Attached(self._module, adaptable(self._module, groups),
                                   r=RANK, lora_alpha=ALPHA)
-        with in_eval_mode(self._module), torch.enable_grad():
+        with untouched(self._module), torch.enable_grad():
             for call in batches:
                 args, kwargs = self.trace.match(*call)
                 loss(pytree.tree_leaves(self._module(*args, **kwargs)), args, kwargs).backward()
