@@ -23,12 +23,14 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from torch import nn
 
@@ -210,26 +212,26 @@ def _others(job: pipeline.Job) -> tuple[Any, Any]:
 # --- all models -------------------------------------------------------------------------------
 
 
-def _child(suite: str, model: str, out: Any) -> None:
+def _child(task: Callable[[], Any], out: Any) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    out.send(asdict(measure(suite, model)))
+    out.send(asdict(task()))
 
 
-def isolated(suite: str, model: str, limit: float) -> Row:
-    """`measure` in a process of its own, ended when its time is up."""
+def isolated(task: Callable[[], Any], limit: float) -> dict[str, Any]:
+    """A task in a process of its own, ended when its time is up: its fields, or its `result`."""
     context = multiprocessing.get_context("fork")
     with _FORK:
         inlet, outlet = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(suite, model, outlet))
+        process = context.Process(target=_child, args=(task, outlet))
         process.start()
         outlet.close()
     try:
         if inlet.poll(limit):
-            return Row(**inlet.recv())
-        return Row(model, kind="error", result=f"no result within {limit:.0f} s")
+            return dict(inlet.recv())
+        return {"result": f"no result within {limit:.0f} s"}
     except EOFError:
         process.join()
-        return Row(model, kind="error", result=f"the process ended with {process.exitcode}")
+        return {"result": f"the process ended with {process.exitcode}"}
     finally:
         process.kill()
         process.join()
@@ -238,12 +240,44 @@ def isolated(suite: str, model: str, limit: float) -> Row:
 _FORK = threading.Lock()
 
 
+def wanted(suite: str, only: str) -> list[str]:
+    """The suite's models whose names match, in its order."""
+    models = importlib.import_module(SUITES[suite]).MODELS
+    return [m for m in models if any(fnmatch.fnmatch(m, p) for p in only.split(","))]
+
+
 def run(suite: str, only: str, jobs: int, limit: float) -> Iterator[Row]:
     """Yield a row for each model whose name matches, in the suite's order."""
-    models = importlib.import_module(SUITES[suite]).MODELS
-    wanted = [m for m in models if any(fnmatch.fnmatch(m, p) for p in only.split(","))]
+    def row(model: str) -> Row:
+        return Row(**{"model": model, **isolated(partial(measure, suite, model), limit)})
+
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda m: isolated(suite, m, limit), wanted)
+        yield from pool.map(row, wanted(suite, only))
+
+
+def beside(suite: str, peer: str, only: str, limit: float) -> str:
+    """The text of a comparison with another tool, model by model."""
+    pairs = []
+    for model in wanted(suite, only):
+        pair = [peers.Timing(**{"model": model, **isolated(
+            partial(tool, SUITES[suite], model), limit)}) for tool in (peers.ours,
+                                                                       peers.PEERS[peer])]
+        pairs.append((pair[0], pair[1]))
+        print(f"{model:28} ours {pair[0].total_s:6.2f} s {pair[0].result[:40]:40}  "
+              f"{peer} {pair[1].total_s:6.2f} s {pair[1].result[:60]}", flush=True)
+    head = ("model", "find groups, s", "theirs", "compile, s", "theirs", "memory", "theirs",
+            "result", "theirs")
+    cells = [(a.model, f"{a.find_s:.3f}", f"{b.find_s:.3f}", f"{a.total_s:.2f}",
+              f"{b.total_s:.2f}", f"{a.room:.2f}", f"{b.room:.2f}", a.result.replace("|", "/"),
+              b.result.replace("|", "/")) for a, b in pairs]
+    told = peers.summary(peer, pairs)
+    print(told)
+    return "\n\n".join([
+        f"# {suite}: beside {peer}",
+        f"Made by `python benchmarks/coverage.py {suite} --peer {peer}`: the same models and "
+        "inputs, a process each, half of every width by magnitude, no proof on our side and no "
+        "check of results on theirs beyond running them. Seconds are CPU seconds; memory is the "
+        "peak against the model plus one forward.", told, _table(head, cells)]) + "\n"
 
 
 # --- what is written --------------------------------------------------------------------------
@@ -332,6 +366,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120)
+    parser.add_argument("--peer", choices=peers.PEERS, help="time another tool instead")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for module in (SUITES[options.suite], "torch._dynamo", "torch.export",
@@ -340,6 +375,11 @@ def main() -> None:
         importlib.import_module(module)  # once, before the processes fork
     torch.set_num_threads(1)
     trace(nn.Linear(2, 2), (torch.zeros(2, 2),))
+    if options.peer:
+        text = beside(options.suite, options.peer, options.only, options.timeout)
+        if options.out:
+            options.out.write_text(text)
+        return
     rows = []
     for row in run(options.suite, options.only, options.jobs, options.timeout):
         rows.append(row)
