@@ -240,9 +240,10 @@ def isolated(task: Callable[[], Any], limit: float) -> dict[str, Any]:
 _FORK = threading.Lock()
 
 
-def wanted(suite: str, only: str) -> list[str]:
+def wanted(suite: str, only: str, table: str = "MODELS") -> list[str]:
     """The suite's models whose names match, in its order."""
-    models = importlib.import_module(SUITES[suite]).MODELS
+    module = importlib.import_module(SUITES[suite])
+    models = getattr(module, table, module.MODELS)
     return [m for m in models if any(fnmatch.fnmatch(m, p) for p in only.split(","))]
 
 
@@ -258,7 +259,7 @@ def run(suite: str, only: str, jobs: int, limit: float) -> Iterator[Row]:
 def beside(suite: str, peer: str, only: str, limit: float) -> str:
     """The text of a comparison with another tool, model by model."""
     pairs = []
-    for model in wanted(suite, only):
+    for model in wanted(suite, only, "NATURAL"):
         pair = [peers.Timing(**{"model": model, **isolated(
             partial(tool, SUITES[suite], model), limit)}) for tool in (peers.ours,
                                                                        peers.PEERS[peer])]

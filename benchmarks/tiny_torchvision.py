@@ -87,3 +87,17 @@ _MADE = {name: make for kind, make in _KINDS.items() for name in list_models(kin
 MODELS: dict[str, Callable[[], Built]] = {
     name: partial(_MADE.get(name, _image), name) for name in list_models()
     if not name.startswith("quantized")}
+
+
+def _natural(name: str) -> Built:
+    """A classifier as its users build it: images of 224 (or 299), drawn weights untouched."""
+    size = 299 if name.startswith("inception") else 224
+    with seeded(0):
+        module = torchvision.models.get_model(
+            name, weights=None, **_OPTIONS.get(name, {})).eval()
+        return module, (images(size=size),)
+
+
+# for comparisons of speed: nothing is proved, and other tools run the model for real
+NATURAL: dict[str, Callable[[], Built]] = {
+    name: partial(_natural, name) for name in MODELS if name not in _MADE}

@@ -10,6 +10,7 @@ import torch
 from spacompiler.coupling import REDUCTIONS, reduced
 from spacompiler.groups import Group, Member
 from spacompiler.protocols import Context
+from spacompiler.slots import powers
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Magnitude:
         members = [m for m in group.members if m.role != "carrier"]
         if self.reduce != "weights":
             return reduced([self._norms(m, group, ctx) for m in members], self.reduce)
-        total, count = torch.zeros(group.shape, dtype=torch.float64), 0
+        total, count = torch.zeros(group.shape, dtype=torch.float64), 0.0
         for member in members:
-            rows = ctx.rows(member, group)
-            total += rows.abs().pow(self.norm).sum(-1, dtype=torch.float64)
-            count += rows.shape[-1]
+            dims = ctx.solution.dims(member.weight)
+            sums, each = powers(ctx.stored(member.weight), dims, member.dim, group, self.norm)
+            total, count = total + sums, count + each
         return total / max(count, 1)
 
     def _norms(self, member: Member, group: Group, ctx: Context) -> torch.Tensor:

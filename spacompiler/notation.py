@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 Term = tuple[str, ...]
 ELLIPSIS: Term = ("...",)
@@ -33,7 +33,7 @@ class Pattern:
     inputs: tuple[tuple[Term, ...], ...]
     outputs: tuple[tuple[Term, ...], ...]
 
-    @property
+    @cached_property
     def consumed(self) -> frozenset[str]:
         """Letters that no result carries."""
         return _letters(self.inputs) - _letters(self.outputs)
@@ -63,20 +63,21 @@ def parse(text: str) -> Pattern:
     return Pattern(tuple(map(_side, left.split(","))), tuple(map(_side, right.split(","))))
 
 
-def align(terms: tuple[Term, ...], rank: int) -> list[Term]:
+@cache
+def align(terms: tuple[Term, ...], rank: int) -> tuple[Term, ...]:
     """Expand the run of dimensions so that there is one term per dimension.
 
     >>> align(parse("... i -> i").inputs[0], 3)
-    [('...', '1'), ('...', '0'), ('i',)]
+    (('...', '1'), ('...', '0'), ('i',))
     """
     run = [i for i, term in enumerate(terms) if term in (ELLIPSIS, FROZEN_RUN)]
     missing = rank - len(terms) + len(run)
     if missing < 0 or (missing and not run):
         raise ValueError(f"{rank} dimensions do not fit {terms}")
     if not run:
-        return list(terms)
+        return terms
     at = run[0]
     many = [FROZEN] * missing
     if terms[at] == ELLIPSIS:
         many = [("...", str(missing - 1 - i)) for i in range(missing)]
-    return [*terms[:at], *many, *terms[at + 1 :]]
+    return (*terms[:at], *many, *terms[at + 1 :])

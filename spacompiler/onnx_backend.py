@@ -55,10 +55,14 @@ class FileScores:
         self.trace: OnnxTrace = job.trace  # type: ignore[assignment]
         self.solution, self.seed = job.solution, job.recipe.seed
 
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a stored array by its name."""
+        return _tensor(self.trace.stored(name))
+
     def rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return a stored array as (*group.shape, rest)."""
-        array = self.trace.stored(member.weight)
-        return rows(_tensor(array), self.solution.dims(member.weight), member.dim, group)
+        return rows(self.stored(member.weight), self.solution.dims(member.weight),
+                    member.dim, group)
 
     def calibrate(self, needs: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse what needs gradients."""

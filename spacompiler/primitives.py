@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from .axes import ONE, Expr, product
@@ -107,8 +108,9 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
     _finish(s, n, bound, present, pattern.consumed, made, used)
 
 
-def _names(term: Term) -> list[str]:
-    return ["." + term[1]] if term[0] == "..." else [t for t in term if t[0].isalpha()]
+@cache
+def _names(term: Term) -> tuple[str, ...]:
+    return ("." + term[1],) if term[0] == "..." else tuple(t for t in term if t[0].isalpha())
 
 
 def _bind(s: Solver, n: Node, term: Term, e: Expr, bound: dict[str, Expr]) -> None:
@@ -123,7 +125,7 @@ def _bind(s: Solver, n: Node, term: Term, e: Expr, bound: dict[str, Expr]) -> No
     _meet(s, n, names[0], e, bound)
 
 
-def _last_unknown(e: Expr, names: list[str], bound: dict[str, Expr]) -> int:
+def _last_unknown(e: Expr, names: Sequence[str], bound: dict[str, Expr]) -> int:
     known = math.prod(bound[name].size for name in names if name in bound)
     return e.size // known
 
@@ -150,7 +152,7 @@ def _results(s: Solver, terms: tuple[Term, ...], out: str, bound: dict[str, Expr
     return made
 
 
-def _align_result(terms: tuple[Term, ...], rank: int, run: int) -> list[Term]:
+def _align_result(terms: tuple[Term, ...], rank: int, run: int) -> tuple[Term, ...]:
     if ELLIPSIS in terms and rank - len(terms) + 1 > run:
         raise ValueError(f"{rank} result dimensions, but operands broadcast {run}")
     return align(terms, rank)

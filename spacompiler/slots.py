@@ -49,7 +49,27 @@ def rows(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> 
     flat = tensor.permute(*axes, *rest).reshape(slot.size, -1)
     slot = slot.reshape(-1)
     order = np.argsort(slot, kind="stable")[int((slot < 0).sum()):]
+    if np.array_equal(order, np.arange(slot.size)):  # the usual case: nothing to gather
+        return flat.reshape(*group.shape, -1)
     return flat[torch.from_numpy(order)].reshape(*group.shape, -1)
+
+
+def powers(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group,
+           p: int) -> tuple[torch.Tensor, float]:
+    """Return sum |w|^p onto the group (`group.shape`) and how many weights a slice has.
+
+    The array is read where it lies: nothing of its size is allocated.
+    """
+    axes, slot = slots(dims, dim, group)
+    rest = [d for d in range(tensor.ndim) if d not in axes]
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    sums = torch.linalg.vector_norm(tensor.detach(), p, dim=rest, dtype=wide) if rest else tensor
+    index = torch.from_numpy(slot.reshape(-1))
+    here = index >= 0
+    total = torch.zeros(prod(group.shape), dtype=torch.float64)
+    total.index_add_(0, index[here], sums.detach().double().abs().pow(p).reshape(-1)[here])
+    count = int(here.sum()) * prod(tensor.shape[d] for d in rest) / prod(group.shape)
+    return total.reshape(group.shape), count
 
 
 def onto(values: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> torch.Tensor:

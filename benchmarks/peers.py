@@ -1,0 +1,132 @@
+"""Other tools on the same models: how long, how much memory, and does the result run.
+
+    python benchmarks/coverage.py torchvision --peer torch-pruning --out docs/peer-torchvision.md
+
+Both sides get a process of their own per model, the same module and inputs (torchvision's
+classifiers at their usual image size), half of each width,
+magnitude scores and no proof; CPU seconds of that process count. Whether the other tool's result
+computes what the masked dense model does is not checked here: only that it runs and is smaller.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from spacompiler import allocation, pipeline
+from spacompiler.emit.module import operate
+from spacompiler.recipe import ROLES, Recipe
+
+SHARE = 0.5
+
+
+@dataclass
+class Timing:
+    """One tool on one model: CPU seconds to find groups, and in all; peak memory above import.
+
+    `room` is that peak against the model's own size plus one forward pass.
+    """
+
+    model: str
+    find_s: float = 0.0
+    total_s: float = 0.0
+    room: float = 0.0
+    result: str = ""
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _timed(model: str, suite: str, run: Callable[[Timing, nn.Module, object], str]) -> Timing:
+    torch.set_num_threads(1)
+    timing, base = Timing(model), _peak()
+    models = importlib.import_module(suite)
+    module, inputs = getattr(models, "NATURAL", models.MODELS)[model]()
+    module.eval()
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    with torch.no_grad():
+        module(*args, **kwargs)
+    forward = _peak()
+    try:
+        timing.result = run(timing, module, inputs)
+    except Exception as problem:  # failures are results
+        text = (str(problem).strip().splitlines() or [""])[0]
+        timing.result = f"{type(problem).__name__}: {text}"[:120]
+    timing.room = (_peak() - base) / max(forward - base, 1.0)
+    return timing
+
+
+def ours(suite: str, model: str) -> Timing:
+    """Trace, solve, score, plan and slice; no proof."""
+    def run(timing: Timing, module: nn.Module, inputs: object) -> str:
+        start = time.process_time()
+        recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
+                        layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
+                        approximate=True)
+        job = pipeline.make_job(module, inputs, recipe, calibration="none", name=model)
+        job.trace = pipeline.trace(module, inputs)
+        solving = time.process_time()
+        job.solution = pipeline.solve(job.trace.graph, pipeline.TABLE)
+        timing.find_s = time.process_time() - solving
+        job.candidates = allocation.candidates(job.solution, roles=ROLES, approximate=True)
+        pipeline.score(job)
+        job.plan = pipeline.make_plan(job.candidates, job.scores, {
+            g.name: max(1, int(g.size * SHARE)) for g in job.candidates})
+        job.choices = job.plan.choices(job.solution)
+        operate(job.trace, module, job.solution, job.choices)
+        timing.total_s = time.process_time() - start
+        return "ok"
+    return _timed(model, suite, run)
+
+
+def torch_pruning(suite: str, model: str) -> Timing:
+    """Torch-Pruning without hints: half of every width by magnitude."""
+    def run(timing: Timing, module: nn.Module, inputs: object) -> str:
+        import torch_pruning as tp
+
+        start = time.process_time()
+        tp.DependencyGraph().build_dependency(module, example_inputs=inputs)
+        timing.find_s = time.process_time() - start
+        before = sum(p.numel() for p in module.parameters())
+        start = time.process_time()
+        pruner = tp.pruner.MagnitudePruner(
+            module, inputs, importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=SHARE)
+        pruner.step()
+        timing.total_s = time.process_time() - start
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+        with torch.no_grad():
+            module(*args, **kwargs)  # type: ignore[misc]
+        after = sum(p.numel() for p in module.parameters())
+        return "ok" if after < before else "left whole, silently"
+    return _timed(model, suite, run)
+
+
+PEERS: dict[str, Callable[[str, str], Timing]] = {"torch-pruning": torch_pruning}
+
+
+def summary(peer: str, pairs: list[tuple[Timing, Timing]]) -> str:
+    """Medians over the models that both handle, and what became of the others."""
+    both = [(a, b) for a, b in pairs if a.result == b.result == "ok"]
+    lines = [f"- ours: {Counter(a.result == 'ok' for a, _ in pairs)[True]} of {len(pairs)}; "
+             f"{peer}: {Counter(b.result == 'ok' for _, b in pairs)[True]} of {len(pairs)}"]
+    if both:
+        find = [a.find_s / max(b.find_s, 1e-9) for a, b in both]
+        total = [a.total_s / max(b.total_s, 1e-9) for a, b in both]
+        lines += [f"- finding groups, ours / theirs: median {statistics.median(find):.2f}, "
+                  f"worst {max(find):.2f}",
+                  f"- whole compile, ours / theirs: median {statistics.median(total):.2f}, "
+                  f"worst {max(total):.2f}, best {min(total):.3f}",
+                  f"- peak memory / (model + one forward), ours: "
+                  f"median {statistics.median(a.room for a, _ in both):.2f}, "
+                  f"worst {max(a.room for a, _ in both):.2f}"]
+    return "\n".join(lines)
