@@ -18,6 +18,7 @@ import re
 import resource
 import statistics
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -45,6 +46,7 @@ from spacompiler.groups import Solution, solve
 from spacompiler.parts import Parts
 from spacompiler.proof import masked_dense, relative_error
 from spacompiler.recipe import ROLES, Recipe
+from spacompiler.write import write
 
 SUITES = {"transformers": "tiny_transformers", "torchvision": "tiny_torchvision",
           "timm": "tiny_timm"}
@@ -67,6 +69,8 @@ class Row:
     exact: bool | None = None
     roles: str = ""
     emission: str = ""
+    reload: str = ""
+    generate: str = ""
     cpu_s: float = 0.0
     rss_mb: float = 0.0
     result: str = ""
@@ -92,6 +96,7 @@ def measure(suite: str, model: str) -> Row:
         job = _compile(row, first)
         row.cpu_s = time.process_time() - start
         _check(row, job, first)
+        row.reload, row.generate = _reloads(job), _generates(job)
     except Exception as problem:  # any failure is what this benchmark is about
         row.kind = "wrong" if isinstance(problem, ProofError) else \
             "target" if isinstance(problem, TargetError) else "error"
@@ -195,6 +200,38 @@ def _error(model: nn.Module, job: pipeline.Job, call: tuple[Any, Any]) -> float:
     return relative_error(*tensors)
 
 
+def _reloads(job: pipeline.Job) -> str:
+    """Whether the artifact of a module loads again with the same arrays and results."""
+    if job.emission != "module":
+        return ""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            return str(write(job, Path(place) / "artifact")["reload"])
+        except SpaError as problem:
+            return f"{problem.what} ({problem.why})"
+
+
+def _generates(job: pipeline.Job) -> str:
+    """Whether a pruned module generates; the first token must be that of one forward pass."""
+    module, ids = job.pruned, job.trace.kwargs.get("input_ids")
+    if job.emission != "module" or ids is None or not getattr(
+            module, "can_generate", lambda: False)():
+        return ""
+    inputs, started = dict(job.trace.kwargs), {}
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = torch.zeros(len(ids), 1, dtype=torch.long)
+        started["decoder_start_token_id"] = 0
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    try:
+        with torch.no_grad():
+            made = module.generate(**tensors, **started, max_new_tokens=3, do_sample=False)
+            logits = module(**inputs).logits
+    except Exception as problem:  # any code may run here
+        return _told(problem)
+    length = inputs.get("decoder_input_ids", ids).shape[1]
+    return "yes" if torch.equal(made[:, length], logits[:, -1].argmax(-1)) else "another token"
+
+
 def _others(job: pipeline.Job) -> tuple[Any, Any]:
     """Inputs that were not traced, of the same sizes."""
     def other(value: Any) -> Any:
@@ -284,7 +321,7 @@ def beside(suite: str, peer: str, only: str, limit: float) -> str:
 # --- what is written --------------------------------------------------------------------------
 
 HEAD = ("model", "weights", "traced", "solve ms", "prunable share", "groups", "exact", "roles",
-        "emitted as", "CPU s", "peak MB", "result")
+        "emitted as", "reload", "generates", "CPU s", "peak MB", "result")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -295,7 +332,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.model, f"{row.weights:,}", "yes" if row.traced else "no",
             f"{row.solve_ms:.0f}" if row.traced else "",
             f"{row.share:.0%}" if row.share is not None else "", str(row.groups), exact,
-            row.roles or "default", row.emission, f"{row.cpu_s:.1f}", f"{row.rss_mb:.0f}",
+            row.roles or "default", row.emission, row.reload[:60], row.generate[:60],
+            f"{row.cpu_s:.1f}", f"{row.rss_mb:.0f}",
             row.result[:160].replace("|", "/"))
 
 

@@ -10,7 +10,7 @@ from math import gcd, prod
 
 import numpy as np
 
-from .axes import Atom
+from .axes import Atom, walk
 from .cost import Cost
 from .errors import TargetError, UsageError
 from .groups import Group, Solution, _beside
@@ -182,15 +182,17 @@ def step(solution: Solution, group: Group, align: int | None, lanes: int) -> int
 
     With `align=None` (auto) array widths stay multiples of what the CPU's blocked kernels want:
     `lanes` for convolutions, 8 for matrix products; small groups use smaller steps. A factor
-    beside the group in a dimension (heads x dims) already counts toward the multiple.
+    beside the group in a dimension (heads x dims) already counts toward the multiple. What a
+    kernel demands holds whatever `align` says.
     """
+    kernel = max((k for e, k in solution.solver.multiples if group.atom in walk(e)), default=1)
     if align is None and group.role not in ("channel", "hidden"):
-        return 1
+        return kernel
     ranks = [len(solution.dims(m.weight)) for m in group.members]
     wanted = align or (lanes if max(ranks) > 2 else 8)
     if align is None and group.size < 2 * wanted:
         wanted = 8 if group.size >= 16 else max(1, 1 << (max(group.size // 4, 1).bit_length() - 1))
-    multiples = [1]
+    multiples = [kernel]
     for member in group.members:
         for atom, outside, inside in _beside(solution.dims(member.weight)[member.dim]):
             if atom is group.atom:

@@ -170,6 +170,15 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], present: list[frozenset[
             s.roles.append((e, "head" if letter in shared - consumed else "head dim"))
 
 
+def grouped_mm(s: Solver, n: Node) -> None:
+    """grouped_mm(x, weights, ends): rows of x by the expert they go to; its kernel wants rows
+    of whole 16 bytes."""
+    relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n))
+    digits = "".join(filter(str.isdigit, s.graph.tensors[n.args[1].name].dtype))
+    for letter in "io":
+        s.multiples.append((s.contractions[-1].letters[letter], max(1, 128 // int(digits or 8))))
+
+
 def einsum(s: Solver, n: Node) -> None:
     """einsum's own equation, spaced out into notation."""
     left, _, right = n.args[0].replace(" ", "").partition("->")

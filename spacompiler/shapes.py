@@ -374,7 +374,9 @@ def pad(s: Solver, n: Node) -> None:
         if copied:
             s.space.freeze(dims[dim], f"{n.op} copies positions of it")
         if before < 0 or after < 0:
-            raise Clash("negative padding")
+            s.space.freeze(dims[dim], f"{n.op} crops it")
+            dims[dim] = s.space.atom(s.shape(n.outputs[0])[dim], f"{n.op} crops it")
+            continue
         parts = [s.space.atom(k, "padding") for k in (before,) if k] + [dims[dim]]
         parts += [s.space.atom(k, "padding") for k in (after,) if k]
         dims[dim] = concat(parts) if len(parts) > 1 else dims[dim]

@@ -55,7 +55,8 @@ class Contraction:
 class Solver:
     """Axis expressions per tensor, and what the rows found out on the way.
 
-    `bare` are the tensors that no stored array has a part in.
+    `bare` are the tensors that no stored array has a part in, `multiples` the sizes that a
+    kernel takes only as multiples of a number.
     """
 
     graph: Graph
@@ -68,6 +69,7 @@ class Solver:
     contractions: list[Contraction] = field(default_factory=list)
     roles: list[tuple[Expr, str]] = field(default_factory=list)
     approximate: list[tuple[Expr, str]] = field(default_factory=list)
+    multiples: list[tuple[Expr, int]] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     opaque: list[Node] = field(default_factory=list)
     bare: set[str] = field(default_factory=set)

@@ -29,6 +29,7 @@ _SAME = """
 clone contiguous alias detach dropout feature_dropout alpha_dropout to _to_copy type_as
 lift_fresh_copy lift_fresh lift zeros_like ones_like full_like empty_like rand_like randn_like
 bernoulli fill positive native_dropout _conj resolve_conj
+real imag angle conj_physical resolve_neg
 """.split()
 
 _POOLING = {
@@ -46,12 +47,15 @@ _ALONG: dict[str, Row] = {
     **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin".split()},
     "topk": r.along(2), "sort": r.along(1), "argsort": r.along(1),
     "flip": r.along(1, "dims"), "roll": r.along(2, "dims", None), "diff": r.along(2),
+    **{op: r.along(2) for op in "fft_fft fft_ifft fft_rfft fft_irfft".split()},
+    **{op: r.along(2, "dim", None) for op in "fft_fftn fft_ifftn fft_fft2 fft_ifft2 fft_rfftn "
+       "fft_rfft2 fft_irfftn fft_irfft2".split()},
     "tril": r.along(9, "", [-1, -2]), "triu": r.along(9, "", [-1, -2]),
 }
 
 _REDUCE: dict[str, Row] = {
     **dict.fromkeys("sum any count_nonzero".split(), r.reduce("sum")), "mean": r.reduce("mean"),
-    **dict.fromkeys("norm linalg_vector_norm".split(), r.vector_norm),
+    **dict.fromkeys("norm linalg_vector_norm linalg_norm".split(), r.vector_norm),
     **dict.fromkeys("max min".split(), r.extremum),
     **{op: r.reduce("other") for op in "amax amin prod var std all logsumexp argmax argmin "
        "var_mean std_mean median".split()},
@@ -64,7 +68,6 @@ _PATTERNS: dict[str, Row] = {
     "mv": p.contract("n i, i -> n"),
     "dot": p.contract("i, i -> "),
     "outer": p.contract("n, m -> n m"),
-    "transformers.grouped_mm_fallback": p.contract("! i, ! i o, ! -> ! o"),
     "_native_batch_norm_legit_no_training": p.contract("b c ..., c, c, c, c -> b c ..."),
     "instance_norm": p.contract("b c !*, c, c, c, c -> b c !*"),
     "pixel_shuffle": p.contract("... (c r r) h w -> ... c (h r) (w r)", r=(1, "r")),
@@ -73,7 +76,9 @@ _PATTERNS: dict[str, Row] = {
 }
 
 _FUNCTIONS: dict[str, Row] = {
-    "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum, "addmm": p.addmm,
+    "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum,
+    **dict.fromkeys("transformers.grouped_mm_fallback _grouped_mm".split(), p.grouped_mm),
+    "addmm": p.addmm,
     "baddbmm": p.baddbmm, "batch_norm": p.batch_norm,
     "prelu": p.prelu,
     **dict.fromkeys("conv1d conv2d conv3d".split(), p.convolution),
