@@ -25,6 +25,7 @@ from torch import nn
 
 from spacompiler import primitives as p
 from spacompiler import reductions, shapes
+from spacompiler.allocation import step as step_of
 from spacompiler.axes import Choices, is_frozen
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
@@ -251,6 +252,8 @@ def reduce_cases() -> Iterator[Case]:
     for args in ((2, [1]), (1, [0], True), (2, [-1], True)):
         yield Case("linalg_vector_norm", op("linalg_vector_norm", *args), ((4, 4),), "**")
     yield Case("linalg_vector_norm", op("linalg_vector_norm", -1, [1]), ((3, 4),), "*.")
+    for args, free in (((None, [1]), "**"), ((2, [0], True), "**"), ((-1, [1]), "*.")):
+        yield Case("linalg_norm", op("linalg_norm", *args), ((4, 4),), free)
     yield Case("norm", op("norm", 2, [1]), ((4, 4),), "**")
     yield Case("norm", op("norm", 2, [0], True), ((4, 4),), "**")
     yield Case("norm", op("norm", 2), ((3, 4),), "**")
@@ -422,6 +425,11 @@ def cut_cases() -> Iterator[Case]:
         yield Case(name, op(name, [1, 2]), ((3, 4),), "**")
         yield Case(name, op(name, [0, 1, 2, 0]), ((2, 3, 4),), "***")
     yield Case("pad", op("pad", [1, 1], "reflect"), ((2, 3, 4),), "**.")
+    yield Case("pad", op("pad", [1, -1]), ((3, 4),), "*.")
+    for call in (lambda x: aten.as_strided(x, [4, 2, 3], [6, 2, 1]),
+                 lambda x: aten.as_strided(x, [4, 2], [6, 1])):
+        yield Case("as_strided", call, ((4, 6),), "*.")
+    yield Case("as_strided", lambda x: aten.as_strided(x, [3, 6], [7, 1]), ((4, 6),), "..")
     yield Case("pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")
 
 
@@ -453,6 +461,21 @@ def norm_cases() -> Iterator[Case]:
                "*** * * * *")
     call = lambda x, w, b: aten.instance_norm(x, w, b, None, None, True, 0.1, 1e-5, False)  # noqa: E731
     yield Case("instance_norm", call, ((2, 4, 5), (4,), (4,)), "**. * *")
+
+
+def transform_cases() -> Iterator[Case]:
+    for name in "fft_fft fft_ifft fft_rfft".split():
+        yield Case(name, op(name, None, 1), ((3, 4, 5),), "*.*")
+    for name in "fft_fftn fft_ifftn fft_fft2 fft_ifft2 fft_rfftn fft_rfft2".split():
+        yield Case(name, op(name, None, [-2, -1]), ((3, 4, 5),), "*..")
+    for name in "fft_irfft fft_irfftn fft_irfft2".split():
+        dims: Any = 1 if name == "fft_irfft" else [0, 1]
+        yield Case(name, op(name, None, dims), ((3, 4, 5),), "*.*" if dims == 1 else "..*")
+    for name in "real imag angle conj_physical resolve_neg".split():
+        def call(x: torch.Tensor, n: str = name) -> torch.Tensor:
+            return getattr(aten, n)(aten.fft_fft(x, None, 0)).abs()
+
+        yield Case(name, call, ((3, 4),), ".*")
 
 
 def lookup_cases() -> Iterator[Case]:
@@ -495,7 +518,8 @@ def pooling_cases() -> Iterator[Case]:
 
 CASES = [case for make_cases in (
     pointwise_cases, along_cases, reduce_cases, contraction_cases, convolution_cases,
-    attention_cases, shape_cases, cut_cases, norm_cases, lookup_cases, pooling_cases,
+    attention_cases, shape_cases, cut_cases, norm_cases, transform_cases,
+    lookup_cases, pooling_cases,
 ) for case in make_cases()]
 
 # Rows that no exported program of real numbers asks for.
@@ -516,6 +540,14 @@ def test_slicing_commutes(case: Case) -> None:
     assert free_dims(solved(case)) == case.free
     assert any(tried(case, solved(case))) == ("*" in case.free)  # not vacuous
     assert worst(case) <= TOLERANCE
+
+
+def test_a_kernel_takes_only_multiples() -> None:
+    case = next(c for c in CASES if c.op == "transformers.grouped_mm_fallback")
+    solution = solved(case)  # rows of whole 16 bytes: two numbers in float64
+    assert {step_of(solution, g, 1, 8) for g in solution.groups.values()} == {2}
+    linear = solved(next(c for c in CASES if c.op == "linear"))
+    assert {step_of(linear, g, 1, 8) for g in linear.groups.values()} == {1}
 
 
 # --- wrong rows are caught ----------------------------------------------------------------------
@@ -656,6 +688,10 @@ FAULTS: dict[str, tuple[Row, Case]] = {
     "channel_shuffle keeps the order": (same_order, Case(
         "channel_shuffle", op("channel_shuffle", 2), ((2, 4, 4, 4),), "****")),
     "prelu over the last": (p.pointwise, Case("prelu", op("prelu"), ((2, 4, 4), (4,)), "*** *")),
+    "as_strided keeps its sizes": (without_edits(shapes.as_strided), Case(
+        "as_strided", lambda x: aten.as_strided(x, [4, 2], [6, 1]), ((4, 6),), "*.")),
+    "fft element by element": (p.pointwise, Case(
+        "fft_fft", lambda x: aten.fft_fft(x, None, 1).abs(), SQUARE[:1], "*.")),
     "pad copies": (lambda s, n: shapes.pad(s, replace_args(n, n.args[:2])), Case(
         "pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")),
 }

@@ -48,8 +48,10 @@ _ALONG: dict[str, Row] = {
     "topk": r.along(2), "sort": r.along(1), "argsort": r.along(1),
     "flip": r.along(1, "dims"), "roll": r.along(2, "dims", None), "diff": r.along(2),
     **{op: r.along(2) for op in "fft_fft fft_ifft fft_rfft fft_irfft".split()},
-    **{op: r.along(2, "dim", None) for op in "fft_fftn fft_ifftn fft_fft2 fft_ifft2 fft_rfftn "
-       "fft_rfft2 fft_irfftn fft_irfft2".split()},
+    **{op: r.along(2, "dim", [-2, -1])
+       for op in "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2".split()},
+    **{op: r.along(2, "dim", None)
+       for op in "fft_fftn fft_ifftn fft_rfftn fft_irfftn".split()},
     "tril": r.along(9, "", [-1, -2]), "triu": r.along(9, "", [-1, -2]),
 }
 
@@ -77,7 +79,7 @@ _PATTERNS: dict[str, Row] = {
 
 _FUNCTIONS: dict[str, Row] = {
     "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum,
-    **dict.fromkeys("transformers.grouped_mm_fallback _grouped_mm".split(), p.grouped_mm),
+    "transformers.grouped_mm_fallback": p.grouped_mm,
     "addmm": p.addmm,
     "baddbmm": p.baddbmm, "batch_norm": p.batch_norm,
     "prelu": p.prelu,
