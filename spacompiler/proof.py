@@ -194,10 +194,13 @@ def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Cho
     groups = [g for g in solution.groups.values() if g.atom in choices and g.reads]
     group = groups[int(rng.integers(len(groups)))]
     graph = solution.graph.weights()
-    member = max((m for m in group.members if m.role == "producer"),
-                 key=lambda m: prod(graph[m.weight].shape), default=group.members[0])
-    size = rows(stored(member.weight), solution.dims(member.weight), member.dim, group)
-    norms = size.detach().float().norm(dim=-1).reshape(group.shape).numpy()
+    order = sorted(group.members, key=lambda m: (m.role != "producer",
+                                                 -prod(graph[m.weight].shape)))
+    for member in order:  # in an array of equal slices a wrong index changes nothing
+        size = rows(stored(member.weight), solution.dims(member.weight), member.dim, group)
+        norms = size.detach().float().norm(dim=-1).reshape(group.shape).numpy()
+        if np.ptp(norms) > 0:
+            break
     table = choices[group.atom].table.copy()
     flat = table.reshape(-1, group.size)
     norms = norms.reshape(-1, group.size) if flat.shape[0] > 1 else \

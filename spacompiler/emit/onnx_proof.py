@@ -7,7 +7,7 @@ how far results move when inputs and weights change in their last bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def prove(trace: OnnxTrace, solution: Solution, choices: Choices, *, seed: int =
     """
     engine, want = _dense(trace, solution, choices)
     tolerance, error = compare(trace, solution, choices, engine, want,
-                               rewrite(trace, solution, choices))
+                               rewrite(trace, solution, choices, double=engine.double))
     if not error <= tolerance:
         raise ProofError(
             f"the pruned model is not the masked dense model: relative error {error:.1e} in "
@@ -95,10 +95,14 @@ def _error(engine: Engine, model: ir.Model, trace: OnnxTrace, want: list[torch.T
 
 
 def elsewhere(trace: OnnxTrace, solution: Solution, choices: Choices,
-              pruned: ir.Model) -> tuple[str, float, float]:
-    """Compare a pruned model at a trace's (other) sizes: (precision, tolerance, error)."""
+              pruned: Callable[[bool], ir.Model]) -> tuple[str, float, float]:
+    """Compare a pruned model at a trace's (other) sizes: (precision, tolerance, error).
+
+    `pruned(double)` makes it, exact gains in float64 or not.
+    """
     engine, want = _dense(trace, solution, choices)
-    return engine.precision, *compare(trace, solution, choices, engine, want, pruned)
+    return engine.precision, *compare(trace, solution, choices, engine, want,
+                                      pruned(engine.double))
 
 
 def _dense(trace: OnnxTrace, solution: Solution,
@@ -152,7 +156,7 @@ def _control(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Eng
     for attempt in range(CONTROLS):
         weight, wrong = swap(lambda n: torch.from_numpy(np.array(trace.stored(n), np.float32)),
                              solution, choices, seed + attempt)
-        model = rewrite(trace, solution, choices, wrong)
+        model = rewrite(trace, solution, choices, wrong, double=engine.double)
         control = _error(engine, model, trace, want)
         if control >= CONTROL:
             break

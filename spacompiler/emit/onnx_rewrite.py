@@ -32,9 +32,9 @@ class Arrays:
     """Pruned arrays by name, sliced when they are asked for."""
 
     def __init__(self, trace: OnnxTrace, solution: Solution, choices: Choices,
-                 wrong: MaybeWrong | None = None) -> None:
+                 wrong: MaybeWrong | None = None, *, double: bool = False) -> None:
         self._trace, self._dims, self._choices = trace, solution.weights(), choices
-        self._wrong = wrong or {}
+        self._wrong, self._double = wrong or {}, double
         self._gains: dict[str, NormChange] = {
             c.norm.gain: c for c in norm_changes(solution, choices)}
 
@@ -47,6 +47,11 @@ class Arrays:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(kept_size(e, self._choices) for e in self._dims[name])
 
+    def dtype(self, name: str) -> ir.DataType:
+        """Corrected gains are kept in float64 where they are proved in it."""
+        kept = ir.DataType(self._trace.facts.types[name])
+        return ir.DataType.DOUBLE if self._double and name in self._gains else kept
+
     def array(self, name: str) -> np.ndarray:
         """Return the kept part of a stored array, gains of RMSNorms corrected."""
         array = take(self._trace.stored(name), self._dims[name],
@@ -54,13 +59,16 @@ class Arrays:
         change = self._gains.get(name)
         if change is not None:
             offset = change.norm.offset
-            array = ((array.astype(np.float64) + offset) * change.gain - offset).astype(array.dtype)
+            array = (array.astype(np.float64) + offset) * change.gain - offset
+            array = array.astype(self.dtype(name).numpy())
         return np.ascontiguousarray(array)
 
 
 def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
-            wrong: MaybeWrong | None = None) -> ir.Model:
+            wrong: MaybeWrong | None = None, *, double: bool = False) -> ir.Model:
     """Return the pruned model; arrays are sliced when they are read.
+
+    With `double` what is corrected (gains and eps of RMSNorms) is not rounded to float32.
 
     Raises ProofError if a value does not have the shape that the algebra gives it.
     """
@@ -69,8 +77,12 @@ def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
     nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
     values = {v.name: v for v in _values(model)}
     for name in arrays.changed():
-        _store(model, values[name], _lazy(arrays, name, trace), arrays.shape(name))
+        _store(model, values[name], _lazy(arrays, name), arrays.shape(name))
     _Sizes(trace, solution, choices, model, nodes).write()
+    if double:
+        exact = Arrays(trace, solution, choices, wrong, double=True)
+        for change in norm_changes(solution, choices):
+            values[change.norm.gain].const_value = _lazy(exact, change.norm.gain)
     _clean(model)
     return model
 
@@ -86,8 +98,8 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
                 yield from attribute.as_graph().initializers.values()
 
 
-def _lazy(arrays: Arrays, name: str, trace: OnnxTrace) -> ir.LazyTensor:
-    dtype = ir.DataType(trace.facts.types[name])
+def _lazy(arrays: Arrays, name: str) -> ir.LazyTensor:
+    dtype = arrays.dtype(name)
     return ir.LazyTensor(
         lambda: ir.Tensor(arrays.array(name), dtype=dtype, name=name), dtype=dtype,
         shape=ir.Shape(arrays.shape(name)), name=name)
@@ -113,10 +125,12 @@ def _store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
 def _clean(model: ir.Model) -> None:
     """Drop dead nodes and unused initialisers, and what the file said about shapes inside."""
     passes.RemoveUnusedNodesPass()(model)
+    own = {id(value) for value in model.graph.outputs}
     for node in model.graph.all_nodes():
         for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = value.type = None
+            if id(value) not in own:
+                value.shape = None
+                value.type = value.type if value.is_graph_output() else None
 
 
 @dataclass

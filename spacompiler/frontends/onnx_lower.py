@@ -194,7 +194,8 @@ class _Lowering:
         except Unknown as problem:
             op = f"{op} ({problem})"
             args = [self._ref(v) for v in node.inputs if v is not None and v.name]
-            args += self._captured(node)
+            args += self._captured(node) or [
+                self._ref(v) for body in body_graphs(node) for v in body.outputs]
         self.made.nodes[name] = node
         self.graph.nodes.append(Node(name, op, tuple(args), {}, self._results(node, name),
                                      node.name or name))
