@@ -24,6 +24,7 @@ from torch import nn
 import spacompiler
 from spacompiler import bench
 from spacompiler.errors import SpaError
+from spacompiler.report import deployed
 from spacompiler.runtime import Decoder
 
 OUT = Path("out/benchmark-deploy")
@@ -48,8 +49,10 @@ def language_model() -> Path:
     """SmolLM2-135M at half of its body, as a decoder with its cache."""
     out = OUT / "smollm2-body50"
     if not out.exists():
-        spacompiler.compile("zoo:smollm2-135m", target="body=50%", out=out, decoder=True,
-                            latency=False)
+        data = spacompiler.compile("zoo:smollm2-135m", target="body=50%", out=out, decoder=True,
+                                   int8=True, latency=False).report
+        for check, result in deployed(data):
+            print(f"       {check}: {result}")
     return out
 
 
@@ -100,10 +103,10 @@ def prefill() -> bool:
     share = _mac_share(out)
     rows = bench.run(out, batches=(1,), threads=(1,), repeats=12, seconds=240.0)
     for row in rows:
-        found = row["ratios"]["pruned"]["cpu"]
-        dense, pruned = (row["models"][n]["cpu_median_ms"] for n in ("dense", "pruned"))
-        print(f"       {row['case']}: {dense:.1f} ms dense, {pruned:.1f} ms pruned, ratio "
-              f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
+        times = ", ".join(f"{t['cpu_median_ms']:.1f} ms {n}" for n, t in row["models"].items())
+        ratios = ", ".join(f"{n} {r['cpu']['median']:.3f} ({r['cpu']['low']:.3f} to "
+                           f"{r['cpu']['high']:.3f})" for n, r in row["ratios"].items())
+        print(f"       {row['case']}: {times}; ratios {ratios}")
     ratio = rows[0]["ratios"]["pruned"]["cpu"]["median"]
     return say(ratio <= PREFILL_BAR * share,
                f"prefill ratio {ratio:.3f}, ratio of MACs {share:.3f}: {ratio / share:.3f} times "
@@ -178,10 +181,10 @@ def resnet50() -> bool:
     out = OUT / "resnet50-half"
     if not out.exists():
         spacompiler.compile("benchmarks.deploy:resnet50_source", target=f"macs={share:.1%}",
-                            out=out, importance="magnitude", only=("blocks.*.body.*",),
-                            align=16, latency=False)
-    pruned = spacompiler.load(out)
-    widths = sorted({b.body[3].out_channels for b in pruned.blocks})
+                            out=out, importance="magnitude", align=16, latency=False,
+                            only=("blocks.*.body.1.*", "blocks.*.body.4.*"))
+    blocks: Any = spacompiler.load(out).blocks
+    widths = sorted({c.out_channels for b in blocks for c in (b.body[0], b.body[3])})
     row = bench.run(out, batches=(1,), threads=(1,), repeats=30, seconds=120.0)[0]
     found = row["ratios"]["pruned"]["cpu"]
     speed = 1 / found["median"]

@@ -145,6 +145,7 @@ def _check_early(target: str, out: Path | None, importance: str, allocation: str
 def _print_compiled(data: dict[str, Any], out: Path | None) -> None:
     from rich.console import Console
 
+    from .report import deployed
     from .report_tables import compiled
 
     console = Console(soft_wrap=True)
@@ -153,6 +154,8 @@ def _print_compiled(data: dict[str, Any], out: Path | None) -> None:
         proof = data["proof"]
         console.print(f"proof: relative error {proof['relative_error']:.1e} in "
                       f"{proof['precision']}; a wrong index gives {proof['negative_control']:.1e}")
+    for check, result in deployed(data):
+        console.print(f"{check}: {result}", highlight=False, markup=False)
     for note in data["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"written to {out}" if out else "dry run: nothing written", markup=False)

@@ -129,15 +129,7 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
         other = "masked dense" if data["layout"] == "onnx" else "torch"
         rows.append((f"ONNX Runtime ≡ {other} at {check['shapes']}, max difference",
                      f"{check['max_abs']:.1e}"))
-    for check in data.get("decoder", ()):
-        rows.append((f"ONNX Runtime with its cache ≡ torch, {check['batch']} rows: likeliest "
-                     "tokens that agree, logits' relative difference",
-                     f"{check['same']} of {check['tokens']}, {check['max_rel']:.1e}"))
-    if int8 := data.get("int8"):
-        rows.append((f"int8 against float on {int8['on']}: likeliest answers that agree, results' "
-                     "relative difference (root mean square), bytes",
-                     f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
-                     f"{int8['float_bytes']:,}"))
+    rows += deployed(data)
     if data.get("reload"):
         rows.append(("reload ≡ memory", data["reload"]))
     return _table(("check", "result"), rows)
@@ -155,3 +147,17 @@ def pruned_bytes(job: Job) -> dict[str, int]:
         total["dense"] += dense
         total["pruned"] += pruned
     return total
+
+
+def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (check, result) for what was written on request: a decoder's cache, int8 weights."""
+    rows = [(f"ONNX Runtime with its cache ≡ torch, {check['batch']} rows: likeliest tokens that "
+             "agree, logits' relative difference",
+             f"{check['same']} of {check['tokens']}, {check['max_rel']:.1e}")
+            for check in data.get("decoder", ())]
+    if int8 := data.get("int8"):
+        rows.append((f"int8 against float on {int8['on']}: likeliest answers that agree, results' "
+                     "relative difference (root mean square), bytes",
+                     f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
+                     f"{int8['float_bytes']:,}"))
+    return rows

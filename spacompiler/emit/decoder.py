@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import SpaError
-from ..frontends.torch_export import _drop_asserts as drop_asserts
+from ..frontends.torch_export import drop_asserts
 from ..frontends.untouched import quiet
 from ..runtime import PAST, PRESENT
 from .onnx_file import export_onnx

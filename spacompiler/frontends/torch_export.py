@@ -80,7 +80,7 @@ def trace(module: nn.Module, inputs: Inputs) -> Trace:
     args, kwargs = as_call(inputs)
     with untouched(module):
         program = _export(module, args, kwargs)
-    _drop_asserts(program)
+    drop_asserts(program)
     _canonicalise(program)
     graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
     return Trace(program, graph, args, kwargs, tied)
@@ -160,7 +160,7 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return {**shapes[1]} if not args else (*shapes[0], *shapes[1].values())
 
 
-def _drop_asserts(program: ExportedProgram) -> None:
+def drop_asserts(program: ExportedProgram) -> None:
     """Remove metadata asserts: they pin dtypes, and proofs run in another one."""
     graph = program.graph_module.graph
     for node in reversed(list(graph.nodes)):
