@@ -18,6 +18,7 @@ import spacompiler
 from spacompiler import bench, deploy
 from spacompiler.cli import app
 from spacompiler.emit import decoder as decoders
+from spacompiler.emit import int8
 from spacompiler.emit.decoder_parity import DecoderParity, decoder_parity
 from spacompiler.emit.int8 import difference, quantize
 from spacompiler.emit.latency import Latency, compare_cases, open_session, ratio, run_session
@@ -199,6 +200,17 @@ def test_int8_is_smaller_and_its_difference_is_measured(llama, tmp_path):
     inputs = bench.synthetic(out / "model.onnx", bench.Sizes(2, 4))
     same = difference(out / "model.onnx", out / "model.onnx", inputs)
     assert (same["same"], same["rms_rel"]) == (1.0, 0.0)
+
+
+def test_large_int8_weights_go_beside_the_file(llama, tmp_path, monkeypatch):
+    _, out = llama
+    monkeypatch.setattr(int8, "INLINE_BYTES", 1000)
+    quantize(out / "model.onnx", tmp_path / "q.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.onnx", "q.onnx.data"]
+    inputs = bench.synthetic(out / "model.onnx", bench.Sizes(2, 4))
+    same = difference(out / "model.int8.onnx", tmp_path / "q.onnx", inputs)
+    assert (same["same"], same["rms_rel"]) == (1.0, 0.0)
+    assert same["bytes"] > 0.8 * same["float_bytes"]
 
 
 def test_what_has_no_weights_cannot_be_quantised(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ..errors import SpaError
 from .latency import Arrays, open_session, run_session
+
+INLINE_BYTES = 2**30
 
 
 def quantize(path: Path, made: Path) -> None:
@@ -24,27 +28,45 @@ def quantize(path: Path, made: Path) -> None:
         SpaError: onnxruntime cannot quantise the file, or found nothing to quantise in it.
     """
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=f".{made.name}.") as folder:
-        plain = Path(folder) / "plain.onnx"
+        plain, rough = Path(folder) / "plain.onnx", Path(folder) / "rough.onnx"
         _with_plain_weights(path, plain)
-        root = logging.getLogger()
-        was = root.level
         try:
-            root.setLevel(logging.ERROR)  # it advises a preparation that is done already
-            quantize_dynamic(plain, Path(folder) / made.name, per_channel=True,
-                             weight_type=QuantType.QInt8,
-                             extra_options={"MatMulConstBOnly": True})
+            with _quiet():
+                quantize_dynamic(plain, rough, per_channel=True, weight_type=QuantType.QInt8,
+                                 use_external_data_format=True)
         except Exception as problem:  # it raises its own kinds
             raise SpaError("the ONNX file cannot be quantised", where=str(path),
                            why=str(problem), fix="leave --int8 out") from problem
-        finally:
-            root.setLevel(was)
-        model = ir.load(Path(folder) / made.name)
-        if not any(v.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
-                   for v in model.graph.initializers.values()):
+        model = ir.load(rough)
+        arrays = [v.const_value for v in model.graph.initializers.values() if v.const_value]
+        if not any(a.dtype in (ir.DataType.INT8, ir.DataType.UINT8) for a in arrays):
             raise SpaError("nothing in the ONNX file can be quantised", where=str(path),
                            why="it has no product or convolution with constant weights",
                            fix="leave --int8 out")
-        (Path(folder) / made.name).replace(made)
+        _save(model, made, sum(a.nbytes for a in arrays), Path(folder))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser advises a preparation on the root logger; it is done already."""
+    root = logging.getLogger()
+    was = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(was)
+
+
+def _save(model: ir.Model, made: Path, size: int, folder: Path) -> None:
+    """Save whole or not at all, by way of a folder beside; large weights go to a .data file."""
+    data = f"{made.name}.data" if size > INLINE_BYTES else None
+    if data is None:
+        ir.external_data.load_to_model(model)
+    ir.save(model, folder / made.name, external_data=data)
+    for name in filter(None, (data, made.name)):
+        (folder / name).chmod(0o644)
+        (folder / name).replace(made.with_name(name))
 
 
 def _with_plain_weights(path: Path, made: Path) -> None:
@@ -86,6 +108,7 @@ def difference(path: Path, made: Path, inputs: Arrays) -> dict[str, Any]:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file with its external weights."""
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    """Bytes of a file with the weights that it reads from files beside it."""
+    outside = [v.const_value for v in ir.load(path).graph.initializers.values()]
+    return path.stat().st_size + sum(
+        a.nbytes for a in outside if isinstance(a, ir.ExternalTensor))
