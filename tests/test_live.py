@@ -307,6 +307,22 @@ def test_scores_are_moving_averages_of_the_measured(importance):
     torch.testing.assert_close(got, want.double(), rtol=1e-5, atol=1e-7)
 
 
+def test_gradients_made_in_a_closure_are_seen():
+    x, y = batch(mlp, 0)
+    scores = []
+    for closed in (False, True):
+        model, optimizer, pruner = start(mlp, schedule="once(at=9)")
+
+        def closure(model=model):
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure) if closed else (closure(), optimizer.step())
+        scores.append(pruner._scores)
+    assert all(np.array_equal(scores[1][name], scores[0][name]) for name in scores[0])
+
+
 # --- resuming -----------------------------------------------------------------------------------
 
 

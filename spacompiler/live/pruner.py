@@ -99,8 +99,21 @@ class Pruner:
             if any(each is have for have in self._optimizers):
                 continue
             if not self._optimizers:
-                self._hooks.append(each.register_step_pre_hook(lambda *_: self.watch()))
+                self._hooks.append(each.register_step_pre_hook(self._before))
             self._optimizers.append(each)
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Watch before a step; where a closure makes the gradients, within it (Lightning)."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return self.watch()
+
+        def watched() -> Any:
+            value = closure()
+            self.watch()
+            return value
+
+        return (optimizer,), {**kwargs, "closure": watched}
 
     def watch(self) -> None:
         """Measure importance from the gradients at hand (the optimiser's step calls it)."""
