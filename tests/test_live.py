@@ -72,7 +72,8 @@ def inputs(make):
 def start(make, optimizer=torch.optim.AdamW, seed=0, **options):
     model = make(seed).train()
     made = optimizer(model.parameters(), lr=1e-2)
-    options = {"target": "params=60%", "schedule": "cubic(steps=20, every=3)", **options}
+    options = {"target": "params=60%", "schedule": "cubic(steps=20, every=3)", "layout": "any",
+               **options}
     return model, made, spacompiler.Pruner(model, inputs(make), made, **options)
 
 
@@ -257,11 +258,26 @@ def test_a_wrong_slice_is_caught(monkeypatch):
 
 def test_sizes_of_a_modules_own_code_are_found():
     model, example = load("opt").build()
-    pruner = spacompiler.Pruner(model, example, target="params=60%", importance="magnitude")
+    pruner = spacompiler.Pruner(model, example, target="params=60%", importance="magnitude",
+                                layout="any")
     pruner.shrink()
     heads = {layer.self_attn.num_heads for layer in model.model.decoder.layers}
     assert max(heads) < 6 and {layer.self_attn.head_dim
                                for layer in model.model.decoder.layers} == {8}
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "opt"])
+def test_what_trained_loads_with_stock_transformers(name, tmp_path):
+    model, example = load(name).build()
+    config = model.config
+    pruner = spacompiler.Pruner(model, example, target="body=65%", importance="magnitude")
+    pruner.finish()
+    assert model.config is config and not any("config stays" in note for note in pruner.notes)
+    assert model.config.to_dict() != load(name).build()[0].config.to_dict()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**example).logits, model.eval()(**example).logits)
 
 
 # --- what is measured ---------------------------------------------------------------------------
@@ -373,6 +389,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("options, error", [
     ({"target": "params=2%"}, TargetError), ({"ema": 1.0}, UsageError),
     ({"roles": ("head",)}, TargetError), ({"importance": "tailor"}, UsageError),
+    ({"layout": "uniform"}, TargetError),
 ])
 def test_malformed_requests(options, error):
     with pytest.raises(error):
@@ -412,7 +429,7 @@ def test_in_the_trainer_of_transformers(tmp_path):
     def run(folder, resume=None):
         model = llama().train()
         pruner = spacompiler.Pruner(model, {"input_ids": batch(llama, 0)[0]}, target="params=60%",
-                                    schedule="cubic(every=2)")
+                                    schedule="cubic(every=2)", layout="any")
         if resume is not None:
             pruner.load(resume / "pruner.json")
         arguments = TrainingArguments(

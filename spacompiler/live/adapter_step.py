@@ -12,6 +12,7 @@ difference of two merged float32 weights would lose digits.
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,3 +102,16 @@ def _lora(layer: Any, eta: float, scaled: bool) -> AdapterStep:
 
 def _flat(array: torch.Tensor) -> torch.Tensor:
     return array.detach().float().flatten(1)
+
+def adapter_arrays(module: nn.Module) -> set[str]:
+    """Return the names of arrays that belong to peft's adapters (their ranks are no slices)."""
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = set()
+    for path, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            found |= {f"{path}.{name}" for name, _ in layer.named_parameters()
+                      if not name.startswith("base_layer.")}
+    return found

@@ -19,7 +19,8 @@ from spacompiler.groups import Group
 from spacompiler.pipeline import costs, lanes
 from spacompiler.recipe import Recipe, parse_target
 
-from . import ramp
+from . import ramp, stock
+from .adapter_step import adapter_arrays
 from .kept import Kept, lowest_out
 from .shrinking import Shrinking
 from .sites import Site, sites
@@ -84,6 +85,7 @@ class Pruner:
         self._watch: Watch | None = None
         self._sites = self._seen() if set(GATES) & set(self.importance.needs) else []
         self._look()
+        self._stock: list[allocation.Unit] = []
         self._check_target()
         self.attach(optimizer)
 
@@ -143,6 +145,9 @@ class Pruner:
     def finish(self) -> None:
         """Remove what is still due, check that the target is met, and take out all hooks.
 
+        A transformers model's config is brought in step where it can say the widths (`notes` tell
+        where not), so that `save_pretrained` writes what stock transformers loads.
+
         Raises TargetError if the target is missed.
         """
         if not self.done:
@@ -151,6 +156,9 @@ class Pruner:
         problem = self._problem(self._units())
         allocation.check_met(problem, {u.name: self.live.kept.count(u.groups[0].name)
                                        for u in problem.units})
+        if self._stock:
+            refused = stock.bring_config(self.live)
+            self.notes += [f"the config stays as it was: {refused}"] if refused else []
 
     def stop(self) -> None:
         """Take out all hooks; the model stays as it is."""
@@ -211,13 +219,30 @@ class Pruner:
         return found
 
     def _check_target(self) -> None:
-        """Raise TargetError now rather than in the middle of a run."""
+        """Choose the layout; raises TargetError now rather than in the middle of a run."""
+        layout = self.recipe.layout
+        if layout in ("auto", "uniform"):
+            self._stock, notes = stock.expressible(self.live, self._plain_units(uniform=True))
+            self.notes += notes
+            if self._stock and self._meets():
+                return
+            if layout == "uniform":
+                raise TargetError("the target cannot be met in the uniform layout",
+                                  why="; ".join(notes[:2]) or "no stock config can say it",
+                                  fix="use layout='any'")
+            self._stock = []
+        self._meets(check=True)
+
+    def _meets(self, *, check: bool = False) -> bool:
         problem = self._problem(self._units())
-        try:
-            allocation.check_met(problem, self.allocation.allocate(problem))
-        except TargetError as error:
-            error.why = "; ".join([error.why, *self.notes[:2]])
-            raise
+        kept = self.allocation.allocate(problem)
+        if check:
+            try:
+                allocation.check_met(problem, kept)
+            except TargetError as error:
+                error.why = "; ".join([error.why, *self.notes[:2]])
+                raise
+        return problem.met(kept)
 
     def _seen(self) -> list[Site]:
         """Return where groups are read; those that no module reads stay, and a note says so."""
@@ -272,10 +297,15 @@ class Pruner:
                 for name, score in self._scores.items()}
 
     def _units(self, scores: Any = None) -> tuple[allocation.Unit, ...]:
+        plain = self._plain_units(scores)
+        single = {u.groups[0].name: u for u in plain}
+        return tuple(stock.with_losses(u, single) for u in self._stock) or plain
+
+    def _plain_units(self, scores: Any = None, *, uniform: bool = False
+                     ) -> tuple[allocation.Unit, ...]:
         r = self.recipe
-        if scores is None:
-            scores = {g.name: np.ones(g.shape) for g in self.groups}
-        return allocation.units(self._dense, self.groups, scores, uniform=False, align=r.align,
+        scores = scores or {g.name: np.ones(g.shape) for g in self.groups}
+        return allocation.units(self._dense, self.groups, scores, uniform=uniform, align=r.align,
                                 lanes=lanes(), floor=r.floor)
 
     def _problem(self, units: Sequence[allocation.Unit]) -> allocation.Problem:
@@ -335,19 +365,3 @@ class Pruner:
             raise SpaError(f"cannot read the pruner's state {str(path)!r}",
                            why=str(problem)) from problem
         self.load_state_dict(state)
-
-
-def adapter_arrays(module: nn.Module) -> set[str]:
-    """Return the names of arrays that belong to peft's adapters (their ranks are no slices)."""
-    import sys
-
-    if "peft" not in sys.modules:
-        return set()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found = set()
-    for path, layer in module.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            found |= {f"{path}.{name}" for name, _ in layer.named_parameters()
-                      if not name.startswith("base_layer.")}
-    return found

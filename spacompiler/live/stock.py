@@ -1,0 +1,64 @@
+"""Transformers models that shrink so that their own configuration can say how wide they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spacompiler.allocation import Unit
+from spacompiler.emit import hf
+from spacompiler.emit.module import runs_like
+from spacompiler.errors import SpaError
+from spacompiler.frontends.torch_export import in_eval_mode
+
+from .shrinking import Shrinking
+
+
+def expressible(live: Shrinking, units: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+    """Return the units that a stock config can express, and notes on the others (dense model)."""
+    if not hf.is_hf(live.model):
+        return [], []
+    return hf.expressible(live.model, live.dense_trace.tied, live.dense, units)
+
+
+def with_losses(unit: Unit, single: Mapping[str, Unit]) -> Unit:
+    """Return a unit of several groups with the losses of `single` units, one for each group."""
+    return replace(unit, losses=np.sum([single[g.name].losses for g in unit.groups], axis=0))
+
+
+def bring_config(live: Shrinking) -> str:
+    """Set the model's config to its widths; returns "" or why that is not possible.
+
+    The config object is kept; it is changed only if the model computes the same with it.
+    """
+    model: Any = live.model
+    choices = live.kept.choices()
+    shapes = hf.pruned_shapes(model, live.dense_trace.tied, live.dense, choices)
+    try:
+        wanted = hf.uniform_config(model, live.dense, choices, shapes).to_dict()
+    except SpaError as problem:
+        return f"{problem.what} ({problem.why})"
+    old = model.config.to_dict()
+    changes = {key: value for key, value in wanted.items() if value != old.get(key)}
+    want = _results(model, live)
+    _set(model.config, changes)
+    wrong = runs_like(model, live.trace.args, live.trace.kwargs, want)
+    if wrong:
+        _set(model.config, {key: old[key] for key in changes})
+    return wrong
+
+
+def _set(config: Any, changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        setattr(config, key, value)
+
+
+def _results(model: nn.Module, live: Shrinking) -> list[Any]:
+    with torch.no_grad(), in_eval_mode(model):
+        return pytree.tree_leaves(model(*live.trace.args, **live.trace.kwargs))
