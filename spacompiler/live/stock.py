@@ -15,7 +15,7 @@ from spacompiler.allocation import Unit
 from spacompiler.emit import hf
 from spacompiler.emit.module import runs_like
 from spacompiler.errors import SpaError
-from spacompiler.frontends.torch_export import in_eval_mode
+from spacompiler.frontends.untouched import untouched
 
 from .shrinking import Shrinking
 
@@ -60,5 +60,5 @@ def _set(config: Any, changes: Mapping[str, Any]) -> None:
 
 
 def _results(model: nn.Module, live: Shrinking) -> list[Any]:
-    with torch.no_grad(), in_eval_mode(model):
+    with torch.no_grad(), untouched(model):
         return pytree.tree_leaves(model(*live.trace.args, **live.trace.kwargs))
