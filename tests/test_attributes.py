@@ -126,6 +126,43 @@ def test_a_size_that_no_attribute_can_say_is_named(kind, width, why):
     assert why in result.job.notes[0]
 
 
+@pytest.mark.parametrize("options", [
+    {"batch_first": True}, {"bias": False}, {"kdim": 24, "vdim": 24, "batch_first": True}])
+def test_stock_attention_loses_heads(options, tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(24, 4, **options)
+
+        def forward(self, x):
+            mask = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool).triu(1) \
+                if options.get("batch_first") else None
+            return self.attention(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+    torch.manual_seed(1)
+    result = compiled(Block())
+    assert result.job.emission == "module" and result.module.attention.num_heads == 2
+    assert isinstance(result.module.attention, nn.MultiheadAttention)
+    result.save(tmp_path / "out")
+    again = spacompiler.load(tmp_path / "out", model=Block())
+    x = torch.randn(3, 7, 24)
+    with torch.no_grad():
+        assert torch.equal(again(x), result.module.eval()(x))
+        attention, x = result.module.attention, x[0]
+        for one in (x, x[None]):
+            got, weights = attention(one, one, one)
+            assert torch.allclose(got, attention(one, one, one, need_weights=False)[0], atol=1e-6)
+            assert weights.shape == (*one.shape[:-1], one.shape[-2]) or not options.get(
+                "batch_first")
+
+
+def test_a_stock_encoder_layer_loses_heads():
+    torch.manual_seed(1)
+    dense = nn.TransformerEncoderLayer(24, 4, 32, batch_first=True, dropout=0.0).eval()
+    result = compiled(dense)
+    assert result.job.emission == "module" and result.module.self_attn.num_heads < 4
+
+
 def test_numbers_are_found_in_containers_and_set_without_touching_what_is_shared():
     shared = SimpleNamespace(width=8, flag=True, name="x", deep=SimpleNamespace(size=3))
     module = nn.Module()

@@ -20,6 +20,7 @@ from ..frontends.torch_export import Trace
 from ..frontends.untouched import untouched
 from ..groups import Solution
 from ..slicing import Slicer, norm_changes
+from .attention import narrow
 from .attributes import Change, assign
 from .program import edits
 
@@ -73,6 +74,7 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
     pruned = copy.deepcopy(module, memo)
     for path, attribute, value in (*attribute_changes(pruned, trace, solution, choices), *sizes):
         assign(pruned.get_submodule(path), attribute, value)
+    narrow(pruned)
     return pruned
 
 
@@ -179,4 +181,5 @@ def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
     pruned = copy.deepcopy(dense, memo)
     for path, attribute, value in attributes:
         assign(pruned.get_submodule(path), attribute, value)
+    narrow(pruned)
     return pruned
