@@ -76,12 +76,16 @@ class Lora(Schedule):
         return tuned
 
 
+# classes that peft adapts as they stand; a subclass may use its weight in a way of its own
+ADAPTED = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")
+
+
 def _layers(module: nn.Module) -> list[str]:
     """Linear layers and ungrouped convolutions, but not the output layer of a language model."""
     outputs: Any = getattr(module, "get_output_embeddings", None)
     output = outputs() if outputs is not None else None
     tied = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     return [path for path, part in module.named_modules()
-            if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            if type(part).__name__ in ADAPTED
             and part is not output and getattr(part, "groups", 1) == 1
-            and tied.count(id(part.weight)) == 1 and isinstance(part.weight, torch.Tensor)]
+            and tied.count(id(part.weight)) == 1]

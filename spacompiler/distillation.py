@@ -47,7 +47,8 @@ class Objective:
         teacher = self._taught(args, kwargs, calls) if o.logits or o.blocks else None
         zero = torch.zeros(())
         outputs = call(self._module, args, kwargs) if o.task or o.logits else []
-        loss = self._own(outputs, args, kwargs) if outputs else zero
+        wanted = o.task or not torch.is_grad_enabled()  # else only the divergence trains
+        loss = self._own(outputs, args, kwargs) if outputs and wanted else zero
         total = o.task * loss if o.task else zero
         if o.logits and teacher is not None:
             total = total + o.logits * divergence(first_floating(outputs), teacher, o.temperature)

@@ -115,8 +115,14 @@ def backend_of(module: Any) -> Backend:
 
 def merge_adapters(job: Job) -> None:
     """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
+    from . import recovery
     from .adapters import files, keeping, merging
 
+    if job.recovery is not None:
+        recovery.check(job)
+    if job.backend is not TORCH and job.recipe.adapters:
+        raise SpaError("adapters need a torch module", where=job.name,
+                       fix="merge them before exporting to ONNX, or give the module itself")
     if job.recipe.keep_adapter:
         keeping.check(job)
         job.base_hash = weights_hash(job.module)
@@ -125,6 +131,7 @@ def merge_adapters(job: Job) -> None:
         job.notes.extend(notes)
     if job.recipe.adapters:
         adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
+        job.notes.extend(files.other_names(adapters, job.name))
         module = job.module if job.owned else copy.deepcopy(job.module)
         job.module, notes = merging.merge(module, adapters, job.inputs,
                                           combine=job.recipe.combine,

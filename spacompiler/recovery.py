@@ -8,12 +8,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calibration import Batch
+from .errors import SpaError, UsageError
 from .training import Training
 
 if TYPE_CHECKING:
     from .pipeline import Job
 
 HELD_OUT = 16  # one batch of so many is held out
+
+
+def check(job: Job) -> None:
+    """Refuse, before anything is computed, what cannot be trained or trained on."""
+    from .pipeline import TORCH
+
+    if job.backend is not TORCH:
+        raise SpaError("recovery needs a torch module", where=job.name,
+                       fix="train before exporting to ONNX, or give the module itself")
+    if job.recover_data is None or len(job.recover_data.batches) < 2:
+        raise UsageError("there is too little data to recover on",
+                         why=f"{_origin(job) or 'no data'}, of which some is held out",
+                         fix="give more with --recover-data or --recover-samples")
 
 
 def recover(job: Job) -> None:

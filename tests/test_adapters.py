@@ -348,6 +348,23 @@ def test_compile_merges_first(tmp_path):
     assert hasattr(model, "peft_config") and run(model, inputs) is not None
 
 
+@pytest.mark.parametrize("variant", ["lora-bias", "beft"])
+def test_a_peft_model_that_needs_biases(variant):
+    module, inputs = llama()
+    model = tuned(module, *VARIANTS[variant])
+    want = run(model, inputs)
+    merged, _ = merging.merge_adapted(model, inputs)
+    assert (run(merged, inputs) - want).abs().max() <= 1e-6
+    assert torch.equal(run(model, inputs), want), "the user's model was changed"
+
+
+def test_the_name_of_another_base_is_noted(tmp_path):
+    path, _ = stored(tmp_path / "a")
+    adapter = files.read(edited(path, base_model_name_or_path="org/Other-1B"))
+    assert "org/Other-1B" in files.other_names([adapter], "/models/tiny")[0]
+    assert not files.other_names([adapter], "/models/other-1b")
+
+
 @pytest.mark.parametrize("text, fix", [("a=b", "DIR=0.5"), ("a=", "DIR=0.5")])
 def test_a_weight_that_is_no_number(text, fix):
     with pytest.raises(UsageError) as error:
@@ -387,6 +404,35 @@ def test_what_mixes_rows_must_be_merged(variant, tmp_path):
     with pytest.raises(SpaError, match="cannot be sliced") as error:
         spacompiler.compile(*llama(), adapter=path, keep_adapter=True, **FAST)
     assert "--keep-adapter" in error.value.fix
+
+
+@pytest.mark.parametrize("variant", ["lora", "ln-tuning", "dora"])
+def test_a_narrower_stream_corrects_its_norms_on_both_sides(variant, tmp_path):
+    """RMSNorm gains are scaled where the residual stream shrinks, tuned norms with them."""
+    path, _ = stored(tmp_path / "a", variant)
+    options = {**FAST, "target": "params=70%", "roles": ("hidden",)}
+    kept = spacompiler.compile(*llama(), adapter=path, keep_adapter=True, **options)
+    assert "adapter = pruned merged model" in kept.job.notes[-1]
+
+
+@pytest.mark.parametrize("variant, survives", [("lora", True), ("ia3", False)])
+def test_a_repair_is_carried_over_where_the_adapter_adds(variant, survives, tmp_path):
+    """What a refit changes goes to the base; where the adapter multiplies, that is refused."""
+    pytest.importorskip("spacompiler.passes.refit")
+    path, _ = stored(tmp_path / "a", variant)
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(61, (4, 12), generator=generator)} for _ in range(4)]
+
+    def compiled():
+        return spacompiler.compile(*llama(), adapter=path, keep_adapter=True, repair="refit",
+                                   calibration=data, **FAST)
+
+    if survives:
+        assert "adapter = pruned merged model" in compiled().job.notes[-1]
+        return
+    with pytest.raises(ProofError, match="not the pruned merged model") as error:
+        compiled()
+    assert "--repair none" in error.value.fix
 
 
 @pytest.fixture(scope="module")

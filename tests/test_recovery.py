@@ -12,7 +12,7 @@ from spacompiler import loading, verification
 from spacompiler.calibration import default_loss
 from spacompiler.checkpoint import FILE
 from spacompiler.distillation import Objective, divergence, labelled
-from spacompiler.errors import SpaError
+from spacompiler.errors import SpaError, UsageError
 from spacompiler.models_zoo import load
 from spacompiler.passes.full import Full
 from spacompiler.passes.lora import Lora
@@ -126,6 +126,22 @@ def test_errors_say_what_to_do(breaks, words, pruned):
     with pytest.raises(SpaError, match=words) as error:
         Norms().run(t)
     assert error.value.fix
+
+
+def test_example_inputs_alone_are_too_little_data():
+    module, inputs = load("resnet").build()
+    with pytest.raises(UsageError, match="too little data"):
+        spacompiler.compile(module, inputs, target="macs=60%", recovery=Norms(), **FAST)
+
+
+def test_lora_on_transposed_linear_layers():
+    """GPT-2 holds its weights the other way round."""
+    module, _ = load("gpt2").build()
+    calls = [((), b) for b in texts()]
+    facts = Lora(lr=1e-2).run(Training(copy.deepcopy(module), module, calls[:-4], calls[-4:],
+                                       default_loss))
+    assert facts["after"]["loss"] < facts["before"]["loss"]
+    assert facts["parameters"] > sum(p.numel() for p in module.parameters() if p.ndim < 2)
 
 
 def test_no_linear_layer_no_lora(pruned):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,17 @@ def read(path: Path, weight: float = 1.0) -> Adapter:
     check_type(str(path), config)
     return Adapter(path, weight, config, _tensors(path),
                    _json(path / ORIGIN) if (path / ORIGIN).exists() else {})
+
+
+def other_names(adapters: Sequence[Adapter], name: str) -> list[str]:
+    """Notes on adapters whose configuration names another base (paths differ, so no error)."""
+    notes = []
+    for adapter in adapters:
+        base = str(adapter.config.get("base_model_name_or_path") or "")
+        if base and Path(base).name.lower() not in name.lower():
+            notes.append(f"{adapter.path}: its configuration names {base} as base; "
+                         f"its arrays fit {name}")
+    return notes
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def keep(job: Job) -> None:
     if error > TOLERANCE:
         raise ProofError("the pruned base with the cut adapter is not the pruned merged model",
                          where=str(adapter.path), why=f"results differ by {error:.1e}",
-                         fix="merge it: leave out --keep-adapter")
+                         fix="merge it: leave out --keep-adapter, or use --repair none (only "
+                             "what is added to a weight survives its repair)")
     job.kept, job.program = made, None
     job.notes.append(f"{adapter.path}: kept in adapter/, cut as the base was; pruned base + "
                      f"adapter = pruned merged model to {error:.1e}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from ..errors import ProofError, SpaError
 from ..frontends.torch_export import Inputs, as_call
 from ..proof import relative_error
 from .files import ORIGIN, PREFIX, Adapter, check_type
-from .kinds import COMBINATION_TRAPS, LAYER_TRAPS
+from .kinds import COMBINATION_TRAPS, KINDS, LAYER_TRAPS
 
 PROBE = 1e-4  # largest relative difference of results, adapter against merged, in float32
 ROUNDING = 1e-5  # below this, a difference is rounding ...
@@ -91,7 +91,13 @@ def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
     tuned = copy.deepcopy(tuned)
     active = tuned.active_adapters if hasattr(tuned, "active_adapters") else ()
     for name in active:
-        check_type(type(tuned).__name__, _plain(tuned.peft_config[name]))
+        config = _plain(tuned.peft_config[name])
+        check_type(type(tuned).__name__, config)
+        for key in list(tuned.state_dict()):
+            plain = key.replace(f".{name}", "")
+            for ending in KINDS[config["peft_type"]].biases:
+                if plain.endswith(ending):
+                    add_bias(tuned, f"{plain.removesuffix(ending)}.base_layer")
     notes = master(tuned)
     with _quiet(), tuned.disable_adapter():
         before = results(tuned, inputs)
@@ -137,7 +143,7 @@ def fold(tuned: Any, probe: Callable[[nn.Module], list[Any]], before: Sequence[A
 def prepare(module: nn.Module, adapters: Sequence[Adapter]) -> list[str]:
     """Give the base what its adapters need: float32 weights, biases, untied arrays."""
     notes = master(module)
-    touched = sorted({path for a in adapters for path in targets(a)})
+    touched = {path for a in adapters for path in targets(module, a)}
     wanted = sorted({key.removeprefix(PREFIX).removesuffix(ending) for a in adapters
                      for key in a.tensors for ending in a.kind.biases if key.endswith(ending)})
     added = [path for path in wanted if add_bias(module, path)]
@@ -172,20 +178,24 @@ def add_bias(module: nn.Module, path: str) -> bool:
     return True
 
 
-def targets(adapter: Adapter) -> set[str]:
-    """Return the paths of the modules that an adapter's arrays belong to."""
-    return {key.removeprefix(PREFIX).rpartition(f".{name}")[0]
-            for key in adapter.tensors for name in adapter.kind.axes
-            if key.endswith(f".{name}")}
+def targets(module: nn.Module, adapter: Adapter) -> set[str]:
+    """Return the paths of the innermost modules that an adapter's arrays are named after."""
+    paths, found = {path for path, _ in module.named_modules()}, set()
+    for key in adapter.tensors:
+        path = key.removeprefix(PREFIX)
+        while path not in paths:
+            path = path.rpartition(".")[0]
+        found.add(path)
+    return found
 
 
-def _untie(module: nn.Module, touched: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _untie(module: nn.Module, touched: Set[str]) -> Iterator[tuple[str, str]]:
     """Give a touched module its own copy of an array that it shares; yields (path, other)."""
     owners: dict[int, str] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         other = owners.setdefault(id(p), path)
-        if other == path or not {path, other} & set(touched):
+        if other == path or not {path, other} & touched:
             continue
         setattr(module.get_submodule(path), leaf, nn.Parameter(p.detach().clone()))
         if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
