@@ -24,6 +24,7 @@ from .onnx_shapes import LIMIT, Shape, sizes_of
 INLINE = 4096
 """Initialisers above this many bytes stay out of the protobufs that are made of a model."""
 UNIFORM = 2**16
+INPUT_LIMIT = 2**27
 _PLAIN = frozenset(ir.DataType[n] for n in (
     "FLOAT DOUBLE FLOAT16 INT8 UINT8 INT16 UINT16 INT32 UINT32 INT64 UINT64 BOOL").split())
 
@@ -124,10 +125,11 @@ def _check_tensor(tensor: ir.TensorProtocol, place: Path) -> None:
         raise SpaError(f"stored tensor {tensor.name!r} has the absurd shape {list(shape)}",
                        where=str(place), fix="the file is damaged; export it again")
     if not isinstance(tensor, ir.ExternalTensor):
+        _check_bytes(tensor, place)
         return
     folder, name = place.parent.resolve(), str(tensor.location)
-    data = (place.parent / name)
-    if Path(name).is_absolute() or not data.resolve().is_relative_to(folder):
+    data = place.parent / name.replace("\0", "?")
+    if "\0" in name or Path(name).is_absolute() or not data.resolve().is_relative_to(folder):
         raise SpaError(f"stored tensor {tensor.name!r} lies outside the model's folder",
                        where=str(place), why=f"its external data is {name!r}",
                        fix="keep external data beside the model")
@@ -143,6 +145,19 @@ def _check_tensor(tensor: ir.TensorProtocol, place: Path) -> None:
     if tensor.length is not None and tensor.length < tensor.nbytes:
         raise SpaError(f"stored tensor {tensor.name!r} is too short", where=str(place),
                        why=f"{tensor.length} bytes for the shape {list(shape)}",
+                       fix="the file is damaged; export it again")
+
+
+def _check_bytes(tensor: ir.TensorProtocol, place: Path) -> None:
+    """Raise SpaError unless a tensor inside the file holds as many numbers as its shape says."""
+    try:
+        right = tensor.numpy().shape == sizes_of(tensor)
+    except Exception:  # onnx_ir, numpy and protobuf raise many kinds
+        right = False
+    if not right:
+        raise SpaError(f"stored tensor {tensor.name!r} cannot be read", where=str(place),
+                       why=f"its bytes are not a {tensor.dtype} array of shape "
+                           f"{list(sizes_of(tensor))}",
                        fix="the file is damaged; export it again")
 
 
@@ -278,6 +293,11 @@ def example(file: OnnxFile, sizes: Mapping[str, Shape], seed: int = 0) -> dict[s
     """Return seeded inputs of these sizes; integers are valid indices where tables are looked up.
     """
     rng = np.random.default_rng(seed)
+    for name, shape in sizes.items():
+        if np.prod(shape, dtype=float) > INPUT_LIMIT:
+            raise SpaError(f"input {name!r} has the absurd shape {list(shape)}",
+                           fix="the file is damaged, or its inputs need other sizes "
+                               "(example inputs from Python)")
     return {v.name or "": _values(v, sizes[v.name or ""], rng) for v in file.inputs()}
 
 
