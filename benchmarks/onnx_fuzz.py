@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import resource
 import shutil
 import tempfile
@@ -40,18 +41,18 @@ def seeds() -> list[onnx.ModelProto]:
         13: """m (float[N, T, 12] x) => (float[N, T, 12] y) {
             q = MatMul(x, wq)  s = Shape(x)  z = Constant<value_int=0>()
             n = Gather(s, z)  u = Constant<value_ints=[0]>()  n1 = Unsqueeze(n, u)
-            r = Constant<value_ints=[-1, 4, 6]>()  t = Concat<axis=0>(n1, r)
+            r = Constant<value_ints=[-1, 24, 4]>()  t = Concat<axis=0>(n1, r)
             v = Reshape(q, t)  w = Transpose<perm=[0,2,1,3]>(v)  e = Relu(w)
-            k = Transpose<perm=[0,2,1,3]>(e)  d = Constant<value_ints=[0, 0, 24]>()
+            k = Transpose<perm=[0,2,1,3]>(e)  d = Constant<value_ints=[0, 0, 96]>()
             o = Reshape(k, d)  y = MatMul(o, wo) }""",
         17: """m (float[N, 6] x, bool c) => (float[N, 5] y) {
             a = MatMul(x, v1)
-            h = If (c) <then_branch = t () => (float[N, 32] p) { p = Relu(a) },
-                        else_branch = e () => (float[N, 32] q) { q = Tanh(a) }>
+            h = If (c) <then_branch = t () => (float[N, 64] p) { p = Relu(a) },
+                        else_branch = e () => (float[N, 64] q) { q = Tanh(a) }>
             l = LayerNormalization(h, g, g)  y = MatMul(l, v2) }""",
     }
-    shapes = {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (4, 16), "wq": (12, 24), "wo": (24, 12),
-              "v1": (6, 32), "v2": (32, 5), "g": (32,)}
+    shapes = {"w1": (64, 3, 3, 3), "b1": (64,), "w2": (4, 64), "wq": (12, 96), "wo": (96, 12),
+              "v1": (6, 64), "v2": (64, 5), "g": (64,)}
     rng, made = np.random.default_rng(0), []
     for opset, text in texts.items():
         model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]>\n{text}')
@@ -162,7 +163,7 @@ def mutated(model: onnx.ModelProto, rng: Random) -> bytes:
     for _ in range(rng.randint(1, 3)):
         try:
             rng.choice(FIELDS)(made, rng)
-        except (ValueError, TypeError, IndexError):
+        except Exception:
             continue  # the protobuf itself refuses
     return made.SerializeToString()
 
@@ -177,7 +178,7 @@ def attempt(data: bytes, folder: Path) -> str:
                     out=folder / "out", align=1, latency=False)
         result = "pruned"
     except SpaError as problem:
-        result = f"refused ({type(problem).__name__})"
+        result = "refused: " + re.sub(r"'.*?'|\\[.*?\\]|[\\d.]+%", "…", problem.what)[:40]
     except Exception as problem:
         result = "FAULT " + "".join(traceback.format_exception(problem)[-3:])
     extra = {p.name for p in folder.iterdir()} - before - {"out"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -83,6 +85,33 @@ def python_text(part: str = "calibration") -> str:
                        if (i % 4 == 3) == held_out)
 
 
+def _holds_arrays(place: Path) -> bool:
+    return place.suffix in (".npz", ".npy") or place.is_dir()
+
+
+def from_arrays(place: Path, samples: int) -> Calibration:
+    """Return batches from .npz files (inputs by name) or .npy files (the one input), or a
+    directory of them: a file is a batch.
+
+    Raises SpaError for missing or damaged files; pickled arrays are not read.
+    """
+    files = sorted(p for p in place.iterdir() if p.suffix in (".npz", ".npy")) \
+        if place.is_dir() else [place]
+    if not files:
+        raise SpaError(f"calibration directory {str(place)!r} holds no .npz or .npy files",
+                       fix="save batches of inputs with numpy.savez")
+    batches: list[Batch] = []
+    for file in files[:samples]:
+        try:
+            found = np.load(file, allow_pickle=False)
+            batches.append(((), {k: torch.from_numpy(found[k]) for k in found.files})
+                           if file.suffix == ".npz" else ((torch.from_numpy(found),), {}))
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as problem:
+            raise SpaError(f"calibration file {str(file)!r} cannot be read", why=str(problem),
+                           fix="save it with numpy.savez or numpy.save") from problem
+    return Calibration(f"{len(batches)} batches of {place}", batches)
+
+
 def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
             samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0) -> Calibration:
     """Return the calibration that a user asked for.
@@ -98,6 +127,8 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
                            seed=seed, origin=PYTHON_TEXT)
     if what is None or what == "none":
         return Calibration("example inputs only", [as_call(inputs)])
+    if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
+        return from_arrays(Path(what), samples)
     if isinstance(what, (str, Path)):
         return from_text(str(what), tokenizer, samples=samples, length=length, batch=batch,
                          seed=seed)

@@ -93,6 +93,12 @@ def _matmul(graph: Graph, node: Node) -> Form:
     return Form(names, f"{left}, {right} -> {'... ' if one > 1 or two > 1 else ''}{n}{m}")
 
 
+def _gemm(graph: Graph, node: Node) -> Form:
+    """ONNX's Gemm(a, b, c, transA, transB)."""
+    a, b = ("k n" if node.args[3] else "n k"), ("m k" if node.args[4] else "k m")
+    return Form(_names(node, 0, 1), f"{a}, {b} -> n m")
+
+
 def _einsum(graph: Graph, node: Node) -> Form:
     sides = node.args[0].replace(" ", "").replace("...", ".").replace("->", ",").split(",")
     one, two, out = (" ".join(side).replace(".", "...") for side in sides)
@@ -135,7 +141,7 @@ def _unfold(node: Node, x: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tenso
         total = [d * (k - 1) * same for k, d in zip(kernel, dilation, strict=True)]
         pads = [(n // 2, n - n // 2) for n in total]
     else:
-        pads = [(n, n) for n in per_axis(4, "padding", 0)]
+        pads = [n if isinstance(n, tuple) else (n, n) for n in per_axis(4, "padding", 0)]
     x = functional.pad(x, [n for pair in reversed(pads) for n in pair])
     for axis in range(rank):
         span = dilation[axis] * (kernel[axis] - 1) + 1
@@ -157,6 +163,8 @@ FORMS: dict[str, Callable[[Graph, Node], Form]] = {
     **dict.fromkeys("aten.conv_transpose1d aten.conv_transpose2d aten.conv_transpose3d".split(),
                     _TRANSPOSED),
     "aten.convolution": _convolution(8, lambda n: bool(n.args[6])),
+    "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Conv": _CONV,
+    "ConvTranspose": _TRANSPOSED,
 }
 
 

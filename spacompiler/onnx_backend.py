@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from .consumers import Consumer
 from .emit import onnx_proof
 from .emit.onnx_rewrite import rewrite
+from .emit.onnx_run import Session, run
 from .errors import SpaError, UsageError
 from .frontends.onnx_file import OnnxFile, checked_feed
 from .frontends.onnx_lower import OnnxTrace, trace
 from .frontends.onnx_ops import TABLE
-from .groups import Group, Member, Solution, solve
+from .groups import Group, Solution, solve
 from .pipeline import Backend, Job
-from .scores import rows
+from .registry import available
+from .scores import Scores
+from .statistics import View, forward_only
+
+EXPOSED = 8
+"""Tensors that one run returns: more would be held in memory at once."""
 
 
 def analyse(file: OnnxFile, inputs: Any) -> tuple[OnnxTrace, Solution]:
@@ -31,8 +40,14 @@ def analyse(file: OnnxFile, inputs: Any) -> tuple[OnnxTrace, Solution]:
 
 
 def check_weights(job: Job) -> None:
-    """Raise SpaError if a stored array is not finite."""
+    """Raise SpaError if a stored array is not finite; take example inputs from calibration."""
     file: Any = job.module
+    first = next(iter(job.calibration.batches), ((), {}))
+    if not job.inputs and any(first):
+        job.inputs = first[1] or first[0]
+    if job.recovery is not None or job.schedule is not None:
+        raise UsageError("an ONNX file cannot be trained", why="ONNX Runtime computes forward only",
+                         fix="leave out recovery, or train the torch model and export it")
     job.notes.extend(file.notes)
     for name, value in file.model.graph.initializers.items():
         tensor = value.const_value
@@ -48,28 +63,71 @@ def _sound(array: np.ndarray) -> bool:
     return bool(finite.all() or (not np.isnan(array).any() and not array[finite].any()))
 
 
-class FileScores:
-    """The context that importance passes see: stored arrays of a file."""
-
-    def __init__(self, job: Job) -> None:
-        self.trace: OnnxTrace = job.trace  # type: ignore[assignment]
-        self.solution, self.seed = job.solution, job.recipe.seed
+class FileScores(Scores):
+    """The context that importance passes see: a file's arrays, and what ONNX Runtime computes."""
 
     def stored(self, name: str) -> torch.Tensor:
-        """Return a stored array by its name."""
-        return _tensor(self.trace.stored(name))
+        """Return a stored array as it lies; integers (quantised weights) as floats."""
+        found = _tensor(cast(Any, self.trace).stored(name))
+        return found if found.is_floating_point() else found.float()
 
-    def rows(self, member: Member, group: Group) -> torch.Tensor:
-        """Return a stored array as (*group.shape, rest)."""
-        return rows(self.stored(member.weight), self.solution.dims(member.weight),
-                    member.dim, group)
+    def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Any, *,
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
+        """Run the file on batches, exposing what consumers read, a few tensors at a time.
 
-    def calibrate(self, needs: Any, *args: Any, **kwargs: Any) -> None:
-        """Refuse what needs gradients."""
-        raise UsageError(
-            f"an ONNX file has no gradients: {', '.join(needs)} cannot be gathered",
-            why="ONNX Runtime computes forward only",
-            fix="use --importance magnitude or random")
+        Raises UsageError for a statistic of gradients.
+        """
+        wanted, feeds = set(needs), [_feed(cast(Any, self.trace), b) for b in batches]
+        if not forward_only(wanted):
+            names = [e.name for k, e in available() if k == "importance" and _is_forward(e)]
+            raise UsageError(
+                f"an ONNX file has no gradients: {', '.join(sorted(wanted))} cannot be gathered",
+                why="ONNX Runtime computes forward only",
+                fix=f"use --importance with one that needs none: {', '.join(sorted(names))}")
+        watched = self._watch(wanted, groups)
+        tensors = list(dict.fromkeys(name for _, name in watched))
+        for at in range(0, len(tensors), EXPOSED):
+            self._expose(tensors[at:at + EXPOSED], watched, feeds)
+        for _ in feeds:
+            tick()
+
+    def _expose(self, names: list[str], watched: dict[tuple[str, str], Consumer],
+                feeds: Iterable[dict[str, np.ndarray]]) -> None:
+        session = Session(cast(Any, self.trace).model, names)
+        for feed in feeds:
+            count = next((len(a) for a in feed.values() if a.ndim), 1)
+            values = dict(zip(names, session.run(feed, names), strict=True))
+            for node, name in watched:
+                if name in values:
+                    self._see(watched, count, node, name, torch.from_numpy(values[name]))
+
+    def _view(self, at: Consumer, group: Group) -> View:
+        tensor = self.solution.graph.tensors[at.weight]
+        array = self.stored(tensor.weight) if tensor.weight is not None else \
+            _tensor(self._computed(at.weight))
+        return View(at, at.matrix(array), self._feature_slots(at, group), group.shape,
+                    self._inputs.get(at.key, {}), lambda kind: torch.zeros(()))
+
+    def _computed(self, name: str) -> np.ndarray:
+        """Return what follows from stored arrays alone (a transposed weight)."""
+        trace = cast(Any, self.trace)
+        return run(trace.model, trace.feeds, [name])[name]
+
+
+def _is_forward(entry: EntryPoint) -> bool:
+    """True for an installed criterion that needs no gradients."""
+    try:
+        return forward_only(entry.load()().needs)
+    except (ImportError, AttributeError, TypeError):
+        return False
+
+
+def _feed(traced: OnnxTrace, batch: Any) -> dict[str, np.ndarray]:
+    """Return a batch of (args, kwargs) as the file's inputs; an empty one is the example."""
+    args, kwargs = batch
+    names = [v.name or "" for v in traced.file.inputs()]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return checked_feed(traced.file, given) if given else traced.feeds
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -96,7 +154,8 @@ def write(job: Job, folder: Path, data: dict[str, Any]) -> None:
 
 
 BACKEND = Backend(
-    check_weights=check_weights, trace=analyse, context=FileScores,
+    check_weights=check_weights, trace=analyse,
+    context=lambda job: FileScores(job.trace, job.solution, job.recipe.seed),
     digest=lambda job: cast(Any, job.module).digest,
     prove=lambda job: onnx_proof.prove(
         cast(Any, job.trace), job.solution, job.choices, seed=job.recipe.seed),

@@ -288,6 +288,26 @@ def test_torch_and_onnx_give_equal_groups(name: str, tmp_path: Path) -> None:
     assert structure(solve(other.graph, onnx_ops.TABLE)) == structure(solution)
 
 
+@pytest.mark.parametrize("importance", ["wanda", "fluctuation"])
+def test_statistics_are_those_of_torch(importance: str, tmp_path: Path) -> None:
+    """Forward-only criteria score alike, from batches in .npz files."""
+    module, inputs = models_zoo.load("vgg").build()
+    traced = torch_export.trace(module, inputs)
+    path = tmp_path / "m.onnx"
+    export_onnx(traced.program, path, input_names=["x"], axes={"x": {0: "batch"}})
+    batches = [torch.randn(3, *inputs[0].shape[1:]) for _ in range(2)]
+    (tmp_path / "data").mkdir()
+    for i, batch in enumerate(batches):
+        np.savez(tmp_path / f"data/{i}.npz", x=batch.numpy())
+    options: dict[str, Any] = {"target": "params=70%", "importance": importance, "align": 1,
+                               "dry_run": True}
+    one = api.compile(module, inputs, calibration=[(b,) for b in batches], **options)
+    other = api.compile(str(path), calibration=str(tmp_path / "data"), **options)
+    assert one.job.scores.keys() == other.job.scores.keys()
+    for name, scores in one.job.scores.items():
+        np.testing.assert_allclose(other.job.scores[name], scores, rtol=1e-3)
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 
@@ -362,7 +382,8 @@ def test_a_criterion_of_gradients_names_those_that_do_without(tmp_path: Path) ->
     path = saved(conv_pair(), tmp_path)
     with pytest.raises(UsageError, match="no gradients") as caught:
         api.compile(str(path), target="params=70%", importance="taylor")
-    assert "magnitude" in caught.value.fix
+    assert "magnitude" in caught.value.fix and "wanda" in caught.value.fix
+    assert "taylor" not in caught.value.fix
 
 
 def test_nothing_to_prune_says_why(tmp_path: Path) -> None:

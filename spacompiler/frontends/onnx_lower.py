@@ -319,6 +319,31 @@ def _pads(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
     return [[n for d in reversed(range(rank)) for n in both.get(d, (0, 0))]]
 
 
+def _window(attribute: str) -> Callable[[_Lowering, ir.Node, str, int], list[Any]]:
+    def read(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
+        rank = len(low.facts.shapes[node.inputs[0].name or ""]) - 2  # type: ignore[union-attr]
+        given = node.attributes.get(attribute)
+        return [list(given.value) if given is not None else [1] * rank]
+
+    return read
+
+
+def _padding(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
+    """Return (begin, end) for each spatial dimension of a convolution."""
+    x, w = (low.facts.shapes[v.name or ""][2:] for v in node.inputs[:2] if v is not None)
+    (strides,), (dilations,) = (_window(a)(low, node, name, at) for a in ("strides", "dilations"))
+    auto = node.attributes.get_string("auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        total = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+                 for n, k, s, d in zip(x, w, strides, dilations, strict=True)]
+        small, large = [n // 2 for n in total], [n - n // 2 for n in total]
+        begin, end = (small, large) if auto == "SAME_UPPER" else (large, small)
+        return [list(zip(begin, end, strict=True))]
+    given = node.attributes.get("pads")
+    pads = list(given.value) if given is not None and auto != "VALID" else [0] * 2 * len(x)
+    return [list(zip(pads[:len(x)], pads[len(x):], strict=True))]
+
+
 def _index(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
     value = _input_at(node, 1)
     assert value is not None
@@ -349,6 +374,7 @@ def _branches(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
 
 COMPUTED: Mapping[str, Callable[[_Lowering, ir.Node, str, int], list[Any]]] = {
     "normalised": _normalised, "last": _last, "pieces": _pieces, "pads": _pads,
+    "strides": _window("strides"), "dilations": _window("dilations"), "padding": _padding,
     "index": _index, "softmax": _softmax, "branches": _branches,
 }
 

@@ -67,7 +67,7 @@ STANDARD: dict[str, Op] = {
     "MatMul": Op(p.matmul, "0 1"),
     "Gemm": Op(o.gemm, "0 1 2 @transA=0 @transB=0"),
     "Einsum": Op(p.einsum, "@equation *"),
-    "Conv": Op(p.convolution, "0 1 2 _ _ _ @group=1"),
+    "Conv": Op(p.convolution, "0 1 2 :strides :padding :dilations @group=1"),
     "ConvTranspose": Op(p.transposed_convolution, "0 1 2 _ _ _ @group=1"),
     "DeformConv": Op(o.frozen("offsets belong to groups of channels")),
     "Attention": Op(o.attention, "0 1 2 3 4 5 @q_num_heads @kv_num_heads @scale"),
