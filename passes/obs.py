@@ -9,7 +9,7 @@ import torch
 
 from spacompiler.groups import Group
 from spacompiler.protocols import Context
-from spacompiler.surgeon import DAMPING, blocks, removals
+from spacompiler.surgeon import DAMPING, Block, blocks, removals
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Obs:
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
         """Return (*group.shape)."""
         score = torch.zeros(group.shape, dtype=torch.float64)
-        parts = blocks(ctx.consumers(group), centred=self.bias, damping=self.damping)
+        parts = self._blocks(group, ctx)
         highest = torch.zeros(())
         for gone, errors, cost in removals(parts, group.shape, self.rounds):
             alone = errors[gone].clamp(min=0)
@@ -43,3 +43,6 @@ class Obs:
             score[gone] = torch.maximum(share, highest + 1e-6 * share)  # later is never lower
             highest = score[gone].max()
         return score
+
+    def _blocks(self, group: Group, ctx: Context) -> list[Block]:
+        return blocks(ctx.consumers(group), centred=self.bias, damping=self.damping)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from .axes import Atom, walk
 from .cost import Cost
 from .errors import TargetError, UsageError
 from .groups import Group, Solution, _beside
+
+if TYPE_CHECKING:
+    from .measure import Measure
 
 TOLERANCE = 0.01
 
@@ -23,7 +27,8 @@ class Unit:
     """Groups that must keep the same number of slices (usually one; a family if uniform).
 
     `legal` are the counts that may be kept, ascending, the last one the full size; `losses[k]`
-    is the share of the groups' importance that is lost when k slices are kept.
+    is what is lost when k slices are kept: the error curve that allocation passes go by (a share
+    of the groups' importance, or the importance itself where criteria say it is comparable).
     """
 
     name: str
@@ -44,7 +49,10 @@ class Unit:
 
 @dataclass(slots=True)
 class Problem:
-    """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance)."""
+    """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance).
+
+    `measure` makes measurements on the network, for passes that ask for them.
+    """
 
     units: tuple[Unit, ...]
     cost: Cost
@@ -52,6 +60,7 @@ class Problem:
     dense: int
     metric: str = "params"
     tolerance: float = field(default=TOLERANCE)
+    measure: Measure | None = None
 
     def price(self, kept: Mapping[str, int]) -> int:
         """Return the cost of a choice of counts."""
@@ -222,8 +231,12 @@ def family(name: str) -> str:
 
 
 def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.ndarray], *,
-          uniform: bool, align: int | None, lanes: int, floor: float) -> tuple[Unit, ...]:
-    """Build the units of an allocation problem, one per group or per family."""
+          uniform: bool, align: int | None, lanes: int, floor: float,
+          absolute: bool = False) -> tuple[Unit, ...]:
+    """Build the units of an allocation problem, one per group or per family.
+
+    With `absolute`, error curves are sums of scores, not shares of each group's total.
+    """
     bundles: dict[str, list[Group]] = {}
     for group in groups:
         bundles.setdefault(family(group.name) if uniform else group.name, []).append(group)
@@ -232,11 +245,11 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
         sizes = {g.size for g in bundle}
         if len(sizes) > 1:
             made.extend(units(solution, bundle, scores, uniform=False, align=align, lanes=lanes,
-                              floor=floor))
+                              floor=floor, absolute=absolute))
             continue
         multiple = max(step(solution, g, align, lanes) for g in bundle)
         legal = legal_counts(bundle[0].size, multiple, floor)
-        losses = np.mean([_losses(scores[g.name]) for g in bundle], axis=0) * len(bundle)
+        losses = np.sum([_losses(scores[g.name], absolute) for g in bundle], axis=0)
         made.append(Unit(name, tuple(bundle), legal, losses))
     return tuple(made)
 
@@ -248,10 +261,14 @@ def join(parts: Sequence[Unit]) -> Unit:
                 tuple(sorted(legal)), np.sum([u.losses for u in parts], axis=0))
 
 
-def _losses(score: np.ndarray) -> np.ndarray:
-    """Share of a group's total score lost when its k best slices are kept, for k = 0 … n."""
+def _losses(score: np.ndarray, absolute: bool = False) -> np.ndarray:
+    """Share of a group's total score lost when its k best slices are kept, for k = 0 … n.
+
+    >>> _losses(np.array([3.0, 1.0]), absolute=True).tolist()
+    [4.0, 1.0, 0.0]
+    """
     flat = np.sort(score.reshape(-1, score.shape[-1]), axis=-1)[:, ::-1].astype(float)
     flat = flat - min(flat.min(), 0.0)
     total = flat.sum() or 1.0
     kept = np.concatenate([[0.0], np.cumsum(flat.sum(0))])
-    return 1.0 - kept / total
+    return total - kept if absolute else 1.0 - kept / total

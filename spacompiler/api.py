@@ -48,7 +48,8 @@ class Result:
 
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
             out: str | Path | None = None, importance: Any = "taylor",
-            allocation: Any = "uniform", schedule: Any = "", calibration: Any = None,
+            allocation: Any = "uniform", schedule: Any = "", repair: Any = "none",
+            calibration: Any = None,
             loss: Callable[..., Any] | None = None, tokenizer: Any = None,
             adapter: str | Path | Sequence[str | Path] = (),
             recovery: Any = None, recover_data: Any = None, checkpoint: str | Path | None = None,
@@ -63,7 +64,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         target: what stays: `params=70%`, `body=75%` (without embeddings and output layer) or
             `macs=60%`.
         out: directory to write the artifact to; it must not exist.
-        importance, allocation: a pass by name, `module:object`, or as an object.
+        importance, allocation, repair: a pass by name, `module:object`, or as an object.
         schedule: a pass that decides what goes while it trains on the calibration batches
             (`lora-prune`), in place of `importance`; none: one shot.
         calibration: a text file, an iterable of inputs, "none", or None for the model's own.
@@ -87,6 +88,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
     recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
                     schedule=_named(schedule),
+                    repair=_named(repair),
                     calibration=calibration if isinstance(calibration, str) else "",
                     adapters=tuple(map(str, adapters)),
                     recovery=_named(recovery) if recovery else "",
@@ -99,6 +101,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         check_causal_lm(found.module)
     job = pipeline.make_job(
         found.module, found.inputs, recipe, importance=importance, allocator=allocation,
+        repair=repair,
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
         name=name or found.name, progress=progress, owned=isinstance(model, str),
         recovery=recovery, recover_data=recover_data,

@@ -24,6 +24,7 @@ class Calibration:
 
     origin: str
     batches: Sequence[Batch] = field(default=())
+    real: bool = True
 
 
 def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
@@ -113,20 +114,26 @@ def from_arrays(place: Path, samples: int) -> Calibration:
 
 
 def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
-            samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0) -> Calibration:
+            samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0,
+            module: Any = None) -> Calibration:
     """Return the calibration that a user asked for.
 
-    `what` is a path, an iterable of inputs, "none" (the example inputs only), or None: the
-    model's own calibration data where it has some, text that Python carries where the model has
-    a tokenizer, else the example inputs.
+    `what` is a path, an iterable of inputs, "none" (the example inputs only), "sampled" (what
+    the module makes up, see `sampling`), or None: the model's own calibration data where it has
+    some, text that Python carries where the model has a tokenizer, else the example inputs.
     """
+    if what == "sampled":
+        from .sampling import sampled
+
+        return Calibration("sampled from the model itself", sampled(
+            module, inputs, tokenizer, samples=samples, length=length, batch=batch, seed=seed))
     if what is None and own is not None:
         return Calibration("the model's own", [as_call(b) for b in own(max(1, samples // 2), seed)])
     if what is None and tokenizer is not None:
         return from_string(python_text(), tokenizer, samples=samples, length=length, batch=batch,
                            seed=seed, origin=PYTHON_TEXT)
     if what is None or what == "none":
-        return Calibration("example inputs only", [as_call(inputs)])
+        return Calibration("example inputs only", [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
         return from_arrays(Path(what), samples)
     if isinstance(what, (str, Path)):

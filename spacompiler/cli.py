@@ -43,9 +43,12 @@ def compile(
     schedule: Annotated[str, typer.Option(
         help="Pass that decides what goes while it trains on the calibration data, e.g. "
              "'lora-prune(steps=200)'. Default: none, one shot.")] = "",
+    repair: Annotated[str, typer.Option(help="Pass that mends what stays: refit, bias, batch-norm "
+                                             "or none.")]
+    = "none",
     calibration: Annotated[str | None, typer.Option(
-        help="A text file, or none (example inputs only). Default: the model's own data, or "
-             "text that Python carries.")] = None,
+        help="A text file, sampled (what the model makes up) or none (example inputs only). "
+             "Default: the model's own data, or text that Python carries.")] = None,
     role: Annotated[list[str] | None, typer.Option(
         help="What may go: channel, head, 'head dim', hidden. Repeatable. "
              "Default: channel and head.")] = None,
@@ -110,13 +113,15 @@ def compile(
             "int8": int8, "latency": latency,
             "combine": combine, "keep_adapter": keep_adapter, "recover_samples": recover_samples}
         _check_early(target, out, importance, allocation, recover,
-                     {**options, "adapters": tuple(adapter or ()), "schedule": schedule})
+                     {**options, "repair": repair, "adapters": tuple(adapter or ()),
+                      "schedule": schedule})
         from . import api, report
 
         with _progress() as tick:
             result = api.compile(
                 model, target=target, out=out, importance=importance, allocation=allocation,
-                schedule=schedule, calibration=calibration, adapter=tuple(adapter or ()),
+                schedule=schedule, repair=repair, calibration=calibration,
+                adapter=tuple(adapter or ()),
                 recovery=recover or None, recover_data=recover_data, checkpoint=checkpoint,
                 dry_run=dry_run, trust_remote_code=trust_remote_code, progress=tick, **options)
         data = result.report or report.facts(result.job)
@@ -140,6 +145,8 @@ def _check_early(target: str, out: Path | None, importance: str, allocation: str
     wanted += [("schedule", options["schedule"])] if options["schedule"] else []
     for kind, name in wanted:
         registry.check_name(kind, name)
+    if options["repair"] != "none":
+        registry.check_name("compensation", options["repair"])
 
 
 def _print_compiled(data: dict[str, Any], out: Path | None) -> None:

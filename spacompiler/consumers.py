@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from .graph import Graph, Node, Ref
-from .notation import align, parse
+from .notation import Pattern, align, parse
 
 Shaper = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,6 +51,7 @@ class Consumer:
     kernel: tuple[int, ...] | None
     x_order: tuple[tuple[int, ...], ...]
     w_order: tuple[tuple[int, ...], ...]
+    y_order: tuple[tuple[int, ...], ...]
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return X (shared, samples, features) of an activation; samples go by example first."""
@@ -59,6 +60,12 @@ class Consumer:
     def matrix(self, w: torch.Tensor) -> torch.Tensor:
         """Return W (shared, outputs, features) of the stored array."""
         return _ordered(w.reshape(self.kernel) if self.kernel else w, self.w_order)
+
+    def outputs(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the result (shared, samples, outputs), or its gradient, of what the node gives."""
+        if self.patch:
+            y = y.reshape(y.shape[0], (self.kernel or (1,))[0], -1, prod(y.shape[2:]))
+        return _ordered(y, self.y_order)
 
     def array(self, matrix: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the stored array, of `shape`, whose `matrix` this is."""
@@ -178,18 +185,21 @@ def consumer(graph: Graph, node: Node) -> Consumer | None:
     if static[0] == static[1] or (form.patch and static[0]):
         return None
     w = static.index(True)
-    shared, features, samples, outputs = _roles(graph, form, w)
+    shared, features, samples, outputs, result = _roles(graph, node, form, w)
     key = f"{form.operands[1 - w]} {form.pattern if not form.patch else _window(node, form)} {w}"
     return Consumer(node, form.operands[1 - w], form.operands[w], key, form.patch, form.kernel,
-                    (shared[1 - w], samples, features[1 - w]), (shared[w], outputs, features[w]))
+                    (shared[1 - w], samples, features[1 - w]), (shared[w], outputs, features[w]),
+                    result)
 
 
 Dims = tuple[int, ...]
 
 
-def _roles(graph: Graph, form: Form, w: int) -> tuple[tuple[Dims, Dims], tuple[Dims, Dims],
-                                                      Dims, Dims]:
-    """Dimensions of the operands that are shared and features (of both), samples, outputs."""
+def _roles(graph: Graph, node: Node, form: Form, w: int) -> tuple[
+        tuple[Dims, Dims], tuple[Dims, Dims],
+                                                      Dims, Dims, tuple[Dims, Dims, Dims]]:
+    """Dimensions of the operands that are shared and features (of both), samples, outputs; and
+    those of the result that are shared, samples and outputs."""
     pattern = parse(form.pattern)
     shapes = [graph.tensors[name].shape for name in form.operands]
     if form.patch:  # the pattern speaks of patches, whose letters have no shape in the graph
@@ -210,7 +220,15 @@ def _roles(graph: Graph, form: Form, w: int) -> tuple[tuple[Dims, Dims], tuple[D
     kept = [a for a in common if a in summed]
     rest = [tuple(d for d, a in enumerate(side) if a not in both and a not in summed)
             for side in letters]
-    return ((dims(0, both), dims(1, both)), (dims(0, kept), dims(1, kept)), rest[1 - w], rest[w])
+    made = ["".join(term) for term in align(pattern.outputs[0], _rank(graph, node, form, pattern))]
+    named = (both, [letters[1 - w][d] for d in rest[1 - w]], [letters[w][d] for d in rest[w]])
+    result = [tuple(made.index(a) for a in part if a in made) for part in named]
+    return ((dims(0, both), dims(1, both)), (dims(0, kept), dims(1, kept)), rest[1 - w], rest[w],
+            (result[0], result[1], result[2]))
+
+
+def _rank(graph: Graph, node: Node, form: Form, pattern: Pattern) -> int:
+    return len(pattern.outputs[0]) if form.patch else len(graph.tensors[node.outputs[0]].shape)
 
 
 def _window(node: Node, form: Form) -> str:

@@ -8,7 +8,7 @@ Losses are taken to be means over the examples of a batch, and batches to be of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .axes import is_frozen
+from .consumers import Consumer
 from .frontends.torch_export import Trace
 from .groups import Group, Member, Solution
 from .relevance import largest, rules
@@ -51,14 +52,16 @@ ARRAYS: dict[str, Change] = {
     "weight_gradients": _as_is, "weight_squares": torch.square,
     "weight_absolutes": torch.abs}
 _SINGLE = {"element_squares", "weight_squares", "weight_absolutes"}
-KINDS = {*GATES, "fisher", *SUMS, *ARRAYS}
+KINDS = {*GATES, "fisher", "curvature", *SUMS, *ARRAYS}
 
 
 @dataclass
 class Gradients:
     """Runs batches forward and backward and holds what was asked for.
 
-    `gates` by (kind, group), `sums` by (kind, group, member), `arrays` by (kind, weight).
+    `gates` by (kind, group), `sums` by (kind, group, member), `arrays` by (kind, weight);
+    `curvature` by consumer: the sum of g g', g the gradient of the total loss by what it gives,
+    (shared, outputs, outputs).
     """
 
     trace: Trace
@@ -67,6 +70,7 @@ class Gradients:
     gates: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     sums: dict[tuple[str, str, Member], torch.Tensor] = field(default_factory=dict)
     arrays: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    curvature: dict[str, torch.Tensor] = field(default_factory=dict)
     batches: int = 0
     examples: int = 0
     _kinds: set[str] = field(default_factory=set)
@@ -75,10 +79,13 @@ class Gradients:
     _apart: dict[str, torch.Tensor] = field(default_factory=dict)
     _count: int = 1
     _running: set[str] = field(default_factory=set)
+    _outputs: dict[str, Consumer] = field(default_factory=dict)
 
-    def prepare(self, kinds: set[str], groups: Sequence[Group]) -> None:
-        """Say what is to be gathered, for which groups."""
+    def prepare(self, kinds: set[str], groups: Sequence[Group],
+                consumers: Iterable[Consumer] = ()) -> None:
+        """Say what is to be gathered, for which groups and their consumers."""
         self._kinds = kinds & KINDS
+        self._outputs = {c.node.name: c for c in consumers} if "curvature" in kinds else {}
         for group in groups:
             for kind in self._kinds & {*GATES, "fisher"}:
                 self.gates[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
@@ -157,14 +164,36 @@ class Gradients:
         touched = {node: set(names) for node, names in observed.items()}
         for node, name in gated:
             touched.setdefault(node, set()).add(name)
+        probed = self._probes() if "curvature" in kinds else {}
         runner = OverridingRunner(self.trace.program, weights, touched=touched, touch=touch,
-                                  override=override)
+                                  override={**probed, **(override or {})})
         with torch.enable_grad(), sdpa_kernel(_ATTENTION[bool({"hessian"} & kinds)]):
             value = loss(runner.call(*batch), *batch)
             if "hessian" in kinds:
                 self._second({n: a for n, a in leaves.items() if n in learned}, value)
-            elif gated or learned:
+            elif gated or learned or probed:
                 value.backward()
+
+    def _probes(self) -> dict[str, Override]:
+        """Consumers with a zero added to what they give, whose gradient is taken."""
+        targets = {node.name: node.target for node in self.trace.program.graph.nodes}
+
+        def probe(name: str) -> Override:
+            def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+                result = targets[name](*args, **kwargs)  # type: ignore[operator]
+                zero = torch.zeros_like(result, requires_grad=True)
+                self._hook(zero, partial(self._curve, self._outputs[name]))
+                return result + zero
+
+            return run
+
+        return {name: probe(name) for name in self._outputs}
+
+    def _curve(self, at: Consumer, gradient: torch.Tensor) -> None:
+        g = at.outputs(gradient * self._count)
+        product = (g.mT @ g).double()
+        have = self.curvature.get(at.node.name)
+        self.curvature[at.node.name] = product if have is None else have.add_(product)
 
     @staticmethod
     def _hook(leaf: torch.Tensor, take: Callable[[torch.Tensor], None]) -> None:

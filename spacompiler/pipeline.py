@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,8 @@ class Job:
     solution: Solution = None  # type: ignore[assignment]
     candidates: list[Group] = field(default_factory=list)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    compensation: Any = None
+    context: Any = None
     plan: Plan = None  # type: ignore[assignment]
     choices: Choices = field(default_factory=dict)
     proof: Proof | None = None
@@ -72,6 +74,7 @@ class Job:
     obstacles: tuple[str, ...] = ()
     whole_inputs: Any = None
     uniform: bool = False
+    biased: bool = False
     owned: bool = False
     recovery: Any = None
     recover_data: Calibration | None = None
@@ -95,7 +98,8 @@ class Backend:
 
     `trace` returns a trace (with its `graph`) and its solution, `context` what importance
     passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
-    `layout` and `emission`; `write` fills the artifact's folder and adds to the report's data.
+    `layout` and `emission`; `repair` changes the traced arrays and returns notes; `write` fills
+    the artifact's folder and adds to the report's data.
     """
 
     check_weights: Callable[[Job], None]
@@ -105,6 +109,7 @@ class Backend:
     prove: Callable[[Job], Proof]
     emit: Callable[[Job], None]
     write: Callable[[Job, Path, dict[str, Any]], None]
+    repair: Callable[[Job], list[str]] | None = None
 
 
 def backend_of(module: Any) -> Backend:
@@ -161,14 +166,14 @@ def analyse(job: Job) -> None:
     if job.schedule is not None and not job.owned:  # it trains
         job.module, job.owned = copy.deepcopy(job.module), True
     trace_whole_or_parts(job)
-    r = job.recipe
-    job.candidates = allocation.candidates(
-        job.solution, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
+    job.candidates = _candidates(job)
+    if job.compensation is not None and job.compensation.create_biases:
+        _add_biases(job)
     if not job.candidates:
         roles = sorted({g.role for g in job.solution.groups.values()})
         raise TargetError(
             "nothing to prune", where=job.name,
-            why=f"no group has a role in {list(r.roles)}; groups found: "
+            why=f"no group has a role in {list(job.recipe.roles)}; groups found: "
                 f"{len(job.solution.groups)} ({', '.join(roles) or 'none'})",
             fix="see `spacompiler inspect`; let more go with --roles, --only or --approximate")
 
@@ -190,6 +195,27 @@ def trace_whole_or_parts(job: Job) -> None:
         job.trace, job.solution = job.backend.trace(job.module, job.inputs)
 
 
+def _candidates(job: Job) -> list[Group]:
+    r = job.recipe
+    return allocation.candidates(job.solution, roles=r.roles, only=r.only, ignore=r.ignore,
+                                 approximate=r.approximate)
+
+
+def _add_biases(job: Job) -> None:
+    """Put zero biases where consumers lack one, and trace again if any was missing."""
+    from .repair import add_biases, unbiased
+
+    if job.backend.repair is None:
+        return
+    paths = unbiased(job.module, job.solution, job.candidates)
+    if not paths:
+        return
+    module = job.module if job.owned else copy.deepcopy(job.module)
+    job.module, job.biased = add_biases(module, paths), True
+    job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+    job.candidates = _candidates(job)
+
+
 def score(job: Job) -> None:
     """Run calibration if the importance pass needs it, then score every candidate.
 
@@ -198,7 +224,7 @@ def score(job: Job) -> None:
     if job.schedule is not None:
         job.schedule.run(job)
         return
-    context = _context(job)
+    context = job.context = _context(job)
     try:
         _score(job, context)
     finally:
@@ -268,14 +294,38 @@ def allocate_counts(job: Job) -> dict[str, int]:
     dense = price.total
     for found in _units(job):
         price.set({g.atom: g.size for g in job.candidates})
-        problem = allocation.Problem(found, price, share * dense, dense, metric)
+        problem = allocation.Problem(found, price, share * dense, dense, metric,
+                                     measure=_measure(job))
         kept = job.allocation.allocate(problem)
         if problem.met(kept):
             break
         job.uniform = False
     allocation.check_met(problem, kept)
+    return _counts(job, found, kept)
+
+
+def _counts(job: Job, units: Iterable[allocation.Unit], kept: Mapping[str, int]) -> dict[str, int]:
     counts = {g.name: g.size for g in job.candidates}
-    return counts | {g.name: kept[u.name] for u in found for g in u.groups}
+    return counts | {g.name: kept[u.name] for u in units for g in u.groups}
+
+
+def _measure(job: Job) -> Any:
+    """What allocation passes may measure on a torch module: nothing is done until they ask."""
+    if not isinstance(job.module, nn.Module):
+        return None
+    from .measure import Measure
+
+    def choices(problem: allocation.Problem, kept: Mapping[str, int]) -> Choices:
+        counts = _counts(job, problem.units, kept)
+        return make_plan(job.candidates, job.scores, counts).choices(job.solution)
+
+    return Measure(job.module, job.trace, job.solution, job.calibration.batches, job.loss,
+                   _statistics(job), job.compensation, choices)
+
+
+def _statistics(job: Job) -> Any:
+    """The context of the importance pass, for what it still holds, or a fresh one."""
+    return job.context if isinstance(job.context, Scores) else job.backend.context(job)
 
 
 def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
@@ -284,9 +334,10 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
 
     def units(uniform: bool) -> tuple[allocation.Unit, ...]:
         return allocation.units(job.solution, job.candidates, job.scores, uniform=uniform,
-                                align=r.align, lanes=lanes(), floor=r.floor)
+                                align=r.align, lanes=lanes(), floor=r.floor,
+                                absolute=getattr(job.importance, "absolute", False))
 
-    stock = hf.is_hf(job.module) and r.layout in ("auto", "uniform")
+    stock = hf.is_hf(job.module) and not job.biased and r.layout in ("auto", "uniform")
     if stock:
         found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
         job.notes.extend(notes)
@@ -326,6 +377,24 @@ def weights_hash(module: nn.Module) -> str:
         flat = tensor.detach().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def mend(job: Job) -> None:
+    """Let the compensation pass repair what stays, in the traced program."""
+    if job.compensation is None:
+        return
+    if job.backend.repair is None:
+        raise SpaError(f"repair {job.compensation.name!r} needs a torch module", where=job.name,
+                       fix="use --repair none")
+    job.notes.extend(job.backend.repair(job))
+    job.context = None
+
+
+def _repair_program(job: Job) -> list[str]:
+    from .repair import repair
+
+    return repair(job.trace, job.solution, job.choices, job.compensation, _statistics(job),
+                  job.calibration.batches)
 
 
 def prove_plan(job: Job) -> None:
@@ -449,8 +518,12 @@ def pruned_program(job: Job) -> Any:
 def _prove_module(job: Job) -> Proof:
     """Prove the plan on the traced program, and that the program is the module."""
     args, kwargs = job.trace.args, job.trace.kwargs
+    program = job.trace.program
+    dense = {**program.state_dict, **program.constants}
+    if job.trace.repaired:  # the module itself has the arrays that it was traced with
+        dense |= {n: a for n, a in job.module.state_dict().items() if n in dense}
     with torch.no_grad():
-        traced = Runner(job.trace.program).call(args, kwargs)
+        traced = Runner(program, dense.__getitem__).call(args, kwargs)
     difference = runs_like(job.module, args, kwargs, traced)
     if difference and not runs_like(job.module, args, kwargs, _called(job.module, args, kwargs)):
         raise ProofError(
@@ -483,6 +556,7 @@ TORCH = Backend(
     prove=_prove_module,
     emit=_emit_module,
     write=_write_module,
+    repair=_repair_program,
 )
 
 
@@ -492,6 +566,7 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("tracing and solving axes", analyse),
     ("scoring", score),
     ("allocating", decide),
+    ("repairing", mend),
     ("proving", prove_plan),
     ("emitting", emit),
     ("keeping the adapter", keep_adapter),
@@ -519,10 +594,11 @@ def _settings(seed: int) -> Iterator[None]:
 
 
 def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,
-             allocator: Any = None, calibration: Any = None, own: Any = None, loss: Any = None,
-             tokenizer: Any = None, name: str = "", progress: Progress | None = None,
-             owned: bool = False, recovery: Any = None, recover_data: Any = None,
-             checkpoint: Path | None = None, schedule: Any = None) -> Job:
+             allocator: Any = None, repair: Any = None, calibration: Any = None,
+             own: Any = None, loss: Any = None, tokenizer: Any = None, name: str = "",
+             progress: Progress | None = None, owned: bool = False, recovery: Any = None,
+             recover_data: Any = None, checkpoint: Path | None = None,
+             schedule: Any = None) -> Job:
     """Resolve passes and calibration data; raises before anything is computed."""
     scorer = registry.find("importance", importance or recipe.importance)
     schedule = schedule or recipe.schedule
@@ -530,11 +606,12 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     needs = bool(scorer.needs) or trains is not None
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
-                      seed=recipe.seed)
+                      seed=recipe.seed, module=module)
     job = Job(recipe, module, inputs, scorer,
               registry.find("allocation", allocator or recipe.allocation), batches,
               loss or default_loss, name or type(module).__name__, tokenizer,
-              progress or (lambda stage, done, total: None), owned=owned, schedule=trains)
+              progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
+              compensation=_compensation(repair or recipe.repair, batches))
     if recovery or recipe.recovery:
         job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
             checkpoint
@@ -543,6 +620,18 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
             own=own, samples=recipe.recover_samples, length=recipe.length,
             batch=recipe.recover_batch, seed=recipe.seed + 1)
     return job
+
+
+def _compensation(what: Any, batches: Calibration) -> Any:
+    """The compensation pass, or None: then what stays keeps its weights."""
+    if what == "none":
+        return None
+    found = registry.find("compensation", what)
+    if not batches.real:
+        raise UsageError(f"repair {found.name!r} needs calibration data",
+                         why="the example inputs alone say too little about what layers read",
+                         fix="give --calibration, or --repair none")
+    return found
 
 
 def frozen_reasons(solution: Solution) -> dict[str, list[str]]:

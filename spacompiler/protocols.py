@@ -14,7 +14,7 @@ compensation pass repairs what stays, a recovery pass trains it. Fifteen lines m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .groups import Group, Member, Solution
     from .live.adapter_step import AdapterStep
     from .pipeline import Job
-    from .plan import Plan
+    from .repair import Evidence
     from .statistics import View
     from .training import Training
 
@@ -109,7 +109,7 @@ class Importance(Protocol):
 
         Forward only, so that they exist for ONNX models too: moments, covariance, fluctuation.
         By backward passes: gates, token_gates, fisher, relevance; elements, vectors,
-        element_squares, hessian; weight_gradients, weight_squares, weight_absolutes.
+        element_squares, hessian; curvature; weight_gradients, weight_squares, weight_absolutes.
         """
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
@@ -135,13 +135,24 @@ class Schedule(Protocol):
 
 
 class Compensation(Protocol):
-    """Repair the weights that stay, given what goes (before anything is sliced)."""
+    """Repair the weights that stay, given what goes (before anything is sliced).
+
+    `sequential` asks for evidence from the pruned and repaired network instead of the dense one,
+    `residual` for an output that makes good the sum it is added into, `create_biases` for a bias
+    in every linear layer and convolution that loses inputs.
+    """
 
     name: ClassVar[str]
+    sequential: bool
+    residual: bool
+    create_biases: bool
 
-    def run(self, solution: Solution, plan: Plan, weights: dict[str, torch.Tensor],
-            batches: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Return the dense arrays that change, by name."""
+    def solve(self, weight: torch.Tensor, evidence: Evidence, kept: torch.Tensor, *,
+              has_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return new weights (outputs, features) and what to add to the bias (outputs,).
+
+        `kept` (features,) marks the features that stay.
+        """
 
 
 class Recovery(Protocol):

@@ -32,6 +32,7 @@ class Recipe:
     importance: str = "taylor"
     allocation: str = "uniform"
     schedule: str = ""
+    repair: str = "none"
     roles: tuple[str, ...] = ("channel", "head")
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from typing import Any
 from .errors import UsageError, did_you_mean
 from .protocols import KINDS
 
-_METHODS = {"importance": "score", "allocation": "allocate", "compensation": "run",
+_METHODS = {"importance": "score", "allocation": "allocate", "compensation": "solve",
             "recovery": "run", "schedule": "run"}
 
 

@@ -49,18 +49,26 @@ class Runner(fx.Interpreter):
 
         While it pauses, only values that later nodes read are held.
         """
-        self.env = {}
-        self.args_iter = iter(self._values(args, kwargs))
+        self.start(args, kwargs)
         left = len(stops)
         for node in self.graph.nodes:
             if not left:
                 return
-            self.env[node] = self.run_node(node)
-            for done in self.user_to_last_uses.get(node, []):
-                del self.env[done]
+            self.step(node)
             if node.name in stops:
                 left -= 1
                 yield node.name
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make ready for a call that `step` carries out node by node."""
+        self.env = {}
+        self.args_iter = iter(self._values(args, kwargs))
+
+    def step(self, node: fx.Node) -> None:
+        """Run the next node and drop what no later one reads."""
+        self.env[node] = self.run_node(node)
+        for done in self.user_to_last_uses.get(node, []):
+            del self.env[done]
 
     def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         flat = iter(pytree.tree_leaves((args, kwargs)))

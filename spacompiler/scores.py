@@ -106,6 +106,10 @@ class Scores:
         """Examples that gradients were taken over."""
         return self._gradients.examples
 
+    def inputs(self, at: Consumer) -> dict[str, Any]:
+        """Return the statistics of what a consumer reads, by name."""
+        return self._inputs.get(at.key, {})
+
     def consumers(self, group: Group) -> list[View]:
         """Return every consumer of a group as a matrix product, with its statistics.
 
@@ -133,7 +137,8 @@ class Scores:
         weight = at.matrix(static(self.trace, self.solution, at.weight, self.stored))
         return View(at, weight.detach(), self._feature_slots(at, group), group.shape,
                     self._inputs.get(at.key, {}), lambda kind: static(
-                        self.trace, self.solution, at.weight, partial(self.gradient, kind)))
+                        self.trace, self.solution, at.weight, partial(self.gradient, kind)),
+                    self._gradients.curvature.get(at.node.name))
 
     def _feature_slots(self, at: Consumer, group: Group) -> torch.Tensor:
         """The slice of every feature: the slices of an activation, patched as it is."""
@@ -156,7 +161,8 @@ class Scores:
         """
         wanted = set(needs)
         watched = self._watch(wanted, groups)
-        self._gradients.prepare(wanted, groups)
+        self._gradients.prepare(wanted, groups, (
+            c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
         stops = {node for node, _ in watched}
         for args, kwargs in batches:
             args, kwargs = self.trace.match(args, kwargs)

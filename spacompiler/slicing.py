@@ -50,6 +50,7 @@ class Slicer:
     def __init__(self, trace: Trace, solution: Solution, choices: Choices) -> None:
         self._stored = {**trace.program.state_dict, **trace.program.constants}
         self._tied, self._dims, self.choices = trace.tied, solution.weights(), choices
+        self._repaired = trace.repaired
         self._gains: Mapping[str, NormChange] = {
             change.norm.gain: change for change in norm_changes(solution, choices)}
 
@@ -57,10 +58,10 @@ class Slicer:
         return [n for n in self._stored if n in self._tied]
 
     def untouched(self, name: str) -> bool:
-        """True if a plan leaves an array as it is."""
+        """True if a plan and its repair leave an array as it is."""
         first = self._tied[name]
         dims = self._dims.get(first, ())
-        return first not in self._gains and all(
+        return first not in self._gains and first not in self._repaired and all(
             kept_size(e, self.choices) == e.size for e in dims)
 
     def array(self, name: str, *, double: bool = False,

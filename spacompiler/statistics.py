@@ -117,7 +117,8 @@ def forward_only(needs: Iterable[str]) -> bool:
 class View:
     """A consumer as one group sees it.
 
-    `weight` is W (shared, outputs, features); `slot` (shared, features) the flat index into
+    `weight` is W (shared, outputs, features), `curvature` (shared, outputs, outputs) what
+    `Gradients` has of its result; `slot` (shared, features) the flat index into
     `shape` of the slice that a feature belongs to, -1 where it belongs to none.
     """
 
@@ -127,6 +128,7 @@ class View:
     shape: tuple[int, ...]
     found: dict[str, Any]
     array_gradient: Callable[[str], torch.Tensor]
+    curvature: torch.Tensor | None = None
 
     def gradient(self, kind: str) -> torch.Tensor:
         """Return weight_gradients, weight_squares or weight_absolutes in the shape of W."""

@@ -138,8 +138,8 @@ def slices(job: Job) -> dict[str, Any]:
     """Return, per stored array that changed, the kept indices of each dimension.
 
     Equal index lists are stored once; `null` keeps a whole dimension; arrays whose values were
-    corrected besides (gains of RMSNorms) are listed with their factor. `weights_hash` is that of
-    the dense model, without the adapter if one was kept.
+    corrected besides (gains of RMSNorms) are listed with their factor, repaired ones by name.
+    `weights_hash` is that of the dense model, without the adapter if one was kept.
     """
     lists: dict[str, list[int]] = {}
     arrays: dict[str, Any] = {}
@@ -153,8 +153,9 @@ def slices(job: Job) -> dict[str, Any]:
              for c in norm_changes(job.solution, job.choices)}
     shapes = {n: [e.size for e in dims] for n, dims in job.solution.weights().items()
               if n in arrays}
+    repaired = [name for name, first in job.trace.tied.items() if first in job.trace.repaired]
     return {"indices": lists, "arrays": arrays, "shapes": shapes, "corrected": gains,
-            "weights_hash": job.base_hash or job.plan.weights_hash}
+            "repaired": repaired, "weights_hash": job.base_hash or job.plan.weights_hash}
 
 
 def _shared(lists: dict[str, list[int]], index: np.ndarray) -> str:

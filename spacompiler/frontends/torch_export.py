@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,13 +35,17 @@ _DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_
 
 @dataclass
 class Trace:
-    """A traced module: the program, its IR, and how to call it."""
+    """A traced module: the program, its IR, and how to call it.
+
+    `repaired` names the stored arrays that are no longer the module's own.
+    """
 
     program: ExportedProgram
     graph: Graph
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tied: dict[str, str]
+    repaired: set[str] = field(default_factory=set)
 
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Bring another call into the traced form: keywords in order, constants filled in.

@@ -1,0 +1,329 @@
+"""Perplexity of one language model pruned without training, by every method on one protocol.
+
+    python benchmarks/quality.py --data DIR --json quality.json --picture quality.png
+
+DIR holds wikitext2/valid.txt (calibration), wikitext2/test.raw and ptb/valid.txt (evaluation);
+without it, text that Python carries stands in for all three. All rows see the same calibration
+windows; what their criteria need of them is gathered in one pass. Done cells are kept in the
+JSON file, so that a run can be cut short and taken up again; `--only` names rows, `--also
+file.py:Class` adds a row for a criterion of one's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spacompiler import allocation, pipeline, registry, source
+from spacompiler.calibration import perplexity, python_text, windows
+from spacompiler.recipe import Recipe
+from spacompiler.repair import add_biases, unbiased
+from spacompiler.scores import Scores
+from spacompiler.statistics import Covariance
+
+SHARES = ("80%", "65%", "50%")
+LENGTH = 512
+MLP = ("*.mlp.*",)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: passes by name, and which groups may go (all channels and heads, or `only`)."""
+
+    importance: Any
+    allocation: str = "uniform"
+    repair: str = "none"
+    only: tuple[str, ...] = MLP
+    floor: float = 0.0
+    needs: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {
+    "random": Method("random"),
+    "magnitude": Method("magnitude"),
+    "LLM-Pruner vector": Method("taylor-vector"),
+    "LLM-Pruner element1": Method("taylor-element"),
+    "LLM-Pruner mixed": Method("taylor-element(order='mixed')"),
+    "Wanda-sp": Method("wanda"),
+    "FLAP UL-UM": Method("fluctuation(published=True)", repair="bias"),
+    "FLAP AL-AM": Method("fluctuation(published=True)", "standardised", "bias", only=()),
+    "CFSP": Method("cfsp", "cfsp-layers"),
+    "Adapt-Pruner": Method("taylor-element", "adapt-layers"),
+    "OBS refit": Method("obs(bias=False)", repair="refit(bias=False)"),
+    "ours, not measured": Method("curvature", "global", "refit", floor=0.02),
+    "ours": Method("curvature", "measured(rounds=2, batches=3)", "refit", floor=0.02),
+}
+
+
+@dataclass
+class Bench:
+    """The model, traced once; text; and what was gathered and measured so far."""
+
+    module: Any
+    inputs: Any
+    tokenizer: Any
+    calibration: torch.Tensor
+    texts: dict[str, torch.Tensor]
+    results: Path
+    seed: int = 0
+    trace: Any = None
+    solution: Any = None
+    context: Any = None
+    done: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> list[Any]:
+        return [((), {"input_ids": part}) for part in self.calibration.split(2)]
+
+    def analyse(self) -> None:
+        """Trace; zero biases are put where some row's repair needs one, the same for all rows."""
+        self.trace, self.solution = pipeline.TORCH.trace(self.module, self.inputs)
+        paths = unbiased(self.module, self.solution, self.candidates(Method("random", only=())))
+        add_biases(self.module, paths)
+        self.trace, self.solution = pipeline.TORCH.trace(self.module, self.inputs)
+        self.stored = dict(self.trace.program.state_dict)
+        self.context = Scores(self.trace, self.solution, self.seed)
+
+    def candidates(self, method: Method) -> list[Any]:
+        return allocation.candidates(self.solution, roles=("channel", "head"), only=method.only)
+
+    def restore(self) -> None:
+        """Give the traced program its dense arrays back."""
+        self.trace.program.state_dict.update(self.stored)
+        self.trace.repaired.clear()
+
+    def save(self) -> None:
+        self.results.write_text(json.dumps(self.done, indent=1) + "\n", encoding="utf-8")
+
+
+# --- one pass over the calibration windows for all rows ---------------------------------------
+
+
+def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
+    """Score every group by every method, from one pass, or read what an earlier run gathered."""
+    place = bench.results.with_suffix(".pt")
+    held = torch.load(place, weights_only=True) if place.exists() else {"scores": {}, "inputs": {}}
+    missing = {n: m for n, m in methods.items() if n not in held["scores"]}
+    groups = bench.candidates(Method("random", only=()))
+    if missing:
+        passes = {n: registry.find("importance", m.importance) for n, m in missing.items()}
+        needs = {s for p in passes.values() for s in p.needs}
+        if not held["inputs"]:
+            needs |= {"covariance"}
+        start = time.perf_counter()
+        with peak() as memory:
+            bench.context.calibrate(needs, bench.batches, pipeline.default_loss, groups=groups,
+                                    tick=lambda: print(".", end="", file=sys.stderr, flush=True))
+        bench.done.setdefault("calibration", []).append(
+            {"statistics": sorted(needs), "seconds": round(time.perf_counter() - start),
+             "memory_mb": memory[0], "rows": list(missing)})
+        if held["inputs"]:
+            _give(bench.context, held["inputs"])
+        for name, importance in passes.items():
+            held["scores"][name] = {
+                g.name: importance.score(g, bench.context).double()
+                for g in groups if g in bench.candidates(missing[name])}
+            print(f"scored {name}", file=sys.stderr, flush=True)
+        held["inputs"] = {
+            key: {"count": s["covariance"].count, "total": s["covariance"].total,
+                  "gram": s["covariance"].gram} for key, s in bench.context._inputs.items()}
+        torch.save(held, place)
+        bench.save()
+    _give(bench.context, held["inputs"])
+    bench.scores = held["scores"]
+
+
+def _give(context: Scores, inputs: Mapping[str, Any]) -> None:
+    for key, sums in inputs.items():
+        context._inputs[key] = {"covariance": Covariance(**sums)}
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """Yield a list that holds the peak of resident memory, in MB, once the block is left."""
+    found = [0]
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield found
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            found[0] = int(line.split()[1]) // 1024
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, Any]:
+    """Allocate, repair, slice and evaluate one cell of the table."""
+    recipe = Recipe(f"body={share}", only=method.only, layout="any", prove=False, onnx=False,
+                    latency=False, floor=method.floor, seed=bench.seed, align=8)
+    bench.restore()
+    start = time.process_time()
+    with peak() as memory:
+        job = pipeline.make_job(bench.module, bench.inputs, recipe, importance=method.importance,
+                                allocator=method.allocation, repair=method.repair,
+                                calibration=[kwargs for _, kwargs in bench.batches])
+        job.trace, job.solution, job.context = bench.trace, bench.solution, bench.context
+        job.candidates = bench.candidates(method)
+        job.scores = {n: s.numpy() for n, s in bench.scores[name].items()}
+        pipeline.decide(job)
+        pipeline.mend(job)
+        pipeline.emit(job)
+    spent = time.process_time() - start
+    costs = job.plan.costs
+    found = {"parameters": costs["params"]["pruned"],
+             "body": costs["body"]["pruned"] / costs["body"]["dense"],
+             "cpu_seconds": round(spent, 1), "memory_mb": memory[0],
+             **{text: perplexity(job.pruned, ids, batch=2) for text, ids in bench.texts.items()}}
+    bench.restore()
+    return found
+
+
+def run(bench: Bench, methods: Mapping[str, Method], shares: Sequence[str]) -> None:
+    """Fill the cells that are not done yet, row by row."""
+    rows = bench.done.setdefault("rows", {})
+    if "dense" not in rows:
+        rows["dense"] = {"100%": {
+            "parameters": sum(p.numel() for p in bench.module.parameters()), "body": 1.0,
+            **{t: perplexity(bench.module, ids, batch=2) for t, ids in bench.texts.items()}}}
+        bench.save()
+    for share in shares:
+        for name, method in methods.items():
+            cells = rows.setdefault(name, {})
+            if share not in cells:
+                cells[share] = measure(bench, name, method, share)
+                bench.save()
+                print(f"{name:22}{share:5}" + "".join(
+                    f"{t} {cells[share][t]:.2f}  " for t in bench.texts), flush=True)
+
+
+# --- table and picture ------------------------------------------------------------------------
+
+
+def table(done: Mapping[str, Any], shares: Sequence[str]) -> str:
+    """Return the results as a Markdown table."""
+    texts = done["protocol"]["evaluated"]
+    head = ["method", *(f"{s} {t}" for s in shares for t in texts), "CPU s", "MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, cells in done["rows"].items():
+        dense = cells.get("100%")
+        values = [_number((dense or cells.get(s, {})).get(t)) for s in shares for t in texts]
+        some = [c for c in cells.values() if "cpu_seconds" in c]
+        seconds = f"{max((c['cpu_seconds'] for c in some), default=0):.0f}"
+        memory = f"{max((c['memory_mb'] for c in some), default=0)}"
+        lines.append("| " + " | ".join([name, *values, seconds, memory]) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+
+
+def picture(done: Mapping[str, Any], path: Path) -> None:
+    """Draw perplexity against the size of the body, one panel per text (needs matplotlib)."""
+    from matplotlib import pyplot
+
+    texts = list(done["protocol"]["evaluated"])
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(6 * len(texts), 5), squeeze=False)
+    for panel, text in zip(panels[0], texts, strict=True):
+        for name, cells in done["rows"].items():
+            points = sorted((c["body"], c[text]) for c in cells.values())
+            if name == "dense":
+                panel.axhline(points[0][1], color="grey", linestyle=":", label="dense")
+            else:
+                panel.plot(*zip(*points, strict=True), marker="o", label=name,
+                           linewidth=3 if name.startswith("ours") else 1)
+        panel.set(yscale="log", xlabel="share of the body that stays", ylabel="perplexity",
+                  title=text)
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def texts(tokenizer: Any, data: Path | None, count: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return calibration windows, and the first `count` windows of each evaluation text."""
+    if data is None:
+        held_out = windows(tokenizer, python_text("held-out"), LENGTH)[:count]
+        return windows(tokenizer, python_text(), LENGTH), {"Python": held_out}
+    read = {name: windows(tokenizer, (data / path).read_text(encoding="utf-8"), LENGTH)
+            for name, path in (("valid", "wikitext2/valid.txt"), ("WikiText-2",
+                               "wikitext2/test.raw"), ("PTB", "ptb/valid.txt"))}
+    return read.pop("valid"), {name: ids[:count] for name, ids in read.items()}
+
+
+def own(text: str) -> tuple[str, Method]:
+    """Return a row for `file.py:Class`."""
+    path, _, attribute = text.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return attribute, Method(getattr(module, attribute)())
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with wikitext2/ and ptb/")
+    parser.add_argument("--json", type=Path, default=Path("quality.json"), help="results so far")
+    parser.add_argument("--only", action="append", default=[], help="pattern over rows")
+    parser.add_argument("--also", action="append", default=[], help="file.py:Criterion")
+    parser.add_argument("--share", action="append", default=[], help="80%%, 65%%, 50%%")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=6, help="evaluation windows per text")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing and print the table."""
+    given = arguments(argv)
+    random.seed(given.seed)
+    torch.manual_seed(given.seed)
+    found = source.load("zoo:smollm2-135m")
+    module, inputs, tokenizer = found.module, found.inputs, found.tokenizer
+    ids, evaluated = texts(tokenizer, given.data, given.windows)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(given.seed))
+    bench = Bench(module, inputs, tokenizer, ids[order[: given.samples]], evaluated, given.json,
+                  given.seed)
+    bench.done = json.loads(given.json.read_text()) if given.json.exists() else {}
+    protocol = {"model": "SmolLM2-135M-Instruct", "window": LENGTH, "seed": given.seed,
+                "calibration_windows": given.samples, "threads": torch.get_num_threads(),
+                "evaluated": {name: len(rows) for name, rows in evaluated.items()}}
+    if bench.done.setdefault("protocol", protocol) != protocol:
+        raise SystemExit(f"{given.json} was made by another protocol; give another --json")
+    methods = {**METHODS, **dict(own(text) for text in given.also)}
+    if given.only:
+        methods = {n: m for n, m in methods.items()
+                   if any(fnmatch.fnmatch(n, p) for p in given.only) or n in [
+                       t.rpartition(":")[2] for t in given.also]}
+    shares = given.share or SHARES
+    bench.analyse()
+    gather(bench, methods)
+    run(bench, methods, shares)
+    print(table(bench.done, shares))
+    if given.picture:
+        picture(bench.done, given.picture)
+
+
+if __name__ == "__main__":
+    main()

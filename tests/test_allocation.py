@@ -1,0 +1,215 @@
+"""Allocation: optimal where it claims to be, formulas as published, measurements as defined."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import spacompiler
+from spacompiler import allocation, pipeline
+from spacompiler.calibration import default_loss
+from spacompiler.cost import cost
+from spacompiler.errors import SpaError
+from spacompiler.measure import Measure, angles
+from spacompiler.passes.dynamic import Dynamic
+from spacompiler.passes.global_ranking import GlobalRanking
+from spacompiler.passes.layers import AdaptLayers, CfspLayers
+from spacompiler.passes.measured import Measured
+from spacompiler.passes.refit import Refit
+from spacompiler.passes.standardised import Standardised
+from spacompiler.plan import make_plan
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Blocks(nn.Module):
+    """Residual blocks of several widths: what they cost adds up."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(w) for w in widths)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+WIDTHS = (5, 8, 12)
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(0)
+    net = Blocks(*WIDTHS)
+    return net, *pipeline.TORCH.trace(net, (torch.randn(16, 8),))
+
+
+def problem(network: Any, seed: int = 0, share: float = 0.6, **more: Any) -> allocation.Problem:
+    """A problem over random curves; `scores` may be given by group."""
+    solution = network[2]
+    groups = allocation.candidates(solution, roles=("channel",))
+    rng = np.random.default_rng(seed)
+    scores = more.pop("scores", None) or {g.name: rng.random(g.size) ** 3 for g in groups}
+    found = allocation.units(solution, groups, scores, uniform=False, align=1, lanes=8, floor=0,
+                             absolute=True)
+    price = cost(solution, "params")
+    return allocation.Problem(found, price, share * price.total, price.total, tolerance=0.05,
+                              **more)
+
+
+def lost(p: allocation.Problem, kept: dict[str, int]) -> float:
+    return sum(float(u.losses[kept[u.name]]) for u in p.units)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("bumpy", [False, True])
+def test_dynamic_programming_is_as_good_as_trying_everything(network: Any, seed: int,
+                                                             bumpy: bool) -> None:
+    p = problem(network, seed)
+    if bumpy:  # curves that no greedy choice gets right
+        rng = np.random.default_rng(seed)
+        for unit in p.units:
+            unit.losses[:-1] = np.sort(rng.random(len(unit.losses) - 1) ** 4)[::-1]
+    every = (dict(zip((u.name for u in p.units), counts, strict=True))
+             for counts in itertools.product(*(u.legal for u in p.units)))
+    best = min(lost(p, kept) for kept in every if p.price(kept) <= p.target)
+    kept = Dynamic().allocate(p)
+    assert p.met(kept) and lost(p, kept) <= best + 1e-9
+
+
+def test_global_ranking_matches_dynamic_on_convex_curves(network: Any) -> None:
+    for seed in range(4):
+        p = problem(network, seed)
+        assert lost(p, GlobalRanking().allocate(p)) <= 1.3 * lost(p, Dynamic().allocate(p)) + 0.02
+
+
+def test_standardised_keeps_what_lies_above_one_z_score(network: Any) -> None:
+    p = problem(network, 3)
+    kept = Standardised().allocate(p)
+    z = {}
+    for u in p.units:
+        s = u.losses[:-1] - u.losses[1:]
+        z[u.name] = (s - s.mean()) / s.std()
+    lowest = {n: np.sort(v)[::-1][kept[n] - 1] for n, v in z.items()}
+    highest = {n: np.sort(v)[::-1][kept[n]] for n, v in z.items() if kept[n] < len(v)}
+    assert max(highest.values()) <= min(v for n, v in lowest.items() if kept[n] > 1)
+
+
+def measured(network: Any, compensation: Any = None) -> Measure:
+    net, trace, solution = network
+    torch.manual_seed(1)
+    batches = [((torch.randn(32, 8),), {}) for _ in range(3)]
+    context = pipeline.Scores(trace, solution)
+    groups = allocation.candidates(solution, roles=("channel",))
+    scores = {g.name: np.arange(g.size, dtype=float) for g in groups}
+
+    def plan(p: allocation.Problem, kept: Any) -> Any:
+        counts = {g.name: kept[u.name] for u in p.units for g in u.groups}
+        return make_plan(groups, scores, counts).choices(solution)
+
+    return Measure(net, trace, solution, batches, default_loss, context, compensation, plan)
+
+
+def test_angles_are_those_of_the_hidden_states(network: Any) -> None:
+    net, x = network[0], torch.randn(7, 8)
+    found = angles(net, ["blocks.0", "blocks.1"], [((x,), {})])
+    after = net.blocks[0](x)
+    cosine = torch.cosine_similarity(x, after, -1)
+    assert found["blocks.0"] == pytest.approx(
+        (float(cosine.arccos().mean()) / torch.pi, float(cosine.mean())), rel=1e-4)
+    assert set(found) == {"blocks.0", "blocks.1"}
+
+
+@pytest.mark.parametrize("layers", [CfspLayers(tokens=100_000), AdaptLayers()])
+def test_layers_that_turn_the_state_more_keep_more(network: Any, layers: Any) -> None:
+    p = problem(network, measure=measured(network))
+    turned = {u: a for u, (a, _) in p.measure.blocks(p).items()}
+    kept = layers.allocate(p)
+    sizes = {u.name: u.size for u in p.units}
+    most, least = max(turned, key=turned.get), min(turned, key=turned.get)
+    assert kept[most] / sizes[most] > kept[least] / sizes[least]
+    with pytest.raises(SpaError, match="needs measurements"):
+        layers.allocate(problem(network))
+
+
+def test_salience_estimates_the_gradient_from_two_losses(network: Any) -> None:
+    p = problem(network, measure=measured(network))
+    found = p.measure.salience(p, step=1e-3, batches=2)
+    net, batches = network[0], p.measure.batches[:2]
+    for unit, path in ((p.units[0], "blocks.0"), (p.units[2], "blocks.2")):
+        arrays = [w for w in net.get_submodule(path).parameters() if w.ndim > 1]
+        loss = sum(default_loss([net(*args)], args, kwargs) for args, kwargs in batches) / 2
+        gradients = torch.autograd.grad(loss, arrays)
+        generator = torch.Generator().manual_seed(0)
+        noise = [torch.randn(w.shape, generator=generator) for w in arrays]
+        slope = sum((g * z).sum() for g, z in zip(gradients, noise, strict=True)).abs()
+        want = torch.cat([(w.abs() * z.abs() * slope).flatten()
+                          for w, z in zip(arrays, noise, strict=True)])
+        torch.testing.assert_close(found[unit.name], want, rtol=0.1, atol=1e-4)
+
+
+@pytest.mark.parametrize("compensation", [None, Refit()])
+def test_shares_are_slopes_of_the_loss(network: Any, compensation: Any) -> None:
+    """Against a finite difference: the loss with one consumer moved a little further."""
+    p = problem(network, measure=measured(network, compensation))
+    kept = {u.name: max(1, u.size // 2) for u in p.units}
+    shares, loss = p.measure.shares(p, kept, 3)
+    unit = p.units[1]
+    at = next(r.node for r in unit.groups[0].reads)
+    plain = p.measure._blend
+
+    def moved(by: float) -> float:
+        def blend(site: Any, made: Any, leaves: Any) -> Any:
+            run = plain(site, made, leaves)
+            if site.consumer.node.name != at:
+                return run
+
+            def further(args: Any, kwargs: Any) -> torch.Tensor:
+                dense, y = torch.nn.functional.linear(*args), run(args, kwargs)
+                return y + by * (y - dense).detach()
+
+            return further
+
+        p.measure._blend = blend
+        value = p.measure.shares(p, kept, 3)[1]
+        p.measure._blend = plain
+        return value
+
+    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    assert shares[unit.name] == pytest.approx(slope / 2, rel=0.02, abs=1e-4)
+    assert loss > 0 and set(shares) == set(kept)
+
+
+def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any) -> None:
+    p = problem(network, 2, measure=measured(network, Refit()))
+    first = GlobalRanking().allocate(problem(network, 2))
+    kept = Measured(rounds=2).allocate(p)
+    losses = [p.measure.shares(p, k, 4)[1] for k in (kept, first)]
+    assert p.met(kept) and losses[0] <= losses[1]
+
+
+@pytest.mark.parametrize("name", ["global", "dynamic", "measured", "standardised", "cfsp-layers",
+                                  "adapt-layers", "eco-layers"])
+def test_every_allocation_compiles_with_repair(name: str) -> None:
+    torch.manual_seed(0)
+    net = Blocks(16, 24, 32)
+    data = [(torch.randn(16, 8),) for _ in range(4)]
+    result = spacompiler.compile(
+        net, data[0], target="params=70%", importance="curvature", allocation=name,
+        repair="refit", calibration=data, align=1, layout="any")
+    assert result.job.proof.holds and abs(
+        result.plan.costs["params"]["pruned"] / result.plan.costs["params"]["dense"] - 0.7) < 0.01

@@ -1,0 +1,182 @@
+"""Repair: the closed form, what each part of it is worth, and the proof over repaired weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spacompiler
+from spacompiler.models_zoo import load
+from spacompiler.passes.refit import Bias, Refit
+from spacompiler.repair import Evidence
+from spacompiler.verification import verify
+
+
+def correlated(n: int, size: int) -> torch.Tensor:
+    """Return n samples of `size` features that predict each other, with a mean."""
+    torch.manual_seed(0)
+    return torch.randn(n, size // 2) @ torch.randn(size // 2, size) + 0.3 * torch.randn(n, size) + 1
+
+
+def evidence(x: torch.Tensor, y: torch.Tensor) -> Evidence:
+    return Evidence(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+
+
+def test_refit_is_the_least_squares_solution() -> None:
+    x, w = correlated(400, 12).double(), torch.randn(5, 12).double()
+    kept = torch.arange(12) % 3 > 0
+    y = x @ w.T
+    made, shift = Refit(damping=0).solve(w, evidence(x, y), kept, has_bias=True)
+    with_one = torch.cat([x[:, kept], torch.ones(400, 1).double()], 1)
+    want = torch.linalg.lstsq(with_one, y).solution
+    torch.testing.assert_close(made[:, kept], want[:-1].T)
+    torch.testing.assert_close(shift, want[-1])
+    assert torch.equal(made[:, ~kept], w[:, ~kept])
+
+
+def test_ridge_leads_back_to_the_old_weights() -> None:
+    x, w = correlated(400, 12).double(), torch.randn(5, 12).double()
+    kept = torch.arange(12) < 8
+    ev = evidence(x, x @ w.T)
+    gaps = [(Refit(damping=d).solve(w, ev, kept, has_bias=False)[0] - w).norm()
+            for d in (0.0, 0.1, 10.0, 1e9)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 1 and gaps[-1] < 1e-6
+
+
+def test_refit_and_bias_beats_refit_beats_nothing() -> None:
+    x, w = correlated(400, 12).double(), torch.randn(5, 12).double()
+    kept = torch.arange(12) % 3 > 0
+    y, ev = x @ w.T, evidence(x, x @ w.T)
+
+    def error(made: torch.Tensor, shift: torch.Tensor) -> float:
+        return float((y - x[:, kept] @ made[:, kept].T - shift).square().mean())
+
+    passes = (Refit(damping=0), Refit(damping=0, bias=False), Bias())
+    both, refit, bias = (error(*p.solve(w, ev, kept, has_bias=True)) for p in passes)
+    nothing = error(w, torch.zeros(5).double())
+    assert both < refit < nothing and both < bias < nothing
+
+
+class Block(nn.Module):
+    """A residual block: the second product is added into the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def convolutions(groups: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(),
+                         nn.Conv2d(48, 48, 3, groups=groups, padding=1), nn.ReLU(),
+                         nn.Flatten(2), nn.Linear(36, 5))
+
+
+CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), (8,)),
+    "no bias": (lambda: nn.Sequential(Block(), Block(), nn.Linear(8, 4)), (8,)),
+    "convolution": (convolutions, (3, 8, 8)),
+    "grouped": (lambda: convolutions(4), (3, 8, 8)),
+}
+REPAIRS = ("bias", "refit(bias=False)", "refit", "refit(create_biases=True)",
+           "refit(sequential=True)", "refit(sequential=True, residual=True)")
+
+
+def compiled(case: str, repair: str, **more: Any) -> tuple[Any, torch.Tensor, nn.Module]:
+    torch.manual_seed(0)
+    make, shape = CASES[case]
+    net = make()
+    x = torch.randn(64, *shape)
+    target = "params=68%" if case == "grouped" else "params=70%"
+    result = spacompiler.compile(net, (x[:4],), target=target, importance="magnitude",
+                                 repair=repair, calibration=[(p,) for p in x.split(16)], align=1,
+                                 layout="any", onnx=False, latency=False, **more)
+    return result, x, net
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_repairs_lower_the_error_and_are_proved(case: str) -> None:
+    plain, x, net = compiled(case, "none")
+    before = copy.deepcopy(net.state_dict())
+    want = net(x)
+    worst = (plain.module(x) - want).square().mean()
+    for repair in REPAIRS:
+        result, _, net = compiled(case, repair)
+        assert (result.module(x) - want).square().mean() < worst, repair
+        assert result.job.proof.error < 1e-10 < result.job.proof.control
+        assert result.plan.kept == plain.plan.kept
+        assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_repaired_artifact_verifies(tmp_path: Any) -> None:
+    result, x, net = compiled("linear", "refit")
+    result.save(tmp_path / "out")
+    found = {c.name: c for c in verify(tmp_path / "out", model=net)}
+    assert found["plan identity"].passed and "2 repaired" in found["plan identity"].detail
+    torch.testing.assert_close(spacompiler.load(tmp_path / "out", model=net)(x), result.module(x))
+
+
+def test_repair_without_data_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(spacompiler.UsageError, match="needs calibration data"):
+        spacompiler.compile(net, (torch.randn(4, 8),), target="params=70%", repair="refit",
+                            calibration="none", importance="magnitude")
+
+
+def test_batch_norms_see_the_statistics_of_the_pruned_network() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3),
+                        nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    net.train()
+    for _ in range(20):
+        net(torch.randn(32, 3, 8, 8) + 1)
+    net.eval()
+    x = torch.randn(64, 3, 8, 8) + 1
+    result = spacompiler.compile(net, (x[:4],), target="params=70%", importance="magnitude",
+                                 repair="batch-norm", calibration=[(p,) for p in x.split(16)],
+                                 only=("0.weight:0",), align=1)
+    pruned = result.module
+    assert result.job.proof.holds and pruned[0].out_channels < 32
+    hidden = pruned[3](pruned[2](pruned[1](pruned[0](x))))
+    torch.testing.assert_close(pruned[4].running_mean, hidden.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pruned[4].running_var, hidden.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_repair_that_finds_nothing_says_so() -> None:
+    with pytest.raises(spacompiler.SpaError, match="finds nothing to repair"):
+        compiled("linear", "batch-norm")
+
+
+def test_noise_is_calibration_for_a_network_without_data() -> None:
+    torch.manual_seed(0)
+    net, x = convolutions(), torch.randn(64, 3, 8, 8)
+    errors = []
+    for repair in ("none", "refit"):
+        result = spacompiler.compile(net, (x[:4],), target="params=70%", importance="magnitude",
+                                     repair=repair, calibration="sampled", samples=32, batch=8,
+                                     align=1)
+        errors.append(float((result.module(x) - net(x)).square().mean()))
+    assert errors[1] < errors[0]
+
+
+def test_a_language_model_writes_its_own_calibration_text() -> None:
+    from spacompiler.sampling import sampled
+
+    pytest.importorskip("transformers")
+    module, inputs = load("llama-gqa").build()
+
+    class Tokenizer:
+        bos_token_id, eos_token_id = 1, 2
+
+    made = sampled(module, inputs, Tokenizer(), samples=4, length=8, batch=2, seed=0)
+    assert [kw["input_ids"].shape for _, kw in made] == [(2, 8), (2, 8)]
+    again = sampled(module, inputs, Tokenizer(), samples=4, length=8, batch=2, seed=0)
+    assert all(torch.equal(a[1]["input_ids"], b[1]["input_ids"])
+               for a, b in zip(made, again, strict=True))
+    assert len({tuple(row) for _, kw in made for row in kw["input_ids"].tolist()}) > 1
