@@ -74,11 +74,15 @@ def read_json(path: Path) -> Any:
                        fix="give a directory written by `spacompiler compile`") from problem
 
 
-def save_weights(path: Path, module: torch.nn.Module) -> None:
-    """Write a module's parameters and buffers, tied ones once (with `tied` in the metadata)."""
+def save_weights(path: Path, module: torch.nn.Module,
+                 unsaved: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a module's parameters and buffers, tied ones once (with `tied` in the metadata).
+
+    `unsaved` are further arrays: buffers that a state dict leaves out, and that were sliced.
+    """
     first: dict[Any, str] = {}
     tensors, tied = {}, {}
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted({**module.state_dict(), **(unsaved or {})}.items()):
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else name
         if key in first:
             tied[name] = first[key]

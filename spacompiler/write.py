@@ -78,12 +78,20 @@ def _weights(job: Job, folder: Path) -> None:
                        why="; ".join(job.notes[-2:]),
                        fix="use the module in memory, or --ignore the groups of that part")
     module = job.pruned.body if job.emission == "program" else job.pruned
-    artifact.save_weights(folder / "model.safetensors", module)
+    sliced = _sliced_buffers(job) if job.emission == "module" else {}
+    artifact.save_weights(folder / "model.safetensors", module, sliced)
     if hf.is_hf(job.module):
         config = cast(Any, job.module).config.to_dict()
         artifact.write_json(folder / "dense_config.json", config)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder)
+
+
+def _sliced_buffers(job: Job) -> dict[str, torch.Tensor]:
+    """Buffers that a state dict leaves out, where a plan changed their shape."""
+    dense, kept = dict(job.module.named_buffers()), job.pruned.state_dict()
+    return {name: tensor for name, tensor in job.pruned.named_buffers()
+            if name not in kept and name in dense and tensor.shape != dense[name].shape}
 
 
 def _results(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -96,6 +96,23 @@ def test_any_layout_loads_again(tmp_path, name, emission):
     assert sum(p.numel() for p in again.parameters()) < 0.9 * dense
 
 
+def test_a_sliced_buffer_that_no_state_dict_holds_is_saved(tmp_path):
+    class Tabled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 3)
+            self.register_buffer("table", torch.linspace(1, 2, 20), persistent=False)
+
+        def forward(self, x):
+            return self.down((self.up(x) * self.table).relu())
+
+    result = spacompiler.compile(Tabled(), (torch.randn(4, 6),), target="params=50%",
+                                 out=tmp_path / "o", align=1, **FAST)
+    again = spacompiler.load(tmp_path / "o", model=Tabled())
+    assert again.table.shape == (again.up.out_features,) != (20,)
+    assert torch.equal(again.table, result.module.table)
+
+
 def test_a_module_of_the_users_own_loads_into_a_fresh_one(tmp_path):
     def make():
         return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
