@@ -386,3 +386,33 @@ def test_what_cannot_be_done_is_an_error(schedule, error):
         spacompiler.compile(model, (INPUT[lines],), target="params=56.25%", align=1,
                             schedule=schedule, calibration=[(INPUT[lines] * float("nan"),)])
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+# --- in the user's own loop ---------------------------------------------------------------------
+
+
+def test_adapters_in_training_shrink_with_their_base():
+    """A PeftModel of the user's: lora_A, lora_B and Adam's state of them are sliced in place."""
+    import peft
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules="all-linear")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pruner = spacompiler.Pruner(
+        model, {"input_ids": tokens(0), "use_cache": False}, optimizer, target="body=70%",
+        schedule="cubic(steps=12, every=3)", importance="lora-gradient")
+    for step in range(12):
+        loss_of(model, tokens(step)).backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    pruner.finish()
+    down = model.base_model.model.model.layers[0].mlp.down_proj
+    width = down.get_base_layer().in_features
+    assert width < 40 and down.lora_A["default"].weight.shape == (4, width)
+    assert {tuple(optimizer.state[p]["exp_avg"].shape) == tuple(p.shape)
+            for p in model.parameters() if p.requires_grad} == {True}
+    with torch.no_grad():
+        want = model.eval()(input_ids=tokens(3), use_cache=False).logits
+        got = model.merge_and_unload()(input_ids=tokens(3), use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
