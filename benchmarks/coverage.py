@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -249,25 +250,31 @@ def _others(job: pipeline.Job) -> tuple[Any, Any]:
 # --- all models -------------------------------------------------------------------------------
 
 
-def _child(task: Callable[[], Any], out: Any) -> None:
+def _child(task: Callable[[], Any], out: Any, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     out.send(asdict(task()))
 
 
 def isolated(task: Callable[[], Any], limit: float) -> dict[str, Any]:
-    """A task in a process of its own, ended when its time is up: its fields, or its `result`."""
+    """A task in a process of its own, ended when its CPU time is up: its fields, or its `result`.
+
+    A machine that others use stretches the clock, not the CPU time: the clock gets 20 times more.
+    """
     context = multiprocessing.get_context("fork")
     with _FORK:
         inlet, outlet = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(task, outlet))
+        process = context.Process(target=_child, args=(task, outlet, int(limit)))
         process.start()
         outlet.close()
     try:
-        if inlet.poll(limit):
+        if inlet.poll(20 * limit):
             return dict(inlet.recv())
-        return {"result": f"no result within {limit:.0f} s"}
+        return {"result": f"no result within {20 * limit:.0f} s"}
     except EOFError:
         process.join()
+        if process.exitcode == -signal.SIGXCPU:
+            return {"result": f"no result within {limit:.0f} s of CPU time"}
         return {"result": f"the process ended with {process.exitcode}"}
     finally:
         process.kill()
@@ -404,7 +411,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the report here")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=120)
+    parser.add_argument("--timeout", type=float, default=120,
+                        help="seconds of CPU time for each model")
     parser.add_argument("--peer", choices=peers.PEERS, help="time another tool instead")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
