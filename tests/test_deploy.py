@@ -296,9 +296,9 @@ def test_a_rewritten_program_has_no_cache_to_export(llama, tmp_path):
     (0, ["model.onnx"]), (1, ["model.onnx", "model.onnx.data"])], ids=["equal", "other"])
 def test_large_files_read_weights_from_equal_safetensors_beside_them(tmp_path, shift, files):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(70, 80), nn.ReLU(), nn.Linear(80, 60))
+    model = nn.Sequential(nn.Linear(70, 80), nn.ReLU(), nn.Linear(80, 60, bias=False))
     save_file({n: a + shift for n, a in model.state_dict().items()}, tmp_path / "model.safetensors")
-    x = torch.randn(3, 70)
+    x = torch.randn(3, 4, 70)  # three axes: a product with a transposed weight, not a Gemm
     made = export_onnx(trace(model, (x,)).program, tmp_path / "model.onnx", external_bytes=10_000,
                        beside=[tmp_path / "model.safetensors"])
     assert [p.name for p in made] == files and made[0].stat().st_size < 5_000

@@ -85,11 +85,12 @@ def export_onnx(
     model = _to_ir(_without_idle_nodes(ep), names, output_names, opset)
     _name_axes(model, axes or {})
     _share_tied(model, [*ep.state_dict, *ep.constants])
-    if optimize:
-        _simplify(model)
-    _strip(model)
     limit = min(external_bytes, _INLINE_LIMIT)
-    if beside and _weight_bytes(model) > limit:
+    shared = bool(beside) and _weight_bytes(model) > limit
+    if optimize:
+        _simplify(model, keep_layout=shared)
+    _strip(model)
+    if shared:
         refer_to_safetensors(model, beside, limit)
     return _save(model, path, limit)
 
@@ -302,8 +303,8 @@ def _share_tied(model: ir.Model, order: Sequence[str]) -> None:
             del initializers[name]
 
 
-def _simplify(model: ir.Model) -> None:
-    """Fold what is constant and drop what is unused, leaving weights alone.
+def _simplify(model: ir.Model, keep_layout: bool) -> None:
+    """Fold what is constant and drop what is unused; weights stay as stored if `keep_layout`.
 
     The exporter's own optimiser is not used: its pattern matching takes time quadratic in the
     nodes, and it replaces named weights by anonymous transposed copies. Fusing is the runtime's.
@@ -311,7 +312,8 @@ def _simplify(model: ir.Model) -> None:
     with quiet():
         ir_passes.InlinePass()(model)
         onnxscript.optimizer.fold_constants_ir(
-            model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+            model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT,
+            should_fold=lambda node: False if keep_layout and node.op_type == "Transpose" else None,
         )
         _divide(model)
         for step in (

@@ -16,6 +16,8 @@ import onnx_ir as ir
 import torch
 from safetensors import safe_open
 
+_TRIES = 4
+
 
 class Place(NamedTuple):
     """Where an array's bytes stand in a file."""
@@ -42,8 +44,9 @@ def places(file: Path) -> dict[str, Place]:
 def refer_to_safetensors(model: ir.Model, files: Sequence[Path], limit: int) -> bool:
     """Point a model's weights at bit-equal arrays of safetensors files in its folder.
 
-    An array is looked for under the weight's name, with or without leading parts. Nothing changes,
-    and False is returned, if more than `limit` bytes of weights would have to stay elsewhere.
+    An array is looked for under the weight's name, with or without leading parts, then among a few
+    of its size. Nothing changes, and False is returned, if more than `limit` bytes of weights
+    would have to stay elsewhere.
     """
     known = {name: place for file in files for name, place in places(file).items()}
     found, rest = {}, 0
@@ -64,14 +67,16 @@ def refer_to_safetensors(model: ir.Model, files: Sequence[Path], limit: int) -> 
 
 
 def _equal(name: str, value: ir.Value, known: dict[str, Place]) -> Place | None:
-    """The place of an array with the weight's name and bits."""
+    """The place of an array with the weight's bits: under its name, else (tied ones) any other."""
     raw: Any = getattr(value.const_value, "raw", None)
-    parts = name.split(".")
-    names = [".".join(parts[i:]) for i in range(len(parts))]
-    place = next((known[n] for n in names if n in known), None)
-    if place is None or not isinstance(raw, torch.Tensor) or raw.nbytes != place.length:
+    if not isinstance(raw, torch.Tensor):
         return None
+    named = sorted(known, key=lambda n: not (name == n or name.endswith(f".{n}")))
+    first = [known[n] for n in named if known[n].length == raw.nbytes]
+    return next((place for place in first[:_TRIES] if _same(raw, place)), None)
+
+
+def _same(raw: torch.Tensor, place: Place) -> bool:
     with safe_open(place.file, "pt") as arrays:
         stored = arrays.get_tensor(place.name)
-    same = stored.dtype == raw.dtype and stored.shape == raw.shape and torch.equal(stored, raw)
-    return place if same else None
+    return stored.dtype == raw.dtype and stored.shape == raw.shape and torch.equal(stored, raw)
