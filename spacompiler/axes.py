@@ -1,10 +1,10 @@
 """Axis algebra: every tensor dimension is an expression over atoms, refined by unification.
 
 An `Atom(n)` is n interchangeable slices. `Prod` is a flattened nest (outer to inner: heads x
-head_dim), `Sum` a concatenation (q + k + v). Operators relate dimensions only through `split`,
-`factor`, `unify` and `freeze`; an atom that must have structure is *bound* to it, and everything
-that mentions the atom sees the refinement. What cannot be solved freezes: never wrong, at worst
-not prunable.
+head_dim), `Sum` a concatenation (q + k + v), which may be dealt out in another order. Operators
+relate dimensions only through `split`, `carve`, `factor`, `unify` and `freeze`; an atom that must
+have structure is *bound* to it, and everything that mentions the atom sees the refinement. What
+cannot be solved freezes: never wrong, at worst not prunable.
 
 >>> space = Space()
 >>> rows = space.atom(12)                      # a Linear's output ...
@@ -57,10 +57,11 @@ class Prod:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sum:
-    """A concatenation, in order."""
+    """A concatenation; `order`, if given, deals it out: position p holds its slice `order[p]`."""
 
     parts: tuple[Expr, ...]
     size: int
+    order: Array | None = None
 
 
 Expr = Union[Atom, Prod, Sum]  # noqa: UP007  (a forward reference)
@@ -84,9 +85,32 @@ def product(parts: Iterable[Expr]) -> Expr:
 def concat(parts: Iterable[Expr]) -> Expr:
     """Concatenate expressions, flattening concatenations inside concatenations."""
     flat: list[Expr] = []
+    orders: list[Array] = []
+    dealt, size = False, 0
     for part in map(resolve, parts):
+        inner = part.order if isinstance(part, Sum) else None
+        dealt |= inner is not None
+        orders.append(size + (np.arange(part.size) if inner is None else inner))
         flat.extend(part.parts if isinstance(part, Sum) else (part,))
-    return flat[0] if len(flat) == 1 else Sum(tuple(flat), sum(p.size for p in flat))
+        size += part.size
+    if dealt:
+        return Sum(tuple(flat), size, np.concatenate(orders))
+    return flat[0] if len(flat) == 1 else Sum(tuple(flat), size)
+
+
+def deal(e: Expr, order: Array) -> Expr:
+    """Return the dimension whose position p is position `order[p]` of `e`.
+
+    >>> show(deal(deal(Space().atom(3), np.array([2, 0, 1])), np.array([1, 2, 0])))
+    '3'
+    """
+    e = resolve(e)
+    parts = e.parts if isinstance(e, Sum) else (e,)
+    if isinstance(e, Sum) and e.order is not None:
+        order = e.order[order]
+    if np.array_equal(order, np.arange(e.size)):
+        return concat(parts)
+    return Sum(tuple(parts), e.size, order)
 
 
 def resolve(e: Expr) -> Expr:
@@ -102,11 +126,15 @@ def resolve(e: Expr) -> Expr:
     if not e.parts or all(isinstance(p, Atom) and p.bound is None for p in e.parts):
         return e
     if isinstance(e, Sum):
-        return concat(e.parts)
+        whole = concat(e.parts)
+        return whole if e.order is None else deal(whole, e.order)
     flat = product(e.parts)
     if isinstance(flat, Prod) and flat.parts and isinstance(flat.parts[0], Sum):
-        rest = flat.parts[1:]
-        return concat([resolve(product((term, *rest))) for term in flat.parts[0].parts])
+        outer, rest = flat.parts[0], flat.parts[1:]
+        whole = concat([resolve(product((term, *rest))) for term in outer.parts])
+        inner = flat.size // outer.size
+        return whole if outer.order is None else deal(
+            whole, (outer.order[:, None] * inner + np.arange(inner)).ravel())
     return flat
 
 
@@ -148,10 +176,46 @@ def show(e: Expr, names: Mapping[Atom, str] | None = None) -> str:
     if not e.parts:
         return "1"
     if isinstance(e, Sum):
-        return "+".join(show(p, names) for p in e.parts)
+        text = "+".join(show(p, names) for p in e.parts)
+        return text if e.order is None else f"deal({text})"
     return "*".join(
-        f"({show(p, names)})" if isinstance(p, Sum) else show(p, names) for p in e.parts
-    )
+        f"({show(p, names)})" if isinstance(p, Sum) and p.order is None else show(p, names)
+        for p in e.parts)
+
+
+def cells(e: Expr) -> list[tuple[Expr, Array]]:
+    """Return the products of atoms that make up a dimension, each with its positions."""
+    e = resolve(e)
+    if isinstance(e, Sum):
+        return _cells_of_sum(e)
+    at = np.arange(e.size)
+    parts = e.parts if isinstance(e, Prod) else ()
+    inner = next((i for i, part in enumerate(parts) if isinstance(part, Sum)), None)
+    if inner is None:
+        return [(e, at)]
+    grid = at.reshape(prod(p.size for p in parts[:inner]), parts[inner].size, -1)
+    found = []
+    for term, where in cells(parts[inner]):
+        place = grid[:, where].ravel()
+        for cell, within in cells(product((*parts[:inner], term, *parts[inner + 1 :]))):
+            found.append((cell, place[within]))
+    return found
+
+
+def _cells_of_sum(e: Sum) -> list[tuple[Expr, Array]]:
+    position = np.arange(e.size) if e.order is None else np.argsort(e.order)
+    found: list[tuple[Expr, Array]] = []
+    offset = 0
+    for part in e.parts:
+        found.extend((cell, position[offset + at]) for cell, at in cells(part))
+        offset += part.size
+    return found
+
+
+def _along(grid: Array, axis: int) -> Array | None:
+    """The mask along one axis, if the grid does not depend on the others."""
+    line = np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)
+    return line[:, 0] if (line == line[:, :1]).all() else None
 
 
 class Space:
@@ -172,16 +236,44 @@ class Space:
                 atom.reasons = (*atom.reasons, why)
 
     def bind(self, atom: Atom, e: Expr) -> None:
+        """Give an atom its refinement, or tie it to another atom; raises Clash if it is in it."""
+        if e is atom:
+            return
         if isinstance(e, Atom):
             keep, drop = (e, atom) if e.serial < atom.serial else (atom, e)
             keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))
             drop.bound = keep
             return
+        if isinstance(e, Sum) and e.order is not None and e.parts == (atom,):
+            e = self._cycles(e.order)
         if any(a is atom for a in walk(e)):
             raise Clash(f"an axis of {atom.size} would contain itself")
         for why in atom.reasons:
             self.freeze(e, why)
         atom.bound = e
+
+    def _cycles(self, order: Array) -> Expr:
+        """The dimension that a permutation maps to itself: slices of one cycle go together."""
+        index, count = np.full(len(order), -1), 0
+        for start in range(len(order)):
+            if index[start] < 0:
+                at = start
+                while index[at] < 0:
+                    index[at], at = count, order[at]
+                count += 1
+        lengths = np.bincount(index)
+        parts: list[Expr] = []
+        slots = np.empty(len(order), dtype=int)
+        offset = 0
+        for length in np.unique(lengths):
+            cycles = np.flatnonzero(lengths == length)
+            atom = self.atom(len(cycles))
+            members = np.stack([np.flatnonzero(index == c) for c in cycles], axis=1)
+            for row in members:
+                slots[row] = offset + np.arange(len(cycles))
+                parts.append(atom)
+                offset += len(cycles)
+        return deal(Sum(tuple(parts), len(order)), slots)
 
     def factor(self, e: Expr, k: int) -> tuple[Expr, Expr]:
         """Split `e = outer x inner` with `inner` of size k; raises Clash if impossible."""
@@ -199,6 +291,10 @@ class Space:
         if is_frozen(e) and any(True for _ in walk(e)):
             why = reasons(e)
             return self.atom(e.size // k, *why), self.atom(k, *why)
+        if isinstance(e, Sum) and e.order is not None:
+            outer, inner = self.atom(e.size // k), self.atom(k)
+            self.unify(e, product((outer, inner)))
+            return outer, inner
         return self._factor_sum(e, k) if isinstance(e, Sum) else self._factor_prod(e, k)
 
     def _factor_sum(self, e: Sum, k: int) -> tuple[Expr, Expr]:
@@ -234,7 +330,20 @@ class Space:
                 break
             outer, inner = self.factor(part, k // size)
             return product((*e.parts[:i], outer)), product((inner, *e.parts[i + 1 :]))
+        fused = self._fused(e)
+        if len(fused.parts) < len(e.parts):
+            return self._factor_prod(fused, k)
         raise Clash(f"{show(e)} does not factor by {k}")
+
+    def _fused(self, e: Prod) -> Prod:
+        """Neighbours that are frozen whole as one: where they were cut does not matter."""
+        parts: list[Expr] = []
+        for frozen, run in itertools.groupby(e.parts, is_frozen):
+            group = list(run)
+            why = dict.fromkeys(w for part in group for w in reasons(part))
+            fuse = frozen and len(group) > 1
+            parts += [self.atom(prod(p.size for p in group), *why)] if fuse else group
+        return Prod(tuple(parts), e.size)
 
     def split(self, e: Expr, p: int) -> tuple[Expr, Expr]:
         """Cut `e = left(p) + right`, 0 < p < size; raises Clash if the cut has no solution."""
@@ -249,6 +358,8 @@ class Space:
             why = reasons(e)
             return self.atom(p, *why), self.atom(e.size - p, *why)
         if isinstance(e, Sum):
+            if e.order is not None:
+                return self.carve(e, np.arange(p)), self.carve(e, np.arange(p, e.size))
             return self._split_sum(e, p)
         inner = prod(part.size for part in e.parts[1:])
         if p % inner:
@@ -292,7 +403,62 @@ class Space:
                 for why in reasons(one):
                     self.freeze(other, why)
 
+    def carve(self, e: Expr, positions: Array) -> Expr:
+        """Return the dimension made of these positions of `e`, in this order.
+
+        `e` is refined so that each of its cells lies inside or outside; raises Clash if a product
+        cannot be cut so.
+        """
+        if is_frozen(e) and any(True for _ in walk(e)):
+            return self.atom(len(positions), *reasons(e))
+        inside = np.zeros(resolve(e).size, dtype=bool)
+        inside[positions] = True
+        self._divide(e, inside)
+        slot = np.full(len(inside), -1)
+        chosen: list[Expr] = []
+        offset = 0
+        for cell, at in cells(e):
+            if inside[at[0]]:
+                slot[at] = offset + np.arange(len(at))
+                chosen.append(cell)
+                offset += len(at)
+        return deal(Sum(tuple(chosen), offset), slot[positions])
+
+    def _divide(self, e: Expr, inside: Array) -> None:
+        """Cut atoms until each cell of `e` lies inside or outside."""
+        while cut := [c for c in cells(e) if 0 < inside[c[1]].sum() < len(c[1])]:
+            cell, at = cut[0]
+            parts = cell.parts if isinstance(cell, Prod) else (cell,)
+            grid = inside[at].reshape([part.size for part in parts])
+            lines = [_along(grid, axis) for axis in range(len(parts))]
+            axis = next((i for i, line in enumerate(lines) if line is not None), None)
+            if axis is None:
+                raise Clash(f"a cut falls inside the product {show(cell)}")
+            self._cut_atom(parts[axis], lines[axis])
+
+    def _cut_atom(self, atom: Expr, inside: Array | None) -> None:
+        """Bind an atom to its slices inside and those outside, dealt out as they were."""
+        assert isinstance(atom, Atom) and inside is not None
+        count = int(inside.sum())
+        parts = (self.atom(count, *atom.reasons), self.atom(atom.size - count, *atom.reasons))
+        order = np.where(inside, np.cumsum(inside) - 1, count + np.cumsum(~inside) - 1)
+        atom.bound = deal(Sum(parts, atom.size), order)
+
+    def _unify_dealt(self, total: Sum, other: Expr) -> None:
+        """Unify cell by cell: each takes from `other` the positions that it holds."""
+        own = cells(total)
+        if len(own) == 1 and len(cells(other)) == 1:
+            if isinstance(own[0][0], Atom):
+                self.bind(own[0][0], self.carve(other, own[0][1]))
+                return
+            raise Clash(f"{show(total)} and {show(other)} nest differently")
+        for cell, at in own:
+            self.unify(cell, self.carve(other, at))
+
     def _unify_sum(self, total: Sum, other: Expr) -> None:
+        if total.order is not None or (isinstance(other, Sum) and other.order is not None):
+            self._unify_dealt(total, other)
+            return
         rest, tail = other, total.parts
         while len(tail) > 1:
             head, tail = tail[0], tail[1:]
@@ -359,6 +525,8 @@ def coordinates(e: Expr) -> list[tuple[Atom, Array]]:
             inner //= part.size
             index = np.arange(e.size) // inner % part.size
             found.extend((atom, at[index]) for atom, at in coordinates(part))
+    if isinstance(e, Sum) and e.order is not None:
+        found = [(atom, at[e.order]) for atom, at in found]
     return found
 
 

@@ -13,7 +13,7 @@ import networkx as nx
 
 from .axes import Atom, Expr, Prod, Sum, atoms, is_frozen, reasons, resolve, show, walk
 from .graph import Graph, Node, Tensor
-from .idioms import rms_norms
+from .idioms import deals, rms_norms
 from .solver import Read, Row, Solver
 
 
@@ -103,9 +103,14 @@ class Solution:
         return "\n".join(rows)
 
 
-def solve(graph: Graph, table: Mapping[str, Row]) -> Solution:
-    """Solve the axes of a graph and name its groups."""
-    solver = Solver(graph, table, rms_norms(graph)).solve()
+def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> Solution:
+    """Solve the axes of a graph and name its groups.
+
+    With `rewire`, permutations of one axis (channel shuffles) may be emitted as gathers: more is
+    free, but only the re-written program can carry it out.
+    """
+    solver = Solver(graph, table, rms_norms(graph), rewire=rewire,
+                    deals=deals(graph) if rewire else {}).solve()
     solution = Solution(graph, solver)
     carried = _members(solution)
     roles = _roles(solver)

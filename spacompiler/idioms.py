@@ -1,5 +1,7 @@
 """Idioms of several operators that only mean something together.
 
+A channel shuffle is traced as view, transpose, view: one axis dealt out in another order.
+
 RMSNorm is traced as rms_norm or as pow, mean, add, rsqrt, mul (and mul by a gain). On its own
 the mean over a pruned axis changes; as RMSNorm the change is undone exactly by the gain and eps:
 from width d to d', gain * sqrt(d/d') and eps * d/d'.
@@ -7,8 +9,11 @@ from width d to d', gain * sqrt(d/d') and eps * d/d'.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from .graph import Graph, Node, Ref
 
@@ -157,3 +162,71 @@ def _offset_weight(uses: _Uses, name: str) -> tuple[str, float] | None:
         return None
     weight = uses.graph.tensors[uses.uncast(refs[0].name)].weight
     return (weight, float(constants[0])) if weight is not None else None
+
+
+# --- one axis dealt out in another order ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """`source` with dimension `dim` in another order: position p is its position `order[p]`.
+
+    `first` and `last` are the nodes at the ends of the chain that computes it.
+    """
+
+    source: str
+    dim: int
+    order: np.ndarray
+    first: str
+    last: str
+
+
+_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_copy")
+_MOVES = ("permute", "transpose", "swapaxes", "clone", "contiguous")
+
+
+def deals(graph: Graph) -> dict[str, Deal]:
+    """Find every axis that is split, its factors permuted, and merged again; by all its nodes."""
+    uses, found = _Uses(graph), {}
+    for node in graph.nodes:
+        if base(node.op) in _VIEWS:
+            chain, deal = _deal(uses, node)
+            if deal is not None:
+                found.update(dict.fromkeys(chain, deal))
+    return found
+
+
+def _deal(uses: _Uses, first: Node) -> tuple[list[str], Deal | None]:
+    tensors = uses.graph.tensors
+    source = next(first.refs())
+    old, new = tensors[source].shape, tensors[first.outputs[0]].shape
+    dim = next((d for d, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), len(old))
+    count = len(new) - len(old) + 1
+    factors = new[dim : dim + count]
+    if count < 2 or dim >= len(old) or dim in tensors[source].dynamic or \
+            math.prod(factors) != old[dim] or new[dim + count :] != old[dim + 1 :]:
+        return [], None
+    axes, node, chain = list(range(len(new))), first, [first.name]
+    while (user := uses.only(node.outputs[0], *_MOVES, *_VIEWS)) is not None:
+        node = user
+        chain.append(node.name)
+        if base(node.op) in _VIEWS:
+            middle = [a - dim for a in axes[dim : dim + count]]
+            outside = axes[:dim] + axes[dim + count :]
+            rest = [*range(dim), *range(dim + count, len(new))]
+            if tensors[node.outputs[0]].shape != old or outside != rest:
+                return [], None
+            order = np.arange(old[dim]).reshape(factors).transpose(middle).ravel()
+            return chain, Deal(source, dim, order, first.name, node.name)
+        axes = _moved(node, axes)
+    return [], None
+
+
+def _moved(node: Node, axes: list[int]) -> list[int]:
+    if base(node.op) == "permute":
+        return [axes[d] for d in node.args[1]]
+    if base(node.op) in ("transpose", "swapaxes"):
+        a, b = node.args[1:3]
+        axes = list(axes)
+        axes[a], axes[b] = axes[b], axes[a]
+    return axes

@@ -102,7 +102,7 @@ def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Te
 
     dense = model if model is not None else dense_module(folder, structure)
     traced = trace(dense, check_inputs(folder, structure))
-    solution = solve(traced.graph, TABLE)
+    solution = solve(traced.graph, TABLE, rewire=True)
     plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
     program = rewrite(traced, solution, plan.choices(solution), arrays)
     made = Rewritten(program)

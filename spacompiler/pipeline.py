@@ -158,7 +158,7 @@ def _check_module(job: Job) -> None:
 
 def _trace_module(module: nn.Module, inputs: Inputs) -> tuple[Trace, Solution]:
     traced = trace(module, inputs)
-    return traced, solve(traced.graph, TABLE)
+    return traced, solve(traced.graph, TABLE, rewire=True)
 
 
 def analyse(job: Job) -> None:

@@ -221,7 +221,7 @@ def rescaled(solution: Solution, choices: Choices) -> set[str]:
     inside: set[str] = set()
     for node in solution.graph.nodes:
         refs = set(node.refs())
-        if refs & gains and all(solution.graph.tensors[ref].static for ref in refs):
+        if refs and refs <= gains:  # the gain cast, or with a constant added
             gains.update(node.outputs)
         elif not refs & gains and (node.name in means or refs & inside):
             inside.update(node.outputs)

@@ -61,7 +61,7 @@ def extremum(s: Solver, n: Node) -> None:
 
 
 def along(argument: int = 1, keyword: str = "dim", default: Any = -1) -> Row:
-    """An operator that mixes all positions of one dimension (softmax, cumsum, sort, flip).
+    """An operator that mixes all positions of one dimension (softmax, cumsum, sort).
 
     With `default=None` it mixes all dimensions unless some are named.
     """

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .axes import ONE, Clash, Expr, concat, is_frozen, product
+import numpy as np
+
+from .axes import ONE, Clash, Expr, concat, deal, is_frozen, product
 from .graph import Node
 from .idioms import base
 from .primitives import broadcast
@@ -288,10 +290,15 @@ def cuts3(s: Solver, e: Expr, start: int, end: int) -> tuple[Expr, Expr, Expr]:
 
 
 def slice_(s: Solver, n: Node) -> None:
-    """slice(x, dim, start, end, step)."""
+    """slice(x, dim, start, end, step): positions that are no equal runs are picked by number."""
     dims = list(s.dims[next(n.refs())])
     bounds = (n.arg(2, "start"), n.arg(3, "end"), n.arg(4, "step", 1))
-    cut_dim(s, n, dims, n.arg(1, "dim", 0) % len(dims), bounds, (("args", 2), ("args", 3)))
+    dim = n.arg(1, "dim", 0) % len(dims)
+    positions = np.arange(dims[dim].size)[slice(*bounds)]
+    if s.rewire and bounds[2] > 1 and dims[dim].size % bounds[2] and len(positions):
+        s.gather(n, next(n.refs()), dim, positions)
+        return
+    cut_dim(s, n, dims, dim, bounds, (("args", 2), ("args", 3)))
     s.put(n.outputs[0], dims)
 
 
@@ -359,6 +366,30 @@ def _strided(s: Solver, e: Expr, start: int, end: int, step: int) -> Expr:
     outer, inner = s.space.factor(e, step)
     cuts(s, inner, [1] * step)
     return outer
+
+
+def flip(s: Solver, n: Node) -> None:
+    """flip(x, dims): positions in reversed order."""
+    dims = list(s.dims[next(n.refs())])
+    for d in n.args[1]:
+        dims[d] = deal(dims[d], np.arange(dims[d].size)[::-1])
+    s.put(n.outputs[0], dims)
+
+
+def roll(s: Solver, n: Node) -> None:
+    """roll(x, shifts, dims): the last `shift` positions come to the front."""
+    dims = list(s.dims[next(n.refs())])
+    shifts, along = n.args[1], n.arg(2, "dims", [])
+    if not along:
+        s.freeze(dims, f"{n.op} moves positions from row to row")
+    for i, (shift, d) in enumerate(zip(shifts, along, strict=False)):
+        if not shift % dims[d].size:
+            s.edit(n, ("args", 1, i), dims[d], value=0)
+        elif not is_frozen(dims[d]):
+            left, right = s.space.split(dims[d], dims[d].size - shift % dims[d].size)
+            s.edit(n, ("args", 1, i), right, when=dims[d])
+            dims[d] = concat((right, left))
+    s.put(n.outputs[0], dims)
 
 
 def pad(s: Solver, n: Node) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
 import torch
 
 from .axes import Choices, Expr, indices, keep_mask, kept_size
 from .frontends.torch_export import Trace
 from .groups import Solution
 from .idioms import RmsNorm
+from .solver import Gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,19 @@ def norm_changes(solution: Solution, choices: Choices) -> Iterator[NormChange]:
         after = kept_size(e, choices)
         if after != e.size:
             yield NormChange(norm, e.size, after)
+
+
+def gather_indices(solution: Solution, choices: Choices) -> dict[str, tuple[Gather, np.ndarray]]:
+    """Return, by node, the gathers whose source shrinks, each with its index among kept slices."""
+    found = {}
+    for gather in solution.solver.gathers:
+        source, result = (solution.solver.dims[t][gather.dim]
+                          for t in (gather.source, gather.result))
+        if kept_size(source, choices) != source.size:
+            rank = np.cumsum(keep_mask([source], choices)) - 1
+            kept = gather.index[np.broadcast_to(keep_mask([result], choices), [result.size])]
+            found[gather.node] = gather, rank[kept]
+    return found
 
 
 class Slicer:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .axes import ONE, Atom, Clash, Expr, Space, is_frozen, resolve
+import numpy as np
+
+from .axes import ONE, Atom, Clash, Expr, Prod, Space, is_frozen, resolve
 from .graph import Graph, Node
-from .idioms import RmsNorm
+from .idioms import Deal, RmsNorm
 
 OUTSIDE = "used outside of the traced parts"
 Path = tuple[Any, ...]
@@ -51,12 +53,27 @@ class Contraction:
     factor: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A node that takes positions `index` of dimension `dim` of `source`.
+
+    Where that dimension shrinks, the node becomes an index_select by the kept positions.
+    """
+
+    node: str
+    source: str
+    result: str
+    dim: int
+    index: np.ndarray
+
+
 @dataclass(slots=True)
 class Solver:
     """Axis expressions per tensor, and what the rows found out on the way.
 
     `bare` are the tensors that no stored array has a part in, `multiples` the sizes that a
-    kernel takes only as multiples of a number.
+    kernel takes only as multiples of a number. With `rewire`, an operator that only moves
+    positions of one axis may be emitted as a gather; `deals` are chains of such.
     """
 
     graph: Graph
@@ -73,6 +90,10 @@ class Solver:
     tables: list[str] = field(default_factory=list)
     opaque: list[Node] = field(default_factory=list)
     bare: set[str] = field(default_factory=set)
+    rewire: bool = False
+    deals: Mapping[str, Deal] = field(default_factory=dict)
+    gathers: list[Gather] = field(default_factory=list)
+    _taken: set[str] = field(default_factory=set)
     _read: set[str] | None = None
 
     def solve(self) -> Solver:
@@ -121,14 +142,30 @@ class Solver:
             self.freeze((e for ref in refs for e in self.dims[ref] if not is_frozen(e)), why)
             self.emit_fixed(node, why)
             return
+        if node.name in self.deals and self._dealt(self.deals[node.name], node):
+            return
         try:
             (row or opaque)(self, node)
-        except (Clash, ValueError, LookupError, TypeError, ArithmeticError) as problem:
+        except (Clash, ValueError, LookupError, TypeError, ArithmeticError,
+                StopIteration) as problem:
             self.give_up(node, f"{node.title()}: {problem}")
         if any(out not in self.dims for out in node.outputs):
             self._by_products(node)
         for out in node.outputs:
             self._freeze_dynamic(out)
+
+    def _dealt(self, deal: Deal, node: Node) -> bool:
+        """Take a chain as one gather, unless its axis is frozen or a nest (which views suit)."""
+        e = resolve(self.dims[deal.source][deal.dim])
+        if node.name == deal.first and not (isinstance(e, Prod) or is_frozen(e)):
+            self._taken.add(deal.first)
+        if deal.first not in self._taken:
+            return False
+        if node.name == deal.last:
+            self.gather(node, deal.source, deal.dim, deal.order)
+        else:
+            self.emit_fixed(node, "inside a shuffle")
+        return True
 
     def _by_products(self, node: Node) -> None:
         """Results that a row says nothing about: harmless if nothing reads them."""
@@ -184,6 +221,18 @@ class Solver:
 
     def read(self, node: Node, ref: str, dim: int, how: str) -> None:
         self.reads.append(Read(node.name, ref, dim % len(self.dims[ref]), how))
+
+    def gather(self, node: Node, source: str, dim: int, index: np.ndarray) -> None:
+        """The result holds positions `index` of one dimension; raises Clash if it cannot be cut.
+
+        One index serves all rows: what is fibred there is so under axes of that dimension only.
+        """
+        dims = list(self.dims[source])
+        whole, dims[dim] = dims[dim], self.space.carve(dims[dim], index)
+        self.put(node.outputs[0], dims)
+        self.gathers.append(Gather(node.name, source, node.outputs[0], dim, index))
+        alone = frozenset(("dealt",))
+        self.contractions.append(Contraction(node.name, {"dealt": whole}, (alone, alone), ()))
 
     def edit(self, node: Node, path: Path, expr: Expr, *, when: Expr | None = None,
              value: Any = None) -> None:

@@ -80,17 +80,35 @@ def quick_trace(module: nn.Module, *args: torch.Tensor) -> Trace:
 
     with torch.no_grad():
         made = make_fx(call, pre_dispatch=True)(arrays, *args)
+    constants = _lifted(made)
     inputs = [n for n in made.graph.nodes if n.op == "placeholder"]
     learned = {name for name, _ in module.named_parameters()}
-    targets = [*arrays, *[None] * len(args)]
+    targets = [*constants, *arrays, *[None] * len(args)]
     specs = [SimpleNamespace(arg=SimpleNamespace(name=node.name), target=target,
                              kind=InputKind.USER_INPUT if target is None else
-                             InputKind.PARAMETER if target in learned else InputKind.BUFFER)
+                             InputKind.PARAMETER if target in learned else
+                             InputKind.CONSTANT_TENSOR if target in constants else
+                             InputKind.BUFFER)
              for node, target in zip(inputs, targets, strict=True)]
     program: Any = SimpleNamespace(
-        graph=made.graph, graph_module=made, state_dict=arrays, constants={},
+        graph=made.graph, graph_module=made, state_dict=arrays, constants=constants,
         graph_signature=SimpleNamespace(input_specs=specs))
-    torch_export._drop_asserts(program)
+    torch_export.drop_asserts(program)
     torch_export._canonicalise(program)
     graph, tied = torch_export.lower(program, module)
     return Trace(program, graph, args, {}, tied)
+
+
+def _lifted(made: Any) -> dict[str, torch.Tensor]:
+    """Make constants inputs, in front of all others, as torch.export does."""
+    constants, first = {}, next(iter(made.graph.nodes))
+    for node in made.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        constants[name] = getattr(made, name)
+        with made.graph.inserting_before(first):
+            given = made.graph.placeholder(f"c{name}")
+        given.meta["val"] = constants[name]
+        node.replace_all_uses_with(given)
+        made.graph.erase_node(node)
+    made.recompile()
+    return constants

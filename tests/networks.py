@@ -16,13 +16,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from random import Random
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from words import OFTEN, WORDS
+from words import OFTEN, WIDTHS, WORDS, Dice
 
 
 @dataclass(frozen=True)
@@ -129,17 +128,20 @@ SHAPES = ((2, 8), (2, 4, 6), (2, 3, 6), (2, 5, 8), (2, 4, 4), (2, 6, 4, 4),
 
 
 def networks(most: int = 9, words: Sequence[str] = OFTEN,
-             shapes: Sequence[tuple[int, ...]] = SHAPES) -> st.SearchStrategy[Net]:
-    """Networks of so many lines or fewer."""
+             shapes: Sequence[tuple[int, ...]] = SHAPES,
+             widths: Sequence[int] = WIDTHS) -> st.SearchStrategy[Net]:
+    """Networks of so many lines or fewer, with layers of these widths."""
     seeds = st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=most)
-    return st.builds(partial(drawn, words=words), st.sampled_from(shapes), seeds)
+    return st.builds(partial(drawn, words=words, widths=widths), st.sampled_from(shapes), seeds)
 
 
-def drawn(shape: tuple[int, ...], seeds: Sequence[int], words: Sequence[str] = OFTEN) -> Net:
+def drawn(shape: tuple[int, ...], seeds: Sequence[int], words: Sequence[str] = OFTEN,
+          widths: Sequence[int] = WIDTHS) -> Net:
     """Draw a network: one line for each seed, if one is found that fits."""
     net = Net(shape, [])
     known = {"x": net.example()}
-    for rng in map(Random, seeds):
+    for rng in map(Dice, seeds):
+        rng.widths = widths
         for _ in range(TRIES):
             line = _line(rng, net, known, rng.choice(words if net.lines else ("linear", "conv")))
             if line is not None and _add(net, line, known):
@@ -161,7 +163,7 @@ def _add(net: Net, line: Line, known: dict[str, Tensor]) -> bool:
     return False
 
 
-def _line(rng: Random, net: Net, known: dict[str, Tensor], name: str) -> Line | None:
+def _line(rng: Dice, net: Net, known: dict[str, Tensor], name: str) -> Line | None:
     recent = list(known)[::-1]
     picked = [rng.choice(recent)]
     if WORDS[name].reads == 2:

@@ -20,6 +20,12 @@ Fit = Callable[..., "dict[str, Any] | None"]
 WIDTHS = (4, 6, 8, 12, 5, 9)
 
 
+class Dice(Random):
+    """What options are drawn with; `widths` are the sizes of layers."""
+
+    widths: Sequence[int] = WIDTHS
+
+
 class Net(Protocol):
     """What holds the arrays."""
 
@@ -51,7 +57,7 @@ def word(fit: Fit, reads: int = 1) -> Callable[[Callable[..., Tensor]], Callable
     return add
 
 
-def shuffled(rng: Random, items: Iterable[Any]) -> list[Any]:
+def shuffled(rng: Dice, items: Iterable[Any]) -> list[Any]:
     made = list(items)
     rng.shuffle(made)
     return made
@@ -59,7 +65,8 @@ def shuffled(rng: Random, items: Iterable[Any]) -> list[Any]:
 
 def chosen(**options: Sequence[Any]) -> Fit:
     """Options that any value allows."""
-    return lambda rng, *values: {k: rng.choice(v) for k, v in options.items()}
+    return lambda rng, *values: {
+        k: rng.choice(rng.widths if v is WIDTHS else v) for k, v in options.items()}
 
 
 def ranked(low: int, high: int = 9, **options: Sequence[Any]) -> Fit:
@@ -67,7 +74,7 @@ def ranked(low: int, high: int = 9, **options: Sequence[Any]) -> Fit:
     return lambda rng, x: (chosen(**options)(rng) if low <= x.ndim <= high else None)
 
 
-def dims(rng: Random, x: Tensor, first: int = 1) -> int | None:
+def dims(rng: Dice, x: Tensor, first: int = 1) -> int | None:
     return rng.randint(first, x.ndim - 1) if x.ndim > first else None
 
 
@@ -78,7 +85,7 @@ def divisors(n: int) -> list[int]:
 def along(*, least: int = 2, even: bool = False, **more: Sequence[Any]) -> Fit:
     """A dimension of at least so many positions, and more options."""
 
-    def fit(rng: Random, x: Tensor) -> dict[str, Any] | None:
+    def fit(rng: Dice, x: Tensor) -> dict[str, Any] | None:
         dim = dims(rng, x)
         if dim is None or x.shape[dim] < least or (even and x.shape[dim] % 2):
             return None
@@ -112,10 +119,10 @@ def affine(net: Net, x: Tensor) -> Tensor:
     return x * net.array(x.shape[-1]) + net.array(x.shape[-1])
 
 
-def _fit_conv(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_conv(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     if not 3 <= x.ndim <= 5:
         return None
-    c, out = x.shape[1], rng.choice(WIDTHS)
+    c, out = x.shape[1], rng.choice(rng.widths)
     groups = rng.choice([1, *(g for g in (2, 3, 4) if c % g == 0 == out % g)])
     return {"out": out, "kernel": rng.choice([1, 2, 3]), "groups": groups}
 
@@ -154,13 +161,16 @@ def layer_norm(net: Net, x: Tensor) -> Tensor:
     return F.layer_norm(x, (c,), net.array(c), net.array(c))
 
 
-@word(chosen(offset=[0, 1]))
-def rms_norm(net: Net, x: Tensor, offset: int) -> Tensor:
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+@word(chosen(offset=[0, 1], cast=[False, True]))
+def rms_norm(net: Net, x: Tensor, offset: int, cast: bool) -> Tensor:
+    """As models write it; `cast` computes in single precision, as they do in half."""
+    z = x.float() if cast else x
+    y = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)
+    y = y.to(x.dtype) if cast else y
     return y * (net.array(x.shape[-1]) + offset if offset else net.array(x.shape[-1]))
 
 
-def _fit_groups(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_groups(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     groups = divisors(x.shape[1]) if x.ndim > 2 else []
     return {"groups": rng.choice(groups)} if groups else None
 
@@ -172,7 +182,7 @@ def group_norm(net: Net, x: Tensor, groups: int) -> Tensor:
 
 @word(ranked(3, 5))
 def instance_norm(net: Net, x: Tensor) -> Tensor:
-    if x[0, 0].numel() < 2:
+    if x.shape[2:].numel() < 2:
         raise ValueError("one position has no variance")
     return F.instance_norm(x, weight=net.array(x.shape[1]), bias=net.array(x.shape[1]))
 
@@ -249,7 +259,7 @@ def gram(net: Net, x: Tensor) -> Tensor:
 # --- positions moved ----------------------------------------------------------------------------
 
 
-def _fit_factor(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_factor(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     dim = dims(rng, x)
     inner = divisors(x.shape[dim]) if dim else []
     return {"dim": dim, "inner": rng.choice(inner)} if inner and x.ndim < 6 else None
@@ -277,7 +287,7 @@ def permute_flatten(net: Net, x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.permute(0, *order).reshape(x.shape[0], -1)
 
 
-def _fit_shuffle(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_shuffle(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     dim = dims(rng, x)
     groups = divisors(x.shape[dim]) if dim else []
     return {"dim": dim, "groups": rng.choice(groups)} if groups else None
@@ -290,7 +300,7 @@ def shuffle(net: Net, x: Tensor, dim: int, groups: int) -> Tensor:
     return x.unflatten(dim, (groups, size // groups)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
-def _fit_view(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_view(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     total = x[0].numel()
     inner = divisors(total)
     return {"inner": rng.choice(inner)} if inner and total < 200 else None
@@ -312,7 +322,7 @@ def roll(net: Net, x: Tensor, dim: int, shift: int) -> Tensor:
     return x.roll(shift, dim)
 
 
-def _fit_narrow(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_narrow(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     dim = dims(rng, x)
     if dim is None or x.shape[dim] < 3:
         return None
@@ -339,7 +349,7 @@ def select(net: Net, x: Tensor, dim: int, at: int) -> Tensor:
     return x.select(dim, at)
 
 
-def _fit_split(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_split(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     dim = dims(rng, x)
     if dim is None or x.shape[dim] < 3:
         return None
@@ -358,8 +368,9 @@ def halves(net: Net, x: Tensor, dim: int, how: str) -> Tensor:
     if how == "glu":
         return F.glu(x, dim)
     a, b = x.chunk(2, dim)
-    return {"add": a + 2 * b, "rotate": torch.cat([-b, a], dim), "gate": a * b.sigmoid(),
-            "first": a}[how]
+    if how == "rotate":
+        return torch.cat([-b, a], dim)
+    return a if how == "first" else a + 2 * b if how == "add" else a * b.sigmoid()
 
 
 @word(lambda rng, x: {"dim": 1, "order": tuple(shuffled(rng, range(x.shape[1])))}
@@ -369,7 +380,7 @@ def restack(net: Net, x: Tensor, dim: int, order: tuple[int, ...]) -> Tensor:
     return torch.stack([rows[i] for i in order], -1)
 
 
-def _fit_take(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_take(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     dim = dims(rng, x)
     if dim is None or not 3 <= x.shape[dim] <= 8:
         return None
@@ -404,7 +415,7 @@ def pad_copies(net: Net, x: Tensor, mode: str) -> Tensor:
     return F.pad(x, [1, 1] * (x.ndim - 2), mode)
 
 
-def _fit_pixels(rng: Random, x: Tensor) -> dict[str, Any] | None:
+def _fit_pixels(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     if x.ndim != 4:
         return None
     up = rng.random() < 0.5
@@ -453,7 +464,7 @@ def cumsum(net: Net, x: Tensor, dim: int) -> Tensor:
 # --- two values ---------------------------------------------------------------------------------
 
 
-def _fit_pair(rng: Random, x: Tensor, y: Tensor) -> dict[str, Any] | None:
+def _fit_pair(rng: Dice, x: Tensor, y: Tensor) -> dict[str, Any] | None:
     try:
         torch.broadcast_shapes(x.shape, y.shape)
     except RuntimeError:
@@ -466,7 +477,7 @@ def join(net: Net, x: Tensor, y: Tensor, how: str) -> Tensor:
     return getattr(torch, how)(x, y)
 
 
-def _fit_cat(rng: Random, x: Tensor, y: Tensor) -> dict[str, Any] | None:
+def _fit_cat(rng: Dice, x: Tensor, y: Tensor) -> dict[str, Any] | None:
     if x.ndim != y.ndim:
         return None
     differ = [d for d in range(x.ndim) if x.shape[d] != y.shape[d]]

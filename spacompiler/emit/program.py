@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from ..axes import Choices, kept_size
 from ..frontends.torch_export import Trace, copied
 from ..groups import Solution
 from ..runner import Runner
-from ..slicing import Slicer, norm_changes
+from ..slicing import Slicer, gather_indices, norm_changes
 from ..solver import Path
+
+INDEX = "index_of_"
+"""Names of the constants by which gathers pick what stays."""
 
 
 def edits(solution: Solution, choices: Choices) -> Iterator[tuple[str, Path, Any, Any]]:
@@ -39,11 +43,52 @@ def edited(trace: Trace, solution: Solution, choices: Choices) -> fx.GraphModule
     nodes = {node.name: node for node in module.graph.nodes}
     for name, path, value, old in edits(solution, choices):
         _set(nodes[name], path, value, old)
+    for name, (gather, index) in gather_indices(solution, choices).items():
+        nodes[name] = _gather(
+            module, nodes[name], nodes[gather.source], gather.dim, torch.from_numpy(index))
     for node in module.graph.nodes:  # a view that fits dense strides may not fit the pruned ones
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     module.recompile()
     return module
+
+
+def _gather(module: fx.GraphModule, node: fx.Node, source: fx.Node, dim: int,
+            index: torch.Tensor) -> fx.Node:
+    """Replace a node by an index_select of its source; the index is a buffer of the graph."""
+    name = f"{INDEX}{node.name}"
+    module.register_buffer(name, index)
+    with module.graph.inserting_before(node):
+        picked = module.graph.call_function(
+            torch.ops.aten.index_select.default, (source, dim, module.graph.get_attr(name)))
+    node.replace_all_uses_with(picked)
+    while node is not source and not node.users:  # the chain that computed it
+        before = node.args[0]
+        module.graph.erase_node(node)
+        node = before  # type: ignore[assignment]
+    picked.name = name.removeprefix(INDEX)
+    return picked
+
+
+def _lift_indices(program: ExportedProgram) -> None:
+    """Make the indices of gathers constants of the program, which holds no arrays in its graph."""
+    module, signature = program.graph_module, copy.deepcopy(program.graph_signature)
+    constants = dict(program.constants)
+    first = next(i for i, spec in enumerate(signature.input_specs)
+                 if spec.kind is InputKind.USER_INPUT)
+    for node in [n for n in module.graph.nodes if n.op == "get_attr"
+                 and str(n.target).startswith(INDEX)]:
+        name = str(node.target)
+        inputs = module.graph.find_nodes(op="placeholder")
+        with module.graph.inserting_before(inputs[first]):
+            given = module.graph.placeholder(f"c_{name}")
+        constants[name] = getattr(module, name)
+        node.replace_all_uses_with(given)
+        module.graph.erase_node(node)
+        signature.input_specs.insert(first, InputSpec(
+            InputKind.CONSTANT_TENSOR, TensorArgument(given.name), name))
+        first += 1
+    program._graph_signature, program._constants = signature, constants
 
 
 def _set(node: fx.Node, path: Path, value: Any, old: Any) -> None:
@@ -113,6 +158,7 @@ def rewrite(trace: Trace, solution: Solution, choices: Choices,
                 made[name] = slicer.array(name)
     program = copy.copy(trace.program)
     program._graph_module = edited(trace, solution, choices)
+    _lift_indices(program)
     return refresh(program, made)
 
 

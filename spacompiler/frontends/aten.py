@@ -46,7 +46,7 @@ _ALONG: dict[str, Row] = {
     **{op: r.along() for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
     **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin".split()},
     "topk": r.along(2), "sort": r.along(1), "argsort": r.along(1),
-    "flip": r.along(1, "dims"), "roll": r.along(2, "dims", None), "diff": r.along(2),
+    "diff": r.along(2),
     **{op: r.along(2) for op in "fft_fft fft_ifft fft_rfft fft_irfft".split()},
     **{op: r.along(2, "dim", [-2, -1])
        for op in "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2".split()},
@@ -102,6 +102,7 @@ _FUNCTIONS: dict[str, Row] = {
     **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), s.split),
     "unbind": s.unbind, "select": s.select, "slice": s.slice_, "narrow": s.narrow,
     "as_strided": s.as_strided,
+    "flip": s.flip, "roll": s.roll,
     "constant_pad_nd": s.pad, "pad": s.pad,
     "layer_norm": r.layer_norm, "rms_norm": r.rms_norm, "group_norm": r.group_norm,
     "_weight_norm": r.weight_norm,

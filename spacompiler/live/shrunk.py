@@ -11,7 +11,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from spacompiler.axes import Atom, Choices, Expr, Prod, concat, product, resolve
+import numpy as np
+
+from spacompiler.axes import (
+    Atom,
+    Choices,
+    Expr,
+    Prod,
+    concat,
+    deal,
+    keep_mask,
+    product,
+    resolve,
+)
 from spacompiler.emit.program import edited
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.graph import Graph
@@ -35,13 +47,16 @@ def shrunk(trace: Trace, solution: Solution, choices: Choices) -> tuple[Trace, S
     return replace(trace, program=program), _solution(solution, choices, new)
 
 
-def shrink(e: Expr, new: New) -> Expr:
+def shrink(e: Expr, new: New, choices: Choices) -> Expr:
     """Return an expression over the new atoms."""
     e = resolve(e)
     if isinstance(e, Atom):
         return new.get(e, e)
-    parts = [shrink(part, new) for part in e.parts]
-    return product(parts) if isinstance(e, Prod) else concat(parts)
+    parts = [shrink(part, new, choices) for part in e.parts]
+    if isinstance(e, Prod) or e.order is None:
+        return product(parts) if isinstance(e, Prod) else concat(parts)
+    kept = e.order[np.broadcast_to(keep_mask([e], choices), [e.size])]
+    return deal(concat(parts), kept.argsort().argsort())
 
 
 def _solution(solution: Solution, choices: Choices, new: New) -> Solution:
@@ -50,7 +65,7 @@ def _solution(solution: Solution, choices: Choices, new: New) -> Solution:
 
     def to(e: Expr) -> Expr:
         if id(e) not in seen:
-            seen[id(e)] = shrink(e, new)
+            seen[id(e)] = shrink(e, new, choices)
         return seen[id(e)]
 
     def all_to(exprs: tuple[Expr, ...]) -> tuple[Expr, ...]:
