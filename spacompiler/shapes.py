@@ -294,8 +294,10 @@ def slice_(s: Solver, n: Node) -> None:
     dims = list(s.dims[next(n.refs())])
     bounds = (n.arg(2, "start"), n.arg(3, "end"), n.arg(4, "step", 1))
     dim = n.arg(1, "dim", 0) % len(dims)
-    positions = np.arange(dims[dim].size)[slice(*bounds)]
-    if s.rewire and bounds[2] > 1 and dims[dim].size % bounds[2] and len(positions):
+    size, step = dims[dim].size, bounds[2]
+    positions = np.arange(size)[slice(*bounds)] if step > 0 else np.empty(0, int)
+    runs = size % step == 0 and len(positions) == size // step
+    if s.rewire and step > 1 and len(positions) and not runs:
         s.gather(n, next(n.refs()), dim, positions)
         return
     cut_dim(s, n, dims, dim, bounds, (("args", 2), ("args", 3)))
