@@ -38,6 +38,7 @@ class Pruner:
     their requires_grad, ties and modes, and the optimiser's parameter groups stay what they are;
     arrays, gradients, optimiser state and size attributes become smaller. Every removal is
     compared with the masked model (float64) before training goes on, and undone if it is wrong.
+    `notes` say what stays though it was asked for, and why.
 
     Args:
         model: the module that is trained, in any mode.
@@ -49,7 +50,9 @@ class Pruner:
             (gradients at activations) and weight_gradients (`.grad`).
         ema: the moving average's memory, 0 to below 1.
         prove: compare each shrunk model with the masked one.
-        options: further fields of `Recipe`: roles, only, ignore, approximate, align, floor, seed.
+        options: further fields of `Recipe`: roles, only, ignore, approximate, align, floor, seed,
+            layout (`uniform`: all layers alike, as a transformers config can say; `any`; `auto`:
+            uniform where that meets the target).
 
     Raises:
         UsageError: the request is malformed. TargetError: nothing may go.
