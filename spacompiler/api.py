@@ -113,10 +113,18 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
 
 
 def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
-            trust_remote_code: bool = False) -> Solution:
-    """Trace a model and return its solved axes and groups (print it for the whole text)."""
+            modules: Sequence[str] = (), trust_remote_code: bool = False) -> Solution:
+    """Trace a model and return its solved axes and groups (print it for the whole text).
+
+    `modules` are paths of sub-modules to look at in place of the whole.
+    """
     found = _source(model, example_inputs, None, trust_remote_code, None, None)
-    return pipeline.backend_of(found.module).trace(found.module, found.inputs)[1]
+    module, inputs = found.module, found.inputs
+    if modules:
+        from . import parts
+
+        module, inputs = parts.of(module, modules, inputs)
+    return pipeline.backend_of(module).trace(module, inputs)[1]
 
 
 def _named(what: Any) -> str:

@@ -197,6 +197,8 @@ def inspect(
                                             "dimensions.")] = None,
     graph: Annotated[Path | None, typer.Option(
         help="Write groups and dimensions as a graph: .dot, .graphml or .html.")] = None,
+    module: Annotated[list[str] | None, typer.Option(
+        help="Path of a sub-module to look at in place of the whole. Repeatable.")] = None,
     full: Annotated[bool, typer.Option("--full", help="List members and frozen arrays.")] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -210,7 +212,8 @@ def inspect(
 
         with _progress() as tick:
             tick(f"tracing {model}", 0, 1)
-            solution = api.inspect(model, trust_remote_code=trust_remote_code)
+            solution = api.inspect(model, modules=tuple(module or ()),
+                                   trust_remote_code=trust_remote_code)
         if graph is not None:
             inspection.write_graph(solution, graph)
         if why is not None:

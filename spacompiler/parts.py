@@ -166,14 +166,18 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     Raises UsageError for wrong paths, SpaError for a part that the example inputs do not reach.
     """
     whole = job.module
-    paths = _checked(whole, paths)
     job.whole_inputs = job.inputs
-    job.module = Parts(whole, paths)
-    job.inputs = _inputs(whole, paths, job.inputs)
+    job.module, job.inputs = of(whole, paths, job.inputs)
     batches = [as_call(_inputs(whole, paths, kwargs or args))
                for args, kwargs in job.calibration.batches] if job.importance.needs else []
     job.calibration = Calibration(job.calibration.origin, batches)
     job.notes.append(f"compiled in parts: {', '.join(paths)}")
+
+
+def of(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Parts, tuple[Call, ...]]:
+    """Return parts of a network and their inputs; raises as `enter` does."""
+    paths = _checked(whole, paths)
+    return Parts(whole, paths), _inputs(whole, paths, inputs)
 
 
 def _inputs(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Call, ...]:

@@ -116,6 +116,11 @@ def test_parts_are_found_where_the_whole_cannot_be_traced():
     assert "compiled in parts: blocks.0, blocks.1" in result.job.notes
 
 
+def test_inspecting_parts():
+    solved = spacompiler.inspect(Picky(), INPUTS, modules=("blocks.1",))
+    assert list(solved.groups) == ["blocks.1.up.weight:0"]
+
+
 def test_a_part_whose_code_holds_sizes_is_put_back_as_a_program():
     dense = Picky(Sized)
     result = compiled(dense, floor=0.01)
