@@ -107,21 +107,25 @@ class Sliced:
                                      encoding="utf-8")
 
 
+def check_sliceable(adapter: Adapter) -> None:
+    """Raise SpaError for a type that must be merged first."""
+    if not adapter.kind.axes and not adapter.kind.as_lora:
+        raise SpaError(f"adapters of type {adapter.type} cannot be sliced",
+                       where=str(adapter.path),
+                       why="each of their parameters acts on all rows or columns of a weight",
+                       fix="merge it: leave out --keep-adapter")
+
+
 def sliced(adapter: Adapter, cuts: Mapping[str, Cut], merged: Mapping[str, torch.Tensor],
            base: Mapping[str, torch.Tensor]) -> Sliced:
     """Return the adapter for the pruned base.
 
     `merged` and `base` are the pruned arrays with and without the adapter, by name.
 
-    Raises SpaError for a type that must be merged first.
+    Raises SpaError if an array does not follow its weight as the type's axes say.
     """
     if adapter.kind.as_lora:
         return _as_lora(adapter, merged, base)
-    if not adapter.kind.axes:
-        raise SpaError(f"adapters of type {adapter.type} cannot be sliced",
-                       where=str(adapter.path),
-                       why="each of their parameters acts on all rows or columns of a weight",
-                       fix="merge it: leave out --keep-adapter")
     made = {}
     for part in parts(adapter):
         made[part.key] = _from_weights(part, adapter, merged) if part.name in FROM_WEIGHTS else \

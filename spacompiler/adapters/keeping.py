@@ -11,7 +11,7 @@ from ..errors import ProofError, SpaError
 from ..proof import relative_error
 from ..slicing import Slicer
 from . import files, merging
-from .cutting import Cut, sliced
+from .cutting import Cut, check_sliceable, sliced
 
 if TYPE_CHECKING:
     from ..pipeline import Job
@@ -90,6 +90,7 @@ def check(job: Job) -> None:
     if len(job.recipe.adapters) != 1 or files.parse(job.recipe.adapters[0])[1] != 1.0:
         raise SpaError("only one adapter, without a weight, can be kept", where=job.name,
                        fix="merge them: leave out --keep-adapter")
+    check_sliceable(files.read(*files.parse(job.recipe.adapters[0])))
     if job.recovery is not None:
         raise SpaError("recovery trains the merged model, so its adapter cannot be kept",
                        where=job.name, fix="leave out --keep-adapter, or --recover")
