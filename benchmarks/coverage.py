@@ -218,8 +218,10 @@ def _generates(job: pipeline.Job) -> str:
     if job.emission != "module" or ids is None or not getattr(
             module, "can_generate", lambda: False)():
         return ""
-    inputs, started = dict(job.trace.kwargs), {}
-    if "decoder_input_ids" in inputs:
+    inputs: dict[str, Any] = dict(job.trace.kwargs)
+    started: dict[str, Any] = {}
+    if "decoder_input_ids" in inputs:  # decode from the first token, without the traced ones
+        inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
         inputs["decoder_input_ids"] = torch.zeros(len(ids), 1, dtype=torch.long)
         started["decoder_start_token_id"] = 0
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
