@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .axes import is_frozen
 from .consumers import Consumer
+from .errors import SpaError
 from .frontends.torch_export import Trace
 from .groups import Group, Member, Solution
 from .relevance import largest, rules
@@ -78,6 +79,7 @@ class Gradients:
     _members: dict[str, list[tuple[Member, Group]]] = field(default_factory=dict)
     _apart: dict[str, torch.Tensor] = field(default_factory=dict)
     _count: int = 1
+    _part: float = 1.0
     _running: set[str] = field(default_factory=set)
     _outputs: dict[str, Consumer] = field(default_factory=dict)
 
@@ -112,29 +114,54 @@ class Gradients:
         return found
 
     def add(self, batch: Batch, loss: Callable[..., torch.Tensor],
-            observe: Callable[[str, str, torch.Tensor], Any],
+            observe: Callable[[str, str, torch.Tensor, int], Any],
             observed: Mapping[str, set[str]]) -> None:
-        """Take in one batch, told `observe` what nodes read at the places in `observed`.
+        """Take in one batch, telling `observe` what nodes read at the places in `observed`.
 
         Kinds that need single examples, second derivatives or relevance run by themselves.
         """
         count = self._count = examples(*batch)
         self.batches += 1
         self.examples += count
-        special = _SINGLE | {"hessian", "relevance"}
-        self._run(batch, loss, self._kinds - special, observe=observe, observed=observed)
-        self._settle()
-        if self._kinds & _SINGLE:
-            for one in singles(batch, count):
-                self._run(one, loss, self._kinds & _SINGLE)
+        whole, parts = self._divide()
+        watch: dict[str, Any] = {"observe": observe, "observed": observed}
+        if whole or (observed and not parts):
+            self._run(batch, loss, whole, **watch)
+            self._settle()
+            watch = {}
+        if parts and count > 1 and not self._varies():
+            raise SpaError("this model cannot run single examples of a batch",
+                           why="it could be traced for one batch size only",
+                           fix="give calibration batches of one example, or use another criterion")
+        for one in singles(batch, count) if parts else ():
+            self._count, self._part = 1, 1 / count
+            self._run(one, loss, parts, **watch)
+            self._settle()
+        self._part = 1.0
         if "hessian" in self._kinds:
             self._run(batch, loss, {"hessian"})
         if "relevance" in self._kinds:
+            self._count = count
             self._run(batch, largest, {"relevance"}, override=rules(self.solution.graph))
+
+    def _varies(self) -> bool:
+        graph = self.solution.graph
+        return any(graph.tensors[name].dynamic for name in graph.inputs)
+
+    def _divide(self) -> tuple[set[str], set[str]]:
+        """Kinds to gather from whole batches and from single examples.
+
+        Where examples are run by themselves anyway, what adds up over them is gathered there.
+        """
+        own = self._kinds - {"hessian", "relevance"}
+        if not own & _SINGLE:
+            return own, set()
+        whole = {"elements", "vectors", "curvature"}
+        return own & whole, own - whole
 
     def _run(self, batch: Batch, loss: Callable[..., torch.Tensor], kinds: set[str], *,
              override: Mapping[str, Override] | None = None,
-             observe: Callable[[str, str, torch.Tensor], Any] | None = None,
+             observe: Callable[[str, str, torch.Tensor, int], Any] | None = None,
              observed: Mapping[str, set[str]] | None = None) -> None:
         self._running = kinds
         observed = observed or {}
@@ -147,7 +174,7 @@ class Gradients:
 
         def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
             if observe and name in observed.get(node.name, ()):
-                observe(node.name, name, value)
+                observe(node.name, name, value, self._count)
             return value * self._gate((node.name, name), value) if (node.name, name) in gated \
                 else value
 
@@ -223,7 +250,7 @@ class Gradients:
         for group, dim in self._sites[at]:
             each = onto(gradient, self.solution.solver.dims[at[1]], dim, group)
             for kind in self._running & GATES.keys():
-                self.gates[kind, group.name] += GATES[kind](each)
+                self.gates[kind, group.name] += GATES[kind](each) * self._part
             if "fisher" in self._running:
                 own = _fold(each, self._count)
                 have = self._apart.get(group.name)
@@ -240,6 +267,7 @@ class Gradients:
     def _take(self, name: str, gradient: torch.Tensor) -> None:
         for kind in self._running & ARRAYS.keys():
             value = ARRAYS[kind](gradient)
+            value = value * self._part if kind == "weight_gradients" and self._part != 1 else value
             have = self.arrays.get((kind, name))
             self.arrays[kind, name] = value if have is None else have.add_(value)
         sums = self._running & SUMS.keys()

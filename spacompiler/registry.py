@@ -1,4 +1,4 @@
-"""Find passes: by name, by `module:object`, or as the object itself.
+"""Find passes: by name, by `module:object` or `file.py:object`, or as the object itself.
 
 Built-in and third-party passes come in by one door, entry points in the groups
 `spacompiler.importance`, `.allocation`, `.schedule`, `.compensation` and `.recovery`; nothing is
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .errors import UsageError, did_you_mean
@@ -31,6 +35,9 @@ def check_name(kind: str, text: str) -> None:
     """Raise UsageError for a misspelt name, without importing anything."""
     name, _ = parse(text)
     known = [entry.name for entry in entry_points(group=f"spacompiler.{kind}")]
+    place = name.rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UsageError(f"cannot load {kind} pass {name!r}", why=f"there is no file {place!r}")
     if ":" not in name and name not in known:
         raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, known))
 
@@ -48,7 +55,9 @@ def describe(entry: EntryPoint) -> tuple[str, str]:
 
 
 def find(kind: str, what: Any) -> Any:
-    """Return a pass object for a name, `name(option=value, ...)`, `module:object` or an object.
+    """Return a pass object for a name, `module:object`, `file.py:object` or an object.
+
+    Names may carry options: `name(option=value, ...)`.
 
     Raises UsageError for an unknown name, a failing import or an unfit object.
     """
@@ -76,10 +85,11 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 
 def _load(kind: str, name: str) -> Any:
     if ":" in name:
-        module, _, attribute = name.partition(":")
+        place, _, attribute = name.rpartition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as problem:
+            return getattr(_from_file(place) if place.endswith(".py")
+                           else importlib.import_module(place), attribute)
+        except (ImportError, AttributeError, SyntaxError) as problem:
             raise UsageError(f"cannot load {kind} pass {name!r}", why=str(problem)) from problem
     entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
     if name not in entries:
@@ -89,6 +99,23 @@ def _load(kind: str, name: str) -> Any:
     except (ImportError, AttributeError) as problem:
         raise UsageError(f"cannot load {kind} pass {name!r} ({entries[name].value})",
                          why=str(problem)) from problem
+
+
+def _from_file(path: str) -> ModuleType:
+    """Run a Python file that the user named, once, as a module of its own."""
+    name = f"_passes_of_{abs(hash(Path(path).resolve()))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ImportError(f"there is no file {path!r}")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def construct(found: Any, options: dict[str, Any], text: str) -> Any:

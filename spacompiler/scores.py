@@ -171,7 +171,7 @@ class Scores:
                     pass
             else:
                 self._gradients.add((args, kwargs), loss,
-                                    partial(self._see, watched, examples(args, kwargs)),
+                                    partial(self._see, watched),
                                     _by_node(watched))
             tick()
 
@@ -227,7 +227,7 @@ class Scores:
         args, kwargs = self.trace.match(args, kwargs)
         runner = Runner(self.trace.program, self.stored, touched=_by_node(watched),
                         touch=lambda node, name, value: self._see(
-                            watched, examples(args, kwargs), node.name, name, value))
+                            watched, node.name, name, value, examples(args, kwargs)))
         steps = runner.steps(args, kwargs, stops)
         while True:
             with torch.no_grad():
@@ -236,8 +236,8 @@ class Scores:
                 return
             yield node
 
-    def _see(self, watched: dict[tuple[str, str], Consumer], count: int, node: str, name: str,
-             value: torch.Tensor) -> torch.Tensor:
+    def _see(self, watched: dict[tuple[str, str], Consumer], node: str, name: str,
+             value: torch.Tensor, count: int) -> torch.Tensor:
         """Show statistics what a node reads; `count` examples, unless it reads them mixed."""
         at = watched[node, name]
         x = at.inputs(value.detach())

@@ -1,6 +1,7 @@
 """Criteria against direct re-derivations of their formulas on tiny models, element by element."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import spacompiler
 from spacompiler import registry
 from spacompiler.calibration import default_loss
-from spacompiler.errors import SpaError
+from spacompiler.cli import app
+from spacompiler.errors import SpaError, UsageError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import trace
 from spacompiler.gradients import KINDS
@@ -452,3 +455,57 @@ def test_one_pass_for_all_statistics_equals_separate_passes(net):
             alone = scored(name, group.name, module, batches)
             torch.testing.assert_close(criterion.score(group, together), alone,
                                        rtol=1e-5, atol=1e-8)
+
+
+# --- one's own --------------------------------------------------------------------------------
+
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Loudest:
+    """score_i = largest ||X_j|| of the slice's features."""
+
+    name: ClassVar[str] = "loudest"
+    needs: ClassVar[tuple[str, ...]] = ("moments",)
+    power: float = 1.0
+
+    def score(self, group, ctx):
+        return sum(view.onto(view.moments.norm ** self.power) for view in ctx.consumers(group))
+'''
+
+
+def test_a_criterion_of_ones_own_works_on_the_command_line(tmp_path, capsys):
+    assert len(OWN.strip().splitlines()) <= 15
+    path = tmp_path / "my_file.py"
+    path.write_text(OWN)
+    with pytest.raises(SystemExit) as done:
+        app(["compile", "zoo:mlp", "--target", "params=70%", "--dry-run", "--json",
+             "--align", "1", "--importance", f"{path}:Loudest(power=2)"])
+    assert done.value.code == 0
+    assert json.loads(capsys.readouterr().out)["importance"] == "Loudest(power=2)"
+
+
+@pytest.mark.parametrize("what, why", [
+    ("nowhere.py:Mine", "no file"), ("{0}:Other", "Other"), ("{0}:Mine(x=1)", "no arguments")])
+def test_files_that_hold_no_criterion_are_named(what, why, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("class Mine:\n    needs = ()\n    def score(self, group, ctx): ...\n")
+    with pytest.raises(UsageError) as caught:
+        registry.find("importance", what.format(path))
+    assert why in caught.value.why
+
+
+def test_an_unknown_statistic_is_named(net):
+    module, batches = net
+    with pytest.raises(UsageError, match="no statistic 'momentz'"):
+        context(module, batches).calibrate(("momentz",), batches, default_loss, groups=[])
+
+
+def test_seeds_give_equal_plans_twice():
+    for name in ("random", "taylor", "obs", "taylor-element"):
+        plans = [spacompiler.compile("zoo:llama-gqa", target="body=70%", importance=name,
+                                     dry_run=True, seed=7).plan.to_json() for _ in range(2)]
+        assert plans[0] == plans[1]
