@@ -21,6 +21,7 @@ from spacompiler.groups import solve
 from spacompiler.models_zoo import load
 from spacompiler.scores import Scores
 from spacompiler.statistics import OF_INPUTS
+from spacompiler.surgeon import blocks, removals
 
 BATCHES = 3
 
@@ -428,18 +429,41 @@ def test_obs_adds_up_to_the_error_of_a_refit(place, bias, request):
     total = 0.0
     slot = torch.arange(got.numel()).repeat_interleave(per).reshape(w.shape[0], -1)
     for hs, ws, ss in zip(h, w, slot, strict=True):
-        keep = ~gone.reshape(-1)[ss]
-        miss = ws.clone()
-        miss[:, keep] -= (ws @ hs[:, keep]) @ torch.linalg.inv(hs[keep][:, keep])
-        total += ((miss @ hs) * miss).sum()
+        total += refit_error(hs, ws, ~gone.reshape(-1)[ss])
     torch.testing.assert_close(got[gone].sum(), total, rtol=1e-5, atol=1e-12)
     # and no other choice is cheaper where slices do not share a round
     if len(shape) == 1 and w.shape[0] == 1:
         inverse = torch.linalg.inv(h[0])
-        blocks = [torch.arange(i * per, (i + 1) * per) for i in range(shape[0])]
+        sets = [torch.arange(i * per, (i + 1) * per) for i in range(shape[0])]
         alone = [(w[0][:, b] @ torch.linalg.inv(inverse[b][:, b]) * w[0][:, b]).sum()
-                 for b in blocks]
+                 for b in sets]
         assert int(torch.stack(alone).argmin()) == int(gone.nonzero())
+
+
+def refit_error(h, w, keep):
+    """E||(W - W') x||^2 with W' the least-squares refit of the features in `keep`."""
+    miss = w.clone()
+    if keep.any():
+        miss[:, keep] -= (w @ h[:, keep]) @ torch.linalg.inv(h[keep][:, keep])
+    return ((miss @ h) * miss).sum()
+
+
+def test_rounds_of_removal_cost_what_refits_from_scratch_do(llama):
+    module, batches = llama
+    ctx = context(module, batches)
+    group = ctx.solution.groups[PLACES["mlp"][1]]
+    ctx.calibrate(("covariance",), batches, default_loss, groups=[group])
+    views = ctx.consumers(group)
+    h = views[0].covariance.second[0]
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h))
+    w, spent, keep = views[0].weight[0].double(), 0.0, torch.ones(40, dtype=torch.bool)
+    for gone, errors, cost in removals(blocks(views, centred=False), (40,), rounds=7):
+        assert errors[gone].max() <= errors[keep & ~gone].min() if (keep & ~gone).any() else True
+        keep &= ~gone
+        spent += cost
+        torch.testing.assert_close(torch.tensor(spent).double(), refit_error(h, w, keep),
+                                   rtol=1e-6, atol=1e-12)
+    assert not keep.any()
 
 
 def test_one_pass_for_all_statistics_equals_separate_passes(net):
