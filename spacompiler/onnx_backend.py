@@ -99,7 +99,7 @@ class FileScores(Scores):
             values = dict(zip(names, session.run(feed, names), strict=True))
             for node, name in watched:
                 if name in values:
-                    self._see(watched, count, node, name, torch.from_numpy(values[name]))
+                    self._see(watched, node, name, torch.from_numpy(values[name]), count)
 
     def _view(self, at: Consumer, group: Group) -> View:
         tensor = self.solution.graph.tensors[at.weight]
