@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from .consumers import Consumer
@@ -15,7 +16,7 @@ from .emit import onnx_proof
 from .emit.onnx_rewrite import rewrite
 from .emit.onnx_run import Session, run
 from .errors import SpaError, UsageError
-from .frontends.onnx_file import OnnxFile, checked_feed
+from .frontends.onnx_file import OnnxFile, checked_feed, release
 from .frontends.onnx_lower import OnnxTrace, trace
 from .frontends.onnx_ops import TABLE
 from .groups import Group, Solution, solve
@@ -54,6 +55,8 @@ def check_weights(job: Job) -> None:
         if tensor is not None and tensor.dtype.is_floating_point() and not _sound(tensor.numpy()):
             raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
                            fix="use a model with finite weights")
+        if isinstance(tensor, ir.ExternalTensor):
+            release(file.model)
 
 
 def _sound(array: np.ndarray) -> bool:
@@ -68,6 +71,7 @@ class FileScores(Scores):
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array as it lies; integers (quantised weights) as floats."""
+        release(cast(Any, self.trace).model)
         found = _tensor(cast(Any, self.trace).stored(name))
         return found if found.is_floating_point() else found.float()
 

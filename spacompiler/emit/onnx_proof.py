@@ -18,6 +18,7 @@ import torch
 from ..axes import Choices, take
 from ..cost import cost
 from ..errors import ProofError, SpaError
+from ..frontends.onnx_file import release
 from ..frontends.onnx_lower import OnnxTrace
 from ..groups import Solution
 from ..proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
@@ -118,8 +119,9 @@ def _dense(trace: OnnxTrace, solution: Solution,
             return engine, _finite(engine.run(masked(trace, solution, choices), trace.feeds))
         except Exception:  # no kernel, no type rule, no reference: the next one may do
             continue
-    return ORT_SINGLE, _finite(
-        ORT_SINGLE.run(masked(trace, solution, choices), trace.feeds))
+    want = _finite(ORT_SINGLE.run(masked(trace, solution, choices), trace.feeds))
+    release(trace.model)
+    return ORT_SINGLE, want
 
 
 def _finite(results: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,6 +144,7 @@ def _noise(trace: OnnxTrace, solution: Solution, choices: Choices,
             value.const_value = ir.Tensor(_moved(tensor.numpy(), rng), name=value.name)
     feeds = {n: _moved(a, rng) if a.dtype == np.float32 else a for n, a in trace.feeds.items()}
     floor = relative_error(ORT_SINGLE.run(model, feeds), want)
+    release(trace.model)
     return min(NOISE * max(floor, 2.0**-23), 1e-2)
 
 
@@ -154,7 +157,7 @@ def _control(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Eng
              want: list[torch.Tensor], seed: int) -> tuple[str, float]:
     weight, control = "", 0.0
     for attempt in range(CONTROLS):
-        weight, wrong = swap(lambda n: torch.from_numpy(np.array(trace.stored(n), np.float32)),
+        weight, wrong = swap(lambda n: torch.from_numpy(np.asarray(trace.stored(n), np.float32)),
                              solution, choices, seed + attempt)
         model = rewrite(trace, solution, choices, wrong, double=engine.double)
         control = _error(engine, model, trace, want)

@@ -19,6 +19,7 @@ import onnx_ir.passes.common as passes
 
 from ..axes import Choices, atoms, keep_mask, kept_size, take
 from ..errors import ProofError
+from ..frontends.onnx_file import release
 from ..frontends.onnx_lower import OnnxTrace, Place
 from ..frontends.onnx_shapes import Facts, infer
 from ..groups import Solution
@@ -56,6 +57,7 @@ class Arrays:
         """Return the kept part of a stored array, gains of RMSNorms corrected."""
         array = take(self._trace.stored(name), self._dims[name],
                      self._wrong.get(name, self._choices))
+        release(self._trace.model)
         change = self._gains.get(name)
         if change is not None:
             offset = change.norm.offset

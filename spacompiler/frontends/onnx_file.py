@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -259,6 +260,14 @@ def external(model: ir.Model) -> dict[str, np.ndarray]:
     return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()
             if value.const_value is not None and value.const_value.dtype in _PLAIN
             and value.const_value.nbytes > INLINE}
+
+
+def release(model: ir.Model) -> None:
+    """Unmap what was read of external data files: it is mapped again when it is asked for."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            with suppress(BufferError):  # someone still looks at it
+                value.const_value.release()
 
 
 # --- example inputs ---------------------------------------------------------------------------
