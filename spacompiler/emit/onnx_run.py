@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,15 @@ import onnxruntime as ort
 from ..errors import SpaError
 from ..frontends.onnx_file import external, skeleton
 
+LENT_BYTES = 2**28
+"""Above this, initialisers in memory go by way of a temporary file."""
+
+
+def _loose_bytes(model: ir.Model) -> int:
+    """Bytes of the initialisers that lie in memory or are made when they are read."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values()
+               if v.const_value is not None and not isinstance(v.const_value, ir.ExternalTensor))
+
 
 class Session:
     """A model opened in ONNX Runtime; `extra` values are returned besides its outputs.
@@ -21,7 +32,13 @@ class Session:
     """
 
     def __init__(self, model: ir.Model, extra: Sequence[str] = (), *, fuse: bool = False) -> None:
-        proto = skeleton(model)
+        self._folder = tempfile.TemporaryDirectory(prefix="spacompiler-") \
+            if _loose_bytes(model) > LENT_BYTES else None
+        if self._folder is not None:  # ONNX Runtime copies what it is lent, and maps files
+            path = Path(self._folder.name) / "model.onnx"
+            ir.save(model, path, external_data="model.onnx.data")
+            model = ir.load(path)
+        proto = skeleton(model, mapped=True)
         have = {o.name for o in proto.graph.output}
         proto.graph.output.extend(
             onnx.helper.make_empty_tensor_value_info(n) for n in extra if n not in have)
@@ -35,6 +52,11 @@ class Session:
         self._lent = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays.values()]
         if self._lent:
             options.add_external_initializers(list(self._arrays), self._lent)
+        place = next((str(v.const_value.base_dir) for v in model.graph.initializers.values()
+                      if isinstance(v.const_value, ir.ExternalTensor)), None)
+        if place is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", place or ".")
         try:
             self._session = ort.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -222,15 +222,18 @@ def _unshare(model: ir.Model) -> None:
             node.replace_input_with(index, copy)
 
 
-def skeleton(model: ir.Model, *, as_inputs: bool = False) -> onnx.ModelProto:
+def skeleton(model: ir.Model, *, as_inputs: bool = False,
+             mapped: bool = False) -> onnx.ModelProto:
     """Return the model as protobuf without its large initialisers.
 
     They become external (fed to ONNX Runtime from memory), or inputs where only the graph counts.
+    With `mapped`, those that lie in data files keep their places there.
     """
     held = {}
     for graph_value in model.graph.initializers.values():
         tensor = graph_value.const_value
-        if tensor is not None and tensor.dtype in _PLAIN and tensor.nbytes > INLINE:
+        lies = mapped and isinstance(tensor, ir.ExternalTensor)
+        if tensor is not None and tensor.dtype in _PLAIN and tensor.nbytes > INLINE and not lies:
             held[graph_value.name or ""] = tensor
             graph_value.const_value = ir.ExternalTensor(
                 "memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(sizes_of(tensor)),
@@ -256,10 +259,11 @@ def _inputs_instead(proto: onnx.ModelProto, held: Mapping[str, ir.TensorProtocol
 
 
 def external(model: ir.Model) -> dict[str, np.ndarray]:
-    """Return the arrays that `skeleton` leaves out, by name (mapped from disk where they lie)."""
+    """Return the arrays that `skeleton(mapped=True)` leaves out, by name."""
     return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()
             if value.const_value is not None and value.const_value.dtype in _PLAIN
-            and value.const_value.nbytes > INLINE}
+            and value.const_value.nbytes > INLINE
+            and not isinstance(value.const_value, ir.ExternalTensor)}
 
 
 def release(model: ir.Model) -> None:
