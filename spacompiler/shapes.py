@@ -296,7 +296,8 @@ def slice_(s: Solver, n: Node) -> None:
     dim = n.arg(1, "dim", 0) % len(dims)
     size, step = dims[dim].size, bounds[2]
     positions = np.arange(size)[slice(*bounds)] if step > 0 else np.empty(0, int)
-    runs = size % step == 0 and len(positions) == size // step
+    end = size if bounds[1] is None else _clamp(bounds[1], size)
+    runs = size % step == 0 and len(positions) == size // step and end == size
     if s.rewire and step > 1 and len(positions) and not runs:
         s.gather(n, next(n.refs()), dim, positions)
         return
