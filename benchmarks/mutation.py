@@ -33,7 +33,7 @@ from types import CodeType, FunctionType
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = """axes notation primitives shapes reductions solver groups slicing idioms
 frontends/aten""".split()
-TESTS = "test_axes test_notation test_permutations test_groups".split()
+TESTS = "test_axes test_notation test_idioms test_exact test_permutations test_groups".split()
 SLOW = "solving_is_fast golden every_parameter every_operator shufflenet".split()
 SECONDS = 60
 GRAPHS, TINY = 60, 60
