@@ -37,7 +37,10 @@ class Unknown(Exception):
 
 @dataclass
 class OnnxTrace:
-    """A file's graph as IR, with what is needed to go back: nodes, places, facts, inputs."""
+    """A file's graph as IR, with what is needed to go back: nodes, places, facts, inputs.
+
+    Nothing is `tied` by name nor `repaired`: a shared initialiser has one name.
+    """
 
     file: OnnxFile
     graph: Graph
@@ -46,6 +49,8 @@ class OnnxTrace:
     nodes: dict[str, ir.Node] = field(default_factory=dict)
     places: dict[tuple[str, int], Place] = field(default_factory=dict)
     filled: dict[str, ir.Node] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    repaired: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> ir.Model:
