@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
     "CFSP": Method("cfsp", "cfsp-layers"),
     "Adapt-Pruner": Method("taylor-element", "adapt-layers"),
     "OBS refit": Method("obs(bias=False)", repair="refit(bias=False)"),
+    "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
     "ours, not measured": Method("curvature", "global", "refit", floor=0.02),
     "ours": Method("curvature", "measured(rounds=2, batches=3)", "refit", floor=0.02),
 }

@@ -603,7 +603,8 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     scorer = registry.find("importance", importance or recipe.importance)
     schedule = schedule or recipe.schedule
     trains = registry.find("schedule", schedule) if schedule else None
-    needs = bool(scorer.needs) or trains is not None
+    mends = repair or recipe.repair
+    needs = bool(scorer.needs) or trains is not None or mends != "none"
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed, module=module)
@@ -611,7 +612,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
               registry.find("allocation", allocator or recipe.allocation), batches,
               loss or default_loss, name or type(module).__name__, tokenizer,
               progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
-              compensation=_compensation(repair or recipe.repair, batches))
+              compensation=_compensation(mends, batches))
     if recovery or recipe.recovery:
         job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
             checkpoint
