@@ -23,6 +23,22 @@ for _name in ("nms", "qnms"):
 import torchvision  # noqa: E402
 from torchvision.models import list_models  # noqa: E402
 
+
+
+def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Non-maximum suppression in plain torch, for where the C++ library does not load."""
+    order, kept = scores.argsort(descending=True), []
+    overlap = torchvision.ops.box_iou(boxes, boxes) > iou_threshold
+    while order.numel():
+        kept.append(order[0])
+        order = order[~overlap[order[0], order]]
+    return torch.stack(kept) if kept else order
+
+
+if not torchvision.extension._has_ops():
+    torchvision.ops.boxes.nms = _nms
+    torchvision.ops.roi_align.__globals__["_assert_has_ops"] = lambda: None
+
 Built = tuple[nn.Module, tuple[Any, ...]]
 DETECTION = torchvision.models.detection
 # prefix of a model's name -> side of its images (the longest prefix counts; else 64)
