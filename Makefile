@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := adapters,gguf,graph,test,dev
+EXTRAS := adapters,gguf,graph,genai,test,dev
 
 .PHONY: help demo test lint clean
 .DEFAULT_GOAL := help

@@ -24,7 +24,6 @@ import torchvision  # noqa: E402
 from torchvision.models import list_models  # noqa: E402
 
 
-
 def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Non-maximum suppression in plain torch, for where the C++ library does not load."""
     order, kept = scores.argsort(descending=True), []
