@@ -52,9 +52,10 @@ def gather_indices(solution: Solution, choices: Choices) -> dict[str, tuple[Gath
     for gather in solution.solver.gathers:
         source, result = (solution.solver.dims[t][gather.dim]
                           for t in (gather.source, gather.result))
-        if kept_size(source, choices) != source.size:
-            rank = np.cumsum(keep_mask([source], choices)) - 1
-            kept = gather.index[np.broadcast_to(keep_mask([result], choices), [result.size])]
+        if any(kept_size(e, choices) != e.size for e in solution.solver.dims[gather.source]):
+            stays, wanted = (np.broadcast_to(keep_mask([e], choices), [e.size])
+                             for e in (source, result))
+            rank, kept = np.cumsum(stays) - 1, gather.index[wanted]
             found[gather.node] = gather, rank[kept]
     return found
 

@@ -177,6 +177,29 @@ def test_an_axis_that_meets_itself_goes_by_cycles(order: Any) -> None:
     assert sum(sizes) == cycles
 
 
+class Beside(torch.nn.Module):
+    """Positions are dealt out inside heads, and whole heads go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(5, 24), torch.nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.up(x).view(2, 4, 6)
+        dealt = heads.view(2, 4, 2, 3).transpose(2, 3).reshape(2, 4, 6)
+        return self.down(dealt.reshape(2, 24))
+
+
+def test_a_dim_beside_the_dealt_one_shrinks() -> None:
+    torch.manual_seed(0)
+    found = trace(Beside(), (torch.randn(2, 5),))
+    solution = solve(found.graph, TABLE, rewire=True)
+    assert solution.solver.gathers
+    heads = next(g for g in solution.groups.values() if g.size == 4)
+    choices = {heads.atom: Choice(np.array([True, False, True, False]))}
+    assert prove(found, solution, choices).holds
+
+
 # --- ShuffleNet ---------------------------------------------------------------------------------
 
 
