@@ -42,6 +42,10 @@ class ProofError(SpaError):
     """The pruned model is not the masked dense model: nothing may be written."""
 
 
+class ControlError(ProofError):
+    """The proof shows nothing at these inputs: a wrong index goes unseen."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a suggestion for a misspelt name, followed by all known names.
 

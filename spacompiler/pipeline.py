@@ -25,7 +25,7 @@ from .emit import hf
 from .emit.attributes import resized, watch
 from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
-from .errors import ProofError, SpaError, TargetError, TraceError, UsageError
+from .errors import ControlError, ProofError, SpaError, TargetError, TraceError, UsageError
 from .frontends.aten import TABLE
 from .frontends.torch_export import Inputs, Trace, trace
 from .groups import Group, Solution, solve
@@ -404,7 +404,7 @@ def prove_plan(job: Job) -> None:
         return
     job.proof = job.backend.prove(job)
     if not job.proof.holds:
-        raise ProofError(
+        raise ControlError(
             "the proof's negative control was not caught",
             why=f"a wrong index in {job.proof.swapped} changes results by "
                 f"{job.proof.control:.1e} only (needed {CONTROL:.0e}; error {job.proof.error:.1e}, "

@@ -22,9 +22,11 @@ from typer.testing import CliRunner
 import spacompiler
 from spacompiler import api, models_zoo
 from spacompiler.cli import app
+from spacompiler.emit import onnx_double
 from spacompiler.emit.onnx_file import export_onnx
+from spacompiler.emit.onnx_run import Session
 from spacompiler.emit.program import rewrite as rewrite_program
-from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
+from spacompiler.errors import ControlError, ProofError, SpaError, TargetError, UsageError
 from spacompiler.frontends import aten, onnx_ops, torch_export
 from spacompiler.frontends.onnx_file import open_model
 from spacompiler.frontends.onnx_lower import trace
@@ -250,9 +252,9 @@ def test_a_wrong_index_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- every operator ---------------------------------------------------------------------------
 
 
-def benchmark() -> ModuleType:
-    place = Path(__file__).parents[1] / "benchmarks/onnx_ops.py"
-    spec = importlib.util.spec_from_file_location("onnx_ops_benchmark", place)
+def benchmark(name: str = "onnx_ops") -> ModuleType:
+    place = Path(__file__).parents[1] / f"benchmarks/{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -266,6 +268,51 @@ def test_slicing_commutes_with_every_operator(tmp_path: Path) -> None:
     found = bench.property_of_rows(tmp_path / "model.onnx", expanded=False)
     assert found["slicing commutes"] > 450
     assert found["differs"] == found["crashed"] == 0, found
+
+
+WINDOW = {"kernel_shape": [3, 2]}
+KERNELS: list[tuple[str, int, dict[str, Any]]] = [
+    *((op, opset, {} if axis is None else {"axis": axis})
+      for op in ("Softmax", "LogSoftmax") for opset in (11, 13) for axis in (None, 0, 1, -2)),
+    *((op, 11, {**WINDOW, **more}) for op in ("AveragePool", "MaxPool") for more in (
+        {}, {"strides": [2, 1], "pads": [1, 0, 2, 1]}, {"auto_pad": "SAME_UPPER"},
+        {"auto_pad": "SAME_LOWER", "strides": [2, 2]}, {"auto_pad": "VALID"})),
+    ("AveragePool", 11, {**WINDOW, "pads": [1, 0, 2, 1], "count_include_pad": 1}),
+    ("MaxPool", 11, {**WINDOW, "dilations": [2, 1]}),
+]
+
+
+def test_kernels_of_the_proof_are_those_of_onnx_runtime() -> None:
+    """Old Softmax included: ONNX's reference implementation has only that of opset 13."""
+    x = RNG.standard_normal((2, 3, 7, 5)).astype(np.float32)
+    for op, opset, attributes in KERNELS:
+        model = parsed("m (float[2, 3, 7, 5] x) => (float[A, B, C, D] y) { y = Relu(x) }", opset)
+        model.graph.node[0].CopyFrom(onnx.helper.make_node(op, ["x"], ["y"], **attributes))
+        read = ir.from_proto(model)
+        want, = Session(read).run({"x": x})
+        got, = onnx_double.evaluate(read, {"x": x})
+        np.testing.assert_allclose(got, want, atol=1e-5, err_msg=f"{op} {opset} {attributes}")
+
+
+# --- whole files ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])
+def test_a_light_model_is_pruned_and_proved(name: str, tmp_path: Path) -> None:
+    bench = benchmark("onnx_files")
+    light = Path(onnx.__file__).parent / f"backend/test/data/light/light_{name}.onnx"
+    kind, what = bench.one(bench.randomised(light, tmp_path), 70)
+    assert (kind, what[:6]) == ("pruned", "70.0% "), what
+
+
+def test_an_uncaught_control_is_a_refusal(tmp_path: Path) -> None:
+    model = conv_pair()
+    array = np.full(64, -1e3, np.float32)  # every unit is dead
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(array, "b1"))
+    with pytest.raises(ControlError, match="control was not caught"):
+        compiled(saved(model, tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert benchmark("onnx_files").one(tmp_path / "model.onnx", 70)[0] == "refused"
 
 
 # --- one IR -----------------------------------------------------------------------------------

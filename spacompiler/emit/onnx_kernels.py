@@ -1,4 +1,4 @@
-"""Convolutions and poolings in float64 for ONNX's reference implementation, by torch."""
+"""Convolutions, poolings and softmax in float64 for ONNX's reference, by torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_average_pool import AveragePool_19 as AveragePoolReference
+from onnx.reference.ops.op_max_pool import MaxPool as MaxPoolReference
 from torch.nn import functional
 
 
@@ -80,4 +82,77 @@ class GlobalAveragePool(OpRun):
         return (X.mean(axis=tuple(range(2, X.ndim)), keepdims=True),)
 
 
-KERNELS = (Conv, ConvTranspose, GlobalAveragePool)
+class AveragePool(AveragePoolReference):
+    """Mean over windows; rounded up or dilated by ONNX's (slow) reference."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+            self, x: Any, auto_pad: Any = None, ceil_mode: Any = None, dilations: Any = None,
+            kernel_shape: Any = None, pads: Any = None, strides: Any = None,
+            count_include_pad: Any = None) -> tuple[Any]:
+        if ceil_mode or len(kernel_shape) > 3 or max(dilations or [1]) > 1:
+            return tuple(super()._run(
+                x, auto_pad=auto_pad, ceil_mode=ceil_mode, dilations=dilations,
+                kernel_shape=kernel_shape, pads=pads, strides=strides,
+                count_include_pad=count_include_pad))
+        n = len(kernel_shape)
+        strides = strides or [1] * n
+        border = _pads(x, kernel_shape, strides, [1] * n, pads, auto_pad or "NOTSET")
+        run = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[n - 1]
+        data = torch.from_numpy(np.ascontiguousarray(x))
+        inside = torch.ones((1, 1, *x.shape[2:]), dtype=data.dtype)
+        total, share = (run(functional.pad(a, border), tuple(kernel_shape), tuple(strides))
+                        for a in (data, inside))
+        return ((total if count_include_pad else total / share).numpy(),)
+
+
+class MaxPool(MaxPoolReference):
+    """Maximum over windows; rounded up, dilated or with indices by ONNX's (slow) reference."""
+
+    op_domain = ""
+
+    def _run(  # type: ignore[override]
+            self, x: Any, auto_pad: Any = None, ceil_mode: Any = None, dilations: Any = None,
+            kernel_shape: Any = None, pads: Any = None, storage_order: Any = None,
+            strides: Any = None) -> tuple[Any, ...]:
+        n = len(kernel_shape)
+        if ceil_mode or n > 3 or max(dilations or [1]) > 1 or x.dtype.kind != "f" or \
+                len(self.onnx_node.output) > 1:
+            return tuple(super()._run(
+                x, auto_pad=auto_pad, ceil_mode=ceil_mode, dilations=dilations,
+                kernel_shape=kernel_shape, pads=pads, storage_order=storage_order,
+                strides=strides))
+        strides = strides or [1] * n
+        border = _pads(x, kernel_shape, strides, [1] * n, pads, auto_pad or "NOTSET")
+        run = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[n - 1]
+        data = functional.pad(torch.from_numpy(np.ascontiguousarray(x)), border,
+                              value=-torch.inf)
+        return (run(data, tuple(kernel_shape), tuple(strides)).numpy(),)
+
+
+class LogSoftmax(OpRun):
+    """Over one axis; before opset 13 over all from `axis` on, which the reference leaves out."""
+
+    op_domain = ""
+
+    def _run(self, X: Any, axis: Any = None) -> tuple[Any]:
+        old = self.run_params["opsets"].get("", 13) < 13
+        if not any(a.name == "axis" for a in self.onnx_node.attribute):
+            axis = 1 if old else -1
+        x = torch.from_numpy(np.ascontiguousarray(X))
+        x = x.flatten(axis % X.ndim) if old else x
+        return (self._of(x, axis % X.ndim).reshape(X.shape).numpy(),)
+
+    def _of(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return functional.log_softmax(x, axis)
+
+
+class Softmax(LogSoftmax):
+    """As LogSoftmax."""
+
+    def _of(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return functional.softmax(x, axis)
+
+
+KERNELS = (Conv, ConvTranspose, GlobalAveragePool, AveragePool, MaxPool, LogSoftmax, Softmax)

@@ -77,7 +77,8 @@ def prove(trace: OnnxTrace, solution: Solution, choices: Choices, *, seed: int =
             where=locate(trace, solution, choices, max(tolerance, 1e-4)),
             why="an operator's row relates axes wrongly, or the model computes with its sizes",
             fix="please report it; --ignore the groups of that layer to go on")
-    weight, control = _control(trace, solution, choices, engine, want, seed)
+    weight, control = _control(trace, solution, choices, engine, want, seed,
+                               max(CONTROL, 10 * tolerance))
     return Proof(error, control, weight, None, engine.precision, tolerance)
 
 
@@ -154,14 +155,14 @@ def _moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _control(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Engine,
-             want: list[torch.Tensor], seed: int) -> tuple[str, float]:
+             want: list[torch.Tensor], seed: int, needed: float) -> tuple[str, float]:
     weight, control = "", 0.0
     for attempt in range(CONTROLS):
         weight, wrong = swap(lambda n: torch.from_numpy(np.asarray(trace.stored(n), np.float32)),
                              solution, choices, seed + attempt)
         model = rewrite(trace, solution, choices, wrong, double=engine.double)
         control = _error(engine, model, trace, want)
-        if control >= CONTROL:
+        if control >= needed:
             break
     return weight, control
 

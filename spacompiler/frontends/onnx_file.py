@@ -266,12 +266,20 @@ def external(model: ir.Model) -> dict[str, np.ndarray]:
             and not isinstance(value.const_value, ir.ExternalTensor)}
 
 
+_EXTERNAL = "spacompiler.external"
+
+
 def release(model: ir.Model) -> None:
-    """Unmap what was read of external data files: it is mapped again when it is asked for."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            with suppress(BufferError):  # someone still looks at it
-                value.const_value.release()
+    """Unmap what was read of external data files: it is mapped again when it is asked for.
+
+    Called for every array that is read, so which arrays are external is looked up only once.
+    """
+    if _EXTERNAL not in model.meta:
+        model.meta[_EXTERNAL] = [v.const_value for v in model.graph.initializers.values()
+                                 if isinstance(v.const_value, ir.ExternalTensor)]
+    for tensor in model.meta[_EXTERNAL]:
+        with suppress(BufferError):  # someone still looks at it
+            tensor.release()
 
 
 # --- example inputs ---------------------------------------------------------------------------
