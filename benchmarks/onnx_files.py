@@ -32,6 +32,7 @@ from spacompiler.emit.onnx_run import Session
 from spacompiler.errors import ControlError, ProofError, SpaError
 
 PACKAGES = ("rapidocr-onnxruntime==1.4.4", "magika==1.0.3", "silero-vad==6.2.3")
+SPREAD = np.float32(3)
 NOISE = np.random.default_rng(0)
 
 
@@ -93,9 +94,9 @@ def seeded(value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 
 def temper(model: ir.Model) -> None:
-    """Scale the last layer so that what the Softmax at the end reads deviates by one.
+    """Scale the last layer so that what the Softmax at the end reads deviates by `SPREAD`.
 
-    Without norms maxima grow from layer to layer: a saturated Softmax shows no wrong index.
+    Sums and maxima grow from layer to layer, and a saturated Softmax shows no wrong index.
     """
     last = model.graph.outputs[0].producer()
     if last.op_type != "Softmax":
@@ -105,11 +106,11 @@ def temper(model: ir.Model) -> None:
         layer = layer.inputs[0].producer()
     example = {v.name: np.random.default_rng(0).standard_normal(tuple(v.shape)).astype(np.float32)
                for v in model.graph.inputs if v.name not in model.graph.initializers}
-    spread = np.std(Session(model, [read.name]).run(example, [read.name])[0])
+    factor = SPREAD / np.std(Session(model, [read.name]).run(example, [read.name])[0])
     for value in layer.inputs[1:]:
         while value.const_value is None:  # reshaped
             value = value.producer().inputs[0]
-        value.const_value = ir.Tensor(value.const_value.numpy() / spread, name=value.name)
+        value.const_value = ir.Tensor(value.const_value.numpy() * factor, name=value.name)
 
 
 def randomised(path: Path, folder: Path) -> Path:
