@@ -78,11 +78,18 @@ def _base_arrays(pruned: Any, base: dict[str, torch.Tensor], merged: dict[str, t
             else tensor + (have[name] - merged[name]) for name, tensor in base.items()}
 
 
-def _put(pruned: Any, own: dict[str, torch.Tensor]) -> None:
-    arrays = {**dict(pruned.named_parameters(remove_duplicate=False)),
-              **dict(pruned.named_buffers(remove_duplicate=False))}
+def _put(pruned: torch.nn.Module, own: dict[str, torch.Tensor]) -> None:
+    """Give a module other arrays, tied ones together; what it shared with the trace stays there."""
+    made: dict[int, torch.Tensor] = {}
     for name, tensor in own.items():
-        arrays[name].data = tensor
+        path, _, leaf = name.rpartition(".")
+        part = pruned.get_submodule(path)
+        holder = part._parameters if leaf in part._parameters else part._buffers
+        old = holder[leaf]
+        assert old is not None
+        new = torch.nn.Parameter(tensor, requires_grad=old.requires_grad) \
+            if isinstance(old, torch.nn.Parameter) else tensor
+        holder[leaf] = made.setdefault(id(old), new)  # type: ignore[assignment]
 
 
 def check(job: Job) -> None:
