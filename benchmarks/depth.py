@@ -4,8 +4,7 @@
 
 Tracing and solving look at shapes only, so no weight is ever made. Each depth has a process of
 its own. Seconds are CPU seconds (solving: the best of three); memory is the process's peak, of
-which torch and transformers take some
-370 MB before anything is traced.
+which torch and transformers take some 370 MB before anything is traced.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None)
 
 Model = Annotated[str, typer.Argument(
-    metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, or "
+    metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, an .onnx file, or "
                           "package.module:factory (returns module, example inputs)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Trust = Annotated[bool, typer.Option(

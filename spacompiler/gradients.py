@@ -99,11 +99,6 @@ class Gradients:
                 if kept[member.weight].kind == "parameter":
                     self._members.setdefault(member.weight, []).append((member, group))
 
-    @property
-    def places(self) -> list[tuple[str, str]]:
-        """Where gates stand: (node, activation)."""
-        return list(self._sites)
-
     def _read_places(self, groups: Sequence[Group]) -> dict[tuple[str, str],
                                                             list[tuple[Group, int]]]:
         found: dict[tuple[str, str], list[tuple[Group, int]]] = {}

@@ -121,7 +121,8 @@ def _check_directory(path: str) -> None:
     looks_local = place.is_absolute() or path.startswith((".", "~")) or place.suffix != ""
     if not place.exists() and (looks_local or path.count("/") > 1):
         raise SpaError(f"there is no model at {path!r}", why="no such file or directory",
-                       fix="give zoo:NAME, a transformers directory, or package.module:factory")
+                       fix="give zoo:NAME, a transformers directory, an .onnx file, or "
+                           "package.module:factory")
     if place.is_file():
         raise SpaError(f"{path!r} is a file, not a model directory",
                        why="weights alone do not say what network they belong to",
