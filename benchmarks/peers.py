@@ -23,6 +23,10 @@ from torch import nn
 
 from spacompiler import allocation, pipeline
 from spacompiler.emit.module import operate
+from spacompiler.frontends.aten import TABLE
+from spacompiler.frontends.torch_export import trace
+from spacompiler.groups import solve
+from spacompiler.plan import make_plan
 from spacompiler.recipe import ROLES, Recipe
 
 SHARE = 0.5
@@ -73,13 +77,13 @@ def ours(suite: str, model: str) -> Timing:
                         layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
                         approximate=True)
         job = pipeline.make_job(module, inputs, recipe, calibration="none", name=model)
-        job.trace = pipeline.trace(module, inputs)
+        job.trace = trace(module, inputs)
         solving = time.process_time()
-        job.solution = pipeline.solve(job.trace.graph, pipeline.TABLE)
+        job.solution = solve(job.trace.graph, TABLE)
         timing.find_s = time.process_time() - solving
         job.candidates = allocation.candidates(job.solution, roles=ROLES, approximate=True)
         pipeline.score(job)
-        job.plan = pipeline.make_plan(job.candidates, job.scores, {
+        job.plan = make_plan(job.candidates, job.scores, {
             g.name: max(1, int(g.size * SHARE)) for g in job.candidates})
         job.choices = job.plan.choices(job.solution)
         operate(job.trace, module, job.solution, job.choices)

@@ -32,6 +32,7 @@ from spacompiler.recipe import Recipe
 from spacompiler.repair import add_biases, unbiased
 from spacompiler.scores import Scores
 from spacompiler.statistics import Covariance
+from spacompiler.torch_backend import TORCH
 
 SHARES = ("80%", "65%", "50%")
 LENGTH = 512
@@ -91,10 +92,10 @@ class Bench:
 
     def analyse(self) -> None:
         """Trace; zero biases are put where some row's repair needs one, the same for all rows."""
-        self.trace, self.solution = pipeline.TORCH.trace(self.module, self.inputs)
+        self.trace, self.solution = TORCH.trace(self.module, self.inputs)
         paths = unbiased(self.module, self.solution, self.candidates(Method("random", only=())))
         add_biases(self.module, paths)
-        self.trace, self.solution = pipeline.TORCH.trace(self.module, self.inputs)
+        self.trace, self.solution = TORCH.trace(self.module, self.inputs)
         self.stored = dict(self.trace.program.state_dict)
         self.context = Scores(self.trace, self.solution, self.seed)
 

@@ -14,14 +14,15 @@ from torch.utils import _pytree as pytree
 
 from spacompiler import registry
 from spacompiler.allocation import family
+from spacompiler.decision import allocate_counts
 from spacompiler.errors import SpaError, TargetError
 from spacompiler.groups import Group
+from spacompiler.job import Job
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
 from spacompiler.live.sites import Masks, sites
 from spacompiler.live.watch import Watch
-from spacompiler.pipeline import Job, allocate_counts
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from . import pipeline, source
 from .artifact_path import check_out
 from .frontends.torch_export import Inputs
 from .groups import Solution
+from .job import Job, Progress, backend_of
 from .plan import Plan
 from .recipe import Recipe
 
@@ -21,7 +22,7 @@ from .recipe import Recipe
 class Result:
     """What a compile made: `module` is the pruned module (None after a dry run)."""
 
-    job: pipeline.Job
+    job: Job
     report: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -54,7 +55,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
             adapter: str | Path | Sequence[str | Path] = (),
             recovery: Any = None, recover_data: Any = None, checkpoint: str | Path | None = None,
             name: str = "", dry_run: bool = False,
-            trust_remote_code: bool = False, progress: pipeline.Progress | None = None,
+            trust_remote_code: bool = False, progress: Progress | None = None,
             **options: Any) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
 
@@ -124,7 +125,7 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
         from . import parts
 
         module, inputs = parts.of(module, modules, inputs)
-    return pipeline.backend_of(module).trace(module, inputs)[1]
+    return backend_of(module).trace(module, inputs)[1]
 
 
 def _named(what: Any) -> str:
@@ -132,7 +133,7 @@ def _named(what: Any) -> str:
 
 
 def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust: bool,
-            recipe: Recipe | None, progress: pipeline.Progress | None) -> source.Source:
+            recipe: Recipe | None, progress: Progress | None) -> source.Source:
     if isinstance(model, str):
         if progress is not None:
             progress(f"loading {model}", 0, len(pipeline.STEPS))

@@ -15,7 +15,7 @@ from .emit.genai import genai_config
 from .emit.int8 import difference, quantize
 from .emit.latency import compare_cases
 from .errors import ProofError, SpaError
-from .pipeline import Job
+from .job import Job
 
 TOLERANCE = 1e-3
 

@@ -20,7 +20,7 @@ from .frontends.onnx_file import OnnxFile, checked_feed, release
 from .frontends.onnx_lower import OnnxTrace, trace
 from .frontends.onnx_ops import TABLE
 from .groups import Group, Solution, solve
-from .pipeline import Backend, Job
+from .job import Backend, Job
 from .registry import available
 from .scores import Scores
 from .statistics import View, forward_only

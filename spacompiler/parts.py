@@ -30,8 +30,9 @@ from .frontends.torch_export import Inputs, Trace, as_call, trace
 from .frontends.untouched import untouched
 from .graph import Tensor
 from .groups import Solution, solve
-from .pipeline import TORCH, Job, weights_hash
+from .job import Job
 from .plan import Plan
+from .torch_backend import TORCH, weights_hash
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from .allocation import Problem
     from .groups import Group, Member, Solution
+    from .job import Job
     from .live.adapter_step import AdapterStep
-    from .pipeline import Job
     from .repair import Evidence
     from .statistics import View
     from .training import Training

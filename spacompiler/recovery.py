@@ -12,14 +12,14 @@ from .errors import SpaError, UsageError
 from .training import Training
 
 if TYPE_CHECKING:
-    from .pipeline import Job
+    from .job import Job
 
 HELD_OUT = 16  # one batch of so many is held out
 
 
 def check(job: Job) -> None:
     """Refuse, before anything is computed, what cannot be trained or trained on."""
-    from .pipeline import TORCH
+    from .torch_backend import TORCH
 
     if job.backend is not TORCH:
         raise SpaError("recovery needs a torch module", where=job.name,

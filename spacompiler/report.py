@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .axes import kept_size
-from .pipeline import Job, frozen_reasons
+from .groups import Solution
+from .job import Job
 from .plan import widths
 
 ITEM_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16,
@@ -161,3 +162,12 @@ def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:
                      f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
                      f"{int8['float_bytes']:,}"))
     return rows
+
+
+def frozen_reasons(solution: Solution) -> dict[str, list[str]]:
+    """Return {reason: dimensions that it freezes}, most frequent first."""
+    found: dict[str, list[str]] = {}
+    for weight, dim, why in solution.frozen():
+        for reason in why[:1]:
+            found.setdefault(reason, []).append(f"{weight}:{dim}")
+    return dict(sorted(found.items(), key=lambda kv: -len(kv[1])))

@@ -89,7 +89,7 @@ def _identity(folder: Path, structure: dict[str, Any], module: nn.Module,
               model: nn.Module | None) -> Check:
     """Each array is an exact index-select of the recorded dense one."""
     from .loading import _source
-    from .pipeline import weights_hash
+    from .torch_backend import weights_hash
 
     name = "plan identity"
     if structure.get("trained"):

@@ -17,9 +17,10 @@ from .emit import hf
 from .emit.attributes import differing
 from .errors import ProofError, SpaError
 from .frontends.torch_export import Trace
-from .pipeline import Job, pruned_program
+from .job import Job
 from .proof import relative_error
 from .slicing import norm_changes
+from .torch_backend import pruned_program
 
 ONNX_TOLERANCE = 1e-3
 RELOAD_TOLERANCE = 1e-6

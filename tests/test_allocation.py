@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import allocation, pipeline
+from spacompiler import allocation
 from spacompiler.calibration import default_loss
 from spacompiler.cost import cost
 from spacompiler.errors import SpaError
@@ -23,6 +23,8 @@ from spacompiler.passes.measured import Measured
 from spacompiler.passes.refit import Refit
 from spacompiler.passes.standardised import Standardised
 from spacompiler.plan import make_plan
+from spacompiler.scores import Scores
+from spacompiler.torch_backend import TORCH
 
 
 class Block(nn.Module):
@@ -55,7 +57,7 @@ WIDTHS = (5, 8, 12)
 def network() -> tuple[nn.Module, Any, Any]:
     torch.manual_seed(0)
     net = Blocks(*WIDTHS)
-    return net, *pipeline.TORCH.trace(net, (torch.randn(16, 8),))
+    return net, *TORCH.trace(net, (torch.randn(16, 8),))
 
 
 def problem(network: Any, seed: int = 0, share: float = 0.6, **more: Any) -> allocation.Problem:
@@ -113,7 +115,7 @@ def measured(network: Any, compensation: Any = None) -> Measure:
     net, trace, solution = network
     torch.manual_seed(1)
     batches = [((torch.randn(32, 8),), {}) for _ in range(3)]
-    context = pipeline.Scores(trace, solution)
+    context = Scores(trace, solution)
     groups = allocation.candidates(solution, roles=("channel",))
     scores = {g.name: np.arange(g.size, dtype=float) for g in groups}
 

@@ -194,10 +194,10 @@ def test_compile_recovers_and_the_artifact_holds_what_was_trained(tmp_path):
 @pytest.mark.parametrize("emission, recipe", [
     ("module", Lora(lr=1e-2, epochs=3)), ("program", Full(lr=1e-2, epochs=3))])
 def test_a_convolutional_network_with_its_own_labels(emission, recipe, tmp_path, monkeypatch):
-    from spacompiler import pipeline
+    from spacompiler import torch_backend
 
     if emission == "program":
-        monkeypatch.setattr(pipeline, "EMITTERS", pipeline.EMITTERS[-1:])
+        monkeypatch.setattr(torch_backend, "EMITTERS", torch_backend.EMITTERS[-1:])
     module, inputs = load("resnet").build()
     g = torch.Generator().manual_seed(0)
     images = [torch.randn(8, *inputs[0].shape[1:], generator=g) for _ in range(20)]

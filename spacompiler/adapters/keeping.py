@@ -14,7 +14,7 @@ from . import files, merging
 from .cutting import Cut, check_sliceable, sliced
 
 if TYPE_CHECKING:
-    from ..pipeline import Job
+    from ..job import Job
 
 TOLERANCE = 1e-4
 
@@ -26,7 +26,7 @@ def keep(job: Job) -> None:
         SpaError: a type that must be merged first.
         ProofError: pruned base + cut adapter is not the pruned merged model.
     """
-    from ..pipeline import weights_hash
+    from ..torch_backend import weights_hash
 
     if job.emission == "program":
         raise SpaError("the adapter cannot be kept", where=job.name,

@@ -271,7 +271,7 @@ def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:
 
 def _check_origin(module: nn.Module, adapter: Adapter) -> None:
     """An adapter that this compiler wrote says which weights it belongs to."""
-    from ..pipeline import weights_hash
+    from ..torch_backend import weights_hash
 
     wanted = adapter.origin.get("weights_hash")
     if wanted and wanted != weights_hash(module):

@@ -17,7 +17,7 @@ from ..frontends.onnx_file import OnnxFile, example
 from ..frontends.onnx_lower import OnnxTrace, trace
 from ..frontends.onnx_ops import TABLE
 from ..groups import solve
-from ..pipeline import Job
+from ..job import Job
 from ..proof import relative_error
 from . import onnx_proof
 from .latency import compare_latency, open_session, run_session

@@ -13,10 +13,10 @@ from torch import nn
 
 from spacompiler import allocation, registry
 from spacompiler.cost import cost
+from spacompiler.decision import costs, lanes
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.frontends.torch_export import Inputs
 from spacompiler.groups import Group
-from spacompiler.pipeline import costs, lanes
 from spacompiler.recipe import Recipe, parse_target
 
 from . import ramp, stock

@@ -1,0 +1,102 @@
+"""A compile under way, and the steps of it that depend on where the model lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .axes import Choices
+from .calibration import Calibration, default_loss
+from .frontends.torch_export import Inputs, Trace
+from .groups import Group, Solution
+from .plan import Plan
+from .proof import Proof
+from .recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Job:
+    """A compile under way; later fields are filled by later steps.
+
+    `module` is a torch module, or what another front end reads: then it brings its `backend`.
+    """
+
+    recipe: Recipe
+    module: nn.Module
+    inputs: Inputs
+    importance: Any
+    allocation: Any
+    calibration: Calibration
+    loss: Any = default_loss
+    name: str = ""
+    tokenizer: Any = None
+    progress: Progress = lambda stage, done, total: None
+    trace: Trace = None  # type: ignore[assignment]
+    solution: Solution = None  # type: ignore[assignment]
+    candidates: list[Group] = field(default_factory=list)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    compensation: Any = None
+    context: Any = None
+    plan: Plan = None  # type: ignore[assignment]
+    choices: Choices = field(default_factory=dict)
+    proof: Proof | None = None
+    pruned: Any = None
+    program: Any = None
+    layout: str = ""
+    emission: str = ""
+    notes: list[str] = field(default_factory=list)
+    obstacles: tuple[str, ...] = ()
+    whole_inputs: Any = None
+    uniform: bool = False
+    biased: bool = False
+    owned: bool = False
+    recovery: Any = None
+    recover_data: Calibration | None = None
+    checkpoint: Path | None = None
+    trained: dict[str, Any] | None = None
+    schedule: Any = None
+    counts: dict[str, int] = field(default_factory=dict)
+    base: dict[str, torch.Tensor] = field(default_factory=dict)
+    base_hash: str = ""
+    kept: Any = None
+
+    @property
+    def backend(self) -> Backend:
+        """What carries out the steps that depend on where the model lives."""
+        return backend_of(self.module)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The steps of a compile that depend on where the model lives: mostly functions of the job.
+
+    `trace` returns a trace (with its `graph`) and its solution, `context` what importance
+    passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
+    `layout` and `emission`; `repair` changes the traced arrays and returns notes; `write` fills
+    the artifact's folder and adds to the report's data.
+    """
+
+    check_weights: Callable[[Job], None]
+    trace: Callable[[Any, Inputs], tuple[Any, Solution]]
+    context: Callable[[Job], Any]
+    digest: Callable[[Job], str]
+    prove: Callable[[Job], Proof]
+    emit: Callable[[Job], None]
+    write: Callable[[Job, Path, dict[str, Any]], None]
+    repair: Callable[[Job], list[str]] | None = None
+
+
+def backend_of(module: Any) -> Backend:
+    """Return the backend that a front end put on what it read, or torch's."""
+    from .torch_backend import TORCH
+
+    found = getattr(module, "backend", None)
+    return found if isinstance(found, Backend) else TORCH
