@@ -16,7 +16,7 @@ from torch import fx
 from .axes import Choices, keep_mask
 from .frontends.torch_export import Trace
 from .groups import Solution
-from .proof import _fit, _touched
+from .proof import _fit, touched
 from .runner import Runner, Touch
 
 
@@ -29,7 +29,7 @@ def masks(solution: Solution, choices: Choices) -> tuple[dict[str, set[str]], To
             made[name] = torch.from_numpy(keep_mask(solution.solver.dims[name], choices))
         return torch.where(_fit(made[name], value), value, torch.zeros((), dtype=value.dtype))
 
-    return _touched(solution, choices), touch
+    return touched(solution, choices), touch
 
 
 class Lockstep:

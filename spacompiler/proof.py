@@ -78,7 +78,7 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
     With `renormalise`, LayerNorm over a pruned axis takes its statistics over the kept slices
     (as the pruned model does); without, over all, removed ones being zero.
     """
-    touched = _touched(solution, choices)
+    places = touched(solution, choices)
     masks: dict[str, torch.Tensor] = {}
 
     def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
 
     override = _layer_norms(solution, choices) if renormalise else {}
     with torch.no_grad():
-        runner = OverridingRunner(trace.program, touched=touched, touch=touch,
+        runner = OverridingRunner(trace.program, touched=places, touch=touch,
                                   override=override, double=True, watch=watch)
         return runner.call(trace.args, trace.kwargs)
 
@@ -102,16 +102,23 @@ def _fit(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
-    """Which tensors each node reads through a mask: activations, or weights if it has no other."""
-    removed = {a for a in choices}
+def touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
+    """Which tensors each node reads through a mask: activations, or weights if it has no other.
+
+    What a recurrent layer feeds back is no tensor of the graph: the weights that read it are.
+    """
     found: dict[str, set[str]] = {}
     stored: dict[str, set[str]] = {}
+    always: dict[str, set[str]] = {}
     for read in solution.solver.reads:
-        if removed & set(atoms(solution.solver.dims[read.tensor][read.dim])):
+        if choices.keys() & set(atoms(solution.solver.dims[read.tensor][read.dim])):
             static = solution.graph.tensors[read.tensor].static
-            (stored if static else found).setdefault(read.node, set()).add(read.tensor)
-    return {**stored, **found}
+            kind = always if read.how == "recurrent" else stored if static else found
+            kind.setdefault(read.node, set()).add(read.tensor)
+    merged = {**stored, **found}
+    for node, tensors in always.items():
+        merged[node] = merged.get(node, set()) | tensors
+    return merged
 
 
 def _layer_norms(solution: Solution, choices: Choices) -> dict[str, Override]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -161,6 +162,42 @@ def test_a_stock_encoder_layer_loses_heads():
     dense = nn.TransformerEncoderLayer(24, 4, 32, batch_first=True, dropout=0.0).eval()
     result = compiled(dense)
     assert result.job.emission == "module" and result.module.self_attn.num_heads < 4
+
+
+class Recurrent(nn.Module):
+    """Stock recurrent layers: stacked both ways, projected, one step at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(24, 16)
+        self.lstm = nn.LSTM(16, 12, 2, batch_first=True, bidirectional=True)
+        self.gru, self.rnn = nn.GRU(24, 16, bias=False), nn.RNN(16, 12, nonlinearity="relu")
+        self.projected = nn.LSTM(12, 12, proj_size=6)
+        self.cell, self.out = nn.LSTMCell(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        y = self.projected(self.rnn(self.gru(self.lstm(self.embed(x))[0])[0])[0])[0]
+        state = None
+        for step in y.unbind(1):
+            state = self.cell(step, state)
+        return self.out(state[0])
+
+
+def test_stock_recurrent_layers_lose_hidden_units(tmp_path):
+    torch.manual_seed(1)
+    result = compiled(Recurrent())
+    small = result.module
+    assert (result.job.emission, result.job.notes) == ("module", [])
+    sizes = [small.embed.out_features, small.lstm.hidden_size, small.gru.hidden_size,
+             small.rnn.hidden_size, small.projected.proj_size, small.cell.hidden_size]
+    assert all(k < n for k, n in zip(sizes, (16, 12, 16, 12, 6, 10), strict=True))
+    assert small.projected.hidden_size == 12  # told apart from what is fed back by its size
+    result.save(tmp_path / "out")
+    again = spacompiler.load(tmp_path / "out", model=Recurrent())
+    x = torch.randn(3, 5, 24)
+    with torch.no_grad():
+        assert torch.equal(again(x), small.eval()(x))
+        assert torch.equal(copy.deepcopy(small)(x), small(x))
 
 
 def test_numbers_are_found_in_containers_and_set_without_touching_what_is_shared():

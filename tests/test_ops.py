@@ -109,7 +109,8 @@ def free_dims(solution: Solution) -> str:
     """Which dimensions of the operands may shrink, in the notation of `Case.free`."""
     dims = solution.weights()
     return " ".join(
-        "".join("." if is_frozen(e) else "*" for e in dims[name]) for name in sorted(dims))
+        "".join("." if is_frozen(e) else "*" for e in dims[name])
+        for name in sorted(dims, key=lambda name: (len(name), name)))
 
 
 def tried(case: Case, solution: Solution, tries: int = 6) -> list[Choices]:
@@ -323,6 +324,38 @@ def convolution_cases() -> Iterator[Case]:
         yield Case("convolution", call, ((2, 4, 5, 5), weight, (6,)), "**.. **.. *")
 
 
+def recurrent(name: str, *options: Any) -> Callable[..., Any]:
+    """lstm, gru or rnn of x, its states and its arrays (for each layer and way, and biased?)."""
+    def call(x: torch.Tensor, *rest: torch.Tensor) -> Any:
+        states = 2 if name.startswith("lstm") else 1
+        given = list(rest[:2]) if states == 2 else rest[0]
+        arrays = rest[states:] if name.endswith("cell") else (list(rest[states:]),)
+        return getattr(aten, name)(x, given, *arrays, *options)
+
+    return call
+
+
+def recurrent_cases() -> Iterator[Case]:
+    for name, gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+        states, h, rows = (2 if gates == 4 else 1), 5, 5 * gates
+        stack = "*.* " + ".** " * states
+        once, twice = (((n, 2, h),) * states for n in (1, 4))
+        arrays, inner = ((rows, 4), (rows, h), (rows,), (rows,)), (rows, 2 * h)
+        yield Case(name, recurrent(name, True, 1, 0.0, False, False, False),
+                   ((3, 2, 4), *once, *arrays), f".*{stack[2:]}** ** * *")
+        yield Case(name, recurrent(name, False, 1, 0.0, False, False, True),
+                   ((2, 3, 4), *once, *arrays[:2]), f"{stack}** **")
+        yield Case(name, recurrent(name, True, 2, 0.0, False, True, True),
+                   ((2, 3, 4), *twice, *arrays * 2, *(inner, *arrays[1:]) * 2),
+                   stack + " ".join(["** ** * *"] * 4))
+        yield Case(f"{name}_cell", recurrent(f"{name}_cell"),
+                   ((2, 4), *((2, h),) * states, *arrays), "** " * (1 + states) + "** ** * *")
+    projected = ((24, 4), (24, 3), (24,), (24,), (3, 6))
+    yield Case("lstm", recurrent("lstm", True, 1, 0.0, False, True, True),
+               ((2, 3, 4), (2, 2, 3), (2, 2, 6), *projected * 2),
+               "*.* .** .*. " + " ".join([".* .* . . *."] * 2))
+
+
 def attend(*args: Any, **kwargs: Any) -> Callable[..., Any]:
     return lambda q, k, v, *mask: aten.scaled_dot_product_attention(q, k, v, *mask, *args, **kwargs)
 
@@ -521,7 +554,7 @@ def pooling_cases() -> Iterator[Case]:
 
 CASES = [case for make_cases in (
     pointwise_cases, along_cases, reduce_cases, contraction_cases, convolution_cases,
-    attention_cases, shape_cases, cut_cases, norm_cases, transform_cases,
+    recurrent_cases, attention_cases, shape_cases, cut_cases, norm_cases, transform_cases,
     lookup_cases, pooling_cases,
 ) for case in make_cases()]
 
@@ -614,8 +647,28 @@ def without_reads(row: Row) -> Row:
     return wrong
 
 
+def without_recurrence(row: Row) -> Row:
+    def wrong(s: Any, n: Any) -> None:
+        row(s, n)
+        s.reads[:] = [read for read in s.reads if read.how != "recurrent"]
+
+    return wrong
+
+
+def gates_inside(s: Any, n: Any) -> None:
+    """Rows are taken for (hidden, gates)."""
+    TABLE["gru_cell"](s, n)
+    for ref in n.args[2:6]:
+        gates, hidden = s.space.factor(s.dims[ref.name][0], s.dims[n.args[1].name][1].size)
+        s.dims[ref.name] = (shapes.product((hidden, gates)), *s.dims[ref.name][1:])
+
+
 def pattern(text: str, **sizes: Any) -> Row:
     return p.contract(text, **sizes)
+
+
+def case_of(name: str, index: int = 0) -> Case:
+    return [case for case in CASES if case.op == name][index]
 
 
 SQUARE = ((4, 4), (4, 4))
@@ -673,6 +726,10 @@ FAULTS: dict[str, tuple[Row, Case]] = {
             "scaled_dot_product_attention", attend(), ((2, 3, 4, 4),) * 3, "**.* **.* **.*")),
     "attention with another scale": (without_edits(p.attention), Case(
         "scaled_dot_product_attention", attend(), ((2, 3, 4, 4),) * 3, "**.* **.* **.*")),
+    "gru feeds back unmasked": (without_recurrence(TABLE["gru"]), case_of("gru")),
+    "lstm with a layer inside unmasked": (without_recurrence(TABLE["lstm"]),
+                                          case_of("lstm", 2)),
+    "gru_cell with gates inside": (gates_inside, case_of("gru_cell")),
     "embedding with free rows": (pattern("r h, ... -> ... h"), Case(
         "embedding", op("embedding"), ((4, 4), Ints((2, 3), 4)), ".* **")),
     "index with free rows": (lambda s, n: s.put(n.outputs[0], s.dims[n.args[0].name]), Case(
@@ -769,6 +826,13 @@ def sized_cases(a: int, b: int, c: int) -> Iterator[Case]:
     yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [c], w, 1e-3), ((a, c), (c,)), "")
     yield Case("layer_norm", lambda x, w: aten.layer_norm(x, [c], w, w) * 2, ((a, c), (c,)), "",
                least=min(2, c - 1))
+    for name, gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+        states, wide = (2 if gates == 4 else 1), ((gates * b, b), (gates * b,), (gates * b,))
+        yield Case(name, recurrent(name, True, 2, 0.0, False, False, True),
+                   ((2, a, c), *((2, 2, b),) * states, (gates * b, c), *wide, (gates * b, b),
+                    *wide), "")
+        yield Case(f"{name}_cell", recurrent(f"{name}_cell"),
+                   ((a, c), *((a, b),) * states, (gates * b, c), *wide), "")
     yield Case("roll", op("roll", [a, -b], [0, 1]), ((b, a + c),), "")
     yield Case("channel_shuffle", op("channel_shuffle", a), ((2, a * b, c, 2),), "")
     for name in ("reshape_as", "view_as"):

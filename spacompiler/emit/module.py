@@ -28,16 +28,32 @@ Attribute = Callable[[nn.Module], Any]
 
 
 def _size(array: str, dim: int, times: str = "") -> Attribute:
-    def read(module: nn.Module) -> int:
-        return int(getattr(module, array).shape[dim]) * getattr(module, times or "_one", 1)
+    def read(module: nn.Module) -> int | None:
+        stored = getattr(module, array, None)
+        return None if stored is None else \
+            int(stored.shape[dim]) * getattr(module, times or "_one", 1)
 
     return read
+
+
+def _shape(module: nn.Module) -> tuple[int, ...] | None:
+    weight = getattr(module, "weight", None)
+    return None if weight is None else tuple(weight.shape)
+
+
+def _hidden(module: nn.Module) -> int:
+    """The hidden size of a recurrent layer, which projects it or feeds it back."""
+    projected = getattr(module, "weight_hr_l0", None)
+    return int((module.weight_hh_l0 if projected is None else projected).shape[1])  # type: ignore
 
 
 _CONV = {"out_channels": _size("weight", 0), "in_channels": _size("weight", 1, "groups")}
 _DECONV = {"in_channels": _size("weight", 0), "out_channels": _size("weight", 1, "groups")}
 _FEATURES = {"num_features": _size("weight", 0)}
-_LAST = {"normalized_shape": lambda m: tuple(m.weight.shape)}
+_LAST = {"normalized_shape": _shape}
+_RECURRENT = {"input_size": _size("weight_ih_l0", 1), "hidden_size": _hidden,
+              "proj_size": _size("weight_hr_l0", 0)}
+_CELL = {"input_size": _size("weight_ih", 1), "hidden_size": _size("weight_hh", 1)}
 # module class -> attribute -> how it reads off the sliced arrays
 ATTRIBUTES: Mapping[str, Mapping[str, Attribute]] = {
     "Linear": {"out_features": _size("weight", 0), "in_features": _size("weight", 1)},
@@ -49,6 +65,8 @@ ATTRIBUTES: Mapping[str, Mapping[str, Attribute]] = {
                      "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _FEATURES),
     "LayerNorm": _LAST, "RMSNorm": _LAST,
     "GroupNorm": {"num_channels": _size("weight", 0)},
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
+    **dict.fromkeys(("LSTMCell", "GRUCell", "RNNCell"), _CELL),
 }
 # operator -> (position of the argument, attribute of the module that made the call)
 CALL_ATTRIBUTES = {
@@ -101,7 +119,7 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
     for path, part in module.named_modules():
         for name, read in ATTRIBUTES.get(type(part).__name__, {}).items():
             have = getattr(part, name, None)
-            if have is None or getattr(part, "weight", None) is None:
+            if have is None:
                 continue
             was = getattr(part, "groups", None)
             if path in groups:
@@ -109,7 +127,7 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
             value = read(part)
             if path in groups:
                 part.groups = was  # type: ignore[assignment]
-            if have != value:
+            if value is not None and have != value:
                 changes.append((path, name, value))
     return changes
 

@@ -23,6 +23,7 @@ from ..frontends.onnx_file import release
 from ..frontends.onnx_lower import OnnxTrace, Place
 from ..frontends.onnx_shapes import Facts, infer
 from ..groups import Solution
+from ..proof import touched
 from ..slicing import NormChange, norm_changes
 from ..solver import Path
 
@@ -367,7 +368,7 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
     model = trace.model.clone()
     nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
     made: dict[str, ir.Value] = {}
-    for name, tensors in _touched(solution, choices).items():
+    for name, tensors in touched(solution, choices).items():
         node = nodes[name]
         for tensor in sorted(tensors):
             for i, value in enumerate(node.inputs):
@@ -377,22 +378,6 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
                     node.replace_input_with(i, _where(model, node, value, mask, number, made))
     _clean(model)
     return model
-
-
-def _touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
-    """What each node reads through a mask: activations, weights where it reads no other."""
-    found: dict[str, set[str]] = {}
-    stored: dict[str, set[str]] = {}
-    always: dict[str, set[str]] = {}
-    for read in solution.solver.reads:
-        if choices.keys() & set(atoms(solution.solver.dims[read.tensor][read.dim])):
-            static = solution.graph.tensors[read.tensor].static
-            kind = always if read.how == "recurrent" else stored if static else found
-            kind.setdefault(read.node, set()).add(read.tensor)
-    merged = {**stored, **found}
-    for node, tensors in always.items():
-        merged[node] = merged.get(node, set()) | tensors
-    return merged
 
 
 def _where(model: ir.Model, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int,

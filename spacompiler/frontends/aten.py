@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .. import primitives as p
+from .. import recurrent
 from .. import reductions as r
 from .. import shapes as s
 from ..solver import Row
@@ -112,12 +113,20 @@ _FUNCTIONS: dict[str, Row] = {
 }
 
 
+_RECURRENT: dict[str, Row] = {
+    "lstm": recurrent.layers(4), "lstm_cell": recurrent.cell(4),
+    "gru": recurrent.layers(3), "gru_cell": recurrent.cell(3),
+    **{f"rnn_{act}": recurrent.layers(1) for act in ("tanh", "relu")},
+    **{f"rnn_{act}_cell": recurrent.cell(1) for act in ("tanh", "relu")},
+}
+
+
 def _rows() -> dict[str, Row]:
     rows: dict[str, Row] = dict.fromkeys(_POINTWISE, p.pointwise)
     rows |= dict.fromkeys(_SAME, p.same)
     for spatial, names in _POOLING.items():
         rows |= dict.fromkeys(names.split(), r.last_frozen(spatial))
-    return rows | _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS
+    return rows | _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS | _RECURRENT
 
 
 class _ByPacket(dict[str, Row]):
