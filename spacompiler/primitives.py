@@ -204,10 +204,14 @@ def matmul(s: Solver, n: Node) -> None:
     relate_pattern(s, n, f"{left}, {right} -> {lead}{result}", operands(n)[:2])
 
 
-def baddbmm(s: Solver, n: Node) -> None:
-    """baddbmm(bias, a, b): a batched product; the bias broadcasts to it."""
-    relate_pattern(s, n, "b n i, b i m -> b n m", operands(n)[1:3])
-    s.put(n.outputs[0], broadcast(s, n, [s.dims[n.outputs[0]], s.dims[n.args[0].name]]))
+def plus(text: str) -> Row:
+    """(bias, a, b): a product in notation; the bias broadcasts to it."""
+
+    def row(s: Solver, n: Node) -> None:
+        relate_pattern(s, n, text, operands(n)[1:3])
+        s.put(n.outputs[0], broadcast(s, n, [s.dims[n.outputs[0]], s.dims[n.args[0].name]]))
+
+    return row
 
 
 def batch_norm(s: Solver, n: Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .axes import ONE, Clash, is_frozen
+from .axes import ONE, Clash, Expr, is_frozen
 from .graph import Node, Ref
 from .primitives import broadcast, operands, pointwise, relate_pattern
 from .solver import Row, Solver
@@ -136,21 +136,37 @@ def group_norm(s: Solver, n: Node) -> None:
 
 
 def index(s: Solver, n: Node) -> None:
-    """x[i, j, ...] by integer tensors: indexed dimensions freeze, the others carry over."""
-    x, given = n.args[0].name, list(n.args[1])
-    dims = list(s.dims[x])
-    at = [d for d, ref in enumerate(given) if isinstance(ref, Ref)]
+    """x[i, j, ...] by integer tensors or a mask: indexed dimensions freeze, others carry over."""
+    s.put(n.outputs[0], indexed(s, n, s.shape(n.outputs[0])))
+
+
+def indexed(s: Solver, n: Node, shape: tuple[int, ...] = ()) -> list[Expr]:
+    """Return the dimensions of x[i, j, ...]; `shape` says how many positions a mask picks."""
+    dims, d = list(s.dims[n.args[0].name]), 0
+    at: list[int] = []
+    refs: list[tuple[str, bool]] = []
+    for ref in n.args[1]:
+        mask = isinstance(ref, Ref) and s.graph.tensors[ref.name].dtype == "bool"
+        count = len(s.dims[ref.name]) if mask else 1
+        if isinstance(ref, Ref):
+            at += range(d, d + count)
+            refs.append((ref.name, mask))
+            s.freeze(s.dims[ref.name], "an index")
+        d += count
     for d in at:
         s.space.freeze(dims[d], f"indexed by data in {n.title()}")
-        s.freeze(s.dims[given[d].name], "an index")
-    if any(s.graph.tensors[given[d].name].dtype == "bool" for d in at):
-        raise Clash("indexed by a mask")
-    block = broadcast(s, n, [s.dims[given[d].name] for d in at])
-    block = [e if is_frozen(e) or e is ONE else s.space.atom(e.size, "an index") for e in block]
-    rest = [e for d, e in enumerate(dims) if d not in at]
     together = at == list(range(at[0], at[-1] + 1))
     where = at[0] if together else 0
-    s.put(n.outputs[0], rest[:where] + block + rest[where:])
+    if any(mask for _, mask in refs):
+        if len(refs) > 1:
+            raise Clash("indexed by a mask and more")
+        block = [s.space.atom(shape[where] if shape else 1, "positions of a mask")]
+    else:
+        block = broadcast(s, n, [s.dims[name] for name, _ in refs])
+        block = [e if is_frozen(e) or e is ONE else s.space.atom(e.size, "an index")
+                 for e in block]
+    rest = [e for d, e in enumerate(dims) if d not in at]
+    return rest[:where] + block + rest[where:]
 
 
 def lookup(along_dim: int | None = None) -> Row:

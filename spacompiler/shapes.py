@@ -93,15 +93,27 @@ def col2im(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], [*dims[:-2], channels, *made])
 
 
-def slice_scatter(s: Solver, n: Node) -> None:
-    """slice_scatter(x, part, dim, ...): the dimension written into stays, the others agree."""
-    x, part = (s.dims[a.name] for a in n.args[:2])
-    dim = n.arg(2, "dim", 0) % len(x)
-    s.freeze([x[dim], part[dim]], f"{n.op} writes into it")
-    for d, (e, o) in enumerate(zip(x, part, strict=True)):
-        if d != dim:
-            s.relate(e, o, n)
-    s.put(n.outputs[0], x)
+def windows(s: Solver, n: Node) -> None:
+    """unfold(x, dim, size, step): windows along one dimension, their positions last."""
+    made = list(s.dims[next(n.refs())])
+    dim = n.args[1] % len(made)
+    s.space.freeze(made[dim], f"{n.op} works along it")
+    shape = s.shape(n.outputs[0])
+    made[dim] = s.space.atom(shape[dim], f"result of {n.op}")
+    s.put(n.outputs[0], [*made, s.space.atom(shape[-1], "position inside a window")])
+
+
+def view_as_real(s: Solver, n: Node) -> None:
+    """view_as_real(x): real and imaginary part in a last dimension."""
+    parts = s.space.atom(2, "real and imaginary part")
+    s.put(n.outputs[0], [*s.dims[next(n.refs())], parts])
+
+
+def view_as_complex(s: Solver, n: Node) -> None:
+    """view_as_complex(x): the last dimension holds real and imaginary part."""
+    *rest, parts = s.dims[next(n.refs())]
+    s.space.freeze(parts, "real and imaginary part")
+    s.put(n.outputs[0], rest)
 
 
 def flatten(s: Solver, n: Node) -> None:
@@ -314,7 +326,7 @@ def cut_dim(s: Solver, n: Node, dims: list[Expr], dim: int, bounds: tuple[Any, A
         if not (bounds[0] in (-1, size - 1) and bounds[1] < -size):
             raise Clash("a part of a dimension, turned around")
         return
-    start, end = _clamp(bounds[0], size), size if bounds[1] is None else _clamp(bounds[1], size)
+    start, end = span(bounds[0], bounds[1], size)
     if (start, end, step) == (0, size, 1):
         return
     if step != 1:
@@ -342,24 +354,49 @@ def narrow(s: Solver, n: Node) -> None:
 
 
 def as_strided(s: Solver, n: Node) -> None:
-    """as_strided(x, sizes, strides): an outermost dimension that keeps its size and stride is
-    carried, the others freeze."""
-    dims, (sizes, strides) = s.dims[next(n.refs())], n.args[1:3]
-    rest = math.prod(e.size for e in dims[1:])
-    span = sum((k - 1) * step for k, step in zip(sizes[1:], strides[1:], strict=True))
-    carried = bool(sizes) and (sizes[0], strides[0]) == (dims[0].size, rest) and \
-        span < rest and not n.arg(3, "storage_offset")
-    s.freeze(dims[carried:], f"{n.op} goes over it by strides")
+    """as_strided(x, sizes, strides): dimensions at both ends that keep their size and stride are
+    carried, the others freeze (chunks that overlap along a sequence)."""
+    dims, sizes, strides = s.dims[next(n.refs())], list(n.args[1]), list(n.args[2])
+    steps = [math.prod(e.size for e in dims[d + 1:]) for d in range(len(dims))]
+    first, last = _carried([(e.size, step) for e, step in zip(dims, steps, strict=True)],
+                           list(zip(sizes, strides, strict=True)))
+    if n.arg(3, "storage_offset"):
+        first = last = 0
+    s.freeze(dims[first:len(dims) - last], f"{n.op} goes over it by strides")
     made = [s.space.atom(k, f"result of {n.op}") for k in s.shape(n.outputs[0])]
-    if carried:
-        made[0] = dims[0]
-        s.edit(n, ("args", 1, 0), dims[0])
+    made[:first], made[len(made) - last:] = dims[:first], dims[len(dims) - last:]
+    inner = product(dims[len(dims) - last:])
+    for d in (*range(first), *range(len(made) - last, len(made))):
+        s.edit(n, ("args", 1, d), made[d])
+    for d in range(len(made) - last):
+        outer = s.space.atom(strides[d] // inner.size, "a stride")
+        s.edit(n, ("args", 2, d), product((outer, inner)))
+    for d in range(len(made) - last, len(made)):
+        s.edit(n, ("args", 2, d), product(dims[len(dims) - len(made) + d + 1:]))
     s.put(n.outputs[0], made)
+
+
+def _carried(source: list[tuple[int, int]], target: list[tuple[int, int]]) -> tuple[int, int]:
+    """How many (size, stride) agree at the start, and at the end, with nothing reaching across."""
+    most = min(len(source), len(target))
+    last = next((k for k in range(most) if source[~k] != target[~k]), most)
+    inner = math.prod(size for size, _ in source[len(source) - last:])
+    if any(step % inner for _, step in target[:len(target) - last]):
+        last = 0
+    first = next((k for k in range(most - last) if source[k] != target[k]), most - last)
+    while first and sum((k - 1) * step for k, step in target[first:]) >= source[first - 1][1]:
+        first -= 1
+    return first, last
 
 
 def _clamp(value: Any, size: int) -> int:
     value = (0 if value is None else value)
     return max(0, min(value + size if value < 0 else value, size))
+
+
+def span(start: Any, end: Any, size: int) -> tuple[int, int]:
+    """Return the first position of a slice, and the one after its last."""
+    return _clamp(start, size), size if end is None else _clamp(end, size)
 
 
 def _strided(s: Solver, e: Expr, start: int, end: int, step: int) -> Expr:

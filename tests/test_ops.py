@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spacompiler import primitives as p
-from spacompiler import reductions, shapes
+from spacompiler import reductions, shapes, writes
 from spacompiler.allocation import step as step_of
 from spacompiler.axes import Choices, is_frozen
 from spacompiler.frontends.aten import TABLE
@@ -133,12 +133,13 @@ neg abs sign exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square si
 acos atan sinh cosh tanh asinh atanh erf erfc erfinv sigmoid logit relu relu6 leaky_relu elu selu
 celu gelu silu mish softplus hardtanh hardswish hardsigmoid hardshrink softshrink log_sigmoid
 floor ceil round trunc frac nan_to_num logical_not isnan isinf isfinite sgn positive
+sinc lgamma digamma signbit
 clone contiguous alias detach zeros_like ones_like _to_copy lift_fresh_copy lift resolve_conj
 """.split()
 BINARY = """
 add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum fmax fmin atan2
 multiply divide subtract copy
-eq ne lt le gt ge logical_and logical_or logical_xor xlogy heaviside copysign hypot
+logaddexp eq ne lt le gt ge logical_and logical_or logical_xor xlogy heaviside copysign hypot
 """.split()
 INTEGERS = """
 bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__
@@ -274,6 +275,8 @@ def contraction_cases() -> Iterator[Case]:
     yield Case("bmm", op("bmm"), ((4, 4, 4), (4, 4, 4)), "*** ***")
     yield Case("baddbmm", op("baddbmm"), ((2, 3, 5), (2, 3, 4), (2, 4, 5)), "*** *** ***")
     yield Case("baddbmm", op("baddbmm"), ((2, 1, 5), (2, 3, 4), (2, 4, 5)), "*.* *** ***")
+    yield Case("addbmm", op("addbmm"), ((4,), (2, 3, 5), (2, 5, 4)), "* *** ***")
+    yield Case("bilinear", op("bilinear"), ((2, 3), (2, 4), (5, 3, 4), (5,)), "** ** *** *")
     yield Case("mv", op("mv"), ((4, 4), (4,)), "** *")
     yield Case("dot", op("dot"), ((4,), (4,)), "* *")
     yield Case("outer", op("outer"), ((3,), (4,)), "* *")
@@ -427,10 +430,18 @@ def cut_cases() -> Iterator[Case]:
     yield Case("stack", lambda x, y: aten.stack([x, y], -1), ((3, 4), (3, 4)), "** **")
     yield Case("reshape_as", op("reshape_as"), ((4, 6), (4, 2, 3)), "** ***")
     yield Case("view_as", op("view_as"), ((4, 6), (24,)), "** *")
+    yield Case("unfold", op("unfold", 1, 3, 2), ((3, 7, 4),), "*.*")
     yield Case("im2col", op("im2col", [2, 2], [1, 1], [0, 0], [1, 1]), ((2, 3, 4, 4),), "**..")
     yield Case("col2im", op("col2im", [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]), ((2, 12, 9),),
                "**.")
-    yield Case("slice_scatter", op("slice_scatter", 1, 1, 3), ((3, 4), (3, 2)), "*. *.")
+    yield Case("slice_scatter", op("slice_scatter", 1, 1, 3), ((3, 4), (3, 2)), "** **")
+    yield Case("slice_scatter", op("slice_scatter", -1, 2), ((3, 4), (3, 2)), "** **")
+    yield Case("slice_scatter", op("slice_scatter", 0, 0, 2), ((4, 4), (2, 4)), "** **")
+    yield Case("slice_scatter", op("slice_scatter", 0, 0, 4, 2), ((4, 4), (2, 4)), ".* .*")
+    yield Case("slice_scatter", lambda x, y: aten.slice_scatter(aten.cumsum(x, 1), y, 1, 1, 3),
+               ((3, 4), (3, 2)), "*. *.")
+    yield Case("select_scatter", op("select_scatter", 1, 2), ((3, 4), (3,)), "** *")
+    yield Case("select_scatter", op("select_scatter", 0, -4), ((4, 4), (4,)), "** *")
     yield Case("concatenate", lambda x, y: aten.concatenate([x, y], 1), ((4, 4), (4, 3)), "** **")
     for name in "split_with_sizes split".split():
         yield Case(name, op(name, [2, 3, 4], 1), ((3, 9),), "**")
@@ -466,6 +477,11 @@ def cut_cases() -> Iterator[Case]:
                  lambda x: aten.as_strided(x, [4, 2], [6, 1])):
         yield Case("as_strided", call, ((4, 6),), "*.")
     yield Case("as_strided", lambda x: aten.as_strided(x, [3, 6], [7, 1]), ((4, 6),), "..")
+    yield Case("as_strided", lambda x: aten.as_strided(x, [2, 5, 2, 3], [18, 3, 3, 1]),
+               ((2, 6, 3),), "*.*")
+    yield Case("as_strided", lambda x: aten.as_strided(x, [3, 2, 3, 4], [12, 12, 4, 1]),
+               ((4, 3, 4),), ".**")
+    yield Case("as_strided", lambda x: aten.as_strided(x, [4, 3], [4, 1], 1), ((4, 4),), "..")
     yield Case("pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")
 
 
@@ -507,6 +523,11 @@ def transform_cases() -> Iterator[Case]:
     for name in "fft_irfft fft_irfftn fft_irfft2".split():
         dims: Any = 1 if name == "fft_irfft" else [0, 1]
         yield Case(name, op(name, None, dims), ((3, 4, 5),), "*.*" if dims == 1 else "..*")
+    for name in "complex polar".split():
+        yield Case(name, lambda x, y, n=name: getattr(aten, n)(x, y).abs(), ((3, 4), (3, 1)),
+                   "** *.")
+    yield Case("view_as_real", lambda x: aten.view_as_real(aten.fft_fft(x)), ((3, 4),), "*.")
+    yield Case("view_as_complex", lambda x: aten.view_as_complex(x).abs(), ((3, 4, 2),), "**.")
     for name in "real imag angle conj_physical resolve_neg".split():
         def call(x: torch.Tensor, n: str = name) -> torch.Tensor:
             return getattr(aten, n)(aten.fft_fft(x, None, 0)).abs()
@@ -523,6 +544,33 @@ def lookup_cases() -> Iterator[Case]:
                ((5, 4, 5), Ints((3,)), Ints((3,))), ".*. . .")
     yield Case("gather", lambda x, i: aten.gather(x, 1, i), ((3, 5), Ints((3, 4))), "*. *.")
     yield Case("gather", lambda x, i: aten.gather(x, 0, i), ((5, 4), Ints((3, 3))), ".. ..")
+    yield Case("index", lambda x, m: aten.index(x, [None, m]), ((3, 4, 5), Bools((4,))), "*.* .")
+    yield Case("index", lambda x, m: aten.index(x, [m]), ((3, 4, 5), Bools((3, 4))), "..* ..")
+    yield Case("_unsafe_index", lambda x, i: aten._unsafe_index(x, [None, i]),
+               ((3, 5), Ints((4,))), "*. .")
+    for name in "index_put _unsafe_index_put".split():
+        def put(x: Any, i: Any, y: Any, n: str = name) -> Any:
+            return getattr(aten, n)(x, [i], y)
+        yield Case(name, put, ((5, 4), Ints((3,)), (3, 4)), ".* . .*")
+        yield Case(name, put, ((3, 4, 5), Bools((3, 4)), (5,)), "..* .. *")
+        yield Case(name, lambda x, i, y, n=name: getattr(aten, n)(x, [None, i], y, True),
+                   ((4, 5, 3), Ints((2,)), (4, 2, 1)), "*.* . *..")
+    yield Case("index_add", lambda x, i, y: aten.index_add(x, 0, i, y),
+               ((5, 4), Ints((3,)), (3, 4)), ".* . .*")
+    yield Case("index_copy", lambda x, i, y: aten.index_copy(x, -1, i % 2 + 2, y),
+               ((3, 5), Ints((1,)), (3, 1)), "*. . *.")
+    yield Case("index_fill", lambda x, i: aten.index_fill(x, 1, i, 2.0),
+               ((3, 5), Ints((2,))), "*. .")
+    yield Case("scatter", lambda x, i, y: aten.scatter(x, 1, i, y),
+               ((3, 5), Ints((3, 1)), (3, 1)), "*. *. *.")
+    yield Case("scatter", lambda x, i: aten.scatter(x, 0, i, 0.5), ((5, 4), Ints((2, 3))),
+               ".. ..")
+    yield Case("scatter_add", lambda x, i, y: aten.scatter_add(x, 0, i, y),
+               ((5, 4), Ints((3, 4)), (3, 4)), ".* .* .*")
+    yield Case("scatter_reduce", lambda x, i, y: aten.scatter_reduce(x, 1, i, y, "amax"),
+               ((3, 5), Ints((3, 4)), (4, 4)), ".. .. ..")
+    yield Case("scatter_reduce", lambda x, i, y: aten.scatter_reduce(x, 1, i, y, "sum"),
+               ((3, 5), Ints((3, 4)), (3, 4)), "*. *. *.")
     yield Case("index_select", lambda x, i: aten.index_select(x, 0, i), ((5, 4), Ints((3,))),
                ".* .")
     yield Case("index_select", lambda x, i: aten.index_select(x, -1, i), ((4, 4), Ints((4,), 4)),
@@ -530,6 +578,9 @@ def lookup_cases() -> Iterator[Case]:
 
 
 def pooling_cases() -> Iterator[Case]:
+    for name, d in (("grid_sampler", 2), ("grid_sampler_2d", 2), ("grid_sampler_3d", 3)):
+        yield Case(name, op(name, 0, 0, False), ((2, 3, *(4,) * d), (2, *(5,) * d, d)),
+                   f"**{'.' * d} *{'.' * (d + 1)}")
     def case(name: str, d: int, *args: Any) -> Case:
         return Case(name, op(name, *args), ((2, 3, *(4,) * d),), "**" + "." * d)
 
@@ -667,6 +718,11 @@ def pattern(text: str, **sizes: Any) -> Row:
     return p.contract(text, **sizes)
 
 
+def free_windows(s: Any, n: Any) -> None:
+    a, _, b = s.dims[n.args[0].name]
+    s.put(n.outputs[0], [a, *map(s.space.atom, s.shape(n.outputs[0])[1:2]), b, s.space.atom(3)])
+
+
 def case_of(name: str, index: int = 0) -> Case:
     return [case for case in CASES if case.op == name][index]
 
@@ -752,6 +808,23 @@ FAULTS: dict[str, tuple[Row, Case]] = {
         "as_strided", lambda x: aten.as_strided(x, [4, 2], [6, 1]), ((4, 6),), "*.")),
     "fft element by element": (p.pointwise, Case(
         "fft_fft", lambda x: aten.fft_fft(x, None, 1).abs(), SQUARE[:1], "*.")),
+    "slice_scatter writes elsewhere": (lambda s, n: writes.slice_scatter(
+        s, replace_args(n, (*n.args[:3], 0, 2))), case_of("slice_scatter")),
+    "slice_scatter keeps its bounds": (without_edits(writes.slice_scatter),
+                                       case_of("slice_scatter")),
+    "select_scatter keeps its index": (without_edits(writes.select_scatter),
+                                       case_of("select_scatter")),
+    "scatter with free rows": (lambda s, n: s.put(n.outputs[0], s.dims[n.args[0].name]),
+                               case_of("scatter_add")),
+    "index_add with free rows": (lambda s, n: s.put(n.outputs[0], s.dims[n.args[0].name]),
+                                 case_of("index_add")),
+    "index_put with free rows": (lambda s, n: s.put(n.outputs[0], s.dims[n.args[0].name]),
+                                 case_of("index_put")),
+    "as_strided keeps its strides": (without_edits(shapes.as_strided), case_of("as_strided", 3)),
+    "unfold with free positions": (free_windows, case_of("unfold")),
+    "grid_sampler with free positions": (pattern("b c h w, b !* -> b c h w"), Case(
+        "grid_sampler", op("grid_sampler", 0, 0, False), ((2, 3, 4, 4), (2, 4, 4, 2)),
+        "**.. *...")),
     "pad copies": (lambda s, n: shapes.pad(s, replace_args(n, n.args[:2])), Case(
         "pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")),
 }
@@ -833,6 +906,8 @@ def sized_cases(a: int, b: int, c: int) -> Iterator[Case]:
                     *wide), "")
         yield Case(f"{name}_cell", recurrent(f"{name}_cell"),
                    ((a, c), *((a, b),) * states, (gates * b, c), *wide), "")
+    for name, d in (("grid_sampler", 2), ("grid_sampler_2d", 2), ("grid_sampler_3d", 3)):
+        yield Case(name, op(name, 0, 0, False), ((2, a, *(b,) * d), (2, *(c,) * d, d)), "")
     yield Case("roll", op("roll", [a, -b], [0, 1]), ((b, a + c),), "")
     yield Case("channel_shuffle", op("channel_shuffle", a), ((2, a * b, c, 2),), "")
     for name in ("reshape_as", "view_as"):

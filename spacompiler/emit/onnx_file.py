@@ -14,17 +14,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import onnxscript.optimizer
 import torch
-from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from spacompiler.emit.refresh import drop_metadata_asserts, fake_mode, memory, rebuild
+from spacompiler.emit.refresh import drop_metadata_asserts, memory, rebuild
 from spacompiler.emit.safetensors_weights import refer_to_safetensors
 from spacompiler.errors import SpaError
+from spacompiler.frontends.decompose import fake_mode, replace
 from spacompiler.frontends.torch_export import copied
 from spacompiler.frontends.untouched import quiet
 
@@ -159,7 +157,7 @@ def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
     mode = fake_mode(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _needs_decomposing(node.target, table):
-            _decompose_node(node, table, mode)
+            replace(node, table, mode, _is_expressible)
     module.graph.eliminate_dead_code()
 
 
@@ -185,42 +183,11 @@ def _exporter_words() -> Any:
     return _registration.ONNXRegistry.from_torchlib()
 
 
-def _decompose_node(node: Node, table: Mapping[Any, Any], mode: FakeTensorMode) -> None:
-    """Trace one operation on its fake operands and put the trace in its place."""
-    operands = node.all_input_nodes
-
-    def call(*values: Any) -> Any:
-        lookup = dict(zip(operands, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lookup.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(call, decomposition_table=dict(table))(*(n.meta["val"] for n in operands))
-    if not all(_is_expressible(n) for n in traced.graph.nodes):
-        raise ValueError(f"{node.target} decomposes into more than operations on tensors")
-    inner = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-    graph = node.graph
-    with graph.inserting_before(node):
-        result = graph.graph_copy(traced.graph, inner)
-    if not isinstance(result, Node):
-        raise ValueError(f"{node.target} returns several values")
-    _take_place(node, result)
-
-
 def _is_expressible(node: Node) -> bool:
     """Whether a traced node is one that the exporter knows: of the size queries, only sym_size."""
     if str(node.target).startswith("aten.sym_"):
         return node.target is _ATEN.sym_size.int
     return node.op in ("placeholder", "call_function", "output")
-
-
-def _take_place(node: Node, result: Node) -> None:
-    """Let one node stand for another, under its name, for the signature knows outputs by name."""
-    node.replace_all_uses_with(result)
-    name = node.name
-    node.graph.erase_node(node)
-    if result.op != "placeholder" and any(user.op == "output" for user in result.users):
-        result.name = name
 
 
 def _is_idle_slice(node: Node) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from spacompiler.errors import SpaError
+from spacompiler.frontends.decompose import fake_mode
 from spacompiler.frontends.torch_export import copied
 from spacompiler.frontends.untouched import quiet
 
@@ -112,15 +113,6 @@ def drop_metadata_asserts(module: GraphModule) -> None:
                 if node.target is _ATEN._assert_tensor_metadata.default:
                     part.graph.erase_node(node)
             part.recompile()
-
-
-def fake_mode(module: GraphModule) -> FakeTensorMode:
-    """The mode, with its symbols, under which the program was traced."""
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode()
 
 
 def _placeholder_values(

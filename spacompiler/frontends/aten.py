@@ -12,6 +12,7 @@ from .. import primitives as p
 from .. import recurrent
 from .. import reductions as r
 from .. import shapes as s
+from .. import writes as w
 from ..solver import Row
 
 _POINTWISE = """
@@ -23,6 +24,7 @@ threshold log_sigmoid clamp clamp_min clamp_max clip floor ceil round trunc frac
 nan_to_num lerp addcmul addcdiv where masked_fill eq ne lt le gt ge logical_and logical_or
 logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ __xor__
 multiply divide subtract copy
+complex polar logaddexp sinc lgamma digamma signbit
 isnan isinf isfinite xlogy heaviside copysign hypot sgn bitwise_left_shift bitwise_right_shift
 """.split()
 
@@ -70,7 +72,11 @@ _PATTERNS: dict[str, Row] = {
     "bmm": p.contract("b n i, b i m -> b n m"),
     "mv": p.contract("n i, i -> n"),
     "dot": p.contract("i, i -> "),
+    "baddbmm": p.plus("b n i, b i m -> b n m"), "addbmm": p.plus("b n i, b i m -> n m"),
     "outer": p.contract("n, m -> n m"),
+    "bilinear": p.contract("... i, ... j, o i j, o -> ... o"),
+    **dict.fromkeys("grid_sampler grid_sampler_2d grid_sampler_3d".split(),
+                    p.contract("b c !*, b !* -> b c !*")),
     "_native_batch_norm_legit_no_training": p.contract("b c ..., c, c, c, c -> b c ..."),
     "instance_norm": p.contract("b c !*, c, c, c, c -> b c !*"),
     "pixel_shuffle": p.contract("... (c r r) h w -> ... c (h r) (w r)", r=(1, "r")),
@@ -82,7 +88,7 @@ _FUNCTIONS: dict[str, Row] = {
     "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum,
     "transformers.grouped_mm_fallback": p.grouped_mm,
     "addmm": p.addmm,
-    "baddbmm": p.baddbmm, "batch_norm": p.batch_norm,
+    "batch_norm": p.batch_norm,
     "prelu": p.prelu,
     **dict.fromkeys("conv1d conv2d conv3d".split(), p.convolution),
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(),
@@ -91,7 +97,12 @@ _FUNCTIONS: dict[str, Row] = {
     "scaled_dot_product_attention": p.attention,
     **dict.fromkeys("view _unsafe_view reshape view_copy".split(), s.reshape),
     "reshape_as": s.reshape_as, "view_as": s.reshape_as, "glu": s.glu,
-    "im2col": s.im2col, "col2im": s.col2im, "slice_scatter": s.slice_scatter,
+    "im2col": s.im2col, "col2im": s.col2im, "unfold": s.windows,
+    "slice_scatter": w.slice_scatter, "select_scatter": w.select_scatter,
+    **dict.fromkeys("scatter scatter_add scatter_reduce".split(), w.scatter),
+    **dict.fromkeys("index_add index_copy index_fill".split(), w.index_write),
+    "index_put": w.index_put, "_unsafe_index_put": w.index_put,
+    "view_as_real": s.view_as_real, "view_as_complex": s.view_as_complex,
     "flatten": s.flatten, "unflatten": s.unflatten,
     **dict.fromkeys("permute numpy_T".split(), s.permute),
     **dict.fromkeys("transpose t mT swapaxes swapdims".split(), s.transpose),
@@ -107,7 +118,7 @@ _FUNCTIONS: dict[str, Row] = {
     "constant_pad_nd": s.pad, "pad": s.pad,
     "layer_norm": r.layer_norm, "rms_norm": r.rms_norm, "group_norm": r.group_norm,
     "_weight_norm": r.weight_norm,
-    "index": r.index, "index_select": r.lookup(), "gather": r.gather,
+    "index": r.index, "_unsafe_index": r.index, "index_select": r.lookup(), "gather": r.gather,
     **dict.fromkeys("zeros ones full".split(), r.create(0)),
     **dict.fromkeys("new_zeros new_ones new_full new_empty".split(), r.create(1)),
 }

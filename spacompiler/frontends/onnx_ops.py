@@ -23,6 +23,7 @@ from typing import NamedTuple
 from .. import primitives as p
 from .. import reductions as r
 from .. import shapes as s
+from .. import writes as w
 from ..solver import Row
 from . import onnx_rows as o
 
@@ -105,7 +106,7 @@ STANDARD: dict[str, Op] = {
     "Gather": Op(o.gather, "0 @axis=0 :index"),
     "GatherElements": Op(r.gather, "0 @axis=0 1"), "GatherND": Op(o.gather_nd, "0 1 @batch_dims=0"),
     "ScatterND": Op(o.scatter_nd, "0 1 2"),
-    **_each("ScatterElements Scatter", o.scatter_elements, "0 @axis=0 1 2"),
+    **_each("ScatterElements Scatter", w.scatter, "0 @axis=0 1 2"),
     "OneHot": Op(o.frozen("makes an axis of classes")),
     "TopK": Op(r.along(), "0 @axis=-1"),
     **_each("CumSum CumProd", r.along(), "0 #1"),

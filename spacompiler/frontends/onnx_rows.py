@@ -149,19 +149,6 @@ def scatter_nd(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], x)
 
 
-def scatter_elements(s: Solver, n: Node) -> None:
-    """ScatterElements(x, axis, index, updates): as gather, written back."""
-    x, index, updates = (s.dims[a.name] for a in (n.args[0], n.args[2], n.args[3]))
-    axis = n.args[1] % len(x)
-    for d, (e, at, new) in enumerate(zip(x, index, updates, strict=True)):
-        if d == axis or e.size != at.size:
-            s.freeze((e, at, new), f"{n.title()} writes into it")
-        else:
-            s.relate(e, at, n)
-            s.relate(e, new, n)
-    s.put(n.outputs[0], x)
-
-
 def depth_to_space(s: Solver, n: Node) -> None:
     """DepthToSpace(x, block, mode): blocks outside (DCR) or inside (CRD) the channels."""
     nest = "(r r c)" if n.args[2] == "DCR" else "(c r r)"

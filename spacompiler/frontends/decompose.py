@@ -1,0 +1,115 @@
+"""Spell out operators that no row of the table knows by operators that rows know.
+
+torch says how: most of its operators have a decomposition. One operation at a time is traced on
+its own values, which takes a hundredth of the time of torch's way, which traces the whole program
+again. What torch cannot spell out so stays, and freezes what it touches.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Known = Callable[[str], bool]
+
+
+def spell_out(module: fx.GraphModule, known: Known) -> None:
+    """Replace operators that are not `known` by name, where what they consist of is, in place."""
+    strange = [node for node in module.graph.nodes if _is_strange(node, known)]
+    table = {op: way for op, way in decomposition_table.items()
+             if not known(str(op))} if strange else {}
+    for node in strange:
+        try:
+            replace(node, table, fake_mode(module), lambda inner: _is_known(inner, known))
+        except Exception:  # a surprise in one operator: it stays what it was
+            continue
+    if strange:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+
+
+def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
+    """The mode, with its symbols, under which a program was traced."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode()
+
+
+def _is_strange(node: fx.Node, known: Known) -> bool:
+    """Whether a node is an operator on tensors that is not known and that torch can spell out."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or known(str(target)):
+        return False
+    tensors = any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes)
+    composite = target.has_kernel_for_dispatch_key(
+        torch._C.DispatchKey.CompositeImplicitAutograd)  # type: ignore[attr-defined]
+    return tensors and (composite or target in decomposition_table)
+
+
+def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
+            fits: Callable[[fx.Node], bool]) -> None:
+    """Trace one operation on its fake operands and put the trace in its place.
+
+    Raises ValueError if a traced operation does not fit.
+    """
+    operands = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        lookup = dict(zip(operands, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lookup.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        traced = make_fx(functionalize(call), decomposition_table=dict(table))(
+            *(n.meta["val"] for n in operands))
+    for inner in traced.graph.nodes:
+        if (inner.op == "call_function" and not fits(inner)) or inner.op not in _OPS:
+            raise ValueError(f"{node.target} consists of {inner.target}")
+        if inner.op == "call_function":
+            inner.meta = {**{k: node.meta[k] for k in _PLACE if k in node.meta}, **inner.meta}
+    places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with node.graph.inserting_before(node):
+        result = node.graph.graph_copy(traced.graph, places)
+    _take_place(node, result)
+
+
+_OPS = ("placeholder", "call_function", "output")
+_PLACE = ("nn_module_stack", "stack_trace")
+
+
+def _take_place(node: fx.Node, result: Any) -> None:
+    """Let values stand for a node's, under their names: the signature knows outputs by name."""
+    pairs = [(node, result)]
+    if not isinstance(result, fx.Node):
+        pairs = [(user, result[user.args[1]]) for user in list(node.users)
+                 if user.target is operator.getitem]
+    if any(not isinstance(new, fx.Node) for _, new in pairs):
+        raise ValueError(f"{node.target} returns lists")
+    for old, new in pairs:
+        old.replace_all_uses_with(new)
+        name = old.name
+        old.graph.erase_node(old)
+        if new.op != "placeholder" and any(user.op == "output" for user in new.users):
+            new.name = name
+    if not isinstance(result, fx.Node):
+        node.graph.erase_node(node)
+
+
+def _is_known(node: fx.Node, known: Known) -> bool:
+    """Whether a row knows an operator, or none is needed: sizes, or what reads no tensor."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__module__", "") == "_operator"
+    return target is torch.ops.aten.sym_size.int or known(str(target)) or \
+        not node.all_input_nodes
