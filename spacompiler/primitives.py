@@ -51,6 +51,15 @@ def prelu(s: Solver, n: Node) -> None:
     relate_pattern(s, n, "..., ! -> ..." if one else "b c ..., c -> b c ...", operands(n))
 
 
+def frozen(why: str) -> Row:
+    """An operator that is known and that nothing passes: all it touches freezes."""
+
+    def row(s: Solver, n: Node) -> None:
+        s.give_up(n, f"{n.title()} {why}")
+
+    return row
+
+
 # --- contractions and other patterns ----------------------------------------------------------
 
 

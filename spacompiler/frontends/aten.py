@@ -124,6 +124,12 @@ _FUNCTIONS: dict[str, Row] = {
 }
 
 
+_FROZEN: dict[str, Row] = {
+    **dict.fromkeys("cond while_loop scan map_impl associative_scan".split(),
+                    p.frozen("decides by data, and its branches are not entered")),
+    **dict.fromkeys("stft istft".split(), p.frozen("mixes positions in windows")),
+}
+
 _RECURRENT: dict[str, Row] = {
     "lstm": recurrent.layers(4), "lstm_cell": recurrent.cell(4),
     "gru": recurrent.layers(3), "gru_cell": recurrent.cell(3),
@@ -137,7 +143,7 @@ def _rows() -> dict[str, Row]:
     rows |= dict.fromkeys(_SAME, p.same)
     for spatial, names in _POOLING.items():
         rows |= dict.fromkeys(names.split(), r.last_frozen(spatial))
-    return rows | _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS | _RECURRENT
+    return rows | _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS | _RECURRENT | _FROZEN
 
 
 class _ByPacket(dict[str, Row]):

@@ -70,7 +70,7 @@ STANDARD: dict[str, Op] = {
     "Einsum": Op(p.einsum, "@equation *"),
     "Conv": Op(p.convolution, "0 1 2 :strides :padding :dilations @group=1"),
     "ConvTranspose": Op(p.transposed_convolution, "0 1 2 _ _ _ @group=1"),
-    "DeformConv": Op(o.frozen("offsets belong to groups of channels")),
+    "DeformConv": Op(p.frozen("offsets belong to groups of channels")),
     "Attention": Op(o.attention, "0 1 2 3 4 5 @q_num_heads @kv_num_heads @scale"),
     "RotaryEmbedding": Op(o.rotary, "0 1 2 3 @num_heads=0 @rotary_embedding_dim=0"),
     "RNN": Op(o.recurrent(1, 1), "0 1 2 3 4 5 _ _ @hidden_size @layout=0"),
@@ -107,7 +107,7 @@ STANDARD: dict[str, Op] = {
     "GatherElements": Op(r.gather, "0 @axis=0 1"), "GatherND": Op(o.gather_nd, "0 1 @batch_dims=0"),
     "ScatterND": Op(o.scatter_nd, "0 1 2"),
     **_each("ScatterElements Scatter", w.scatter, "0 @axis=0 1 2"),
-    "OneHot": Op(o.frozen("makes an axis of classes")),
+    "OneHot": Op(p.frozen("makes an axis of classes")),
     "TopK": Op(r.along(), "0 @axis=-1"),
     **_each("CumSum CumProd", r.along(), "0 #1"),
     "ReverseSequence": Op(r.along(), "0 @time_axis=0"), "Trilu": Op(r.along(9, "", [-1, -2]), "0"),
@@ -125,24 +125,24 @@ STANDARD: dict[str, Op] = {
     "GridSample": Op(o.region_align, "0 1"),
     # numbers of fewer bits
     **_each("QuantizeLinear DequantizeLinear", o.quantize, "0 1 2 @axis=1"),
-    "DynamicQuantizeLinear": Op(o.frozen("takes its scale over everything")),
-    **_each(_INTEGER, o.frozen("removed integers are not zero where the zero point is not")),
+    "DynamicQuantizeLinear": Op(p.frozen("takes its scale over everything")),
+    **_each(_INTEGER, p.frozen("removed integers are not zero where the zero point is not")),
     # what nothing passes
-    **_each(_FIXED, o.frozen("makes numbers from sizes")),
-    **_each(_SEQUENCES, o.frozen("works on sequences")),
-    **_each(_TEXT, o.frozen("works on text or bytes")),
-    "If": Op(o.branches, "0 :branches"), **_each("Loop Scan", o.frozen("has a body")),
-    **_each("NonZero Unique Compress NonMaxSuppression Multinomial", o.frozen("depends on data")),
-    **_each("MaxUnpool Col2Im CenterCropPad AffineGrid TensorScatter", o.frozen("writes by place")),
-    "Det": Op(o.frozen("mixes rows and columns")),
-    **_each("DFT STFT", o.frozen("mixes positions")),
-    **_each("SoftmaxCrossEntropyLoss NegativeLogLikelihoodLoss", o.frozen("mixes classes")),
+    **_each(_FIXED, p.frozen("makes numbers from sizes")),
+    **_each(_SEQUENCES, p.frozen("works on sequences")),
+    **_each(_TEXT, p.frozen("works on text or bytes")),
+    "If": Op(o.branches, "0 :branches"), **_each("Loop Scan", p.frozen("has a body")),
+    **_each("NonZero Unique Compress NonMaxSuppression Multinomial", p.frozen("depends on data")),
+    **_each("MaxUnpool Col2Im CenterCropPad AffineGrid TensorScatter", p.frozen("writes by place")),
+    "Det": Op(p.frozen("mixes rows and columns")),
+    **_each("DFT STFT", p.frozen("mixes positions")),
+    **_each("SoftmaxCrossEntropyLoss NegativeLogLikelihoodLoss", p.frozen("mixes classes")),
 }
 
 CONTRIB: dict[str, Op] = {
     **_each("Gelu FastGelu QuickGelu BiasGelu BiasSplitGelu", p.pointwise, domain=MS),
     MS + "BiasDropout": Op(p.pointwise, "0 1 2"),
-    MS + "BiasSoftmax": Op(o.frozen("mixes positions")),
+    MS + "BiasSoftmax": Op(p.frozen("mixes positions")),
     MS + "BiasAdd": Op(p.pointwise),
     MS + "FusedConv": Op(o.fused_conv, "0 1 2 @group=1 3"),
     MS + "FusedGemm": Op(o.gemm, "0 1 2 @transA=0 @transB=0"),
@@ -158,13 +158,13 @@ CONTRIB: dict[str, Op] = {
     MS + "GroupQueryAttention": Op(o.group_query,
                                     "0 1 2 _ 3 4 @num_heads @kv_num_heads @scale _ @do_rotary=0"),
     MS + "RotaryEmbedding": Op(o.rotary, "0 2 3 1 @num_heads=0 @rotary_embedding_dim=0"),
-    MS + "GroupNorm": Op(o.frozen("is a fused norm of channels last")),
+    MS + "GroupNorm": Op(p.frozen("is a fused norm of channels last")),
     **_each("QuantizeLinear DequantizeLinear", o.quantize, "0 1 2 @axis=1", MS),
     **_each("QLinearAdd QLinearMul QLinearSigmoid QLinearLeakyRelu QLinearConcat QLinearSoftmax "
             "QLinearGlobalAveragePool QLinearAveragePool QLinearWhere QLinearReduceMean QGemm "
             "QAttention DynamicQuantizeMatMul MatMulIntegerToFloat DynamicQuantizeLSTM "
             "MatMulNBits NhwcMaxPool QMoE MoE QLinearConv",
-            o.frozen("removed integers are not zero where the zero point is not"), domain=MS),
+            p.frozen("removed integers are not zero where the zero point is not"), domain=MS),
 }
 
 OPS: Mapping[str, Op] = {**STANDARD, **CONTRIB}

@@ -13,15 +13,6 @@ from ..graph import Node, Ref
 from ..solver import Row, Solver
 
 
-def frozen(why: str) -> Row:
-    """An operator that is known and that nothing passes: all it touches freezes."""
-
-    def row(s: Solver, n: Node) -> None:
-        s.give_up(n, f"{n.title()} {why}")
-
-    return row
-
-
 def name(n: Node, index: int) -> str | None:
     """Return the tensor at a position, None where it is absent or a plain value."""
     value = n.arg(index, "")
