@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 from ..errors import SpaError, TraceError
 from ..graph import Graph, Node, Ref, Tensor, Unknown
 from ..runner import Runner
-from .aten import TABLE
-from .decompose import spell_out
 from .functional import make_functional
 from .untouched import quiet, untouched
 
@@ -88,7 +86,6 @@ def trace(module: nn.Module, inputs: Inputs) -> Trace:
         program = _export(module, args, kwargs)
     drop_asserts(program)
     _canonicalise(program)
-    spell_out(program.graph_module, lambda op: TABLE.get(op) is not None)
     graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
     return Trace(program, graph, args, kwargs, tied)
 
