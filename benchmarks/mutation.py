@@ -2,198 +2,174 @@
 
     python benchmarks/mutation.py --count 160
 
-A fault is one small change of one function: a swapped pair of arguments, a comparison turned, a
-number off by one, a statement that relates, freezes, reads or edits dropped, a letter of a pattern
-exchanged, an operator moved to another row. The fast tests (or fewer examples of them: rows of
-operators, the algebra, random networks, brute force on tiny ones) run once in this process, which
-leaves every trace in memory; then each fault is set in a child made by fork, and the tests run
-there until one fails. Prints the share caught; survivors are marked.
+A fault (faults.py) is one small change of one function: a swapped pair of arguments, a comparison
+turned, a number off by one, a statement that relates, freezes, reads or edits dropped, a letter of
+a pattern exchanged, an operator moved to another row. The suite's tests of these modules run once
+in this process, which notes the functions that each reaches and leaves every trace in memory; random
+networks, and tiny ones for brute force, are as many as `GRAPHS` and `TINY` say (the suite draws
+more). Then each fault is set in a child made by fork, where the tests that reach the changed
+function run, quick ones first, until one fails or `--budget` seconds are over. Survivors are marked.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import copy
 import gc
-import io
-import itertools
 import os
 import random
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-MODULES = """axes notation primitives shapes reductions solver groups slicing idioms
-frontends/aten""".split()
-TESTS = "test_axes test_notation test_idioms test_exact test_permutations test_groups".split()
-SLOW = "solving_is_fast golden every_parameter every_operator shufflenet".split()
-SECONDS = 60
-GRAPHS, TINY = 60, 60
+import pytest
+from faults import MODULES, ROOT, Fault, faults, harmless, source
+from hypothesis import Phase, settings
 
+FILES = """test_axes test_notation test_idioms test_exact test_permutations test_groups test_ops
+test_labels test_random_graphs test_proof""".split()
+LEFT_OUT = """solving_is_fast random_networks the_algebra_and_the_marks commutes_with_programs
+a_wrong_row every_row_matters shufflenet""".split()
+"""Of time alone, of tests themselves, too slow here, or done by `networks` and `marks`."""
+GRAPHS, TINY, EXAMPLES = 200, 150, 20
+TIMES = 4.0
+"""A child may take so many times what its tests take without a fault: then it is in a loop."""
 
-@dataclass(frozen=True)
-class Fault:
-    """One change of one module: the line, what is done, and how to make the changed tree."""
-
-    module: str
-    line: int
-    what: str
-    tree: Callable[[], ast.Module]
-
-    def __str__(self) -> str:
-        source = (ROOT / f"spacompiler/{self.module}.py").read_text().splitlines()
-        return f"{self.module}:{self.line} {self.what:28} {source[self.line - 1].strip()[:80]}"
+PATHS = {str(ROOT / f"spacompiler/{module}.py"): module for module in MODULES}
+Place = tuple[str, str]
 
 
-# --- kinds of faults ----------------------------------------------------------------------------
+@dataclass
+class Check:
+    """A test: `run` returns what failed or ""; `seconds` and `reached` functions, faultless."""
 
-TURNED: dict[type, type] = {
-    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv, ast.And: ast.Or, ast.Or: ast.And, ast.BitOr: ast.BitAnd,
-    ast.BitAnd: ast.BitOr,
-}
-DROPPED = """relate freeze read edit put append extend update unify bind _bind _meet
-relate_pattern give_up emit_fixed add pop insert pointwise _finish _narrow
-_narrow_by_letters""".split()
-Change = tuple[str, Callable[[ast.AST], ast.AST | None]]
+    name: str
+    run: Callable[[], str]
+    seconds: float = 0.0
+    reached: set[Place] = field(default_factory=set)
 
 
-def _set(name: str, value: object) -> Callable[[ast.AST], ast.AST]:
-    def change(node: ast.AST) -> ast.AST:
-        setattr(node, name, value)
-        return node
-
-    return change
+# --- what is run --------------------------------------------------------------------------------
 
 
-def changes(node: ast.AST) -> Iterator[Change]:
-    """Every fault that a syntax node could have."""
-    if isinstance(node, ast.Compare) and type(node.ops[0]) in TURNED:
-        yield "comparison turned", _set("ops", [TURNED[type(node.ops[0])](), *node.ops[1:]])
-    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in TURNED:
-        yield "operator turned", _set("op", TURNED[type(node.op)]())
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        for step in (1, -1):
-            yield f"number {step:+d}", _set("value", node.value + step)
-    if isinstance(node, ast.Constant) and isinstance(node.value, str) and "->" in node.value:
-        for text in _patterns(node.value):
-            yield f"pattern {text}"[:40], _set("value", text)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        yield "not dropped", lambda n: n.operand  # type: ignore[attr-defined]
-    if isinstance(node, ast.Call) and len(node.args) == 2 and not any(
-            isinstance(a, (ast.Starred, ast.GeneratorExp)) for a in node.args):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(
-            node.func, "id", "")
-        if name not in ("isinstance", "relate", "getattr", "Clash"):  # relate is symmetric
-            yield "arguments swapped", _set("args", node.args[::-1])
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        called = node.value.func
-        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-        if name in DROPPED:
-            yield f"{name} dropped", lambda n: ast.copy_location(ast.Pass(), n)
-    if isinstance(node, ast.If):
-        for value in (True, False):
-            yield f"condition {value}", _set("test", ast.Constant(value))
-    if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-        yield "results swapped", _set("value", ast.Tuple(node.value.elts[::-1], ast.Load()))
+def networks() -> Iterator[Check]:
+    """Random networks, traced beforehand: slicing commutes."""
+    import test_random_graphs as graphs
+    from commuting import quick_trace
+    from networks import SHAPES, drawn
+
+    for i in range(GRAPHS):
+        net = drawn(SHAPES[i % len(SHAPES)], seeds(i, 8))
+        yield _asserts(f"random network {i}", graphs.check, quick_trace(net, net.example()), i, 2)
 
 
-def _patterns(text: str) -> Iterator[str]:
-    """A pattern with two letters exchanged on one side of one operand or result."""
-    left, _, right = text.partition("->")
-    sides = [*left.split(","), right]
-    for i, side in enumerate(sides):
-        letters = sorted({c for c in side if c.isalpha()})
-        for a, b in itertools.pairwise(letters):
-            swapped = side.translate(str.maketrans({a: b, b: a}))
-            made = [*sides[:i], swapped, *sides[i + 1 :]]
-            yield ",".join(made[:-1]) + "->" + made[-1]
+def marks() -> Iterator[Check]:
+    """Tiny networks, traced beforehand: brute force."""
+    import test_labels as labels
+    from commuting import quick_trace
+    from networks import drawn
+
+    for i in range(TINY):
+        shape = labels.SHAPES[i % len(labels.SHAPES)]
+        net = drawn(shape, seeds(i, 4), labels.TINY, (2, 3, 4))
+        yield _asserts(f"marks of tiny network {i}", labels.compare,
+                       quick_trace(net, net.example()), i)
 
 
-def faults() -> list[Fault]:
-    """All faults of all modules, in a stable order."""
-    found = []
-    for module in MODULES:
-        tree = ast.parse((ROOT / f"spacompiler/{module}.py").read_text())
-        sites = list(_sites(tree, inside=module.startswith("frontends")))
-        for position, node in sites:
-            for what, change in changes(node):
-                found.append(Fault(module, node.lineno, what,  # type: ignore[attr-defined]
-                                   partial(_changed, tree, position, change)))
-    return [*found, *moved_rows()]
+def _asserts(name: str, test: Callable[..., Any], *args: Any) -> Check:
+    from labels import Unsupported
+
+    def run() -> str:
+        try:
+            test(*args)
+        except Unsupported:
+            pass
+        except AssertionError:
+            return name
+        return ""
+
+    return Check(name, run)
 
 
-def _sites(tree: ast.Module, inside: bool) -> Iterator[tuple[int, ast.AST]]:
-    """Positions (in walking order) of nodes inside functions, or anywhere in a table."""
-    bodies = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
-              for part in f.body for n in ast.walk(part)}
-    skipped = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.Raise, ast.JoinedStr))
-               or (isinstance(f, ast.Expr) and isinstance(f.value, ast.Constant))
-               or (isinstance(f, ast.FunctionDef) and f.name in (
-                   "__str__", "show", "reasons", "title", "why", "coupling", "network",
-                   "to_networkx", "__repr__"))
-               for n in ast.walk(f)}
-    for position, node in enumerate(ast.walk(tree)):
-        if id(node) not in skipped and (inside or id(node) in bodies) and hasattr(node, "lineno"):
-            yield position, node
+def seeds(i: int, count: int) -> list[int]:
+    rng = random.Random(i)
+    return [rng.randrange(2**32) for _ in range(count)]
 
 
-def _changed(tree: ast.Module, position: int,
-             change: Callable[[ast.AST], ast.AST | None]) -> ast.Module:
-    made = copy.deepcopy(tree)
-    target = next(n for i, n in enumerate(ast.walk(made)) if i == position)
+def _item(item: pytest.Item) -> Check:
+    from _pytest.runner import runtestprotocol
 
-    class Replace(ast.NodeTransformer):
-        def visit(self, node: ast.AST) -> ast.AST:
-            return change(node) if node is target else self.generic_visit(node)  # type: ignore
+    def run() -> str:
+        reports = runtestprotocol(item, log=False)
+        return next((item.nodeid for r in reports if r.failed), "")
 
-    return ast.fix_missing_locations(Replace().visit(made))
+    return Check(item.nodeid, run)
 
 
-def moved_rows() -> Iterator[Fault]:
-    """Operators that mix positions, moved to the row of those that do not."""
-    tree = ast.parse((ROOT / "spacompiler/frontends/aten.py").read_text())
-    for op in "softmax cumsum sort topk flip mean amax var tril index_select group_norm".split():
-        yield Fault("frontends/aten", 1, f"{op} element by element", partial(_moved, tree, op))
+def learn(check: Check) -> str:
+    """Run a check without a fault: note its functions and its seconds."""
+    clear_caches()
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename in PATHS:
+            code = frame.f_code
+            check.reached.add((PATHS[code.co_filename], code.co_name))
+
+    sys.setprofile(note)
+    try:
+        said = check.run()
+    finally:
+        sys.setprofile(None)
+    clear_caches()
+    start = time.process_time()
+    said = said or check.run()
+    check.seconds = time.process_time() - start
+    return said
 
 
-def _moved(tree: ast.Module, op: str) -> ast.Module:
-    made = copy.deepcopy(tree)
-    made.body.append(ast.parse(f"TABLE[{op!r}] = p.pointwise").body[0])
-    return made
+def clear_caches() -> None:
+    """Forget what functions have returned, but for traces: these hold nothing of the algebra."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("spacompiler", "test_")):
+            for value in list(vars(module).values()):
+                clear = getattr(value, "cache_clear", None)
+                kept = getattr(value, "__annotations__", {}).get("return")
+                if clear is not None and kept != "Trace":
+                    clear()
 
 
-# --- setting one --------------------------------------------------------------------------------
+# --- setting a fault ----------------------------------------------------------------------------
 
 
-def set_fault(fault: Fault) -> None:
+def functions() -> list[FunctionType]:
+    """Every function made from the sources of the modules, closures too."""
+    return [f for f in gc.get_objects()
+            if type(f) is FunctionType and f.__code__.co_filename in PATHS]
+
+
+def set_fault(fault: Fault, running: list[FunctionType]) -> None:
     """Change the running code: every function made from the changed source gets the new one."""
     path = str(ROOT / f"spacompiler/{fault.module}.py")
-    name = f"spacompiler.{fault.module.replace('/', '.')}"
-    module = sys.modules[name]
+    module = sys.modules[f"spacompiler.{fault.module.replace('/', '.')}"]
     if fault.module.startswith("frontends"):
         space = dict(vars(module))
         exec(compile(fault.tree(), path, "exec"), space)
         module.TABLE.clear()  # type: ignore[attr-defined]
         module.TABLE.update(space["TABLE"])  # type: ignore[attr-defined]
     else:
-        old = compile(ast.parse(Path(path).read_text()), path, "exec", dont_inherit=True)
+        old = compile(ast.parse(source(fault.module)), path, "exec", dont_inherit=True)
         new = compile(fault.tree(), path, "exec", dont_inherit=True)
         replace = {a: b for a, b in _pairs(old, new) if a != b or a.co_code != b.co_code}
-        for found in gc.get_objects():
-            if isinstance(found, FunctionType) and found.__code__ in replace:
-                found.__code__ = replace[found.__code__]
-    sys.modules["spacompiler.notation"].parse.cache_clear()  # type: ignore[attr-defined]
+        assert replace, f"{fault}: the same code"
+        for function in running:
+            if function.__code__ in replace:
+                function.__code__ = replace[function.__code__]
+    clear_caches()
 
 
 def _pairs(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
@@ -206,95 +182,19 @@ def _pairs(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
 # --- running the tests --------------------------------------------------------------------------
 
 
-class Suite:
-    """The fast tests, with every trace in memory: what they say is the first failure, or ""."""
-
-    def __init__(self) -> None:
-        import test_labels
-        import test_ops
-        import test_random_graphs
-        from commuting import quick_trace
-        from networks import SHAPES, drawn
-
-        self.ops, self.graphs, self.labels = test_ops, test_random_graphs, test_labels
-        made = [drawn(SHAPES[i % len(SHAPES)], seeds(i, 8)) for i in range(GRAPHS)]
-        self.traced = [quick_trace(net, net.example()) for net in made]
-        shapes = test_labels.SHAPES
-        made = [drawn(shapes[i % len(shapes)], seeds(i, 4), test_labels.TINY, (2, 3, 4))
-                for i in range(TINY)]
-        self.tiny = [quick_trace(net, net.example()) for net in made]
-
-    def run(self, module: str) -> str:
-        parts = [self.units, self.operators, self.networks, self.marks]
-        if module not in ("axes", "notation"):
-            parts = [*parts[1:], parts[0]]
-        return next((said for part in parts if (said := part())), "")
-
-    def operators(self) -> str:
-        """Every row of the table: what may shrink, and that slicing commutes."""
-        t = self.ops
-        for case in t.CASES:
-            solution = t.solved(case)
-            if t.free_dims(solution) != case.free:
-                return f"free dimensions of {case}"
-            for choices in t.tried(case, solution)[:3]:
-                errors = t.differences(t.traced(case), solution, choices, case.random)
-                if not max(errors.values(), default=0.0) <= t.TOLERANCE:
-                    return f"slicing {case}"
-        return ""
-
-    def networks(self) -> str:
-        for i, found in enumerate(self.traced):
-            try:
-                self.graphs.check(found, i, 2)
-            except AssertionError:
-                return f"random network {i}"
-        return ""
-
-    def marks(self) -> str:
-        """Tiny networks against brute force."""
-        for i, found in enumerate(self.tiny):
-            try:
-                self.labels.compare(found, i)
-            except self.labels.Unsupported:
-                continue
-            except AssertionError:
-                return f"marks of tiny network {i}"
-        return ""
-
-    def units(self) -> str:
-        import pytest
-        from hypothesis import settings
-
-        settings.register_profile("few", settings.get_profile("ci"), max_examples=25,
-                                  database=None)
-        settings.load_profile("few")
-        skip = " and ".join(f"not {name}" for name in SLOW)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            files = [str(ROOT / f"tests/{test}.py") for test in TESTS]
-            code = pytest.main([*files, "-x", "-q", "-k", skip, "-p", "no:cacheprovider",
-                                "--no-header", "--tb=no", "-W", "ignore"])
-        rows = [r for r in said.getvalue().splitlines() if r.startswith(("FAILED", "ERROR"))]
-        return "" if not code else rows[0] if rows else f"pytest: {code}"
-
-
-def seeds(i: int, count: int) -> list[int]:
-    rng = random.Random(i)
-    return [rng.randrange(2**32) for _ in range(count)]
-
-
-def caught(fault: Fault, suite: Suite) -> str:
-    """Set a fault in a child and run the tests there; return what caught it, or ""."""
+def caught(fault: Fault, checks: list[Check], running: list[FunctionType], budget: float) -> str:
+    """Set a fault in a child and run checks there; return what caught it, or ""."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
         os.close(read)
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        said = ""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        limit = int(TIMES * min(budget, sum(c.seconds for c in checks))) + 10
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         try:
-            set_fault(fault)
-            said = suite.run(fault.module)
+            set_fault(fault, running)
+            said = _first(checks, budget)
         except BaseException as problem:
             said = f"{type(problem).__name__}: {problem}"
         os.write(write, said.encode()[:400])
@@ -303,7 +203,65 @@ def caught(fault: Fault, suite: Suite) -> str:
     with os.fdopen(read) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    return said or (f"killed by signal {status}" if status else "")
+    return said or (f"stopped by signal {status}" if status else "")
+
+
+def _first(checks: list[Check], budget: float) -> str:
+    start = time.process_time()
+    for check in checks:
+        try:
+            said = check.run()
+        except Exception as problem:
+            said = f"{check.name}: {type(problem).__name__} {problem}"
+        if said or time.process_time() - start > budget:
+            return said
+    return ""
+
+
+def reaching(fault: Fault, checks: list[Check]) -> list[Check]:
+    """The checks that run the changed function, those that take little and reach little first."""
+    found = [c for c in checks if (fault.module, fault.function) in c.reached
+             or (fault.module.startswith("frontends") and c.reached)]
+    return sorted(found, key=lambda c: c.seconds * len(c.reached))
+
+
+class Run:
+    """The run of all faults, in place of pytest's own loop over its items."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        start = time.process_time()
+        checks = [*networks(), *marks(), *map(_item, session.items)]
+        failed = [said for check in checks if (said := learn(check))]
+        assert not failed, f"fails without a fault: {failed}"
+        print(f"{len(checks)} tests, {sum(c.seconds for c in checks):.0f} s of CPU, learnt in "
+              f"{time.process_time() - start:.0f} s", flush=True)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        self.faults(checks, functions())
+        return True
+
+    def faults(self, checks: list[Check], running: list[FunctionType]) -> None:
+        every = [f for f in faults() if self.given.match in str(f)]
+        live = [f for f in every if not harmless(f)]
+        picked = random.Random(self.given.seed).sample(live, min(self.given.count, len(live)))
+        part, parts = map(int, self.given.part.split("/"))
+        print(f"{len(every)} faults, {len(every) - len(live)} of them harmless by name; "
+              f"{len(picked)} picked, part {self.given.part}", flush=True)
+        survivors = 0
+        for i, fault in list(enumerate(picked))[part::parts]:
+            start = time.perf_counter()
+            chosen = reaching(fault, checks)
+            said = caught(fault, chosen, running, self.given.budget)
+            survivors += not said
+            print(f"{i:4} {'caught  ' if said else 'SURVIVED'} "
+                  f"{time.perf_counter() - start:5.1f}s {fault}  | "
+                  f"{said[:70] or f'{len(chosen)} tests'}", flush=True)
+        count = len(picked[part::parts])
+        print(f"caught {count - survivors} of {count}: {1 - survivors / max(count, 1):.1%}")
 
 
 def main() -> None:
@@ -312,25 +270,17 @@ def main() -> None:
     options.add_argument("--part", default="0/1", help="i/n: the i-th of n parts of them")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--match", default="", help="only faults whose text holds this")
+    options.add_argument("--budget", type=float, default=30.0, help="CPU seconds for each")
     given = options.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
-    every = [f for f in faults() if given.match in str(f)]
-    picked = random.Random(given.seed).sample(every, min(given.count, len(every)))
-    part, parts = map(int, given.part.split("/"))
-    picked = picked[part::parts]
-    print(f"{len(picked)} of {len(every)} faults", flush=True)
-    suite = Suite()
-    assert not (said := suite.run("")), f"the suite fails without a fault: {said}"
-    survivors = []
-    for i, fault in enumerate(picked):
-        start = time.perf_counter()
-        said = caught(fault, suite)
-        print(f"{i:4} {'caught  ' if said else 'SURVIVED'} {time.perf_counter() - start:5.1f}s "
-              f"{fault}  | {said[:70]}", flush=True)
-        if not said:
-            survivors.append(fault)
-    share = 1 - len(survivors) / len(picked)
-    print(f"caught {len(picked) - len(survivors)} of {len(picked)}: {share:.1%}")
+    settings.register_profile("few", deadline=None, derandomize=True, max_examples=EXAMPLES,
+                              phases=[Phase.explicit, Phase.generate], database=None)
+    os.environ["HYPOTHESIS_PROFILE"] = "few"
+    skip = " and ".join(f"not {name}" for name in LEFT_OUT)
+    files = [str(ROOT / f"tests/{name}.py") for name in FILES]
+    code = pytest.main([*files, "-q", "-s", "-k", skip, "-p", "no:cacheprovider",
+                        "--no-header", "-W", "ignore"], plugins=[Run(given)])
+    sys.exit(code if code != pytest.ExitCode.NO_TESTS_COLLECTED else 0)
 
 
 if __name__ == "__main__":
