@@ -3,12 +3,12 @@
     python benchmarks/mutation.py --count 160
 
 A fault (faults.py) is one small change of one function: a swapped pair of arguments, a comparison
-turned, a number off by one, a statement that relates, freezes, reads or edits dropped, a letter of
-a pattern exchanged, an operator moved to another row. The suite's tests of these modules run once
-in this process, which notes the functions that each reaches and leaves every trace in memory; random
-networks, and tiny ones for brute force, are as many as `GRAPHS` and `TINY` say (the suite draws
+turned, a number off by one, a statement that relates, freezes, reads or edits dropped, a letter
+of a pattern exchanged, an operator moved to another row. The suite's tests of these modules run
+once in this process, which notes the functions that each reaches and keeps every trace in memory;
+of random networks, and of tiny ones for brute force, there are `GRAPHS` and `TINY` (the suite draws
 more). Then each fault is set in a child made by fork, where the tests that reach the changed
-function run, quick ones first, until one fails or `--budget` seconds are over. Survivors are marked.
+function run, quick ones first, until one fails or `--budget` seconds are over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 

@@ -124,8 +124,11 @@ def _settle(problem: Problem, kept: dict[str, int], but: str = "") -> dict[str, 
     return kept
 
 
-def check_met(problem: Problem, kept: Mapping[str, int]) -> None:
-    """Raise TargetError, naming what binds, if the target is missed by more than a point."""
+def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False) -> None:
+    """Raise TargetError, naming what binds, if the target is missed by more than a point.
+
+    `finest` says that steps cannot be asked to be smaller.
+    """
     if problem.met(kept):
         return
     price, least = problem.price(kept), problem.price(problem.least())
@@ -134,14 +137,15 @@ def check_met(problem: Problem, kept: Mapping[str, int]) -> None:
         bound = [u.name for u in problem.units if len(u.legal) > 1][:3]
         why = (f"with every unit at its floor, {floor:.1%} of {problem.metric} remain: "
                f"{len(problem.units)} units may shrink, e.g. {', '.join(bound) or 'none'}")
-        fix = "lower the floor, or let more go: --roles, --only, --ignore"
+        fix = "lower the floor, or let more go: --role, --only, --ignore"
     else:
         steps = [u for u in problem.units if len(u.legal) > 1]
         coarse = max(steps, key=lambda u: u.legal[-1] - u.legal[-2], default=None)
+        by = coarse.legal[-1] - coarse.legal[-2] if coarse else 1
         why = f"the nearest that could be reached is {share:.1%}" + (
-            f": {coarse.name} moves in steps of {coarse.legal[-1] - coarse.legal[-2]} "
-            f"of {coarse.size}" if coarse else "")
-        fix = "use --align 1 for finer steps, or a target near that"
+            f": {coarse.name} moves in steps of {by} of {coarse.size}" if coarse else "")
+        fix = "use --align 1 for finer steps, or a target near that" if by > 1 and not finest \
+            else "take a target near that, or let more go: --role, --only, --ignore"
     problem.price(kept)
     raise TargetError(
         f"target {problem.metric}={problem.target / problem.dense:.1%} cannot be met",

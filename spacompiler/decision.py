@@ -47,7 +47,7 @@ def allocate_counts(job: Job) -> dict[str, int]:
         if problem.met(kept):
             break
         job.uniform = False
-    allocation.check_met(problem, kept)
+    allocation.check_met(problem, kept, finest=r.align == 1)
     return _counts(job, found, kept)
 
 

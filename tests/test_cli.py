@@ -50,6 +50,7 @@ def test_compile_prints_a_table_on_stdout_and_progress_on_stderr(tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "parameters" in done.stdout and "proof: relative error" in done.stdout
     assert "tracing" in done.stderr and "tracing" not in done.stdout
+    assert not any(step in done.stderr for step in ("recovering", "keeping", "repairing"))
 
 
 def test_compile_json_is_one_document(tmp_path):
@@ -158,6 +159,8 @@ BAD = [
     (["compile", "zoo:mlp", *QUICK, "--calibration", "EMPTY", "--out", "OUT"], 2,
      "needs a tokenizer"),
     (["compile", "zoo:mlp", *QUICK, "--floor", "0.95", "--out", "OUT"], 1, "cannot be met"),
+    (["compile", "zoo:llama-gqa", *QUICK, "--target", "body=96%", "--role", "head", "--out",
+      "OUT"], 1, "what to do: take a target near that"),
     (["compile", "zoo:mlp", *QUICK, "--align", "0", "--out", "OUT"], 2, "align"),
     (["inspect", "zoo:mlp", "--graph", "g.png"], 2, "cannot write a graph"),
     (["inspect", "zoo:mlp", "--why", "0.weigt:0", "3.weight:1"], 2, "there is no array"),
