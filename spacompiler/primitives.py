@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -237,36 +238,37 @@ def addmm(s: Solver, n: Node) -> None:
     relate_pattern(s, n, f"{bias}, b i, i o -> b o", operands(n)[:3])
 
 
-def _convolve(s: Solver, n: Node, weight: str, groups: int) -> None:
+def _convolve(s: Solver, n: Node, transposed: bool, groups: int) -> None:
     """Grouped in and out channels; the batch dimension may be missing."""
     x, w = (len(s.dims[ref.name]) for ref in n.args[:2])
-    batch = "b " if x == w else ""
+    batch, weight = "b " if x == w else "", "(g i) o" if transposed else "(g o) i"
     relate_pattern(s, n, f"{batch}(g i) !*, {weight} !*, (g o) -> {batch}(g o) !*",
                    operands(n)[:3], sizes={"g": (groups, "groups", 1)})
-    _conv_macs(s, n)
+    _conv_macs(s, n, transposed)
 
 
 def convolution(s: Solver, n: Node) -> None:
     """(input, weight, bias, stride, padding, dilation, groups)."""
-    _convolve(s, n, "(g o) i", 6)
+    _convolve(s, n, False, 6)
 
 
 def transposed_convolution(s: Solver, n: Node) -> None:
     """(input, weight, bias, stride, padding, output_padding, groups, dilation)."""
-    _convolve(s, n, "(g i) o", 6)
+    _convolve(s, n, True, 6)
 
 
 def aten_convolution(s: Solver, n: Node) -> None:
     """aten.convolution: transposed is an argument, groups the last one."""
-    _convolve(s, n, "(g i) o" if n.args[6] else "(g o) i", 8)
+    _convolve(s, n, n.args[6], 8)
 
 
-def _conv_macs(s: Solver, n: Node) -> None:
-    """A convolution multiplies, per result position, by the whole of its kernel window."""
+def _conv_macs(s: Solver, n: Node, transposed: bool) -> None:
+    """Every result position (transposed: every input position) meets the whole window."""
     last = s.contractions.pop()
     window = math.prod(s.shape(n.args[1].name)[2:])
-    s.contractions.append(
-        Contraction(last.node, last.letters, last.operands, last.macs, factor=window))
+    macs = (*s.dims[n.args[0].name], last.letters["o"]) if transposed else \
+        (*s.dims[n.outputs[0]], last.letters["i"])
+    s.contractions.append(replace(last, macs=macs, factor=window))
 
 
 def attention(s: Solver, n: Node) -> None:
@@ -284,7 +286,10 @@ def attention(s: Solver, n: Node) -> None:
     else:
         text, sizes = "... q d, ... k d, ... k e -> ... q e", {}
     relate_pattern(s, n, text, [q, k, v], sizes=sizes, outputs=n.outputs[:1])
-    letters = s.contractions[-1].letters
+    both = s.contractions.pop()
+    letters, rows = both.letters, s.dims[n.outputs[0]][:-1]
+    for dims in "de":  # every query meets every key, then every value
+        s.contractions.append(replace(both, macs=(*rows, letters["k"], letters[dims])))
     for letter in ("q", "k"):
         s.space.freeze(letters[letter], "positions of attention")
     mask = n.arg(3, "attn_mask")

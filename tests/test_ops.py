@@ -22,11 +22,15 @@ from commuting import choose, differences, quick_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from spacompiler import primitives as p
 from spacompiler import reductions, shapes, writes
 from spacompiler.allocation import step as step_of
 from spacompiler.axes import Choices, is_frozen
+from spacompiler.cost import cost
+from spacompiler.emit.program import run_pruned
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.groups import Solution, solve
@@ -633,6 +637,24 @@ def test_slicing_commutes(case: Case) -> None:
     assert free_dims(solved(case)) == case.free
     assert any(tried(case, solved(case))) == ("*" in case.free)  # not vacuous
     assert worst(case) <= TOLERANCE
+
+
+def test_macs_are_those_that_torch_counts() -> None:
+    """Of the dense operator and of pruned ones, wherever it runs as products of matrices."""
+    counted: set[str] = set()
+    for case in [*contraction_cases(), *convolution_cases(), *attention_cases()]:
+        solution = solved(case)
+        for choices in [{}, *tried(case, solution, 2)]:
+            price = cost(solution, "macs")
+            price.set({atom: choice.count for atom, choice in choices.items()})
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                run_pruned(traced(case), solution, choices)
+            if flops := counter.get_total_flops():
+                counted.add(case.op)
+                assert 2 * price.total == flops, case
+    assert counted >= set("addmm baddbmm bmm conv1d conv2d conv3d conv_transpose1d convolution "
+                          "conv_transpose2d conv_transpose3d einsum linear matmul mm "
+                          "scaled_dot_product_attention".split())
 
 
 def test_a_kernel_takes_only_multiples() -> None:

@@ -10,7 +10,7 @@ from .. import reductions as r
 from .. import shapes as sh
 from ..axes import ONE, Clash, Expr, is_frozen, product
 from ..graph import Node, Ref
-from ..solver import Row, Solver
+from ..solver import Contraction, Row, Solver
 
 
 def name(n: Node, index: int) -> str | None:
@@ -343,6 +343,8 @@ def _attend(s: Solver, n: Node, dims: Sequence[Sequence[Expr]], refs: Sequence[s
         s.roles.append((part, "head dim"))
     s.roles += [(g, "head"), (each, "head"), (e, "head dim")]
     _attention_edits(s, n, product((g, each)), g, d)
+    for inner in (d, e):  # every query meets every key, then every value
+        s.contractions.append(Contraction(n.name, {}, (), (batch, g, each, at, keys, inner)))
     _cache(s, n, (batch, g, d, e))
     out = n.outputs[0]
     nest = product((g, each))
