@@ -165,9 +165,10 @@ def set_fault(fault: Fault, running: list[FunctionType]) -> None:
         new = compile(fault.tree(), path, "exec", dont_inherit=True)
         replace = {a: b for a, b in _pairs(old, new) if a != b or a.co_code != b.co_code}
         assert replace, f"{fault}: the same code"
-        for function in running:
-            if function.__code__ in replace:
-                function.__code__ = replace[function.__code__]
+        changed = [f for f in running if f.__code__ in replace]
+        assert changed, f"{fault}: nothing runs it"
+        for function in changed:
+            function.__code__ = replace[function.__code__]
     clear_caches()
 
 
@@ -237,10 +238,11 @@ class Run:
         assert not failed, f"fails without a fault: {failed}"
         print(f"{len(checks)} tests, {sum(c.seconds for c in checks):.0f} s of CPU, learnt in "
               f"{time.process_time() - start:.0f} s", flush=True)
+        running = functions()
         gc.collect()
         gc.freeze()
         gc.disable()
-        self.faults(checks, functions())
+        self.faults(checks, running)
         return True
 
     def faults(self, checks: list[Check], running: list[FunctionType]) -> None:
