@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Union
 
@@ -254,14 +255,10 @@ class Space:
 
     def _cycles(self, order: Array) -> Expr:
         """The dimension that a permutation maps to itself: slices of one cycle go together."""
-        index, count = np.full(len(order), -1), 0
-        for start in range(len(order)):
-            if index[start] < 0:
-                at = start
-                while index[at] < 0:
-                    index[at], at = count, order[at]
-                count += 1
-        lengths = np.bincount(index)
+        first, ahead = np.arange(len(order)), order
+        for _ in range(len(order).bit_length()):  # the least slice among so many steps: doubled
+            first, ahead = np.minimum(first, first[ahead]), ahead[ahead]
+        _, index, lengths = np.unique(first, return_inverse=True, return_counts=True)
         parts: list[Expr] = []
         slots = np.empty(len(order), dtype=int)
         offset = 0
@@ -326,7 +323,7 @@ class Space:
                 if size == k:
                     return product(e.parts[:i]), product(e.parts[i:])
                 continue
-            if k % size or part.size % (k // size):
+            if part.size % (k // size):
                 break
             outer, inner = self.factor(part, k // size)
             return product((*e.parts[:i], outer)), product((inner, *e.parts[i + 1 :]))
@@ -341,8 +338,7 @@ class Space:
         for frozen, run in itertools.groupby(e.parts, is_frozen):
             group = list(run)
             why = dict.fromkeys(w for part in group for w in reasons(part))
-            fuse = frozen and len(group) > 1
-            parts += [self.atom(prod(p.size for p in group), *why)] if fuse else group
+            parts += [self.atom(prod(p.size for p in group), *why)] if frozen else group
         return Prod(tuple(parts), e.size)
 
     def split(self, e: Expr, p: int) -> tuple[Expr, Expr]:
@@ -501,7 +497,7 @@ class Choice:
     @property
     def count(self) -> int:
         """Slices kept (inside each outer slice)."""
-        return int(self.table.reshape(-1, self.table.shape[-1]).sum(1).max())
+        return int(self.table.sum(-1).max())
 
 
 Choices = Mapping[Atom, Choice]
@@ -555,18 +551,14 @@ def keep_mask(dims: Sequence[Expr], choices: Choices) -> Array:
     for atom, at in where:
         choice = choices.get(atom)
         if choice is not None:
-            outer = [_joint(where, o, at) for o in choice.outers]
+            outer = [_joint(where, o) for o in choice.outers]
             mask = mask & (choice.table[(*outer, at)] | (at < 0))
     return mask
 
 
-def _joint(where: list[tuple[Atom, Array]], outer: Atom, at: Array) -> Array:
-    """The outer atom's coordinate beside `at`: the one mention that is present at each place."""
-    found = np.full([1] * at.ndim, -1)
-    for atom, other in where:
-        if atom is outer:
-            found = np.maximum(found, other)
-    return found
+def _joint(where: list[tuple[Atom, Array]], outer: Atom) -> Array:
+    """The outer atom's coordinate: the one mention that is present at each place."""
+    return reduce(np.maximum, (other for atom, other in where if atom is outer))
 
 
 def take(array: Array, dims: Sequence[Expr], choices: Choices) -> Array:

@@ -327,8 +327,6 @@ def cut_dim(s: Solver, n: Node, dims: list[Expr], dim: int, bounds: tuple[Any, A
             raise Clash("a part of a dimension, turned around")
         return
     start, end = span(bounds[0], bounds[1], size)
-    if (start, end, step) == (0, size, 1):
-        return
     if step != 1:
         dims[dim] = _strided(s, dims[dim], start, end, step)
         return

@@ -250,10 +250,11 @@ def test_freezing_after_binding_reaches_both() -> None:
     assert [atom.reasons for atom in atoms(b)] == [("late",), ("late",)]
 
 
-def test_frozen_structures_freeze_what_they_meet() -> None:
+@pytest.mark.parametrize("sizes", [((2, 3), (3, 2)), ((3, 2), (2, 3))])
+def test_frozen_structures_freeze_what_they_meet(sizes: Any) -> None:
     """Two frozen nests need no common refinement; a free one freezes with a frozen one."""
     space = Space()
-    nest, other = (product((space.atom(a), space.atom(b))) for a, b in ((2, 3), (3, 2)))
+    nest, other = (product((space.atom(a), space.atom(b))) for a, b in sizes)
     space.freeze(nest, "why not")
     space.unify(nest, other)
     assert is_frozen(other) and reasons(other) == ["why not"]

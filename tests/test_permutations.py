@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from networks import network
 
 from spacompiler import models_zoo
-from spacompiler.axes import Choice, Clash, Space, atoms, concat, deal, keep_mask, kept_size, show
+from spacompiler.axes import (
+    Choice,
+    Clash,
+    Space,
+    atoms,
+    concat,
+    deal,
+    keep_mask,
+    kept_size,
+    product,
+    show,
+)
 from spacompiler.emit.module import operate, runs_like
 from spacompiler.emit.program import Rewritten, rewrite, run_pruned
 from spacompiler.frontends.aten import TABLE
@@ -124,8 +135,6 @@ def test_carved_positions_are_those_asked_for(order: Any, count: int, kind: str,
          "nest": lambda: space.factor(space.atom(12), 4),
          "inner": lambda: space.split(space.atom(4), 2)}[kind]()
     if isinstance(e, tuple):
-        from spacompiler.axes import product
-
         e = product(e) if kind == "nest" else product((space.atom(3), concat(e)))
     try:
         part = space.carve(e, order[:count])
@@ -136,6 +145,20 @@ def test_carved_positions_are_those_asked_for(order: Any, count: int, kind: str,
     assert np.array_equal(np.broadcast_to(keep_mask([part], choices), [count]),
                           kept[order[:count]])
     assert kept_size(part, choices) == kept[order[:count]].sum()
+
+
+def test_equal_deals_are_one() -> None:
+    space, order = Space(), np.roll(np.arange(12), 5)
+    a = space.atom(12)
+    space.unify(deal(a, order), deal(a, order))
+    assert atoms(deal(a, order)) == [a]
+
+
+def test_nests_in_other_orders_clash() -> None:
+    space, order = Space(), np.roll(np.arange(12), 5)
+    one, two = (product((space.atom(a), space.atom(b))) for a, b in ((3, 4), (4, 3)))
+    with pytest.raises(Clash, match="nest differently"):
+        space.unify(deal(one, order), two)
 
 
 @given(ORDERS, ORDERS, st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 99))
