@@ -45,7 +45,9 @@ _SIZES = {"vgg": 32, "inception": 96, "maxvit": 224, "vit_h": 56, "mvit": 224, "
           "raft": 128, "swin3d": 32, "r3d": 32, "mc3": 32, "r2plus1d": 32, "ssd300": 300,
           "ssdlite": 320}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False},
+    # auxiliary heads run in training only, and published weights come without them
+    "googlenet": {"init_weights": False, "aux_logits": False},
+    "inception_v3": {"init_weights": False, "aux_logits": False},
     "vit_b": {"image_size": 64}, "vit_l": {"image_size": 64}, "vit_h": {"image_size": 56},
     "maxvit_t": {"input_size": (224, 224)},
 }

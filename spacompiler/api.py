@@ -125,7 +125,7 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
         from . import parts
 
         module, inputs = parts.of(module, modules, inputs)
-    return backend_of(module).trace(module, inputs)[1]
+    return backend_of(module).trace(module, inputs, quick=True)[1]
 
 
 def _named(what: Any) -> str:

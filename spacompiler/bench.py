@@ -230,5 +230,5 @@ def dense_file(artifact: Path, folder: Path) -> Path:
     traced = trace(module, check_inputs(artifact, read_json(artifact / "structure.json")))
     from .write import axis_names
 
-    export_onnx(traced.program, made, input_names=traced.graph.inputs, axes=axis_names(traced))
+    export_onnx(traced.exported, made, input_names=traced.graph.inputs, axes=axis_names(traced))
     return made

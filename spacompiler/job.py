@@ -78,14 +78,15 @@ class Job:
 class Backend:
     """The steps of a compile that depend on where the model lives: mostly functions of the job.
 
-    `trace` returns a trace (with its `graph`) and its solution, `context` what importance
+    `trace(module, inputs, quick=False)` returns a trace (with its `graph`) and its solution; a
+    quick one serves groups and slicing only. `context` is what importance
     passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
     `layout` and `emission`; `repair` changes the traced arrays and returns notes; `write` fills
     the artifact's folder and adds to the report's data.
     """
 
     check_weights: Callable[[Job], None]
-    trace: Callable[[Any, Inputs], tuple[Any, Solution]]
+    trace: Callable[..., tuple[Any, Solution]]
     context: Callable[[Job], Any]
     digest: Callable[[Job], str]
     prove: Callable[[Job], Proof]

@@ -82,7 +82,7 @@ def trace_whole_or_parts(job: Job) -> None:
     if job.recipe.modules:
         parts.enter(job, job.recipe.modules)
     try:
-        job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+        job.trace, job.solution = job.backend.trace(job.module, job.inputs, _is_quick(job))
     except TraceError as problem:
         found = () if job.recipe.modules else parts.traceable(job.module, job.inputs)
         if not found:
@@ -90,6 +90,14 @@ def trace_whole_or_parts(job: Job) -> None:
         job.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
         parts.enter(job, found)
         job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+
+
+def _is_quick(job: Job) -> bool:
+    """True if the compile looks at weights alone, and needs no program of the network."""
+    recipe = job.recipe
+    runs = recipe.prove or recipe.onnx or recipe.latency or recipe.keep_adapter \
+        or bool(job.importance.needs) or recipe.modules
+    return not (runs or job.compensation or job.recovery or job.schedule)
 
 
 def _candidates(job: Job) -> list[Group]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+
+from .frontends.record import Program
 
 Weights = Callable[[str], torch.Tensor]
 Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
@@ -27,7 +28,7 @@ class Runner(fx.Interpreter):
     whatever the program says, converting each weight when it is used.
     """
 
-    def __init__(self, program: ExportedProgram, weights: Weights | None = None, *,
+    def __init__(self, program: Program, weights: Weights | None = None, *,
                  graph_module: fx.GraphModule | None = None,
                  touched: Mapping[str, set[str]] | None = None, touch: Touch | None = None,
                  override: Mapping[str, Override] | None = None, double: bool = False,
@@ -74,8 +75,8 @@ class Runner(fx.Interpreter):
         flat = iter(pytree.tree_leaves((args, kwargs)))
         values = []
         for spec in self._program.graph_signature.input_specs:
-            stored = spec.target is not None and spec.kind.name != "USER_INPUT"
-            values.append(self._weights(spec.target) if stored else next(flat))
+            own = spec.target is None or spec.kind.name == "USER_INPUT"
+            values.append(next(flat) if own else self._weights(str(spec.target)))
         if self._double:
             values = [v if isinstance(v, torch.nn.Parameter) else _double(v) for v in values]
         return values

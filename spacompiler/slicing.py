@@ -103,13 +103,29 @@ class Slicer:
         return first not in self._dims or (self.untouched(first) and choices is None)
 
 
+BLOCK = 1 << 22
+"""Entries of an array that are selected at a time."""
+
+
 def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices) -> torch.Tensor:
     """Return the kept part of a tensor, contiguous."""
     per_axis = indices(dims, choices)
     if per_axis is None:
         mask = torch.from_numpy(keep_mask(dims, choices)).expand(tensor.shape)
         return tensor[mask].reshape([kept_size(e, choices) for e in dims])
-    for axis, index in enumerate(per_axis):
-        if index is not None:
-            tensor = tensor.index_select(axis, torch.from_numpy(index))
+    found = {a: torch.from_numpy(index) for a, index in enumerate(per_axis) if index is not None}
+    if len(found) < 2 or tensor.numel() <= BLOCK:
+        return _select(tensor, found)
+    axis, rows = next(iter(found.items()))  # by blocks: what lies between is never held whole
+    made = tensor.new_empty([kept_size(e, choices) for e in dims])
+    at = 0
+    for block in rows.split(max(1, BLOCK * len(rows) // tensor.numel())):
+        made.narrow(axis, at, len(block)).copy_(_select(tensor, {**found, axis: block}))
+        at += len(block)
+    return made
+
+
+def _select(tensor: torch.Tensor, index: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    for axis, kept in index.items():
+        tensor = tensor.index_select(axis, kept)
     return tensor

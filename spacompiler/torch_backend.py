@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from .decision import statistics_of
 from .emit import hf
@@ -43,8 +44,9 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _trace_module(module: nn.Module, inputs: Inputs) -> tuple[Trace, Solution]:
-    traced = trace(module, inputs)
+def _trace_module(module: nn.Module, inputs: Inputs,
+                  quick: bool = False) -> tuple[Trace, Solution]:
+    traced = trace(module, inputs, quick=quick)
     return traced, solve(traced.graph, TABLE, rewire=True)
 
 
@@ -150,6 +152,9 @@ EMITTERS: tuple[tuple[str, str, Callable[[Job], Any]], ...] = (
 
 def _program(job: Job) -> Any:
     if job.program is None:
+        if not isinstance(job.trace.program, ExportedProgram):  # it was recorded, not exported
+            job.trace, job.solution = _trace_module(job.module, job.inputs)
+            job.choices = job.plan.choices(job.solution)
         shared = dict(job.pruned.state_dict()) if job.emission == "module" else {}
         job.program = rewrite(job.trace, job.solution, job.choices, shared)
     return job.program

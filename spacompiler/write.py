@@ -247,7 +247,7 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
     job.progress("measuring latency", 3, 4)
     with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
         dense = Path(temporary) / "dense.onnx"
-        export_onnx(job.trace.program, dense, input_names=job.trace.graph.inputs)
+        export_onnx(job.trace.exported, dense, input_names=job.trace.graph.inputs)
         args, kwargs = latency_inputs(job.trace)
         times = compare_latency({"dense": dense, "pruned": path}, _feed(job.trace, args, kwargs))
     shapes = {n: list(a.shape) for n, a in _feed(job.trace, args, kwargs).items()}

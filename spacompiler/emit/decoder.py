@@ -131,7 +131,8 @@ def trace_decoder(model: Any) -> Traced:
                        why=(str(problem).strip().splitlines() or [repr(problem)])[0],
                        fix="leave --decoder out: model.onnx is then written without a cache"
                        ) from problem
-    drop_asserts(program)
+    drop_asserts(program.graph)
+    program.graph_module.recompile()
     parts = [(i, part) for i in range(len(past) // 2) for part in ("key", "value")]
     return Traced(program, [*(PAST.format(*p) for p in parts), *inputs],
                   ["logits", *(PRESENT.format(*p) for p in parts)])

@@ -156,7 +156,7 @@ def rewrite(trace: Trace, solution: Solution, choices: Choices,
             made[name] = given.get(name, made.get(first))  # type: ignore[assignment]
             if made[name] is None:
                 made[name] = slicer.array(name)
-    program = copy.copy(trace.program)
+    program = copy.copy(trace.exported)
     program._graph_module = edited(trace, solution, choices)
     _lift_indices(program)
     return refresh(program, made)

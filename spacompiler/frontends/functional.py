@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+
+from .record import Program
 
 _ATEN = torch.ops.aten
 # a view -> the operator that puts a changed view back into what it was taken from
@@ -24,7 +25,7 @@ _BACK: dict[Any, Any] = {_ATEN.slice.Tensor: _ATEN.slice_scatter.default,
                           _ATEN.select.int: _ATEN.select_scatter.default}
 
 
-def make_functional(program: ExportedProgram) -> bool:
+def make_functional(program: Program) -> bool:
     """Return True once no operator of the program writes into an operand or holds a sub-graph.
 
     Values share storage exactly if their traced ones do, so an alias can't be overlooked. Returns

@@ -22,6 +22,7 @@ from ..errors import SpaError, TraceError
 from ..graph import Graph, Node, Ref, Tensor, Unknown
 from ..runner import Runner
 from .functional import make_functional
+from .record import Program, record
 from .untouched import quiet, untouched
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -40,12 +41,21 @@ class Trace:
     `repaired` names the stored arrays that are no longer the module's own.
     """
 
-    program: ExportedProgram
+    program: Program
     graph: Graph
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tied: dict[str, str]
     repaired: set[str] = field(default_factory=set)
+
+    @property
+    def exported(self) -> ExportedProgram:
+        """The program as torch.export made it. Raises SpaError if the trace was a quick one."""
+        if isinstance(self.program, ExportedProgram):
+            return self.program
+        raise SpaError("this trace serves groups and slicing only",
+                       why="it was recorded with the sizes of the example inputs",
+                       fix="trace without quick")
 
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Bring another call into the traced form: keywords in order, constants filled in.
@@ -75,19 +85,33 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-def trace(module: nn.Module, inputs: Inputs) -> Trace:
+def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     """Export a module in eval mode with dynamic batch (and, for integer inputs, length).
 
-    The module is left as it was. Raises TraceError, with the place in the user's code, where it
-    cannot be traced.
+    `quick` asks for groups and slicing only: the program then has the sizes of the example inputs
+    where it could be recorded without data, and serves no other call. The module is left as it
+    was. Raises TraceError, with the place in the user's code, where it cannot be traced.
     """
     args, kwargs = as_call(inputs)
     with untouched(module):
-        program = _export(module, args, kwargs)
-    drop_asserts(program)
-    _canonicalise(program)
+        program = _record(module, args, kwargs) if quick else None
+        program = program or _export(module, args, kwargs)
+    drop_asserts(program.graph)
+    _canonicalise(program.graph)
+    if isinstance(program, ExportedProgram):
+        program.graph_module.recompile()
     graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
     return Trace(program, graph, args, kwargs, tied)
+
+
+def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+    """The program of one call without data; None where only the exporter can follow."""
+    try:
+        with quiet():
+            program = record(module, args, kwargs)
+    except Exception:  # any code may run here, and without its data
+        return None
+    return program if make_functional(program) else None
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -122,7 +146,7 @@ def _place(module: nn.Module, problem: Exception) -> str:
     return found
 
 
-def _seen_sizes(program: ExportedProgram, args: tuple[Any, ...],
+def _seen_sizes(program: Program, args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Sizes that depend on data, as they come out on the example inputs."""
     free = {node.name for node in program.graph.nodes for value in _tensors(node)
@@ -164,15 +188,12 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return {**shapes[1]} if not args else (*shapes[0], *shapes[1].values())
 
 
-def drop_asserts(program: ExportedProgram) -> None:
+def drop_asserts(graph: fx.Graph) -> None:
     """Remove metadata asserts: they pin dtypes, and proofs run in another one."""
-    graph = program.graph_module.graph
     for node in reversed(list(graph.nodes)):
         idle = node.op == "call_function" and not node.users
         if idle and str(node.target).startswith(_DROPPED):
             graph.erase_node(node)
-    graph.lint()
-    program.graph_module.recompile()
 
 
 def _sizes(node: fx.Node, dim: int) -> list[int] | None:
@@ -204,15 +225,14 @@ _CANONICAL = {
 }
 
 
-def _canonicalise(program: ExportedProgram) -> None:
-    for node in program.graph.nodes:
+def _canonicalise(graph: fx.Graph) -> None:
+    for node in graph.nodes:
         explicit = _CANONICAL[node.target](node) if node.target in _CANONICAL else None
         if explicit:
             node.target, node.args, node.kwargs = *explicit, {}
-    program.graph_module.recompile()
 
 
-def lower(program: ExportedProgram, module: nn.Module,
+def lower(program: Program, module: nn.Module,
           seen: Mapping[str, tuple[int, ...]] | None = None) -> tuple[Graph, dict[str, str]]:
     """Return the IR of a program and, per stored name, the first name of its array.
 
@@ -232,7 +252,7 @@ def lower(program: ExportedProgram, module: nn.Module,
     return graph, tied
 
 
-def _tied_names(program: ExportedProgram, module: nn.Module) -> dict[str, str]:
+def _tied_names(program: Program, module: nn.Module) -> dict[str, str]:
     """Map every stored name to the first name that shares its array."""
     first: dict[Any, str] = {}
     names = {}

@@ -40,7 +40,7 @@ def shrunk(trace: Trace, solution: Solution, choices: Choices) -> tuple[Trace, S
     The program's arrays are looked up by name when it runs: a module that was operated on in
     place is seen as it is.
     """
-    program = copy.copy(trace.program)
+    program = copy.copy(trace.exported)
     program._graph_module = edited(trace, solution, choices)
     new = {atom: Atom(choice.count, atom.serial, atom.reasons)
            for atom, choice in choices.items()}
