@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = """axes notation primitives shapes reductions solver groups slicing idioms
+MODULES = """axes notation primitives shapes reductions recurrent solver groups slicing idioms
 frontends/aten""".split()
 
 

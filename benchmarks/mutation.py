@@ -30,8 +30,8 @@ import pytest
 from faults import MODULES, ROOT, Fault, faults, harmless, source
 from hypothesis import Phase, settings
 
-FILES = """test_axes test_notation test_idioms test_exact test_permutations test_groups test_ops
-test_labels test_random_graphs test_proof""".split()
+FILES = """test_axes test_notation test_idioms test_exact test_permutations test_random_graphs
+test_labels test_ops test_groups test_proof"""
 LEFT_OUT = """solving_is_fast random_networks the_algebra_and_the_marks commutes_with_programs
 a_wrong_row every_row_matters shufflenet""".split()
 """Of time alone, of tests themselves, too slow here, or done by `networks` and `marks`."""
@@ -249,11 +249,11 @@ class Run:
         every = [f for f in faults() if self.given.match in str(f)]
         live = [f for f in every if not harmless(f)]
         picked = random.Random(self.given.seed).sample(live, min(self.given.count, len(live)))
-        part, parts = map(int, self.given.part.split("/"))
+        mine = [(i, f) for i, f in enumerate(picked) if f.module in self.given.modules.split()]
         print(f"{len(every)} faults, {len(every) - len(live)} of them harmless by name; "
-              f"{len(picked)} picked, part {self.given.part}", flush=True)
+              f"{len(picked)} picked, {len(mine)} of them in {self.given.modules}", flush=True)
         survivors = 0
-        for i, fault in list(enumerate(picked))[part::parts]:
+        for i, fault in mine:
             start = time.perf_counter()
             chosen = reaching(fault, checks)
             said = caught(fault, chosen, running, self.given.budget)
@@ -261,14 +261,15 @@ class Run:
             print(f"{i:4} {'caught  ' if said else 'SURVIVED'} "
                   f"{time.perf_counter() - start:5.1f}s {fault}  | "
                   f"{said[:70] or f'{len(chosen)} tests'}", flush=True)
-        count = len(picked[part::parts])
-        print(f"caught {count - survivors} of {count}: {1 - survivors / max(count, 1):.1%}")
+        killed = len(mine) - survivors
+        print(f"caught {killed} of {len(mine)}: {killed / max(len(mine), 1):.1%}")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--count", type=int, default=160, help="faults to try")
-    options.add_argument("--part", default="0/1", help="i/n: the i-th of n parts of them")
+    options.add_argument("--modules", default=" ".join(MODULES), help="only faults of these")
+    options.add_argument("--files", default=FILES, help="the tests' files")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--match", default="", help="only faults whose text holds this")
     options.add_argument("--budget", type=float, default=30.0, help="CPU seconds for each")
@@ -278,7 +279,7 @@ def main() -> None:
                               phases=[Phase.explicit, Phase.generate], database=None)
     os.environ["HYPOTHESIS_PROFILE"] = "few"
     skip = " and ".join(f"not {name}" for name in LEFT_OUT)
-    files = [str(ROOT / f"tests/{name}.py") for name in FILES]
+    files = [str(ROOT / f"tests/{name}.py") for name in given.files.split()]
     code = pytest.main([*files, "-q", "-s", "-k", skip, "-p", "no:cacheprovider",
                         "--no-header", "-W", "ignore"], plugins=[Run(given)])
     sys.exit(code if code != pytest.ExitCode.NO_TESTS_COLLECTED else 0)

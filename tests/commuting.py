@@ -93,8 +93,8 @@ def quick_trace(module: nn.Module, *args: torch.Tensor) -> Trace:
     program: Any = SimpleNamespace(
         graph=made.graph, graph_module=made, state_dict=arrays, constants=constants,
         graph_signature=SimpleNamespace(input_specs=specs))
-    torch_export.drop_asserts(program)
-    torch_export._canonicalise(program)
+    torch_export.drop_asserts(made.graph)
+    torch_export._canonicalise(made.graph)
     graph, tied = torch_export.lower(program, module)
     return Trace(program, graph, args, {}, tied)
 
