@@ -63,6 +63,7 @@ def analyse(job: Job) -> None:
     if job.schedule is not None and not job.owned:  # it trains
         job.module, job.owned = copy.deepcopy(job.module), True
     trace_whole_or_parts(job)
+    _note_folded(job)
     job.candidates = _candidates(job)
     if job.compensation is not None and job.compensation.create_biases:
         _add_biases(job)
@@ -90,6 +91,14 @@ def trace_whole_or_parts(job: Job) -> None:
         job.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
         parts.enter(job, found)
         job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+
+
+def _note_folded(job: Job) -> None:
+    """Say which arrays were replaced by what follows from them."""
+    folded = getattr(job.trace, "folded", ())
+    if folded:
+        job.notes.append(f"{len(folded)} arrays are read through statistics of themselves alone "
+                         f"({folded[0]}, ...): what follows from them was computed once")
 
 
 def _is_quick(job: Job) -> bool:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SpaError, TraceError
 from ..graph import Graph, Node, Ref, Tensor, Unknown
 from ..runner import Runner
+from .folding import fold_weights
 from .functional import make_functional
 from .record import Program, record
 from .untouched import quiet, untouched
@@ -38,7 +39,8 @@ _DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_
 class Trace:
     """A traced module: the program, its IR, and how to call it.
 
-    `repaired` names the stored arrays that are no longer the module's own.
+    `repaired` names the stored arrays that are no longer the module's own, `folded` those that the
+    program does not hold any more, as only statistics of them are read.
     """
 
     program: Program
@@ -47,6 +49,7 @@ class Trace:
     kwargs: dict[str, Any]
     tied: dict[str, str]
     repaired: set[str] = field(default_factory=set)
+    folded: tuple[str, ...] = ()
 
     @property
     def exported(self) -> ExportedProgram:
@@ -98,10 +101,11 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
         program = program or _export(module, args, kwargs)
     drop_asserts(program.graph)
     _canonicalise(program.graph)
+    folded = fold_weights(program)
     if isinstance(program, ExportedProgram):
         program.graph_module.recompile()
     graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
-    return Trace(program, graph, args, kwargs, tied)
+    return Trace(program, graph, args, kwargs, tied, folded=folded)
 
 
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
