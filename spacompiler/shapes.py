@@ -249,24 +249,14 @@ def split(s: Solver, n: Node) -> None:
     if isinstance(given, (list, tuple)):
         for i, piece in enumerate(pieces):
             s.edit(n, ("args", 1, i), piece)
-    elif len(pieces) > 1 and not base_is_chunk(n):
-        for piece in pieces[1:-1]:
-            s.relate(pieces[0], piece, n)
+        return
+    if not base(n.op).endswith("chunk"):
         s.edit(n, ("args", 1), pieces[0])
-        if pieces[-1].size == pieces[0].size:
-            s.relate(pieces[0], pieces[-1], n)
+    for piece in pieces[1:]:
+        if piece.size == pieces[0].size:
+            s.relate(pieces[0], piece, n)
         else:
             s.freeze(pieces, f"{n.op} leaves a smaller last piece")
-    else:
-        for piece in pieces[1:]:
-            if piece.size == pieces[0].size:
-                s.relate(pieces[0], piece, n)
-            else:
-                s.freeze(pieces, f"{n.op} leaves a smaller last piece")
-
-
-def base_is_chunk(n: Node) -> bool:
-    return base(n.op).endswith("chunk")
 
 
 def unbind(s: Solver, n: Node) -> None:
