@@ -159,11 +159,8 @@ def _attempt(first: pipeline.Job, **options: Any) -> pipeline.Job:
     job.candidates = candidates(job.solution, roles=r.roles, approximate=r.approximate)
     if not job.candidates:
         raise TargetError(f"no group of {len(job.solution.groups)} may shrink")
-    for _, step in pipeline.STEPS[2:]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(r.seed)
-            step(job)
-    return job
+    done = [step for _, step in pipeline.STEPS].index(pipeline.analyse) + 1
+    return pipeline.carry_out(job, pipeline.STEPS[done:])
 
 
 def _compile(row: Row, first: pipeline.Job) -> pipeline.Job:

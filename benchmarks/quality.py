@@ -182,7 +182,8 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
         job.candidates = bench.candidates(method)
         job.scores = {n: s.numpy() for n, s in bench.scores[name].items()}
         pipeline.decide(job)
-        pipeline.mend(job)
+        if job.compensation is not None:
+            pipeline.mend(job)
         pipeline.emit(job)
     spent = time.process_time() - start
     costs = job.plan.costs

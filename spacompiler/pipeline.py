@@ -6,7 +6,7 @@ Each step is a function of the job so far; between any two of them the job can b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def analyse(job: Job) -> None:
             "nothing to prune", where=job.name,
             why=f"no group has a role in {list(job.recipe.roles)}; groups found: "
                 f"{len(job.solution.groups)} ({', '.join(roles) or 'none'})",
-            fix="see `spacompiler inspect`; let more go with --roles, --only or --approximate")
+            fix="see `spacompiler inspect`; let more go with --role, --only or --approximate")
 
 
 def trace_whole_or_parts(job: Job) -> None:
@@ -189,8 +189,6 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
 
 def mend(job: Job) -> None:
     """Let the compensation pass repair what stays, in the traced program."""
-    if job.compensation is None:
-        return
     if job.backend.repair is None:
         raise SpaError(f"repair {job.compensation.name!r} needs a torch module", where=job.name,
                        fix="use --repair none")
@@ -226,16 +224,14 @@ def keep_adapter(job: Job) -> None:
     """Take a kept adapter out of the pruned model again, cut to its size."""
     from .adapters import keeping
 
-    if job.recipe.keep_adapter:
-        keeping.keep(job)
+    keeping.keep(job)
 
 
 def recover(job: Job) -> None:
-    """Train the pruned module, if the recipe asks for it."""
+    """Train the pruned module."""
     from . import recovery
 
-    if job.recovery is not None:
-        recovery.recover(job)
+    recovery.recover(job)
 
 
 STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
@@ -250,18 +246,27 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("keeping the adapter", keep_adapter),
     ("recovering", recover),
 )
-
-
 DRY_STEPS = 5
+ASKED: Mapping[str, Callable[[Job], bool]] = {
+    "repairing": lambda job: job.compensation is not None,
+    "keeping the adapter": lambda job: job.recipe.keep_adapter,
+    "recovering": lambda job: job.recovery is not None,
+}
+"""Steps that are carried out only if they are asked for."""
 
 
 def run(job: Job, *, dry_run: bool = False) -> Job:
-    """Carry out the steps; a dry run stops at the plan."""
-    steps = STEPS[:DRY_STEPS] if dry_run else STEPS
-    for i, (stage, function) in enumerate(steps):
-        job.progress(stage, i, len(steps))
+    """Carry out the steps that are asked for; a dry run stops at the plan."""
+    return carry_out(job, STEPS[:DRY_STEPS] if dry_run else STEPS)
+
+
+def carry_out(job: Job, steps: Iterable[tuple[str, Callable[[Job], None]]]) -> Job:
+    """Carry out those of some steps that are asked for."""
+    asked = [(stage, step) for stage, step in steps if stage not in ASKED or ASKED[stage](job)]
+    for i, (stage, step) in enumerate(asked):
+        job.progress(stage, i, len(asked))
         with _settings(job.recipe.seed):
-            function(job)
+            step(job)
     return job
 
 

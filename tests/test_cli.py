@@ -50,6 +50,7 @@ def test_compile_prints_a_table_on_stdout_and_progress_on_stderr(tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "parameters" in done.stdout and "proof: relative error" in done.stdout
     assert "tracing" in done.stderr and "tracing" not in done.stdout
+    assert not any(step in done.stderr for step in ("recovering", "keeping", "repairing"))
 
 
 def test_compile_json_is_one_document(tmp_path):
