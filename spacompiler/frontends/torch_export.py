@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from ..errors import SpaError, TraceError
 from ..graph import Graph, Node, Ref, Tensor, Unknown
 from ..runner import Runner
+from .aten import TABLE
+from .decompose import spell_out
 from .folding import fold_weights
 from .functional import make_functional
 from .record import Program, record
@@ -101,6 +103,7 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
         program = program or _export(module, args, kwargs)
     drop_asserts(program.graph)
     _canonicalise(program.graph)
+    spell_out(program.graph_module, lambda op: TABLE.get(op) is not None)
     folded = fold_weights(program)
     if isinstance(program, ExportedProgram):
         program.graph_module.recompile()
