@@ -85,12 +85,16 @@ def _refs(value: Any) -> Iterator[str]:
 
 @dataclass(slots=True)
 class Graph:
-    """Nodes in topological order over named tensors."""
+    """Nodes in topological order over named tensors.
+
+    `written` are values that a call writes back into stored arrays, with these arrays' tensors.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    written: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
         """Return one tensor for each stored array (parameters and buffers), by array name."""

@@ -41,8 +41,11 @@ class Runner(fx.Interpreter):
         self._override, self._double, self._watch = override or {}, double, watch
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Return the flat list of results of one call."""
-        return list(self.run(*self._values(args, kwargs)))
+        """Return the flat list of results of one call; what it writes back is none."""
+        results = self.run(*self._values(args, kwargs))
+        asked = sum(spec.kind.name == "USER_OUTPUT"
+                    for spec in self._program.graph_signature.output_specs)
+        return list(results[len(results) - asked:])
 
     def steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
               stops: set[str]) -> Iterator[str]:

@@ -114,6 +114,9 @@ class Solver:
         self._freeze_unused(stored)
         for node in self.graph.nodes:
             self._visit(node)
+        for value, stored_in in self.graph.written.items():
+            for e, o in zip(self.dims[value], self.dims[stored_in], strict=True):
+                self.space.relate(e, o, f"{value} is written back into {stored_in}")
         for name in self.graph.outputs:
             self.freeze(self.dims[name], f"model output {name}")
         return self

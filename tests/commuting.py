@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from spacompiler.axes import Atom, Choice, Choices, walk
 from spacompiler.emit.program import run_pruned
@@ -90,9 +91,12 @@ def quick_trace(module: nn.Module, *args: torch.Tensor) -> Trace:
                              InputKind.CONSTANT_TENSOR if target in constants else
                              InputKind.BUFFER)
              for node, target in zip(inputs, targets, strict=True)]
+    (leaves,) = next(iter(made.graph.find_nodes(op="output"))).args
+    results = [SimpleNamespace(kind=OutputKind.USER_OUTPUT, arg=SimpleNamespace())
+               for _ in pytree.tree_leaves(leaves)]
     program: Any = SimpleNamespace(
         graph=made.graph, graph_module=made, state_dict=arrays, constants=constants,
-        graph_signature=SimpleNamespace(input_specs=specs))
+        graph_signature=SimpleNamespace(input_specs=specs, output_specs=results))
     torch_export.drop_asserts(made.graph)
     torch_export._canonicalise(made.graph)
     graph, tied = torch_export.lower(program, module)

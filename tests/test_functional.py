@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import spacompiler
+from spacompiler.emit.program import rewrite
 from spacompiler.errors import ProofError
 from spacompiler.frontends import functional
 from spacompiler.frontends.functional import make_functional
@@ -120,3 +122,67 @@ def test_pure_operators_are_known():
     kinds = {node.target for node in program.graph.nodes if not functional._is_pure(node)}
     assert torch.ops.aten.relu_.default in kinds
     assert operator.getitem not in kinds
+
+
+class Running(nn.Module):
+    """Keeps a running mean of a hidden layer, which it writes in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x):
+        h = self.a(x)
+        self.mean.mul_(0.9).add_(0.1 * h.mean(0))
+        return self.b((h - self.mean).relu())
+
+
+def test_an_array_that_is_written_back_shrinks_with_what_is_written():
+    torch.manual_seed(0)
+    dense, x = Running().eval(), torch.randn(4, 8)
+    result = spacompiler.compile(dense, (x,), target="params=51%", importance="magnitude",
+                                 align=1, onnx=False, latency=False)
+    group = result.solution.groups["a.weight:0"]
+    kept = torch.from_numpy(result.job.choices[group.atom].table)
+    small = result.module
+    assert result.job.emission == "module" and small.mean.shape == (kept.sum(),)
+    assert "mean:0" in {str(member) for member in group.members}
+    assert torch.equal(dense.mean, torch.zeros(12))  # tracing and proving wrote nothing
+    with torch.no_grad():
+        for _ in range(2):
+            dense(x)
+            small(x)
+    assert torch.allclose(small.mean, dense.mean[kept], atol=1e-6)
+    program = rewrite(result.job.trace, result.solution, result.job.choices).module()
+    with torch.no_grad():
+        program(x)
+    assert program.mean.shape == small.mean.shape and not torch.equal(
+        program.mean, torch.zeros_like(program.mean))
+
+
+class Lazy(nn.Module):
+    """Scales a layer down in its first call, for good."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.done = nn.Linear(8, 12), nn.Linear(12, 3), False
+
+    def forward(self, x):
+        if not self.done:
+            with torch.no_grad():
+                self.a.weight.div_(2)
+            self.done = True
+        return self.b(self.a(x).relu())
+
+
+def test_a_module_that_changes_its_parameters_once_is_called_first():
+    torch.manual_seed(0)
+    dense, x = Lazy().eval(), torch.randn(4, 8)
+    before, want = dense.a.weight.clone(), copy.deepcopy(dense)(x)
+    result = spacompiler.compile(dense, (x,), target="params=51%", importance="magnitude",
+                                 align=1, onnx=False, latency=False)
+    assert torch.equal(dense.a.weight, before / 2) and dense.done
+    assert torch.equal(dense(x), want)
+    assert result.module.done and result.job.emission == "module"
+    assert result.job.trace.graph.written == {}

@@ -231,11 +231,11 @@ def _line(frame: Any) -> str:
 
 
 def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Use]:
-    """Run a marked copy of a module (its arrays are shared) and return the sizes it uses.
+    """Run a marked copy of a module (its parameters are shared) and return the sizes it uses.
 
     Raises SpaError where its code refuses marked integers.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
     marked = copy.deepcopy(module, memo).eval()
     for path, part in marked.named_modules():
         for name, value in list(held(part)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,28 +23,30 @@ from torch.fx.experimental.proxy_tensor import make_fx
 Known = Callable[[str], bool]
 
 
-def spell_out(module: fx.GraphModule, known: Known) -> None:
+def spell_out(graph: fx.Graph, known: Known) -> None:
     """Replace operators that are not `known` by name, where what they consist of is, in place."""
-    strange = [node for node in module.graph.nodes if _is_strange(node, known)]
+    strange = [node for node in graph.nodes if _is_strange(node, known)]
     table = {op: way for op, way in decomposition_table.items()
              if not known(str(op))} if strange else {}
     for node in strange:
         try:
-            replace(node, table, fake_mode(module), lambda inner: _is_known(inner, known))
+            replace(node, table, _mode(graph) or nullcontext(),
+                    lambda inner: _is_known(inner, known))
         except Exception:  # a surprise in one operator: it stays what it was
             continue
     if strange:
-        module.graph.eliminate_dead_code()
-        module.recompile()
+        graph.eliminate_dead_code()
 
 
 def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
     """The mode, with its symbols, under which a program was traced."""
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return FakeTensorMode()
+    return _mode(module.graph) or FakeTensorMode()
+
+
+def _mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode of a graph's values; None if they are on the meta device."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 def _is_strange(node: fx.Node, known: Known) -> bool:
@@ -57,7 +60,7 @@ def _is_strange(node: fx.Node, known: Known) -> bool:
     return tensors and (composite or target in decomposition_table)
 
 
-def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
+def replace(node: fx.Node, table: Mapping[Any, Any], mode: AbstractContextManager[Any],
             fits: Callable[[fx.Node], bool]) -> None:
     """Trace one operation on its fake operands and put the trace in its place.
 

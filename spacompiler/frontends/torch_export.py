@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from ..errors import SpaError, TraceError
@@ -33,6 +33,7 @@ _KINDS = {
     InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant", InputKind.USER_INPUT: "input",
 }
+_WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 _DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_scalar",
             "aten._assert_async")
 
@@ -95,15 +96,21 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
 
     `quick` asks for groups and slicing only: the program then has the sizes of the example inputs
     where it could be recorded without data, and serves no other call. The module is left as it
-    was. Raises TraceError, with the place in the user's code, where it cannot be traced.
+    was; one whose first call changes its parameters is called first. Raises TraceError, with the
+    place in the user's code, where it cannot be traced.
     """
     args, kwargs = as_call(inputs)
     with untouched(module):
         program = _record(module, args, kwargs) if quick else None
         program = program or _export(module, args, kwargs)
+    if any(spec.kind is OutputKind.PARAMETER_MUTATION
+           for spec in program.graph_signature.output_specs):
+        with untouched(module), torch.no_grad():
+            module(*args, **kwargs)
+            program = _export(module, args, kwargs)
     drop_asserts(program.graph)
+    spell_out(program.graph, lambda op: TABLE.get(op) is not None)
     _canonicalise(program.graph)
-    spell_out(program.graph_module, lambda op: TABLE.get(op) is not None)
     folded = fold_weights(program)
     if isinstance(program, ExportedProgram):
         program.graph_module.recompile()
@@ -255,8 +262,20 @@ def lower(program: Program, module: nn.Module,
         elif node.op == "call_function" and node.target is not operator.getitem:
             _lower_call(graph, node, seen)
     out = next(n for n in program.graph.nodes if n.op == "output")
-    graph.outputs = [n.name for n in out.all_input_nodes if n.name in graph.tensors]
+    asked = {spec.arg.name for spec in program.graph_signature.output_specs
+             if spec.kind not in _WRITTEN and hasattr(spec.arg, "name")}
+    graph.written = _written(program)
+    graph.outputs = [n.name for n in out.all_input_nodes if n.name in graph.tensors
+                     and (n.name in asked or n.name not in graph.written)]
     return graph, tied
+
+
+def _written(program: Program) -> dict[str, str]:
+    """Values that are written back into stored arrays, with the inputs that hold these."""
+    signature = program.graph_signature
+    held = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target}
+    return {spec.arg.name: held[spec.target] for spec in signature.output_specs
+            if spec.kind in _WRITTEN}
 
 
 def _tied_names(program: Program, module: nn.Module) -> dict[str, str]:

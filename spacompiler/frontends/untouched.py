@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+import torch
 from torch import nn
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript",
@@ -19,28 +20,42 @@ _LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes
 def untouched(module: nn.Module) -> Iterator[None]:
     """Run in eval mode and put every attribute of every sub-module back afterwards.
 
-    Modes, registered arrays and caches (fake tensors among them) return to what they were; of
-    lists and dicts in attributes, their entries do.
+    Modes, registered arrays, the values of buffers and caches (fake tensors among them) return to
+    what they were; of lists and dicts in attributes, their entries do. A module that writes into
+    its parameters has changed for good: there, plain attributes stay in step with these.
     """
     before = [(part, {k: (v, _entries(v)) for k, v in vars(part).items()})
               for part in module.modules()]
-    flags = [(p, p.requires_grad) for p in module.parameters()]
+    flags = [(p, p.requires_grad, _version(p)) for p in module.parameters()]
+    values = [(b, _version(b), b.detach().clone()) for b in module.buffers()]
     module.eval()
     try:
         yield
     finally:
+        changed = any(_version(parameter) != version for parameter, _, version in flags)
         for part, attributes in before:
-            _restore(vars(part), attributes)
-        for parameter, flag in flags:
+            _restore(vars(part), {k: v for k, v in attributes.items()
+                                  if not changed or k[0] == "_" or k == "training"}, changed)
+        for parameter, flag, _ in flags:
             parameter.requires_grad_(flag)
+        for buffer, version, value in values:
+            if _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def _version(array: torch.Tensor) -> int:
+    """How often an array was written into, where torch counts that."""
+    return 0 if array.is_inference() else array._version
 
 
 def _entries(value: Any) -> Any:
     return value.copy() if type(value) in (dict, list, set) else None
 
 
-def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]]) -> None:
-    for name in have.keys() - attributes.keys():
+def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],
+             changed: bool = False) -> None:
+    for name in () if changed else have.keys() - attributes.keys():
         del have[name]
     for name, (value, entries) in attributes.items():
         have[name] = value
