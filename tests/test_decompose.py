@@ -14,6 +14,7 @@ from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.groups import solve
 from spacompiler.proof import TOLERANCE
+from spacompiler.runner import Runner
 
 
 class Two(nn.Module):
@@ -27,10 +28,10 @@ class Two(nn.Module):
         return self.call(self.a(x), self.b(x))
 
 
-def traced(call: Callable[..., object]) -> tuple[Trace, list[torch.Tensor]]:
+def traced(call: Callable[..., object], quick: bool = False) -> tuple[Trace, list[torch.Tensor]]:
     torch.manual_seed(0)
     module, x = Two(call).double(), torch.randn(3, 5, 4, dtype=torch.float64)
-    found = trace(module, (x,))
+    found = trace(module, (x,), quick=quick)
     with torch.no_grad():
         return found, list(torch.utils._pytree.tree_leaves(module(x)))
 
@@ -48,16 +49,16 @@ SPELT = {
 }
 
 
+@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", SPELT)
-def test_an_operator_is_spelt_out(name: str) -> None:
-    found, want = traced(SPELT[name])
+def test_an_operator_is_spelt_out(name: str, quick: bool) -> None:
+    found, want = traced(SPELT[name], quick)
     assert {node.op for node in found.graph.nodes if TABLE.get(node.op) is None
             and list(node.refs())} == set()
     rest = [node for node in found.graph.nodes if node.op != "aten.linear.default"]
     assert rest and all(node.source for node in rest)  # the place in the user's code is known
-    got = found.program.module()(*found.args)
-    assert all(torch.allclose(x, y, 1e-12) for x, y in
-               zip(torch.utils._pytree.tree_leaves(got), want, strict=True))
+    got = Runner(found.program).call(found.args, {})
+    assert all(torch.allclose(x, y, 1e-12) for x, y in zip(got, want, strict=True))
     found.graph.outputs = []
     solution, rng = solve(found.graph, TABLE), np.random.default_rng(0)
     assert any(group.size > 1 for group in solution.groups.values()) == (name != "diag_embed")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ def spell_out(graph: fx.Graph, known: Known) -> None:
     strange = [node for node in graph.nodes if _is_strange(node, known)]
     table = {op: way for op, way in decomposition_table.items()
              if not known(str(op))} if strange else {}
+    mode = _mode(graph) or FakeTensorMode()
     for node in strange:
         try:
-            replace(node, table, _mode(graph) or nullcontext(),
-                    lambda inner: _is_known(inner, known))
+            replace(node, table, mode, lambda inner: _is_known(inner, known))
         except Exception:  # a surprise in one operator: it stays what it was
             continue
     if strange:
@@ -44,7 +43,7 @@ def fake_mode(module: fx.GraphModule) -> FakeTensorMode:
 
 
 def _mode(graph: fx.Graph) -> FakeTensorMode | None:
-    """The mode of a graph's values; None if they are on the meta device."""
+    """The mode of a graph's values, if they are fake."""
     values = (node.meta.get("val") for node in graph.nodes)
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
@@ -60,7 +59,7 @@ def _is_strange(node: fx.Node, known: Known) -> bool:
     return tensors and (composite or target in decomposition_table)
 
 
-def replace(node: fx.Node, table: Mapping[Any, Any], mode: AbstractContextManager[Any],
+def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
             fits: Callable[[fx.Node], bool]) -> None:
     """Trace one operation on its fake operands and put the trace in its place.
 
@@ -75,7 +74,7 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: AbstractContextManage
 
     with mode, enable_python_dispatcher(), torch.no_grad():
         traced = make_fx(functionalize(call), decomposition_table=dict(table))(
-            *(n.meta["val"] for n in operands))
+            *(_on_cpu(n.meta["val"]) for n in operands))
     for inner in traced.graph.nodes:
         if (inner.op == "call_function" and not fits(inner)) or inner.op not in _OPS:
             raise ValueError(f"{node.target} consists of {inner.target}")
@@ -85,6 +84,13 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: AbstractContextManage
     with node.graph.inserting_before(node):
         result = node.graph.graph_copy(traced.graph, places)
     _take_place(node, result)
+
+
+def _on_cpu(value: Any) -> Any:
+    """A value without data that stands for one on the CPU (of the mode, if it is on meta)."""
+    if not isinstance(value, torch.Tensor) or value.device.type != "meta":
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
 
 _OPS = ("placeholder", "call_function", "output")
