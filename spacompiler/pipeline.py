@@ -211,7 +211,7 @@ def prove_plan(job: Job) -> None:
             fix="the example inputs may not reach that layer; pass other ones")
     if job.proof.approximate is not None:
         job.notes.append(
-            "LayerNorm statistics are taken over fewer slices: results differ from the masked "
+            "statistics of norms are taken over fewer slices: results differ from the masked "
             f"dense model by {job.proof.approximate:.1e} (the wiring is proved)")
 
 

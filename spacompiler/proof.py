@@ -20,6 +20,7 @@ from .emit.program import run_pruned
 from .errors import ProofError
 from .frontends.torch_export import Trace
 from .groups import Solution
+from .idioms import base
 from .runner import Override, OverridingRunner
 from .scores import rows
 from .slicing import cut, norm_changes
@@ -87,7 +88,7 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
         zero = torch.zeros((), dtype=value.dtype)
         return torch.where(_fit(masks[name], value), value, zero)
 
-    override = _layer_norms(solution, choices) if renormalise else {}
+    override = _norms(solution, choices) if renormalise else {}
     with torch.no_grad():
         runner = OverridingRunner(trace.program, touched=places, touch=touch,
                                   override=override, double=True, watch=watch)
@@ -121,17 +122,15 @@ def touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
     return merged
 
 
-def _layer_norms(solution: Solution, choices: Choices) -> dict[str, Override]:
-    """LayerNorms whose statistics are to be taken over kept slices only."""
+def _norms(solution: Solution, choices: Choices) -> dict[str, Override]:
+    """Norms whose statistics are to be taken over kept slices only."""
     made: dict[str, Override] = {}
     nodes = {node.name: node for node in solution.graph.nodes}
     for read in solution.solver.reads:
-        node = nodes[read.node]
-        dims = solution.solver.dims[read.tensor]
-        if read.how == "norm" and ".layer_norm." in node.op and \
-                set(atoms(dims[read.dim])) & set(choices):
-            mask = torch.from_numpy(keep_mask(dims[-1:], choices))
-            made[read.node] = _masked_layer_norm(mask)
+        masked = _MASKED.get(base(nodes[read.node].op)) if read.how == "norm" else None
+        e = solution.solver.dims[read.tensor][read.dim]
+        if masked is not None and set(atoms(e)) & set(choices):
+            made[read.node] = masked(torch.from_numpy(keep_mask([e], choices)))
     return made
 
 
@@ -149,6 +148,28 @@ def _masked_layer_norm(mask: torch.Tensor) -> Override:
         return y + bias if bias is not None else y
 
     return run
+
+
+def _masked_group_norm(mask: torch.Tensor) -> Override:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x, groups, gain, bias, eps = (*args, *(None,) * 3)[:5]
+        eps = kwargs.get("eps", 1e-5) if eps is None else eps
+        zero = torch.zeros((), dtype=x.dtype)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        kept = mask.reshape(shape).expand_as(x).unflatten(1, (groups, -1)).flatten(2)
+        values = x.unflatten(1, (groups, -1)).flatten(2)
+        n = kept.sum(2, keepdim=True).clamp(min=1)
+        mean = torch.where(kept, values, zero).sum(2, keepdim=True) / n
+        centred = torch.where(kept, values - mean, zero)
+        variance = centred.square().sum(2, keepdim=True) / n
+        y = (centred * torch.rsqrt(variance + eps)).reshape(x.shape)
+        y = y * gain.reshape(shape) if gain is not None else y
+        return y + bias.reshape(shape) if bias is not None else y
+
+    return run
+
+
+_MASKED = {"layer_norm": _masked_layer_norm, "group_norm": _masked_group_norm}
 
 
 def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) -> Proof:

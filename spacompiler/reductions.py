@@ -127,12 +127,21 @@ def weight_norm(s: Solver, n: Node) -> None:
 
 
 def group_norm(s: Solver, n: Node) -> None:
-    """group_norm(x, groups, gain, bias): whole groups may go, what is inside stays."""
+    """group_norm(x, groups, gain, bias): whole groups may go; what goes from inside a group
+    changes its statistics."""
+    inside = norm_groups(s, n)
+    if inside.size > 1 and not is_frozen(inside):
+        s.read(n, n.args[0].name, 1, "norm")
+        s.approximate.append((inside, f"statistics of {n.title()} are taken over a group"))
+
+
+def norm_groups(s: Solver, n: Node) -> Expr:
+    """Relate the operands of group_norm(x, groups, gain, bias); returns the inside of a group."""
     refs = [n.args[0].name, *operands(n)[2:4]]
     relate_pattern(s, n, "b (g i) !*, (g i), (g i) -> b (g i) !*", refs,
                    sizes={"g": (1, "num_groups", 1)})
-    s.space.freeze(s.contractions[-1].letters["i"] if len([r for r in refs if r]) > 1
-                   else s.dims[refs[0]][1], "statistics are taken over a group of channels")
+    channels = s.dims[n.args[0].name][1]
+    return s.space.factor(channels, channels.size // n.args[1])[1]
 
 
 def index(s: Solver, n: Node) -> None:

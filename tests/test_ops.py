@@ -501,9 +501,11 @@ def norm_cases() -> Iterator[Case]:
     yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w, 1e-3), ((4, 4), (4,)), "** *")
     yield Case("rms_norm", lambda x: aten.rms_norm(x, [4], None, 1e-3), ((3, 4),), "*.")
     yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w), ((3, 4), (4,)), "*. .")
-    yield Case("group_norm", op("group_norm", 2), ((2, 4, 4),), "*..")
+    yield Case("group_norm", op("group_norm", 2), ((2, 4, 4),), "**.")
+    yield Case("group_norm", op("group_norm", 1), ((2, 4, 4),), "**.")
     yield Case("group_norm", lambda x, w, b: aten.group_norm(x, 3, w, b),
                ((2, 6, 4), (6,), (6,)), "**. * *")
+    yield Case("group_norm", op("group_norm", 4), ((2, 4, 3),), "**.")
     call = lambda x, w, b, m, v: aten.batch_norm(x, w, b, m, v, False, 0.1, 1e-5, False)  # noqa: E731
     yield Case("batch_norm", call, ((2, 4, 4, 4), *((4,),) * 4), "**** * * * *")
     yield Case("batch_norm", call, ((4, 4), *((4,),) * 4), "** * * * *")
@@ -796,7 +798,8 @@ FAULTS: dict[str, tuple[Row, Case]] = {
     "layer_norm over all": (without_reads(reductions.layer_norm), Case(
         "layer_norm", normed, ((3, 4),), "**", least=2)),
     "group_norm without groups": (pattern("b c !* -> b c !*"), Case(
-        "group_norm", op("group_norm", 2), ((2, 4, 3),), "*..")),
+        "group_norm", op("group_norm", 2), ((2, 4, 3),), "**.")),
+    "group_norm reads nothing": (without_reads(TABLE["group_norm"]), case_of("group_norm", 1)),
     "conv2d without groups": (pattern("b i !*, o ! !*, o -> b o !*"), Case(
         "conv2d", op("conv2d", [1, 1], [1, 1], [1, 1], 2),
         ((2, 4, 4, 4), (4, 2, 3, 3), (4,)), "**.. **.. *")),

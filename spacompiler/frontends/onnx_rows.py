@@ -214,7 +214,7 @@ def group_norm(s: Solver, n: Node) -> None:
     """GroupNormalization(x, groups, gain, bias): gains for each group (opset 18) or channel."""
     groups, channels = n.args[1], s.shape(n.args[0].name)[1]
     if s.shape(n.args[2].name)[0] == channels or groups == channels:
-        r.group_norm(s, n)
+        s.freeze([r.norm_groups(s, n)], "statistics are taken over a group of channels")
         return
     refs = [n.args[0].name, *p.operands(n)[2:4]]
     p.relate_pattern(s, n, "b (g i) !*, g, g -> b (g i) !*", refs,
