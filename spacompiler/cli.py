@@ -59,7 +59,7 @@ def compile(
     module: Annotated[list[str] | None, typer.Option(
         help="Path of a sub-module to compile in place of the whole. Repeatable.")] = None,
     approximate: Annotated[bool, typer.Option(
-        help="Let axes go whose LayerNorm statistics change.")] = False,
+        help="Let axes go whose norm takes other statistics then.")] = False,
     align: Annotated[int | None, typer.Option(
         help="Widths become multiples of this. Default: what this CPU's kernels want.")] = None,
     floor: Annotated[float, typer.Option(help="Least share of each group that stays.")] = 0.1,

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .calibration import Calibration
-from .emit.module import results, runs_like
+from .emit.module import named_arrays, results, runs_like
 from .emit.program import Rewritten, rewrite
 from .errors import ProofError, SpaError, UsageError, did_you_mean
 from .frontends.aten import TABLE
@@ -235,11 +235,27 @@ def _emit(job: Job) -> None:
 
 
 class Rebuilt(nn.Module):
-    """A part as a re-written program, called like the part."""
+    """A part as a re-written program, called like the part.
 
-    def __init__(self, program: Any) -> None:
+    Other code may look at the part (at the type of a weight, say): attributes are those of a copy
+    of it that holds the pruned arrays.
+    """
+
+    def __init__(self, program: Any, part: nn.Module, path: str) -> None:
         super().__init__()
         self.body = Rewritten(program)
+        arrays = {**program.constants, **program.state_dict}
+        memo: dict[int, Any] = {id(t): arrays.get(f"{path}.{name}", t)
+                                for name, t in named_arrays(part)}
+        vars(self)["_seen"] = copy.deepcopy(part, memo)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_seen" not in vars(self):  # while it is being copied
+                raise
+            return getattr(vars(self)["_seen"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body((args, kwargs))[0]
@@ -253,7 +269,8 @@ def rewritten(parts: Parts, calls: Sequence[Call], plan: Plan) -> dict[str, nn.M
         traced, solution = _trace(alone, (call,))
         kept = {k: v for k, v in plan.kept.items() if k in solution.groups}
         choices = replace(plan, kept=kept).choices(solution)
-        made[path] = Rebuilt(rewrite(traced, solution, choices))
+        made[path] = Rebuilt(rewrite(traced, solution, choices),
+                             parts.whole.get_submodule(path), path)
     return made
 
 
