@@ -191,8 +191,8 @@ def _inputs(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Cal
     return tuple(calls[path] for path in paths)
 
 
-def _trace(parts: Parts, inputs: Inputs) -> tuple[Trace, Solution]:
-    traced = trace(parts, inputs)
+def _trace(parts: Parts, inputs: Inputs, quick: bool = False) -> tuple[Trace, Solution]:
+    traced = trace(parts, inputs, quick=quick)
     _mark_outside(traced, parts)
     return traced, solve(traced.graph, TABLE)
 
