@@ -1,10 +1,13 @@
-"""Which recovery gives most at equal tokens: LLM-Pruner + LoRA against ours, on SmolLM2-135M.
+"""Which recovery gives most at equal tokens, on SmolLM2-135M: LLM-Pruner + LoRA, LoRAPrune, ours.
 
-    python benchmarks/recovery.py --data DIR --work DIR [--tokens 4096] [--rows refit+lora ...]
+    python benchmarks/recovery.py --data DIR --work DIR [--tokens 51200] [--rows ours+lora ...]
 
 `--data` holds wikitext2/valid.txt (calibration and training; the last sixteenth of the windows is
-held out) and wikitext2/test.raw, ptb/valid.txt (perplexity, windows of 512 tokens). `--work` keeps
-the pruned models and the results, so that rows can be run one by one. All rows see the same tokens.
+held out) and wikitext2/test.raw, ptb/valid.txt (perplexity, windows of 512 tokens). All rows see
+the same tokens, in batches of equal size. Each row's learning rate is the one of `--rates` that
+does best on the held-out windows after a short run of `--sweep` tokens (rows that differ after a
+comma share it); the texts that are measured take no part in that. `--work` keeps the pruned models and the results, so that rows can be run one
+by one; `--show` prints what is there.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,8 @@ from spacompiler.training import Training
 
 MODEL = "zoo:smollm2-135m"
 CALIBRATION = {"samples": 32, "length": 128, "batch": 4, "seed": 0}
-COMMON = {"roles": ("channel",), "align": 1, "prove": False, "layout": "any", **CALIBRATION}
+COMMON = {"roles": ("channel",), "align": 1, "prove": False, "layout": "any", "onnx": False,
+          "latency": False}
 # how the model is pruned: name -> options of compile
 BASES: dict[str, dict[str, Any]] = {
     "llm-pruner": {"importance": "taylor-element", "repair": "none"},
@@ -34,28 +39,32 @@ BASES: dict[str, dict[str, Any]] = {
     "ours": {"importance": "curvature", "allocation": "global", "floor": 0.02,
              "repair": "refit"},
 }
-STEP = "accumulate=2, evaluations=2"
-# r 8, alpha 16, dropout 0.05, as LLM-Pruner released it; its learning rate is 1e-4
-RELEASED = "lora(lr={}, dropout=0.05, norms=False, " + STEP + ")"
-# row -> (how it was pruned, recovery pass or "" for none)
+STEP = "accumulate=1"
+# rank 8, alpha 16, dropout 0.05 on every linear layer of a block, as LLM-Pruner released it
+RELEASED = f"lora(lr={{lr}}, dropout=0.05, norms=False, evaluations=4, {STEP})"
+OWN = f"lora(lr={{lr}}, evaluations=4, {STEP})"
+# row -> (how it was pruned, pass that trains; "" for none). A base "lora-prune" is pruned by it.
 ROWS: dict[str, tuple[str, str]] = {
     "llm-pruner": ("llm-pruner", ""),
-    "llm-pruner+lora": ("llm-pruner", RELEASED.format("1e-4")),
-    "llm-pruner+lora, our rate": ("llm-pruner", RELEASED.format("2e-3")),
-    **{f"{base}{name}": (base, recipe) for base in ("refit", "ours") for name, recipe in {
-        "": "", "+lora": f"lora(lr=2e-3, {STEP})",
-        "+lora, KL": f"lora(lr=2e-3, task=0.0, logits=1.0, {STEP})",
-        "+full": f"full(lr=3e-4, {STEP})", "+norms": f"norms(lr=5e-3, {STEP})"}.items()},
+    "llm-pruner+lora": ("llm-pruner", RELEASED),
+    "lora-prune": ("lora-prune", f"lora-prune(epochs=1, lr={{lr}}, {STEP})"),
+    "refit": ("refit", ""), "refit+lora": ("refit", OWN),
+    "ours": ("ours", ""), "ours+lora": ("ours", OWN),
+    "ours+lora, KL": ("ours", OWN.replace("evaluations", "task=0.0, logits=1.0, evaluations")),
+    "ours+lora, both": ("ours", OWN.replace("evaluations", "logits=1.0, evaluations")),
+    "ours+norms": ("ours", f"norms(lr={{lr}}, {STEP})"),
 }
+RIVALS = ("llm-pruner+lora", "lora-prune")
+RATES = (1e-3, 2e-3, 4e-3)
 
 
-def pruned(base: str, target: str, data: Path, work: Path) -> Any:
+def pruned(base: str, args: argparse.Namespace) -> Any:
     """Return the pruned model, from the work directory if it is there."""
-    folder = work / f"{base}-{target.replace('=', '').strip('%')}"
+    folder = args.work / f"{base}-{args.target.replace('=', '').strip('%')}"
     if not folder.exists():
         result = spacompiler.compile(
-            MODEL, target=target, calibration=str(data / "wikitext2" / "valid.txt"), out=folder,
-            onnx=False, latency=False, **COMMON, **BASES[base])
+            MODEL, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
+            out=folder, **COMMON, **CALIBRATION, **BASES[base])
         print(base, result.plan.costs["body"], result.job.notes, flush=True)
     return spacompiler.load(folder)
 
@@ -68,42 +77,89 @@ def scores(module: Any, tokenizer: Any, data: Path, count: int) -> dict[str, flo
             for name, path in texts.items()}
 
 
-def run(row: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Prune, train and measure one row; CPU seconds are those of the training alone."""
-    base, recipe = ROWS[row]
+def run(row: str, recipe: str, tokens: int, args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Prune and train one row; CPU seconds are those of the training (and of LoRAPrune's masks).
+
+    Returns what happened and the module.
+    """
+    base, _ = ROWS[row]
     dense = source.load(MODEL)
-    module = pruned(base, args.target, args.data, args.work)
-    found: dict[str, Any] = {"row": row, "recipe": recipe or "no training", "tokens": 0,
-                             "parameters": sum(p.numel() for p in module.parameters())}
-    if recipe:
-        data = from_text(str(args.data / "wikitext2" / "valid.txt"), dense.tokenizer,
-                         samples=args.tokens * 16 // 15 // args.length, length=args.length,
-                         batch=1, seed=1)
-        calls = [((), {**kwargs, "use_cache": False}) for _, kwargs in data.batches]
-        held_out = max(1, len(calls) // 16)
+    text = str(args.data / "wikitext2" / "valid.txt")
+    data = from_text(text, dense.tokenizer, samples=tokens * 16 // 15 // args.length,
+                     length=args.length, batch=2, seed=1)
+    calls = [((), {**kwargs, "use_cache": False}) for _, kwargs in data.batches]
+    held_out = max(1, len(calls) // 16)
+    progress = partial(_tell, time.monotonic())
+    torch.manual_seed(0)
+    started = time.process_time()
+    if base == "lora-prune":
+        module = spacompiler.compile(
+            MODEL, target=args.target, schedule=recipe, calibration=calls[:-held_out],
+            progress=progress, **COMMON).module
+        seen = sum(k["input_ids"].numel() for _, k in calls[:-held_out])
+    else:
+        module = pruned(base, args)
         if "logits" not in recipe:
             dense.module = torch.nn.Identity()  # it is not needed: give its memory back
-        started = time.process_time()
-        torch.manual_seed(0)
-        facts = registry.find("recovery", recipe).run(Training(
-            module, dense.module,
-            calls[:-held_out], calls[-held_out:], default_loss,
-            progress=lambda stage, done, total: print(stage, f"{done}/{total}", flush=True)))
-        found |= {"tokens": facts["amount"], "cpu_s": round(time.process_time() - started),
-                  "held_out": [round(h["loss"], 3) for h in facts["history"]],
-                  "best_step": facts["best_step"]}
-    return {**found, **scores(module.eval(), dense.tokenizer, args.data, args.windows)}
+        started, seen = time.process_time(), 0
+        if recipe:
+            seen = registry.find("recovery", recipe).run(Training(
+                module, dense.module, calls[:-held_out], calls[-held_out:], default_loss,
+                progress=progress))["amount"]
+    found = {"row": row, "recipe": recipe or "no training", "tokens": seen,
+             "cpu_s": round(time.process_time() - started),
+             "parameters": sum(p.numel() for p in module.parameters())}
+    return found | {"held_out": held_out_loss(module.eval(), calls[-held_out:])}, module
+
+
+def _tell(started: float, stage: str, done: int, total: int) -> None:
+    if total and done % max(1, total // 8) == 0:
+        print(f"{time.monotonic() - started:6.0f} s", stage, f"{done}/{total}", flush=True)
+
+
+@torch.no_grad()
+def held_out_loss(module: Any, calls: list[Any]) -> float:
+    """Return the mean next-token loss on the held-out windows."""
+    return sum(default_loss([module(**k).logits], a, k).item() for a, k in calls) / len(calls)
+
+
+def best_rate(row: str, args: argparse.Namespace, book: Path) -> float:
+    """Return the rate with the lowest held-out loss after a short run; kept in the work folder."""
+    kept = json.loads(book.read_text()) if book.exists() else {}
+    row = row.partition(",")[0]
+    for rate in args.rates:
+        key = f"{row} {rate:g} {args.sweep}"
+        if key not in kept:
+            found, _ = run(row, ROWS[row][1].format(lr=rate), args.sweep, args)
+            kept[key] = found["held_out"]
+            book.write_text(json.dumps(kept, indent=1))
+            print(key, found, flush=True)
+    return min(args.rates, key=lambda r: kept[f"{row} {r:g} {args.sweep}"])
+
+
+def measure(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return one row of the table: tuned if it trains, then run and measured on both texts."""
+    recipe = ROWS[row][1]
+    rate = best_rate(row, args, args.work / "rates.json") if recipe else 0.0
+    found, module = run(row, recipe.format(lr=rate), args.tokens, args)
+    tokenizer = source.load(MODEL).tokenizer
+    return {**found, "rate": rate, **scores(module, tokenizer, args.data, args.windows)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows measured so far, with ratios to the best LLM-Pruner + LoRA."""
-    rivals = [r["wikitext2"] for r in rows if r["row"].startswith("llm-pruner+")]
-    best = min(rivals, default=float("nan"))
+    """Print the rows measured so far, with ratios to LLM-Pruner + LoRA and to LoRAPrune."""
+    def against(row: dict[str, Any], rival: str) -> str:
+        other = next((r for r in rows if r["row"] == rival), None)
+        return "" if other is None else " / ".join(
+            f"{row[text] / other[text]:.2f}" for text in ("wikitext2", "ptb"))
+
     Console(width=150).print(table(
-        ("row", "recipe", "tokens", "CPU s", "WikiText-2", "PTB", "against LLM-Pruner + LoRA"),
-        [(r["row"], r["recipe"], f"{r['tokens']:,}", str(r.get("cpu_s", "")),
-          f"{r['wikitext2']:.1f}", f"{r['ptb']:.1f}", f"{r['wikitext2'] / best:.2f}")
-         for r in rows]))
+        ("row", "rate", "tokens", "CPU s", "body left", "held-out loss", "WikiText-2", "PTB",
+         *(f"against {rival}" for rival in RIVALS)),
+        [(r["row"], f"{r['rate']:g}" if r["rate"] else "", f"{r['tokens']:,}",
+          str(r["cpu_s"]) if r["tokens"] else "", f"{r['parameters'] / 1e6:.1f}M",
+          f"{r['held_out']:.3f}", f"{r['wikitext2']:.1f}",
+          f"{r['ptb']:.1f}", *(against(r, rival) for rival in RIVALS)) for r in rows]))
 
 
 def main() -> None:
@@ -112,20 +168,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--target", default="body=50%")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=51200)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES)
+    parser.add_argument("--sweep", type=int, default=4096)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--show", action="store_true", help="print what the work folder holds")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     book = args.work / "rows.json"
-    rows = json.loads(book.read_text()) if book.exists() else []
-    for row in args.rows:
-        made = run(row, args)
-        rows = [r for r in rows if r["row"] != row or r["tokens"] != made["tokens"]] + [made]
+    for row in () if args.show else args.rows:
+        made = measure(row, args)
+        rows = json.loads(book.read_text()) if book.exists() else []
+        rows = [r for r in rows if r["row"] != row] + [made]
         book.write_text(json.dumps(rows, indent=1))
         print(json.dumps(made), flush=True)
-    show(rows)
+    found = {r["row"]: r for r in json.loads(book.read_text())}
+    show([found[row] for row in ROWS if row in found])
 
 
 if __name__ == "__main__":
