@@ -6,8 +6,8 @@
 held out) and wikitext2/test.raw, ptb/valid.txt (perplexity, windows of 512 tokens). All rows see
 the same tokens, in batches of equal size. Each row's learning rate is the one of `--rates` that
 does best on the held-out windows after a short run of `--sweep` tokens (rows that differ after a
-comma share it); the texts that are measured take no part in that. `--work` keeps the pruned models and the results, so that rows can be run one
-by one; `--show` prints what is there.
+comma share it); the texts that are measured take no part in that. `--work` keeps the pruned models
+and the results, so that rows can be run one by one; `--show` prints what is there.
 """
 
 from __future__ import annotations

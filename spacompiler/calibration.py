@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from .cross_entropy import cross_entropy, next_token
 from .errors import SpaError, UsageError
 from .frontends.torch_export import Inputs, as_call
 
@@ -151,13 +152,12 @@ def default_loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, An
     logits = first_floating(outputs)
     ids = kwargs.get("input_ids")
     if ids is not None and logits.ndim == 3 and logits.shape[:2] == ids.shape:
-        flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-        return functional.cross_entropy(flat, ids[:, 1:].reshape(-1))
+        return next_token(logits, ids)
     flat = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 4 else \
         logits.movedim(1, -1).reshape(-1, logits.shape[1])
     if flat.shape[-1] == 1:
         return flat.square().mean()
-    return functional.cross_entropy(flat, flat.detach().argmax(-1))
+    return cross_entropy(flat, flat.detach().argmax(-1))
 
 
 def first_floating(outputs: Sequence[Any]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from .calibration import Batch, default_loss, first_floating
+from .cross_entropy import next_token
 from .errors import SpaError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def call(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
 def labelled(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with labels; those of a sequence are shifted, as transformers does."""
     if logits.ndim == 3 and labels.shape == logits.shape[:2]:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return next_token(logits, labels)
     return functional.cross_entropy(logits, labels)
 
 

@@ -23,6 +23,7 @@ from .consumers import Consumer
 from .errors import SpaError
 from .frontends.torch_export import Trace
 from .groups import Group, Member, Solution
+from .recompute import budget
 from .relevance import largest, rules
 from .runner import Override, OverridingRunner
 from .slots import by_channel, onto
@@ -168,7 +169,7 @@ class Gradients:
         leaves: dict[str, torch.Tensor] = {}
 
         def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
-            if observe and name in observed.get(node.name, ()):
+            if observe and name in observed.get(node.name, ()) and not runner.again:
                 observe(node.name, name, value, self._count)
             return value * self._gate((node.name, name), value) if (node.name, name) in gated \
                 else value
@@ -186,9 +187,12 @@ class Gradients:
         touched = {node: set(names) for node, names in observed.items()}
         for node, name in gated:
             touched.setdefault(node, set()).add(name)
+        traced = (self.trace.args, self.trace.kwargs)
         probed = self._probes() if "curvature" in kinds else {}
         runner = OverridingRunner(self.trace.program, weights, touched=touched, touch=touch,
-                                  override={**probed, **(override or {})})
+                                  override={**probed, **(override or {})},
+                                  held=None if kinds & {"hessian", "relevance"} else budget(
+                                      self.solution.graph, traced, batch))
         with torch.enable_grad(), sdpa_kernel(_ATTENTION[bool({"hessian"} & kinds)]):
             value = loss(runner.call(*batch), *batch)
             if "hessian" in kinds:
@@ -237,7 +241,7 @@ class Gradients:
         dims = self.solution.solver.dims[at[1]]
         shape = [n if d in dynamic or not is_frozen(e) else 1
                  for d, (n, e) in enumerate(zip(value.shape, dims, strict=True))]
-        gate = torch.ones(shape, dtype=value.dtype, requires_grad=True)
+        gate = torch.ones((), dtype=value.dtype).expand(shape).requires_grad_()
         self._hook(gate, lambda gradient: self._open(at, gradient))
         return gate
 

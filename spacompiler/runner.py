@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .frontends.record import Program
+from .recompute import Budget, Segment, borders, recomputed, segments
 
 Weights = Callable[[str], torch.Tensor]
 Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
@@ -25,27 +26,66 @@ class Runner(fx.Interpreter):
 
     `touch(node, name, value)` may change what a node reads of a tensor (only pairs listed in
     `touched` are offered), `override` replaces single nodes, `double` computes in float64
-    whatever the program says, converting each weight when it is used.
+    whatever the program says, converting each weight when it is used. With `held`, no more is
+    held for the backward pass; the rest is computed again (see `recompute`), `again` set meanwhile.
     """
 
     def __init__(self, program: Program, weights: Weights | None = None, *,
                  graph_module: fx.GraphModule | None = None,
                  touched: Mapping[str, set[str]] | None = None, touch: Touch | None = None,
                  override: Mapping[str, Override] | None = None, double: bool = False,
-                 watch: Callable[[str, Any], None] | None = None) -> None:
+                 watch: Callable[[str, Any], None] | None = None,
+                 held: Budget | None = None) -> None:
         super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
         self.extra_traceback = False
         stored = {**program.state_dict, **program.constants}
         self._weights = weights or (lambda name: stored[name])
         self._program, self._touched, self._touch = program, touched or {}, touch
         self._override, self._double, self._watch = override or {}, double, watch
+        self._held, self.again = held, False
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the flat list of results of one call; what it writes back is none."""
-        results = self.run(*self._values(args, kwargs))
+        results = list(self.run(*self._values(args, kwargs))) if self._held is None else \
+            self._in_segments(args, kwargs, self._held)
         asked = sum(spec.kind.name == "USER_OUTPUT"
                     for spec in self._program.graph_signature.output_specs)
-        return list(results[len(results) - asked:])
+        return results[len(results) - asked:]
+
+    def _in_segments(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+                     held: Budget) -> list[Any]:
+        """Run one call, all but its end in segments that are run again in backward."""
+        self.start(args, kwargs)
+        parts = segments(self.graph)
+        for node in self.graph.find_nodes(op="placeholder"):
+            self.step(node)
+        for part in parts[:-1]:
+            self._segment(part, held)
+        for node in parts[-1] if parts else ():
+            self.step(node)
+        (output,) = self.graph.find_nodes(op="output")
+        return list(self.run_node(output))
+
+    def _segment(self, part: Segment, held: Budget) -> None:
+        entering, leaving = borders(part)
+
+        def run(*values: Any) -> list[Any]:
+            outer, self.env = self.env, dict(zip(entering, values, strict=True))
+            try:
+                for node in part:
+                    self.step(node)
+                return [self.env[node] for node in leaving]
+            finally:
+                self.env = outer
+
+        made = recomputed(run, *(self.env[node] for node in entering), held=held,
+                          again=self._mark)
+        self.env.update(zip(leaving, made, strict=True))
+        for done in (d for node in part for d in self.user_to_last_uses.get(node, [])):
+            self.env.pop(done, None)
+
+    def _mark(self, again: bool) -> None:
+        self.again = again
 
     def steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
               stops: set[str]) -> Iterator[str]:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from spacompiler.distillation import blocks
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.frontends.untouched import untouched
 from spacompiler.groups import Group, Solution
+from spacompiler.recompute import budget, lean_blocks
 from spacompiler.scores import Loss
 
 from .attached import Attached, adaptable
@@ -35,7 +37,10 @@ class Probe(Watch):
         with untouched(self._module), torch.enable_grad():
             for call in batches:
                 args, kwargs = self.trace.match(*call)
-                loss(pytree.tree_leaves(self._module(*args, **kwargs)), args, kwargs).backward()
+                held = budget(self.solution.graph, (self.trace.args, self.trace.kwargs), call)
+                with lean_blocks((block for _, block in blocks(self._module)), held):
+                    results = pytree.tree_leaves(self._module(*args, **kwargs))
+                    loss(results, args, kwargs).backward()
                 tick()
 
     def close(self) -> None:

@@ -1,0 +1,102 @@
+"""Lean gradients: cross-entropy in pieces, activations computed again; the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from torch.nn import functional
+
+from spacompiler import gradients, pipeline, registry, source
+from spacompiler.cross_entropy import CHUNK, cross_entropy, next_token
+from spacompiler.live import probe
+from spacompiler.recipe import Recipe
+from spacompiler.recompute import Budget, borders, budget, segments
+
+CASES = [("zoo:llama-gqa", "taylor"), ("zoo:llama-gqa", "taylor-element(per='batch')"),
+         ("zoo:llama-gqa", "curvature"), ("zoo:llama-gqa", "gblm"), ("zoo:resnet", "taylor"),
+         ("zoo:resnet", "taylor-vector"), ("zoo:llama-gqa", "lora-gradient")]
+
+
+@lru_cache
+def analysed(model: str) -> pipeline.Job:
+    found = source.load(model)
+    job = pipeline.make_job(found.module, found.inputs, Recipe("params=80%"),
+                            calibration=[found.inputs], tokenizer=found.tokenizer, owned=True)
+    pipeline.analyse(job)
+    return job
+
+
+def scored(model: str, criterion: str) -> pipeline.Job:
+    torch.manual_seed(0)  # of the adapters
+    job = replace(analysed(model), importance=registry.find("importance", criterion), scores={})
+    pipeline.score(job)
+    return job
+
+
+@pytest.mark.parametrize("left", [0, 1 << 40], ids=["nothing", "products"])
+@pytest.mark.parametrize("model, criterion", CASES)
+def test_what_is_computed_again_is_the_same(model: str, criterion: str, left: int,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = scored(model, criterion).scores
+    asked: list[Budget] = []
+
+    def given(*call: object) -> Budget:
+        asked.append(Budget(left))
+        return asked[-1]
+
+    monkeypatch.setattr(gradients, "budget", given)
+    monkeypatch.setattr(probe, "budget", given)
+    lean = scored(model, criterion).scores
+    assert plain.keys() == lean.keys()
+    assert all((plain[name] == lean[name]).all() for name in plain)
+    assert asked
+    assert all(b.left < left or not left for b in asked), "segments did run under the budget"
+
+
+def test_segments_are_the_program_in_order() -> None:
+    job = analysed("zoo:llama-gqa")
+    graph = job.trace.program.graph
+    parts = segments(graph)
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    assert [n for part in parts for n in part] == nodes
+    assert len(parts) > 4
+    seen = {n for n in graph.nodes if n.op == "placeholder"}
+    for part in parts:
+        entering, leaving = borders(part)
+        assert set(entering) <= seen
+        seen |= set(leaving)
+
+
+def test_what_is_small_is_held() -> None:
+    job = analysed("zoo:llama-gqa")
+    graph, traced = job.solution.graph, (job.trace.args, job.trace.kwargs)
+    assert budget(graph, traced, traced) is None
+    many = {"input_ids": torch.zeros(400, 4000, dtype=torch.int8)}
+    found = budget(graph, traced, ((), many))
+    assert found is not None
+    assert found.left == 1 << 28
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("classes", [7, CHUNK // 2 + 3])
+def test_cross_entropy_is_torchs(dtype: torch.dtype, near: float, classes: int) -> None:
+    x = torch.randn(2, 3, classes, dtype=dtype, requires_grad=True)
+    ids = torch.randint(0, classes, (2, 3))
+    ours = next_token(x, ids)
+    theirs = functional.cross_entropy(x[:, :-1].reshape(-1, classes), ids[:, 1:].reshape(-1))
+    assert ours.item() == pytest.approx(theirs.item(), rel=near)
+    (a,), (b,) = (torch.autograd.grad(loss, x) for loss in (ours, theirs))
+    assert torch.allclose(a, b, rtol=0, atol=near)
+
+
+def test_cross_entropy_has_two_derivatives_and_leaves_rows_out() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 3, -100, 1, 2])
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), x)
+    assert torch.autograd.gradgradcheck(lambda x: cross_entropy(x, targets), x)
+    (found,) = torch.autograd.grad(cross_entropy(x, targets), x)
+    assert not found[2].any()
+    assert found[0].any()
