@@ -14,10 +14,9 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
 import resource
 import signal
-import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,13 +26,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peers
 import torch
+from coverage_report import TARGET, Row, report, summary, table
 from torch import nn
 
 from spacompiler import pipeline
@@ -52,35 +52,9 @@ from spacompiler.write import write
 
 SUITES = {"transformers": "tiny_transformers", "torchvision": "tiny_torchvision",
           "timm": "tiny_timm"}
-TARGET = "body=50%"
 NEAR = 1e-3
 DEFAULT: dict[str, Any] = {"importance": "magnitude", "align": 1, "layout": "any", "onnx": False,
                            "latency": False}
-
-
-@dataclass
-class Row:
-    """What became of one model."""
-
-    model: str
-    weights: int = 0
-    traced: bool = False
-    solve_ms: float = 0.0
-    share: float | None = None
-    groups: int = 0
-    exact: bool | None = None
-    roles: str = ""
-    emission: str = ""
-    reload: str = ""
-    generate: str = ""
-    cpu_s: float = 0.0
-    rss_mb: float = 0.0
-    result: str = ""
-    kind: str = "error"
-    opaque: dict[str, int] = field(default_factory=dict)
-    clashes: list[str] = field(default_factory=list)
-    frozen: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 # --- one model --------------------------------------------------------------------------------
@@ -300,13 +274,13 @@ def wanted(suite: str, only: str, table: str = "MODELS") -> list[str]:
     return [m for m in models if any(fnmatch.fnmatch(m, p) for p in only.split(","))]
 
 
-def run(suite: str, only: str, jobs: int, limit: float) -> Iterator[Row]:
-    """Yield a row for each model whose name matches, in the suite's order."""
+def run(suite: str, models: list[str], jobs: int, limit: float) -> Iterator[Row]:
+    """Yield a row for each model, in order."""
     def row(model: str) -> Row:
         return Row(**{"model": model, **isolated(partial(measure, suite, model), limit)})
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(row, wanted(suite, only))
+        yield from pool.map(row, models)
 
 
 def beside(suite: str, peer: str, only: str, limit: float) -> str:
@@ -331,85 +305,21 @@ def beside(suite: str, peer: str, only: str, limit: float) -> str:
         f"Made by `python benchmarks/coverage.py {suite} --peer {peer}`: the same models and "
         "inputs, a process each, half of every width by magnitude, no proof on our side and no "
         "check of results on theirs beyond running them. Seconds are CPU seconds; memory is the "
-        "peak against the model plus one forward.", told, _table(head, cells)]) + "\n"
+        "peak against the model plus one forward.", told, table(head, cells)]) + "\n"
 
 
-# --- what is written --------------------------------------------------------------------------
-
-HEAD = ("model", "weights", "traced", "solve ms", "prunable share", "groups", "exact", "roles",
-        "emitted as", "reload", "generates", "CPU s", "peak MB", "result")
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    if row.exact is None:
-        exact = ""
-    else:
-        exact = "yes" if row.exact else "no"
-    return (row.model, f"{row.weights:,}", "yes" if row.traced else "no",
-            f"{row.solve_ms:.0f}" if row.traced else "",
-            f"{row.share:.0%}" if row.share is not None else "", str(row.groups), exact,
-            row.roles or "default", row.emission, row.reload[:60], row.generate[:60],
-            f"{row.cpu_s:.1f}", f"{row.rss_mb:.0f}",
-            row.result[:160].replace("|", "/"))
+def _commit() -> str:
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    return told.stdout.strip()
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _by_text(found: dict[str, list[str]]) -> str:
-    ordered = sorted(found.items(), key=lambda kv: (-len(set(kv[1])), kv[0]))
-    return _table(("what", "times", "models"), [
-        (f"`{what}`", str(len(models)), ", ".join(dict.fromkeys(models)))
-        for what, models in ordered]) if ordered else "None."
-
-
-def _masked(text: str) -> str:
-    return re.sub(r"\d+", "N", text).replace("|", "/")[:150]
-
-
-def report(suite: str, rows: list[Row]) -> str:
-    """The whole text: summary, table, what was not known, what could not be solved."""
-    opaque: dict[str, list[str]] = {}
-    clashes: dict[str, list[str]] = {}
-    frozen: dict[str, list[str]] = {}
-    for row in rows:
-        for op, times in row.opaque.items():
-            opaque.setdefault(op, []).extend([row.model] * times)
-        for clash in row.clashes:
-            clashes.setdefault(_masked(clash), []).append(row.model)
-        for why, numel in row.frozen.items():
-            if numel >= 0.02 * row.weights:
-                frozen.setdefault(_masked(why), []).append(row.model)
-    return "\n\n".join([
-        f"# Coverage of {suite}",
-        f"Made by `python benchmarks/coverage.py {suite}`: tiny random models, target {TARGET} "
-        "with magnitude scores; where that is out of reach of the default roles, once more with "
-        "all roles and approximate groups. A weight is prunable if one of its dimensions lies in "
-        "a group.",
-        _summary(rows), _table(HEAD, [_cells(row) for row in rows]),
-        "## Unknown operators", _by_text(opaque),
-        "## Equations without a solution", _by_text(clashes),
-        "## Why weights are frozen (2% of a model or more)", _by_text(frozen)]) + "\n"
-
-
-def _summary(rows: list[Row]) -> str:
-    kinds = Counter(row.kind for row in rows)
-    shares = [row.share for row in rows if row.share is not None]
-    lines = [
-        f"- tried: {len(rows)}; traced: {sum(r.traced for r in rows)}",
-        f"- compiled with proof, emitted model checked: {kinds['ok']} "
-        f"({sum(r.kind == 'ok' and not r.roles for r in rows)} with default roles, "
-        f"{sum(r.kind == 'ok' and bool(r.exact) for r in rows)} exact)",
-        f"- wrong outputs or failed proofs: {kinds['wrong']}",
-        f"- target out of reach: {kinds['target']}; other errors: {kinds['error']}",
-    ]
-    if shares:
-        full = sum(s >= 0.9 for s in shares)
-        lines.append(f"- prunable share of the body: median {statistics.median(shares):.0%}; "
-                     f"at least 90% in {full} of {len(shares)}")
-    return "\n".join(lines)
+def _known(path: Path | None) -> dict[str, Row]:
+    """Models that an earlier run found to be right."""
+    if path is None or not path.exists():
+        return {}
+    rows = [Row(**row) for row in json.loads(path.read_text())]
+    return {row.model: row for row in rows if row.kind == "ok"}
 
 
 def main() -> None:
@@ -418,7 +328,8 @@ def main() -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--only", default="*", help="shell patterns, with commas between")
     parser.add_argument("--out", type=Path, help="write the report here")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path,
+                        help="write the rows here; models that stand there as right are kept")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120,
                         help="seconds of CPU time for each model")
@@ -436,15 +347,18 @@ def main() -> None:
         if options.out:
             options.out.write_text(text)
         return
-    rows = []
-    for row in run(options.suite, options.only, options.jobs, options.timeout):
-        rows.append(row)
+    known, commit = _known(options.json), _commit()
+    names = [n for n in wanted(options.suite, options.only) if n not in known]
+    for row in run(options.suite, names, options.jobs, options.timeout):
+        known[row.model] = replace(row, commit=commit)
+        rows = [known[n] for n in wanted(options.suite, "*") if n in known]
         if options.json:
             options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
         share = f"{row.share:.0%}" if row.share is not None else "-"
         print(f"{row.model:28} {share:>5} {row.roles:4} {row.emission:12} {row.cpu_s:5.1f} s  "
               f"{row.result[:140]}", flush=True)
-    print(_summary(rows))
+    rows = [known[n] for n in wanted(options.suite, "*") if n in known]
+    print(summary(rows))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(report(options.suite, rows))
