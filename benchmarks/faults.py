@@ -178,6 +178,7 @@ HARMLESS: dict[tuple[str, str, str], str] = {
         "the way of dealt axes does for others too, slower",
     ("axes", "if total.order is not None or (isinstance(other", "condition True"):
         "the way of dealt axes does for others too, slower",
+    ("axes", "parts[inner].size, -1)", "number 1 -> 2"): "numpy infers any negative size",
     ("idioms", "return users[0] if len(users) == 1", "number 0 -> -1"): "there is one user",
     ("idioms", "uses.uncast(refs[0].name)", "number 0 -> -1"): "there is one operand",
 }

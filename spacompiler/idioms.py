@@ -130,7 +130,7 @@ def _scale(uses: _Uses, variance: str) -> Node | None:
 
 def _is_square(node: Node) -> bool:
     if base(node.op) == "pow":
-        return node.arg(1, "exponent") in (2, 2.0)
+        return node.arg(1, "exponent") == 2
     refs = list(node.refs())
     return base(node.op) == "mul" and len(refs) == 2 and refs[0] == refs[1]
 

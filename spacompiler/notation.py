@@ -41,7 +41,7 @@ class Pattern:
 
 def _letters(sides: tuple[tuple[Term, ...], ...]) -> frozenset[str]:
     return frozenset(
-        letter for side in sides for term in side for letter in term if letter[0].isalpha()
+        letter for side in sides for term in side for letter in term if letter.isidentifier()
     )
 
 

@@ -120,7 +120,8 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
 
 @cache
 def _names(term: Term) -> tuple[str, ...]:
-    return ("." + term[1],) if term[0] == "..." else tuple(t for t in term if t[0].isalpha())
+    return ("." + term[1],) if term[0] == "..." else tuple(
+        filter(str.isidentifier, term))
 
 
 def _bind(s: Solver, n: Node, term: Term, e: Expr, bound: dict[str, Expr]) -> None:
@@ -186,7 +187,7 @@ def grouped_mm(s: Solver, n: Node) -> None:
     relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n))
     digits = "".join(filter(str.isdigit, s.graph.tensors[n.args[1].name].dtype))
     for letter in "io":
-        s.multiples.append((s.contractions[-1].letters[letter], max(1, 128 // int(digits or 8))))
+        s.multiples.append((s.contractions[-1].letters[letter], 128 // int(digits)))
 
 
 def einsum(s: Solver, n: Node) -> None:

@@ -232,7 +232,7 @@ def cuts(s: Solver, e: Expr, sizes: Sequence[int]) -> list[Expr]:
     """Cut an expression into consecutive pieces."""
     made: list[Expr] = []
     for size in sizes[:-1]:
-        piece, e = s.space.split(e, size) if 0 < size < e.size else (e, e)
+        piece, e = s.space.split(e, size)
         made.append(piece)
     return [*made, e]
 

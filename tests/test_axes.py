@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from spacompiler import slicing
 from spacompiler.axes import (
     Atom,
     Choice,
@@ -225,11 +227,13 @@ def frozen_then(act: Callable[[Space, Expr], Sequence[Expr]]) -> None:
 @pytest.mark.parametrize("act", [
     lambda s, e: s.factor(e, 4), lambda s, e: s.split(e, 5),
     lambda s, e: s.factor(s.split(e, 4)[1], 2),
+    lambda s, e: s.split((s.factor(e, 4), e)[1], 5),
+    lambda s, e: [s.carve((s.factor(e, 4), e)[1], np.array([0, 5]))],
     lambda s, e: [s.unify(e, other := s.atom(12)), other][1:],
     lambda s, e: [s.unify(other := s.atom(12), e), other][1:],
     lambda s, e: [s.unify(product((s.atom(3), inner := s.atom(4))), e), inner][1:],
     lambda s, e: [s.unify(e, concat((s.atom(5), tail := s.atom(7)))), tail][1:],
-], ids="factor split both unify unify-left bind-product bind-sum".split())
+], ids="factor split both split-nest carve-nest unify unify-left bind-product bind-sum".split())
 def test_reasons_travel(act: Any) -> None:
     frozen_then(act)
 
@@ -387,6 +391,17 @@ def test_runs_of_small_terms_factor_together() -> None:
     e = concat([space.atom(2), space.atom(3), space.atom(3), space.atom(2)])
     outer, inner = space.factor(e, 5)
     assert (show(outer), show(inner), show(e)) == ("1+1", "2+1+2", "2+1+2+2+1+2")
+
+
+def test_arrays_are_cut_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Space()
+    dims = (space.atom(7), space.atom(3), space.atom(5))
+    array, choices = np.arange(105).reshape(7, 3, 5), random_choices(dims, 3)
+    assert len(choices) > 1
+    for block in (1, 20, 1000):
+        monkeypatch.setattr(slicing, "BLOCK", block)
+        found = slicing.cut(torch.from_numpy(array), dims, choices)
+        assert np.array_equal(found.numpy(), take(array, dims, choices))
 
 
 # --- fibred choices -----------------------------------------------------------------------------

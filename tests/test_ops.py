@@ -318,6 +318,8 @@ def convolution_cases() -> Iterator[Case]:
         yield Case(name, op(name), ((2, 3, *x), (3, 4, *k), (4,)), f"**{dots} **{dots} *")
         grouped = op(name, [1], [1], [0], 2)
         yield Case(name, grouped, ((2, 4, *x), (4, 3, *k), (6,)), f"**{dots} **{dots} *")
+    named = op("conv2d", [1, 1], [1, 1], [1, 1], groups=2)
+    yield Case("conv2d", named, ((2, 4, 6, 6), (6, 2, 3, 3), (6,)), "**.. **.. *")
     depthwise = op("conv2d", [1, 1], [1, 1], [1, 1], 4)
     yield Case("conv2d", depthwise, ((2, 4, 4, 4), (4, 1, 3, 3), (4,)), "**.. *... *")
     multiplied = op("conv2d", [1, 1], [1, 1], [1, 1], 3)
@@ -387,6 +389,8 @@ def shape_cases() -> Iterator[Case]:
     yield Case("view", op("view", [2, 4, 3]), ((4, 6),), "**")
     yield Case("view", op("view", [6, 1, 4]), ((3, 2, 4),), "***")
     yield Case("reshape", lambda x: aten.reshape(aten.reshape(x, [3, 4]), [2, 6]), ((12,),), ".")
+    yield Case("view", lambda x: aten.view(x, size=[4, 6]), ((2, 2, 6),), "***")
+    yield Case("reshape", lambda x: aten.reshape(x, shape=[4, 6]), ((2, 2, 6),), "***")
     yield Case("flatten", op("flatten", 1), ((2, 3, 4),), "***")
     yield Case("flatten", op("flatten"), ((4, 4),), "**")
     yield Case("unflatten", op("unflatten", 1, [2, -1]), ((3, 6),), "**")
@@ -554,6 +558,10 @@ def lookup_cases() -> Iterator[Case]:
                ((5, 4, 5), Ints((3,)), Ints((3,))), ".*. . .")
     yield Case("gather", lambda x, i: aten.gather(x, 1, i), ((3, 5), Ints((3, 4))), "*. *.")
     yield Case("gather", lambda x, i: aten.gather(x, 0, i), ((5, 4), Ints((3, 3))), ".. ..")
+    yield Case("index", lambda x, i, j: aten.index(x, [None, i, j]),
+               ((3, 4, 5, 2), Ints((3,), 4), Ints((3,), 5)), "*..* . .")
+    yield Case("index", lambda x, i, j: aten.index(x, [i, None, j]),
+               ((4, 3, 5, 2), Ints((3,), 4), Ints((3,), 5)), ".*.* . .")
     yield Case("index", lambda x, m: aten.index(x, [None, m]), ((3, 4, 5), Bools((4,))), "*.* .")
     yield Case("index", lambda x, m: aten.index(x, [m]), ((3, 4, 5), Bools((3, 4))), "..* ..")
     yield Case("_unsafe_index", lambda x, i: aten._unsafe_index(x, [None, i]),
