@@ -122,14 +122,28 @@ class Solver:
         return self
 
     def _freeze_unused(self, stored: Mapping[str, tuple[Expr, ...]]) -> None:
-        """What code reads an array that the traced program does not, nobody has seen."""
-        used = {ref for node in self.graph.nodes for ref in node.refs()}
-        used.update(self.graph.outputs)
+        """What code reads an array that adds nothing to the traced results, nobody has seen.
+
+        Results without entries (no box was found, say) show nothing either.
+        """
+        used = self._used()
         names = {t.weight for t in self.graph.tensors.values()
                  if t.name in used or t.kind == "buffer"}
         for weight, dims in stored.items():
             if weight not in names:
                 self.freeze(dims, "not used on the example inputs")
+
+    def _used(self) -> set[str]:
+        """Tensors with entries from which results with entries follow."""
+        made = {out: node for node in self.graph.nodes for out in node.outputs}
+        found: set[str] = set()
+        open_ = [*self.graph.outputs, *self.graph.written]
+        while open_:
+            name = open_.pop()
+            if name not in found and 0 not in self.shape(name):
+                found.add(name)
+                open_.extend(made[name].refs() if name in made else ())
+        return found
 
     def _visit(self, node: Node) -> None:
         refs = list(node.refs())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from commuting import quick_trace, table_of
 from networks import network
+from torch import nn
 
 from spacompiler.axes import Choice, atoms, reasons, show
 from spacompiler.frontends.aten import TABLE
@@ -57,3 +59,24 @@ def test_what_changes_statistics_says_so(name: str) -> None:
                for g in groups}
     masked = [masked_dense(found, solution, choices, renormalise=again) for again in (True, False)]
     assert (relative_error(*masked) < 1e-12) == exact
+
+
+class _Boxes(nn.Module):
+    """A head that the example inputs give nothing to: what it computes cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x):
+        h = self.body(x)
+        return h, self.head(h[:0])
+
+
+def test_what_the_example_inputs_give_nothing_to_is_frozen():
+    solution = solve(quick_trace(_Boxes(), torch.randn(3, 4)).graph, TABLE)
+    assert {m.weight for g in solution.groups.values() for m in g.members} == {
+        "body.0.weight", "body.0.bias", "body.2.weight"}
+    frozen = solution.dims("head.0.weight")[0]
+    assert "not used" in " ".join(reasons(frozen))
