@@ -26,7 +26,8 @@ from spacompiler.groups import Solution, solve
 
 NETWORKS = 150
 SHAPES = ((2, 4), (2, 2, 4), (2, 4, 3), (2, 4, 2, 2), (2, 3, 2, 3))
-NEVER = ("experts", "squeeze_excite", "take", "pixels", "upsample", "affine", "pool")
+NEVER = ("experts", "squeeze_excite", "take", "pixels", "upsample", "affine", "pool",
+         "recurrent", "write")
 TINY = [word for word in OFTEN if word not in NEVER]
 
 

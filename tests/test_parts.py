@@ -51,6 +51,13 @@ class Picky(nn.Module):
         return self.head(self.blocks[1](x))
 
 
+class Looking(Picky):
+    """Asks a block for the type of its weights."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.blocks[0].up.weight.dtype))
+
+
 class Peeking(Picky):
     """Reads an array inside a block from outside of it."""
 
@@ -131,6 +138,16 @@ def test_a_part_whose_code_holds_sizes_is_put_back_as_a_program():
         assert result.module(*INPUTS).shape == dense(*INPUTS).shape
     with pytest.raises(SpaError, match="cannot be saved"):
         result.save("never")
+
+
+def test_a_part_as_a_program_can_still_be_looked_at():
+    result = compiled(Looking(Sized), floor=0.01)
+    assert result.job.emission == "program"
+    part = result.module.blocks[0]
+    arrays = {id(p) for p in part.parameters()}
+    assert id(part.up.weight) in arrays and len(part.up.weight) < 24
+    with pytest.raises(AttributeError, match="nothing"):
+        part.nothing  # noqa: B018
 
 
 def test_what_code_outside_uses_too_stays():

@@ -210,6 +210,17 @@ def experts(net: Net, x: Tensor, experts: int, inner: int) -> Tensor:
     return torch.einsum("beti,eic,bte->btc", y, net.array(experts, inner, c), weight)
 
 
+@word(ranked(3, 3, kind=["lstm", "gru", "rnn_tanh"], hidden=[4, 6], ways=[1, 2]))
+def recurrent(net: Net, x: Tensor, kind: str, hidden: int, ways: int) -> Tensor:
+    """One layer that remembers, along the second dimension."""
+    rows = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[kind] * hidden
+    state = x.new_zeros(ways, x.shape[0], hidden)
+    arrays = [net.array(*shape) for _ in range(ways)
+              for shape in ((rows, x.shape[-1]), (rows, hidden), (rows,), (rows,))]
+    return getattr(torch, kind)(x, [state, state] if kind == "lstm" else state, arrays, True, 1,
+                                0.0, False, ways == 2, True)[0]
+
+
 # --- attention ----------------------------------------------------------------------------------
 
 
@@ -355,6 +366,14 @@ def _fit_split(rng: Dice, x: Tensor) -> dict[str, Any] | None:
         return None
     first = rng.randint(1, x.shape[dim] - 1)
     return {"dim": dim, "sizes": (first, x.shape[dim] - first), "swap": rng.random() < 0.5}
+
+
+@word(_fit_narrow, reads=1)
+def write(net: Net, x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """A slice is replaced by what a layer makes of it."""
+    part = x.narrow(dim, start, length)
+    made = F.linear(part, net.array(part.shape[-1], part.shape[-1]))
+    return x.slice_scatter(made, dim, start, start + length)
 
 
 @word(_fit_split)
