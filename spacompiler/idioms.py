@@ -4,7 +4,8 @@ A channel shuffle is traced as view, transpose, view: one axis dealt out in anot
 
 RMSNorm is traced as rms_norm or as pow, mean, add, rsqrt, mul (and mul by a gain). On its own
 the mean over a pruned axis changes; as RMSNorm the change is undone exactly by the gain and eps:
-from width d to d', gain * sqrt(d/d') and eps * d/d'.
+from width d to d', gain * sqrt(d/d') and eps * d/d'. So it is in a global response norm (Woo et
+al., ConvNeXt V2, 2023), where a channel's response is divided by the mean of all: gain * d/d'.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from .graph import Graph, Node, Ref
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """`x * rsqrt(mean(x^2) + eps) * (gain + offset)` over the last dimension of `source`."""
+    """`x * rsqrt(mean(x^2) + eps) * (gain + offset)` over the last dimension of `source`.
+
+    With `power` 1 it is `y * (x / (mean(x) + eps)) * gain`, a global response norm. From width d
+    to d' the gain becomes `gain * (d/d') ** power`.
+    """
 
     mean: str
     source: str
@@ -29,9 +34,11 @@ class RmsNorm:
     eps: float
     gain: str
     offset: float
+    power: float = 0.5
 
 
 _CASTS = {"_to_copy", "to", "clone", "type_as", "cast", "castlike", "identity"}
+_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_copy")
 _FUSED = ("rms_norm", "rmsnormalization", "simplifiedlayernormalization",
           "skipsimplifiedlayernormalization")
 
@@ -72,11 +79,10 @@ def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
     uses = _Uses(graph)
     found = {}
     for node in graph.nodes:
-        match = {"mean": _match, "reducemean": _match, **dict.fromkeys(_FUSED, _fused)}.get(
-            base(node.op))
-        norm = match(uses, node) if match is not None else None
-        if norm is not None:
-            found[node.name] = norm
+        for match in _MATCHES.get(base(node.op), ()):
+            norm = match(uses, node)
+            if norm is not None:
+                found[node.name] = norm
     return found
 
 
@@ -96,12 +102,8 @@ def _match(uses: _Uses, mean: Node) -> RmsNorm | None:
     if square is None or not _is_square(square):
         return None
     source = next(square.refs())
-    rank = len(uses.graph.tensors[source].shape)
-    if mean.arg(1, "dim") not in ([-1], [rank - 1]):
-        return None
-    add = uses.only(mean.outputs[0], "add")
-    eps_arg = 1 if add is not None and isinstance(add.arg(1, "other"), float) else 0
-    if add is None or not isinstance(add.args[eps_arg], float):
+    add, eps_arg = _plus_eps(uses, mean, source)
+    if add is None:
         return None
     scale = _scale(uses, add.outputs[0])
     if scale is None or uses.uncast(source) not in map(uses.uncast, scale.refs()):
@@ -110,6 +112,37 @@ def _match(uses: _Uses, mean: Node) -> RmsNorm | None:
     if gain is None:
         return None
     return RmsNorm(mean.name, source, add.name, eps_arg, add.args[eps_arg], *gain)
+
+
+def _response(uses: _Uses, mean: Node) -> RmsNorm | None:
+    """`y * (x / (mean(x) + eps)) * gain`, or without y."""
+    source = next(mean.refs())
+    add, eps_arg = _plus_eps(uses, mean, source)
+    over = uses.only(add.outputs[0], "div") if add is not None else None
+    if add is None or over is None or not all(isinstance(a, Ref) for a in over.args[:2]) or \
+            uses.uncast(over.args[0].name) != uses.uncast(source):
+        return None
+    gain, times = _gain(uses, over.outputs[0]), uses.only(over.outputs[0], "mul")
+    if gain is None and times is not None:
+        gain = _gain(uses, times.outputs[0])
+    if gain is None or gain[1]:
+        return None
+    return RmsNorm(mean.name, source, add.name, eps_arg, add.args[eps_arg], *gain, power=1.0)
+
+
+def _plus_eps(uses: _Uses, mean: Node, source: str) -> tuple[Node | None, int]:
+    """The node that adds eps to a mean over the last dimension, and where eps stands in it."""
+    rank = len(uses.graph.tensors[source].shape)
+    add = uses.only(mean.outputs[0], "add")
+    eps_arg = 1 if add is not None and isinstance(add.arg(1, "other"), float) else 0
+    if add is None or mean.arg(1, "dim") not in ([-1], [rank - 1]) or \
+            not isinstance(add.args[eps_arg], float):
+        return None, 0
+    return add, eps_arg
+
+
+_MATCHES = {"mean": (_match, _response), "reducemean": (_match, _response),
+            **dict.fromkeys(_FUSED, (_fused,))}
 
 
 def _scale(uses: _Uses, variance: str) -> Node | None:
@@ -139,18 +172,30 @@ def _gain(uses: _Uses, normed: str) -> tuple[str, float] | None:
     """The stored array that scales the normalised value, and the constant added to it."""
     for name in uses.casts(normed):
         for user in uses.users.get(name, []):
-            if base(user.op) != "mul" or len(uses.users.get(name, [])) != 1:
+            factors = _factors(user)
+            if name not in factors or len(uses.users.get(name, [])) != 1:
                 continue
-            for other in user.refs():
+            for other in factors:
                 found = _offset_weight(uses, other) if other != name else None
                 if found is not None:
                     return found
     return None
 
 
+def _factors(node: Node) -> list[str]:
+    """What a node multiplies: the operands of mul, the last two of addcmul."""
+    if base(node.op) == "addcmul":
+        return [a.name for a in node.args[1:3]]
+    return list(node.refs()) if base(node.op) == "mul" else []
+
+
 def _offset_weight(uses: _Uses, name: str) -> tuple[str, float] | None:
     name = uses.uncast(name)
     maker = uses.makers.get(name)
+    while maker is not None and base(maker.op) in _VIEWS and uses.graph.tensors[name].shape[:-1] \
+            == (1,) * (len(uses.graph.tensors[name].shape) - 1):  # a gain, ready to broadcast
+        name = uses.uncast(next(maker.refs()))
+        maker = uses.makers.get(name)
     if maker is None:
         weight = uses.graph.tensors[name].weight
         return (weight, 0.0) if weight is not None else None
@@ -181,7 +226,6 @@ class Deal:
     last: str
 
 
-_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "view_copy")
 _MOVES = ("permute", "transpose", "swapaxes", "clone", "contiguous")
 
 

@@ -37,7 +37,8 @@ def reduce(how: str, argument: int = 1) -> Row:
                 s.read(n, ref, d, "sum")
             elif how == "mean" and n.name in s.norms:
                 s.read(n, ref, d, "norm")
-                s.roles.append((e, "normalised"))
+                if s.norms[n.name].power < 1:
+                    s.roles.append((e, "normalised"))
             else:
                 s.space.freeze(e, f"{n.op} over it depends on how many slices there are")
         made = [ONE if i in named else e for i, e in enumerate(s.dims[ref])

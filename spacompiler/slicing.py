@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class NormChange:
 
     @property
     def gain(self) -> float:
-        return sqrt(self.before / self.after)
+        return (self.before / self.after) ** self.norm.power
 
 
 def norm_changes(solution: Solution, choices: Choices) -> Iterator[NormChange]:

@@ -23,6 +23,8 @@ ROWS = {
     "layer_norm": (ROW + "b = layer_norm(a)", "6", False, "change with the width"),
     "rms_norm": (ROW + "b = rms_norm(a, offset=0, cast=False)", "6", True, ""),
     "rms_norm, gain + 1": (ROW + "b = rms_norm(a, offset=1, cast=True)", "6", True, ""),
+    "response_norm": (TOKENS + "b = response_norm(a, how='mul')", "6", True, ""),
+    "response_norm, fused": (TOKENS + "b = response_norm(a, how='addcmul')", "6", True, ""),
     "batch_norm": (IMAGE + "b = batch_norm(a)", "6", True, ""),
     "instance_norm": (IMAGE + "b = instance_norm(a)", "6", True, ""),
     "group_norm": (IMAGE + "b = group_norm(a, groups=2)", "2*3", False, "taken over a group"),

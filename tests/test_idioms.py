@@ -39,6 +39,11 @@ def mean_used_twice(x: Tensor, g: Tensor) -> Tensor:
     return x * torch.rsqrt(mean + 1e-3) * g + mean
 
 
+def response_used_twice(x, g):
+    y = x / (x.mean(-1, keepdim=True) + 1e-3)
+    return x * y * g + y
+
+
 def root_used_twice(x: Tensor, g: Tensor) -> Tensor:
     r = root(x)
     return x * r * g + r
@@ -65,6 +70,14 @@ NORMS: dict[str, tuple[Call, float | None]] = {
     "casts": (lambda x, g: g * (x.double() * root(x.double())).float(), 0.0),
     "cast gain": (lambda x, g: (x.double() * root(x.double())).float() * g.double().float(), 0.0),
     "fused": (lambda x, g: torch.rms_norm(x, [6], g, 1e-3), 0.0),
+    "response": (lambda x, g: x * (x / (x.mean(-1, keepdim=True) + 1e-3)) * g, 0.0),
+    "response, gain in view": (
+        lambda x, g: torch.addcmul(x, g.view(1, 6), x * (x / (x.mean(-1, True) + 1e-3))), 0.0),
+    "response alone": (lambda x, g: x / (x.mean(-1, keepdim=True) + 1e-3) * g, 0.0),
+    "response of another": (lambda x, g: (x + 1) / (x.mean(-1, keepdim=True) + 1e-3) * g, None),
+    "response, gain + 1": (lambda x, g: x / (x.mean(-1, keepdim=True) + 1e-3) * (g + 1), None),
+    "response the other way": (lambda x, g: (x.mean(-1, keepdim=True) + 1e-3) / x * g, None),
+    "response used twice": (response_used_twice, None),
     "no gain": (lambda x, g: x * root(x), None),
     "no stored gain": (lambda x, g: x * root(x) * x, None),
     "gain - 1": (lambda x, g: x * root(x) * (g - 1.0), None),
@@ -94,6 +107,7 @@ def test_rms_norms(name: str) -> None:
         return
     (norm,) = found
     assert (norm.gain, norm.offset, norm.eps) == ("gain", offset, 1e-3)
+    assert norm.power == (1.0 if name.startswith("response") else 0.5)
     nodes = {n.name: n for n in quick_trace(Calls(call), torch.rand(3, 6) + 1).graph.nodes}
     assert nodes[norm.eps_node].args[norm.eps_arg] == 1e-3
 

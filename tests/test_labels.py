@@ -27,7 +27,7 @@ from spacompiler.groups import Solution, solve
 NETWORKS = 150
 SHAPES = ((2, 4), (2, 2, 4), (2, 4, 3), (2, 4, 2, 2), (2, 3, 2, 3))
 NEVER = ("experts", "squeeze_excite", "take", "pixels", "upsample", "affine", "pool",
-         "recurrent", "write")
+         "recurrent", "write", "response_norm")
 TINY = [word for word in OFTEN if word not in NEVER]
 
 

@@ -170,6 +170,18 @@ def rms_norm(net: Net, x: Tensor, offset: int, cast: bool) -> Tensor:
     return y * (net.array(x.shape[-1]) + offset if offset else net.array(x.shape[-1]))
 
 
+@word(ranked(3, 4, how=["mul", "addcmul"]))
+def response_norm(net: Net, x: Tensor, how: str) -> Tensor:
+    """Each channel's response over all places, divided by the mean of all channels'."""
+    over = tuple(range(1, x.ndim - 1))
+    response = torch.linalg.vector_norm(x, dim=over, keepdim=True)
+    y = x * (response / (response.mean(-1, keepdim=True) + 1e-5))
+    gain, bias = net.array(x.shape[-1]), net.array(x.shape[-1])
+    if how == "addcmul":
+        return x + torch.addcmul(bias.view(1, -1), gain.view(1, -1), y)
+    return gain * y + bias + x
+
+
 def _fit_groups(rng: Dice, x: Tensor) -> dict[str, Any] | None:
     groups = divisors(x.shape[1]) if x.ndim > 2 else []
     return {"groups": rng.choice(groups)} if groups else None

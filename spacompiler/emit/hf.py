@@ -182,7 +182,8 @@ def _parts(e: Expr) -> Iterator[Expr]:
 
 
 def _changed_eps(config: Any, solution: Solution, choices: Choices) -> dict[str, float]:
-    new = {change.norm.eps: change.eps for change in norm_changes(solution, choices)}
+    new = {change.norm.eps: change.eps for change in norm_changes(solution, choices)
+           if change.norm.power < 1}
     return {key: new[value] for key, value in config.to_dict().items()
             if isinstance(value, float) and value in new}
 
