@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,13 +26,14 @@ from torchvision.models import list_models  # noqa: E402
 
 
 def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
-    """Non-maximum suppression in plain torch, for where the C++ library does not load."""
-    order, kept = scores.argsort(descending=True), []
-    overlap = torchvision.ops.box_iou(boxes, boxes) > iou_threshold
-    while order.numel():
-        kept.append(order[0])
-        order = order[~overlap[order[0], order]]
-    return torch.stack(kept) if kept else order
+    """Non-maximum suppression in Python, for where the C++ library does not load."""
+    overlap = (torchvision.ops.box_iou(boxes, boxes) > iou_threshold).numpy()
+    gone, kept = np.zeros(len(boxes), dtype=bool), []
+    for i in scores.argsort(descending=True).tolist():
+        if not gone[i]:
+            kept.append(i)
+            gone |= overlap[i]
+    return torch.tensor(kept, dtype=torch.long)
 
 
 if not torchvision.extension._has_ops():
