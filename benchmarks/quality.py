@@ -18,7 +18,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from spacompiler import allocation, pipeline, registry, source
+from spacompiler import measure as measurements
 from spacompiler.calibration import perplexity, python_text, windows
 from spacompiler.recipe import Recipe
 from spacompiler.repair import add_biases, unbiased
@@ -62,10 +63,11 @@ METHODS: dict[str, Method] = {
     "FLAP AL-AM": Method("fluctuation(published=True)", "standardised", "bias", only=()),
     "CFSP": Method("cfsp", "cfsp-layers"),
     "Adapt-Pruner": Method("taylor-element", "adapt-layers"),
-    "OBS refit": Method("obs(bias=False)", repair="refit(bias=False)"),
-    "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
-    "ours, not measured": Method("curvature", "global", "refit", floor=0.02),
-    "ours": Method("curvature", "measured(rounds=2, batches=3)", "refit", floor=0.02),
+    "OBS refit": Method("obs(bias=False)", repair="refit(bias=False, damping=0.01)"),
+    "ours, MLP only": Method("curvature", "global", "refit(damping=0.05)", floor=0.02),
+    "ours, by layers": Method("curvature", "cfsp-layers", "refit(damping=0.05)", floor=0.02),
+    "ours, not measured": Method("curvature", "global", "refit(damping=0.05)", (), 0.02),
+    "ours": Method("curvature", "measured(rounds=3, batches=3)", "refit(damping=0.05)", (), 0.02),
 }
 
 
@@ -123,25 +125,32 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
     if missing:
         passes = {n: registry.find("importance", m.importance) for n, m in missing.items()}
         needs = {s for p in passes.values() for s in p.needs}
-        if not held["inputs"]:
-            needs |= {"covariance"}
+        needs = needs - {"covariance"} if held["inputs"] else needs | {"covariance"}
+        if held.get("curvature"):
+            needs -= {"curvature"}
         start = time.perf_counter()
         with peak() as memory:
-            bench.context.calibrate(needs, bench.batches, pipeline.default_loss, groups=groups,
-                                    tick=lambda: print(".", end="", file=sys.stderr, flush=True))
+            bench.context.calibrate(needs, bench.batches if needs else [], pipeline.default_loss,
+                                    groups=groups, tick=lambda: print(
+                                        ".", end="", file=sys.stderr, flush=True))
         bench.done.setdefault("calibration", []).append(
             {"statistics": sorted(needs), "seconds": round(time.perf_counter() - start),
              "memory_mb": memory[0], "rows": list(missing)})
         if held["inputs"]:
             _give(bench.context, held["inputs"])
+        bench.context._gradients.curvature.update(held.get("curvature", {}))
+        every: dict[Any, dict[str, torch.Tensor]] = {}
         for name, importance in passes.items():
-            held["scores"][name] = {
-                g.name: importance.score(g, bench.context).double()
-                for g in groups if g in bench.candidates(missing[name])}
+            own = every.setdefault(importance, {})
+            for group in bench.candidates(missing[name]):
+                if group.name not in own:
+                    own[group.name] = importance.score(group, bench.context).double()
+            held["scores"][name] = dict(own)
             print(f"scored {name}", file=sys.stderr, flush=True)
         held["inputs"] = {
             key: {"count": s["covariance"].count, "total": s["covariance"].total,
                   "gram": s["covariance"].gram} for key, s in bench.context._inputs.items()}
+        held["curvature"] = bench.context._gradients.curvature
         torch.save(held, place)
         bench.save()
     _give(bench.context, held["inputs"])
@@ -150,7 +159,7 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
 
 def _give(context: Scores, inputs: Mapping[str, Any]) -> None:
     for key, sums in inputs.items():
-        context._inputs[key] = {"covariance": Covariance(**sums)}
+        context._inputs.setdefault(key, {})["covariance"] = Covariance(**sums)
 
 
 @contextmanager
@@ -163,6 +172,18 @@ def peak() -> Iterator[list[int]]:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             found[0] = int(line.split()[1]) // 1024
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function the first time only: what it measures of the dense model holds for all."""
+    found: list[Any] = []
+
+    def call(*args: Any) -> Any:
+        if not found:
+            found.append(function(*args))
+        return found[0]
+
+    return call
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -291,7 +312,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--also", action="append", default=[], help="file.py:Criterion")
     parser.add_argument("--share", action="append", default=[], help="80%%, 65%%, 50%%")
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--samples", type=int, default=24, help="calibration windows")
+    parser.add_argument("--samples", type=int, default=48, help="calibration windows")
     parser.add_argument("--windows", type=int, default=6, help="evaluation windows per text")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -321,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                        t.rpartition(":")[2] for t in given.also]}
     shares = given.share or SHARES
     bench.analyse()
+    measurements.angles = once(measurements.angles)
     gather(bench, methods)
     run(bench, methods, shares)
     print(table(bench.done, shares))

@@ -9,44 +9,82 @@ import torch
 
 from spacompiler.repair import Evidence
 
+GRID = tuple(10.0 ** (i / 2) for i in range(-6, 5))
+
 
 @dataclass(frozen=True)
 class Refit:
     """W'_K = argmin E||y - W'_K x_K - b||^2 + lambda ||W'_K - W_K||^2, K the features that stay.
 
-    lambda is `damping` times the mean diagonal of E[x x']: a ridge toward the old weights (with
-    y = W x that is W'_K = (W H)_K (H_KK)^-1, H damped alike in both places: optimal brain
-    surgeon, ZipLM, OSSCAR). b is free where the operator has a bias and `bias` is set; then
-    covariances stand in for second moments. With `sequential`, x is what the pruned and
-    repaired network gives, y what the dense one gives, and with `residual` y also makes good
-    what is wrong in the sum that the product is added into. `batch_norm` takes the statistics of
-    batch norms anew afterwards.
+    A ridge toward the old weights (with y = W x that is W'_K = (W H)_K (H_KK)^-1, H damped alike
+    in both places: optimal brain surgeon, ZipLM, OSSCAR). lambda is `damping` times the mean
+    diagonal of E[x x'] over K; if that is None, each layer takes the one of `GRID` with the least
+    generalised cross-validation error (Golub, Heath and Wahba, 1979), a share `independent` of
+    the samples taken to be independent, and keeps its weights where no refit has less than they
+    have: few samples then lead to little or no change. b is free where the operator has a bias
+    and `bias` is set; then covariances stand in for second moments. With `sequential`, x is what
+    the pruned and repaired network gives, y what the dense one gives, and with `residual` y also
+    makes good what is wrong in the sum that the product is added into. `batch_norm` takes the
+    statistics of batch norms anew afterwards.
     """
 
     name: ClassVar[str] = "refit"
     bias: bool = True
-    damping: float = 0.01
+    damping: float | None = None
+    independent: float = 1 / 3
     sequential: bool = False
     residual: bool = False
     create_biases: bool = False
     batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.damping < 0:
+        if self.damping is not None and self.damping < 0:
             raise TypeError("damping must not be negative")
+        if not 0 < self.independent <= 1:
+            raise TypeError("independent is a share, above 0 and at most 1")
 
     def solve(self, weight: torch.Tensor, evidence: Evidence, kept: torch.Tensor, *,
               has_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W (outputs, features), columns out of `kept` as they were, and b (outputs,)."""
         bias = self.bias and has_bias
-        gram, cross = evidence.moments(bias)
         k = torch.nonzero(kept).squeeze(1)
-        ridge = self.damping * gram.diagonal().mean()
-        damped = gram[k][:, k] + ridge.clamp(min=1e-30) * torch.eye(len(k), dtype=gram.dtype)
         made = weight.clone()
         if len(k):
-            made[:, k] = torch.linalg.solve(damped, cross[k] + ridge * weight[:, k].T).T
+            made[:, k] += self._change(weight[:, k], evidence, k, bias)
         return made, mean_shift(made, evidence, k) if bias else torch.zeros_like(evidence.y)
+
+    def _change(self, weight: torch.Tensor, evidence: Evidence, k: torch.Tensor,
+                bias: bool) -> torch.Tensor:
+        """Return D = W'_K - W_K: D (H_KK + lambda) = E[r x_K'], r = y - W_K x_K what is missed."""
+        gram, cross = evidence.moments(bias)
+        gram, cross = gram[k][:, k], cross[k]
+        missed = cross - gram @ weight.T
+        scale = gram.diagonal().mean().clamp(min=1e-30)
+        if self.damping is not None:
+            eye = torch.eye(len(k), dtype=gram.dtype)
+            return torch.linalg.solve(gram + max(self.damping, 1e-12) * scale * eye, missed).T
+        values, vectors = torch.linalg.eigh(gram)
+        values, turned = values.clamp(min=0), vectors.T @ missed
+        power = evidence.power(bias) - float(((cross + missed) * weight.T).sum())
+        ridge = _ridge(values, turned.square().sum(1), power,
+                       self.independent * evidence.count - bias, scale * torch.tensor(GRID))
+        return (vectors @ (turned / (values + ridge).unsqueeze(1))).T
+
+
+def _ridge(values: torch.Tensor, along: torch.Tensor, power: float, count: float,
+           grid: torch.Tensor) -> float:
+    """Return the ridge with the least error / (1 - degrees of freedom / count)^2, or infinity.
+
+    `values` are eigenvalues of E[x x'], `along` the squares of E[r x'] along each, `power` is
+    E[r'r], what is missed without a change (which infinity stands for).
+    """
+    best, least = float("inf"), power
+    for ridge in grid.tolist():
+        error = power - float((along * (values + 2 * ridge) / (values + ridge).square()).sum())
+        left = 1 - float((values / (values + ridge)).sum()) / count if count > 0 else 0.0
+        if left > 0 and max(error, 0.0) / left**2 < least:
+            best, least = ridge, max(error, 0.0) / left**2
+    return best
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class Evidence:
-    """Sums over `count` samples of one shared index: x (f,), y (o,), x x' (f, f), x y' (f, o).
+    """Sums over `count` samples of one shared index: x (f,), y (o,), x x' (f, f), x y' (f, o), y'y.
 
     x is what the consumer reads, y what its product should be.
     """
@@ -45,6 +45,7 @@ class Evidence:
     y: torch.Tensor
     gram: torch.Tensor
     cross: torch.Tensor
+    squares: float
 
     def moments(self, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return E[x x'] and E[x y'], of the deviations from the means if `centred`."""
@@ -53,6 +54,11 @@ class Evidence:
             x, y = self.x / self.count, self.y / self.count
             gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, y)
         return gram, cross
+
+    def power(self, centred: bool) -> float:
+        """Return E[y'y], of the deviation from the mean if `centred`."""
+        mean = float((self.y / self.count).square().sum()) if centred else 0.0
+        return self.squares / self.count - mean
 
 
 @dataclass(frozen=True)
@@ -276,7 +282,8 @@ def _with_covariance(context: Any, batches: Sequence[Any],
 
 def _of_dense(covariance: Any, weight: torch.Tensor, shared: int) -> Evidence:
     x, gram, w = covariance.total[shared], covariance.gram[shared], weight.double()
-    return Evidence(covariance.count, x, w @ x, gram, gram @ w.T)
+    cross = gram @ w.T
+    return Evidence(covariance.count, x, w @ x, gram, cross, float((w.T * cross).sum()))
 
 
 def _of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
@@ -291,11 +298,13 @@ def _of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
         sums = (x.sum(1), wanted.sum(1), x.mT @ x, x.mT @ wanted)
         for s in range(len(x)):
             parts = [part[s].double() for part in sums]
+            squares = float(wanted[s].double().square().sum())
             if i == 0:
-                total.append(Evidence(x.shape[1], *parts))
+                total.append(Evidence(x.shape[1], *parts, squares))
                 continue
             have = total[s]
             have.count += x.shape[1]
+            have.squares += squares
             for name, part in zip(("x", "y", "gram", "cross"), parts, strict=True):
                 getattr(have, name).add_(part)
     return total

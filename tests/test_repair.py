@@ -23,7 +23,7 @@ def correlated(n: int, size: int) -> torch.Tensor:
 
 
 def evidence(x: torch.Tensor, y: torch.Tensor) -> Evidence:
-    return Evidence(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+    return Evidence(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, float(y.square().sum()))
 
 
 def test_refit_is_the_least_squares_solution() -> None:
@@ -59,6 +59,26 @@ def test_refit_and_bias_beats_refit_beats_nothing() -> None:
     both, refit, bias = (error(*p.solve(w, ev, kept, has_bias=True)) for p in passes)
     nothing = error(w, torch.zeros(5).double())
     assert both < refit < nothing and both < bias < nothing
+
+
+@pytest.mark.parametrize(("samples", "of_fixed", "of_nothing"), [
+    (4, 1.0, 1.001), (15, 0.75, 1.001), (40, 0.5, 1.001), (200, 1.05, 0.8), (5000, 1.01, 0.65)])
+def test_the_ridge_is_chosen_by_what_the_samples_say(
+        samples: int, of_fixed: float, of_nothing: float) -> None:
+    torch.manual_seed(1)
+    mix, w = torch.randn(12, 48).double(), torch.randn(6, 48).double()
+    x = torch.randn(10_000, 12).double() @ mix + 3 * torch.randn(10_000, 48).double()
+    seen, held_out, kept = x[:samples], x[5000:], torch.arange(48) < 36
+    ev = evidence(seen, seen @ w.T)
+
+    def error(made: torch.Tensor) -> float:
+        missed = held_out @ w.T - held_out[:, kept] @ made[:, kept].T
+        return float(missed.square().mean())
+
+    chosen, fixed, nothing = (error(p.solve(w, ev, kept, has_bias=False)[0]) for p in (
+        Refit(), Refit(damping=0.01), Refit(damping=1e9)))
+    assert chosen < of_fixed * fixed
+    assert chosen < of_nothing * nothing
 
 
 class Block(nn.Module):
