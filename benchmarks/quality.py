@@ -64,10 +64,10 @@ METHODS: dict[str, Method] = {
     "CFSP": Method("cfsp", "cfsp-layers"),
     "Adapt-Pruner": Method("taylor-element", "adapt-layers"),
     "OBS refit": Method("obs(bias=False)", repair="refit(bias=False, damping=0.01)"),
-    "ours, MLP only": Method("curvature", "global", "refit(damping=0.05)", floor=0.02),
-    "ours, by layers": Method("curvature", "cfsp-layers", "refit(damping=0.05)", floor=0.02),
-    "ours, not measured": Method("curvature", "global", "refit(damping=0.05)", (), 0.02),
-    "ours": Method("curvature", "measured(rounds=3, batches=3)", "refit(damping=0.05)", (), 0.02),
+    "ours, MLP only": Method("curvature", "global", "refit", floor=0.02),
+    "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
+    "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
+    "ours": Method("curvature", "measured(rounds=3, batches=3)", "refit", (), 0.02),
 }
 
 
