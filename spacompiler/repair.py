@@ -300,7 +300,7 @@ def _of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
             parts = [part[s].double() for part in sums]
             squares = float(wanted[s].double().square().sum())
             if i == 0:
-                total.append(Evidence(x.shape[1], *parts, squares=squares))
+                total.append(Evidence(x.shape[1], parts[0], parts[1], parts[2], parts[3], squares))
                 continue
             have = total[s]
             have.count += x.shape[1]
