@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     "CFSP": Method("cfsp", "cfsp-layers"),
     "Adapt-Pruner": Method("taylor-element", "adapt-layers"),
     "OBS refit": Method("obs(bias=False)", repair="refit(bias=False, damping=0.01)"),
+    "OBS, ridge chosen": Method("obs(bias=False)", repair="refit"),
     "ours, MLP only": Method("curvature", "global", "refit", floor=0.02),
     "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
     "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
