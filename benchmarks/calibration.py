@@ -14,10 +14,11 @@ import sys
 import time
 from typing import Any
 
-ROWS = ("magnitude", "wanda", "fluctuation", "cfsp", "obs", "taylor", "taylor(per='batch')",
-        "taylor(per='example')", "taylor-vector", "taylor-element(per='batch')", "taylor-element",
-        "taylor-element(order=2)", "taylor-element(order='mixed')", "gblm", "geometric-median",
-        "random")
+ROWS = (
+    "magnitude", "wanda", "fluctuation", "cfsp", "obs", "curvature", "taylor",
+    "taylor(per='batch')", "taylor(per='example')", "taylor-vector",
+    "taylor-element(per='batch')", "taylor-element", "taylor-element(order=2)",
+    "taylor-element(order='mixed')", "gblm", "lora-gradient")
 
 
 def measure(model: str, name: str, samples: int, length: int, batch: int) -> dict[str, Any]:
