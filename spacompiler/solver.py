@@ -137,7 +137,7 @@ class Solver:
         """Tensors with entries from which results with entries follow."""
         made = {out: node for node in self.graph.nodes for out in node.outputs}
         found: set[str] = set()
-        open_ = [*self.graph.outputs, *self.graph.written]
+        open_ = [*self.graph.outputs, *self.graph.written] or list(made)  # no outputs: all are
         while open_:
             name = open_.pop()
             if name not in found and 0 not in self.shape(name):

@@ -63,11 +63,11 @@ def _sources(graph: fx.Graph, stored: dict[fx.Node, str]) -> set[fx.Node]:
 
 
 def _read_with_inputs(graph: fx.Graph, sources: set[fx.Node]) -> Iterator[fx.Node]:
-    """Those of the results that something else reads: where stored and computed values meet."""
+    """Those of the results that an operator reads beside others: where stored and computed meet."""
     for node in graph.nodes:
         if node in sources and node.op == "call_function" and \
                 isinstance(node.meta.get("val"), torch.Tensor) and \
-                any(user not in sources for user in node.users):
+                any(user not in sources and user.op != "output" for user in node.users):
             yield node
 
 
