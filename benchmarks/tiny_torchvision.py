@@ -54,8 +54,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "maxvit_t": {"input_size": (224, 224)},
 }
 _FRAMES = {"mvit": 16, "s3d": 16}
-# Forty residual blocks of redrawn weights overflow gates: there only constants are redrawn.
-_GENTLE = ("efficientnet", "regnet_y", "raft")
+# Forty residual blocks of redrawn weights overflow gates, and boxes shrink to nothing: there only
+# constants are redrawn.
+_GENTLE = ("efficientnet", "regnet_y", "raft", "fasterrcnn", "maskrcnn", "keypointrcnn")
 
 
 def _by_prefix(table: dict[str, Any], name: str, default: Any) -> Any:
@@ -95,6 +96,8 @@ def _detection(name: str) -> Built:
     size = _by_prefix(_SIZES, name, 128)
     module = _module(name, weights_backbone=None).eval()
     module.transform.min_size, module.transform.max_size = (size,), size
+    if hasattr(module, "roi_heads"):  # untrained scores are low; the heads shall see boxes
+        module.roi_heads.score_thresh, module.roi_heads.detections_per_img = 0.0, 10
     return module, (list(images(size=size)),)
 
 
