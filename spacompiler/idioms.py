@@ -158,7 +158,7 @@ def _scale(uses: _Uses, variance: str) -> Node | None:
     if over.args[0] in (1, 1.0):
         return uses.only(over.outputs[0], "mul")
     divides = isinstance(over.args[1], Ref) and over.args[1].name == root.outputs[0]
-    return over if divides and isinstance(over.args[0], Ref) else None
+    return over if divides else None
 
 
 def _is_square(node: Node) -> bool:

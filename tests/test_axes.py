@@ -385,6 +385,16 @@ def test_structures(name: str) -> None:
     assert len({a for e in exprs for a in atoms(e)}) == count
 
 
+@pytest.mark.parametrize(("sizes", "k", "want"), [
+    ((2, 6), 3, ("2*2", "3")), ((4, 3), 6, ("2", "2*3")), ((5, 4), 4, ("5", "4")),
+    ((2, 4, 3), 12, ("2", "4*3")),
+])
+def test_nests_factor_inside_their_parts(sizes: Any, k: int, want: tuple[str, str]) -> None:
+    space = Space()
+    outer, inner = space.factor(product(map(space.atom, sizes)), k)
+    assert (show(outer), show(inner)) == want
+
+
 def test_runs_of_small_terms_factor_together() -> None:
     """(a+b)+(c+d) viewed in two rows: each row is one sum, and the rows are alike."""
     space = Space()
