@@ -395,6 +395,13 @@ def test_nests_factor_inside_their_parts(sizes: Any, k: int, want: tuple[str, st
     assert (show(outer), show(inner)) == want
 
 
+def test_frozen_neighbours_factor_as_one() -> None:
+    space = Space()
+    nest = product((space.atom(4), space.atom(3, "why not"), space.atom(2, "why not")))
+    outer, inner = space.factor(nest, 3)
+    assert (show(outer), show(inner)) == ("4*2!", "3!")
+
+
 def test_runs_of_small_terms_factor_together() -> None:
     """(a+b)+(c+d) viewed in two rows: each row is one sum, and the rows are alike."""
     space = Space()
