@@ -76,7 +76,7 @@ def align(terms: tuple[Term, ...], rank: int) -> tuple[Term, ...]:
         raise ValueError(f"{rank} dimensions do not fit {terms}")
     if not run:
         return terms
-    at = run[0]
+    (at,) = run
     many = [FROZEN] * missing
     if terms[at] == ELLIPSIS:
         many = [("...", str(missing - 1 - i)) for i in range(missing)]
