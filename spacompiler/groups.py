@@ -161,12 +161,11 @@ def _roles(solver: Solver) -> dict[Atom, str]:
 
 
 def _reads(solver: Solver, carried: Iterable[Atom]) -> dict[Atom, list[Read]]:
-    wanted = set(carried)
-    found: dict[Atom, list[Read]] = {}
+    found: dict[Atom, list[Read]] = {atom: [] for atom in carried}
     for read in solver.reads:
         for atom in atoms(solver.dims[read.tensor][read.dim]):
-            if atom in wanted:
-                found.setdefault(atom, []).append(read)
+            if atom in found:
+                found[atom].append(read)
     return found
 
 
