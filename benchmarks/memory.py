@@ -87,11 +87,9 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
                             importance=WAYS[way] or "taylor-element", calibration=[call])
     pipeline.analyse(job)
 
-    def plain(call: dict[str, Any] = call) -> None:
+    def plain() -> None:
         pipeline.default_loss([module(**call).logits], (), call).backward()
 
-    plain({"input_ids": ids[:, :8], "use_cache": False})  # libraries come into memory
-    module.zero_grad()
     start = time.process_time()
     found = above(plain if not WAYS[way] else lambda: pipeline.score(job))
     return {"bytes": found, "seconds": time.process_time() - start,
