@@ -27,7 +27,7 @@ from torch.utils.checkpoint import (
 
 from .graph import Graph
 
-FEW, LEAST = 1 << 26, 1 << 28  # bytes
+FEW, LEAST = 1 << 26, 1 << 27  # bytes
 # the dear operators: computing them again would cost a large part of a forward pass
 HELD = frozenset("aten::" + name for name in (
     "mm addmm bmm baddbmm convolution mkldnn_convolution mkldnn_linear cudnn_convolution "
@@ -92,12 +92,12 @@ class Budget:
 def budget(graph: Graph, traced: Any, batch: Any) -> Budget | None:
     """Return what may be held for a batch, or None if its activations are `FEW`.
 
-    What may be held is half of what the weights take, and at least `LEAST`: while products fit
+    What may be held is a quarter of what the weights take, and at least `LEAST`: while products fit
     into that, the rest costs next to nothing to compute again. Activations are estimated by the
     traced sizes, in proportion to the inputs' sizes.
     """
     share = sum(prod(t.shape) for t in graph.weights().values())
-    allowed = max(LEAST, 2 * share)  # half of four bytes each
+    allowed = max(LEAST, share)  # a quarter of four bytes each
     made = sum(prod(t.shape) for t in graph.tensors.values()
                if t.kind == "value" and not t.static)
     return Budget(allowed) if 4 * made * _elements(batch) > FEW * _elements(traced) else None
