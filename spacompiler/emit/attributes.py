@@ -18,20 +18,17 @@ import copy
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.overrides import TorchFunctionMode
 
 from ..axes import Choices
 from ..errors import SpaError
+from ..frontends.running import follow, innermost_forward
 from ..frontends.torch_export import Trace
 from ..groups import Solution
 from ..solver import Path
@@ -185,19 +182,9 @@ class Watch(TorchFunctionMode):
             self.uses.extend(Use(self.stack[-1], line, path, size) for path, size in found)
         return func(*args, **kwargs)
 
-    @contextmanager
-    def modules(self) -> Iterator[None]:
+    def modules(self) -> AbstractContextManager[None]:
         """Follow which module is running."""
-        def enter(module: nn.Module, args: Any) -> None:
-            self.stack.append(self.names.get(id(module), self.stack[-1]))
-
-        def leave(module: nn.Module, args: Any, result: Any) -> None:
-            self.stack.pop()
-
-        with ExitStack() as stack:
-            stack.callback(register_module_forward_pre_hook(enter).remove)
-            stack.callback(register_module_forward_hook(leave, always_call=True).remove)
-            yield
+        return follow(self.names, self.stack)
 
 
 def _sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Sized]]:
@@ -223,8 +210,7 @@ def _inside(path: Path, value: Any) -> Iterator[tuple[Path, Sized]]:
 
 def _line(frame: Any) -> str:
     """The innermost line of a `forward`, as the tracer names the places of its nodes."""
-    while frame is not None and frame.f_code.co_name != "forward":
-        frame = frame.f_back
+    frame = innermost_forward(frame)
     if frame is None:
         return ""
     return f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno}"

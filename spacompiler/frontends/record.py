@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,12 +30,10 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .running import follow, innermost_forward
 
 _META = torch.device("meta")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -239,21 +237,9 @@ class _Recorder(ProxyTorchDispatchMode):
         return Recorded(self.graph, ExportGraphSignature(self.specs, outputs), state,
                         self.constants)
 
-    @contextmanager
-    def modules(self) -> Iterator[None]:
+    def modules(self) -> AbstractContextManager[None]:
         """Follow which module is running."""
-        names = {id(part): path for path, part in self.module.named_modules()}
-
-        def enter(part: nn.Module, args: Any) -> None:
-            self.path.append(names.get(id(part), self.path[-1]))
-
-        def leave(part: nn.Module, args: Any, result: Any) -> None:
-            self.path.pop()
-
-        with ExitStack() as stack:
-            stack.callback(register_module_forward_pre_hook(enter).remove)
-            stack.callback(register_module_forward_hook(leave, always_call=True).remove)
-            yield
+        return follow({id(part): path for path, part in self.module.named_modules()}, self.path)
 
 
 def _region(tensor: torch.Tensor) -> Any:
@@ -277,7 +263,5 @@ def _snapshot(value: Any) -> Any:
 
 def _place() -> str:
     """The innermost line of a `forward`, written as the exporter does."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "forward":
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = innermost_forward(sys._getframe(1))
     return "" if frame is None else f'File "{frame.f_code.co_filename}", line {frame.f_lineno},'
