@@ -11,8 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = """axes notation primitives shapes reductions recurrent solver groups slicing idioms
-frontends/aten""".split()
+MODULES = """axes notation primitives shapes reductions recurrent writes solver groups slicing
+idioms frontends/aten""".split()
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ TURNED: dict[type, type] = {
 DROPPED = """relate freeze read edit put append extend update unify bind _bind _meet
 relate_pattern give_up emit_fixed add pop insert pointwise _finish _narrow
 _narrow_by_letters""".split()
-SYMMETRIC = "isinstance getattr Clash relate unify _freeze_with min max minimum".split()
+SYMMETRIC = "isinstance getattr Clash relate unify _freeze_with min max minimum array_equal".split()
 """Calls whose arguments may change places: those of errors, or of what is symmetric."""
 Change = tuple[str, Callable[[ast.AST], ast.AST | None]]
 

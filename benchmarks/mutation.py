@@ -1,14 +1,18 @@
 """How many seeded faults in operator rows and in the axis algebra does the test suite catch?
 
-    python benchmarks/mutation.py --count 160
+    python benchmarks/mutation.py rows --count 80
+    python benchmarks/mutation.py algebra --count 80
 
 A fault (faults.py) is one small change of one function: a swapped pair of arguments, a comparison
 turned, a number off by one, a statement that relates, freezes, reads or edits dropped, a letter
-of a pattern exchanged, an operator moved to another row. The suite's tests of these modules run
-once in this process, which notes the functions that each reaches and keeps every trace in memory;
-of random networks, and of tiny ones for brute force, there are `GRAPHS` and `TINY` (the suite draws
-more). Then each fault is set in a child made by fork, where the tests that reach the changed
-function run, quick ones first, until one fails or `--budget` seconds are over.
+of a pattern exchanged, an operator moved to another row. The tests of these modules (`PARTS`) run
+once in this process, which notes the lines that each reaches and keeps every trace in memory; of
+random networks, and of tiny ones for brute force, there are `GRAPHS` and `TINY` (the suite draws
+more). Then each fault is set in a child made by fork. There run the tests that look up an operator
+whose row has changed, or that reach the changed function (those that reach the changed line first,
+quick ones first), until one fails or `--budget` seconds are over.
+
+A fault that no running code shows has not been set: it counts as survived.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import ast
 import gc
 import os
 import random
-import re
 import resource
 import sys
 import time
@@ -31,8 +34,13 @@ import pytest
 from faults import MODULES, ROOT, Fault, faults, harmless, source
 from hypothesis import Phase, settings
 
-FILES = """test_axes test_notation test_idioms test_exact test_permutations test_random_graphs
-test_labels test_ops test_groups"""
+ALGEBRA = "axes notation idioms groups slicing".split()
+PARTS = {  # modules, and the files of their tests
+    "algebra": (ALGEBRA, "test_axes test_notation test_idioms test_exact test_permutations "
+                         "test_random_graphs test_labels test_groups"),
+    "rows": ([m for m in MODULES if m not in ALGEBRA],
+             "test_ops test_exact test_permutations test_groups"),
+}
 LEFT_OUT = """solving_is_fast random_networks the_algebra_and_the_marks commutes_with_programs
 a_wrong_row every_row_matters shufflenet golden every_parameter every_operator
 other_shapes""".split()
@@ -41,13 +49,15 @@ GRAPHS, TINY, EXAMPLES = 60, 60, 20
 TIMES = 4.0
 """A child may take so many times what its tests take without a fault: then it is in a loop."""
 
+TABLES = "frontends/aten"
 PATHS = {str(ROOT / f"spacompiler/{module}.py"): module for module in MODULES}
-Place = tuple[str, str]
+Place = tuple[str, str | int]
+"""A module, and a function, a line, or (of a table of rows) an operator that is looked up."""
 
 
 @dataclass
 class Check:
-    """A test: `run` returns what failed or ""; `seconds` and `reached` functions, faultless."""
+    """A test: `run` returns what failed or ""; `seconds` and `reached` places, faultless."""
 
     name: str
     run: Callable[[], str]
@@ -113,22 +123,29 @@ def _item(item: pytest.Item) -> Check:
 
 
 def learn(check: Check) -> str:
-    """Run a check without a fault: note its functions and its seconds."""
+    """Run a check without a fault: note its places and its seconds."""
     clear_caches()
     said = check.run()  # traces stay in memory
     clear_caches()
 
-    def note(frame: FrameType, event: str, arg: object) -> None:
-        if event == "call" and frame.f_code.co_filename in PATHS:
-            code = frame.f_code
-            check.reached.add((PATHS[code.co_filename], code.co_name))
+    def note(frame: FrameType, event: str, arg: object) -> Any:
+        module = PATHS.get(frame.f_code.co_filename)
+        if module is None:
+            return None
+        if event == "call":
+            check.reached.add((module, frame.f_code.co_name))
+            if module == TABLES and "op" in frame.f_locals:
+                op = frame.f_locals["op"]
+                check.reached |= {(module, op), (module, packet(op))}
+        check.reached.add((module, frame.f_lineno))
+        return note
 
     start = time.process_time()
-    sys.setprofile(note)
+    sys.settrace(note)
     try:
         said = said or check.run()
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
     check.seconds = time.process_time() - start
     return said
 
@@ -153,25 +170,60 @@ def functions() -> list[FunctionType]:
             if type(f) is FunctionType and f.__code__.co_filename in PATHS]
 
 
-def set_fault(fault: Fault, running: list[FunctionType]) -> None:
-    """Change the running code: every function made from the changed source gets the new one."""
+NOT_SET = "not set: nothing that runs is changed by it"
+
+
+def set_fault(fault: Fault, running: list[FunctionType]) -> bool:
+    """Change the running code: every function made from the changed source gets the new one, and
+    a table its new rows. Returns whether there were any."""
     path = str(ROOT / f"spacompiler/{fault.module}.py")
-    module = sys.modules[f"spacompiler.{fault.module.replace('/', '.')}"]
-    if fault.module.startswith("frontends"):
-        space = dict(vars(module))
-        exec(compile(fault.tree(), path, "exec"), space)
-        module.TABLE.clear()  # type: ignore[attr-defined]
-        module.TABLE.update(space["TABLE"])  # type: ignore[attr-defined]
-    else:
-        old = compile(ast.parse(source(fault.module)), path, "exec", dont_inherit=True)
-        new = compile(fault.tree(), path, "exec", dont_inherit=True)
-        replace = {a: b for a, b in _pairs(old, new) if a != b or a.co_code != b.co_code}
-        assert replace, f"{fault}: the same code"
-        changed = [f for f in running if f.__code__ in replace]
-        assert changed, f"{fault}: nothing runs it"
-        for function in changed:
-            function.__code__ = replace[function.__code__]
+    old = compile(ast.parse(source(fault.module)), path, "exec", dont_inherit=True)
+    new = compile(fault.tree(), path, "exec", dont_inherit=True)
+    replace = {a: b for a, b in _pairs(old, new) if a != b or a.co_code != b.co_code}
+    rows = changed_rows(fault)
+    table().update({op: row for op, row in rows.items() if row is not None})
+    for op in [op for op, row in rows.items() if row is None]:
+        del table()[op]
+    changed = [f for f in running if f.__code__ in replace]
+    for function in changed:
+        function.__code__ = replace[function.__code__]
+    if not changed and not rows:
+        return False
     clear_caches()
+    return True
+
+
+def table() -> dict[str, Any]:
+    return loaded(TABLES).TABLE  # type: ignore[no-any-return]
+
+
+def loaded(module: str) -> Any:
+    return sys.modules[f"spacompiler.{module.replace('/', '.')}"]
+
+
+def packet(op: str) -> str:
+    """`aten.add.Tensor` -> `add`, as tables name it."""
+    return op.removeprefix("aten.").rsplit(".", 1)[0]
+
+
+def changed_rows(fault: Fault) -> dict[str, Any]:
+    """Operators whose row is another one with the fault; None for those that have lost theirs."""
+    if fault.module != TABLES:
+        return {}
+    space = dict(vars(loaded(TABLES)))
+    exec(compile(fault.tree(), "", "exec", dont_inherit=True), space)
+    made, have = dict(space["TABLE"]), dict(table())
+    return {op: made.get(op) for op in {**have, **made}
+            if not _same(have.get(op), made.get(op))}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Are two rows made alike: the same code over the same values?"""
+    if type(a) is not FunctionType or type(b) is not FunctionType or a is b:
+        return bool(a is b or a == b)
+    cells = zip(a.__closure__ or (), b.__closure__ or (), strict=True)
+    return a.__code__ is b.__code__ and all(
+        _same(x.cell_contents, y.cell_contents) for x, y in cells)
 
 
 def _pairs(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
@@ -195,8 +247,7 @@ def caught(fault: Fault, checks: list[Check], running: list[FunctionType], budge
         limit = int(TIMES * min(budget, sum(c.seconds for c in checks))) + 10
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         try:
-            set_fault(fault, running)
-            said = _first(checks, budget)
+            said = _first(checks, budget) if set_fault(fault, running) else NOT_SET
         except BaseException as problem:
             said = f"{type(problem).__name__}: {problem}"
         os.write(write, said.encode()[:400])
@@ -221,13 +272,16 @@ def _first(checks: list[Check], budget: float) -> str:
 
 
 def reaching(fault: Fault, checks: list[Check]) -> list[Check]:
-    """The checks that run the changed function: those named like a word of the changed line
-    (an operator of a table) first, then those that take little and reach little."""
-    found = [c for c in checks if (fault.module, fault.function) in c.reached
-             or (fault.module.startswith("frontends") and c.reached)]
-    words = re.findall(r"[a-z_]{4,}", f"{fault.what} {fault.source}")
-    return sorted(found, key=lambda c: (not any(word in c.name for word in words),
-                                        c.seconds * len(c.reached)))
+    """The checks that look up a changed row or run the changed function: those that run the
+    changed line first, then those that take little and reach little."""
+    try:
+        rows = changed_rows(fault)
+    except Exception:  # the table cannot even be made
+        return checks
+    places = {(fault.module, op) for op in rows} or {(fault.module, fault.function)}
+    line = places if rows else {(fault.module, fault.line)}
+    return sorted((c for c in checks if places & c.reached),
+                  key=lambda c: (not line & c.reached, c.seconds * len(c.reached)))
 
 
 class Run:
@@ -251,40 +305,44 @@ class Run:
         return True
 
     def faults(self, checks: list[Check], running: list[FunctionType]) -> None:
-        every = [f for f in faults() if self.given.match in str(f)]
+        every = [f for f in faults() if f.module in self.given.modules.split()
+                 and self.given.match in str(f)]
         live = [f for f in every if not harmless(f)]
         picked = random.Random(self.given.seed).sample(live, min(self.given.count, len(live)))
-        mine = [(i, f) for i, f in enumerate(picked) if f.module in self.given.modules.split()]
-        print(f"{len(every)} faults, {len(every) - len(live)} of them harmless by name; "
-              f"{len(picked)} picked, {len(mine)} of them in {self.given.modules}", flush=True)
+        print(f"{len(every)} faults in {self.given.modules}, {len(every) - len(live)} of them "
+              f"harmless by name; {len(picked)} picked", flush=True)
         survivors = 0
-        for i, fault in mine:
+        for i, fault in enumerate(picked):
             start = time.perf_counter()
             chosen = reaching(fault, checks)
             said = caught(fault, chosen, running, self.given.budget)
-            survivors += not said
-            print(f"{i:4} {'caught  ' if said else 'SURVIVED'} "
+            survived = said in ("", NOT_SET)
+            survivors += survived
+            print(f"{i:4} {'SURVIVED' if survived else 'caught  '} "
                   f"{time.perf_counter() - start:5.1f}s {fault}  | "
                   f"{said[:70] or f'{len(chosen)} tests'}", flush=True)
-        killed = len(mine) - survivors
-        print(f"caught {killed} of {len(mine)}: {killed / max(len(mine), 1):.1%}")
+        killed = len(picked) - survivors
+        print(f"caught {killed} of {len(picked)}: {killed / max(len(picked), 1):.1%}")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--count", type=int, default=160, help="faults to try")
-    options.add_argument("--modules", default=" ".join(MODULES), help="only faults of these")
-    options.add_argument("--files", default=FILES, help="the tests' files")
+    options.add_argument("part", choices=PARTS)
+    options.add_argument("--count", type=int, default=80, help="faults to try")
+    options.add_argument("--modules", help="only faults of these")
+    options.add_argument("--files", help="the tests' files")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--match", default="", help="only faults whose text holds this")
-    options.add_argument("--budget", type=float, default=30.0, help="CPU seconds for each")
+    options.add_argument("--budget", type=float, default=20.0, help="CPU seconds for each")
     given = options.parse_args()
+    modules, given_files = PARTS[given.part]
+    given.modules = given.modules or " ".join(modules)
     sys.path.insert(0, str(ROOT / "tests"))
     settings.register_profile("few", deadline=None, derandomize=True, max_examples=EXAMPLES,
                               phases=[Phase.explicit, Phase.generate], database=None)
     os.environ["HYPOTHESIS_PROFILE"] = "few"
     skip = " and ".join(f"not {name}" for name in LEFT_OUT)
-    files = [str(ROOT / f"tests/{name}.py") for name in given.files.split()]
+    files = [str(ROOT / f"tests/{name}.py") for name in (given.files or given_files).split()]
     code = pytest.main([*files, "-q", "-s", "-k", skip, "-p", "no:cacheprovider",
                         "--no-header", "-W", "ignore"], plugins=[Run(given)])
     sys.exit(code if code != pytest.ExitCode.NO_TESTS_COLLECTED else 0)
