@@ -241,7 +241,7 @@ class Space:
         if e is atom:
             return
         if isinstance(e, Atom):
-            keep, drop = (e, atom) if e.serial < atom.serial else (atom, e)
+            keep, drop = sorted((atom, e), key=lambda a: a.serial)
             keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))
             drop.bound = keep
             return

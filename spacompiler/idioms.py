@@ -102,9 +102,10 @@ def _match(uses: _Uses, mean: Node) -> RmsNorm | None:
     if square is None or not _is_square(square):
         return None
     source = next(square.refs())
-    add, eps_arg = _plus_eps(uses, mean, source)
-    if add is None:
+    found = _plus_eps(uses, mean, source)
+    if found is None:
         return None
+    add, eps_arg = found
     scale = _scale(uses, add.outputs[0])
     if scale is None or uses.uncast(source) not in map(uses.uncast, scale.refs()):
         return None
@@ -117,9 +118,12 @@ def _match(uses: _Uses, mean: Node) -> RmsNorm | None:
 def _response(uses: _Uses, mean: Node) -> RmsNorm | None:
     """`y * (x / (mean(x) + eps)) * gain`, or without y."""
     source = next(mean.refs())
-    add, eps_arg = _plus_eps(uses, mean, source)
-    over = uses.only(add.outputs[0], "div") if add is not None else None
-    if add is None or over is None or not all(isinstance(a, Ref) for a in over.args[:2]) or \
+    found = _plus_eps(uses, mean, source)
+    if found is None:
+        return None
+    add, eps_arg = found
+    over = uses.only(add.outputs[0], "div")
+    if over is None or not isinstance(over.args[0], Ref) or \
             uses.uncast(over.args[0].name) != uses.uncast(source):
         return None
     gain, times = _gain(uses, over.outputs[0]), uses.only(over.outputs[0], "mul")
@@ -130,15 +134,13 @@ def _response(uses: _Uses, mean: Node) -> RmsNorm | None:
     return RmsNorm(mean.name, source, add.name, eps_arg, add.args[eps_arg], *gain, power=1.0)
 
 
-def _plus_eps(uses: _Uses, mean: Node, source: str) -> tuple[Node | None, int]:
+def _plus_eps(uses: _Uses, mean: Node, source: str) -> tuple[Node, int] | None:
     """The node that adds eps to a mean over the last dimension, and where eps stands in it."""
     rank = len(uses.graph.tensors[source].shape)
     add = uses.only(mean.outputs[0], "add")
-    eps_arg = 1 if add is not None and isinstance(add.arg(1, "other"), float) else 0
-    if add is None or mean.arg(1, "dim") not in ([-1], [rank - 1]) or \
-            not isinstance(add.args[eps_arg], float):
-        return None, 0
-    return add, eps_arg
+    if add is None or mean.arg(1, "dim") not in ([-1], [rank - 1]):
+        return None
+    return next(((add, i) for i, a in enumerate(add.args) if isinstance(a, float)), None)
 
 
 _MATCHES = {"mean": (_match, _response), "reducemean": (_match, _response),
@@ -155,7 +157,7 @@ def _scale(uses: _Uses, variance: str) -> Node | None:
     over = uses.only(root.outputs[0], "reciprocal", "div")
     if over is None or base(over.op) == "reciprocal":
         return uses.only(over.outputs[0], "mul") if over is not None else None
-    if over.args[0] in (1, 1.0):
+    if over.args[0] == 1:
         return uses.only(over.outputs[0], "mul")
     divides = isinstance(over.args[1], Ref) and over.args[1].name == root.outputs[0]
     return over if divides else None
@@ -185,7 +187,7 @@ def _gain(uses: _Uses, normed: str) -> tuple[str, float] | None:
 def _factors(node: Node) -> list[str]:
     """What a node multiplies: the operands of mul, the last two of addcmul."""
     if base(node.op) == "addcmul":
-        return [a.name for a in node.args[1:3]]
+        return [a.name for a in node.args[1:]]
     return list(node.refs()) if base(node.op) == "mul" else []
 
 

@@ -49,7 +49,7 @@ def same(s: Solver, n: Node) -> None:
 def prelu(s: Solver, n: Node) -> None:
     """prelu(x, slope): one slope for all, or one for each channel."""
     one = s.shape(n.args[1].name) in ((), (1,))
-    relate_pattern(s, n, "..., ! -> ..." if one else "b c ..., c -> b c ...", operands(n))
+    relate_pattern(s, n, "..., !* -> ..." if one else "b c ..., c -> b c ...", operands(n))
 
 
 def frozen(why: str) -> Row:
@@ -85,9 +85,8 @@ def operands(n: Node) -> list[str | None]:
 
 
 def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
-                   sizes: Mapping[str, Any] | None = None, how: str = "contract",
-                   outputs: Sequence[str] | None = None) -> None:
-    """Relate operands and results of one node by a pattern in notation."""
+                   sizes: Mapping[str, Any] | None = None) -> dict[str, Expr]:
+    """Relate operands and results of one node by a pattern in notation; returns its letters."""
     pattern = parse(text)
     bound: dict[str, Expr] = {}
     for letter, spec in (sizes or {}).items():
@@ -107,15 +106,16 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
             _bind(s, n, term, s.dims[ref][d], bound)
             letters.update(_names(term))
             if any(name in pattern.consumed for name in term):
-                s.read(n, ref, d, how)
+                s.read(n, ref, d, "contract")
         present.append(frozenset(letters))
         used.append(ref)
     rank_of_run = max((int(k[1:]) + 1 for k in bound if k[0] == "."), default=0)
     made: list[Expr] = []
-    for terms, out in zip(pattern.outputs, outputs or n.outputs, strict=False):
+    for terms, out in zip(pattern.outputs, n.outputs, strict=False):
         made = _results(s, terms, out, bound, rank_of_run)
         s.put(out, made)
     _finish(s, n, bound, present, pattern.consumed, made, used)
+    return bound
 
 
 @cache
@@ -184,10 +184,10 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], present: list[frozenset[
 def grouped_mm(s: Solver, n: Node) -> None:
     """grouped_mm(x, weights, ends): rows of x by the expert they go to; its kernel wants rows
     of whole 16 bytes."""
-    relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n))
+    bound = relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n))
     digits = "".join(filter(str.isdigit, s.graph.tensors[n.args[1].name].dtype))
     for letter in "io":
-        s.multiples.append((s.contractions[-1].letters[letter], 128 // int(digits)))
+        s.multiples.append((bound[letter], 128 // int(digits)))
 
 
 def einsum(s: Solver, n: Node) -> None:
@@ -202,7 +202,7 @@ def einsum(s: Solver, n: Node) -> None:
 def embedding(s: Solver, n: Node) -> None:
     """embedding(table, index): rows are looked up, columns carried."""
     s.tables.append(n.args[0].name)
-    relate_pattern(s, n, "! h, ... -> ... h", operands(n)[:2])
+    relate_pattern(s, n, "! h, ... -> ... h", operands(n))
 
 
 def matmul(s: Solver, n: Node) -> None:
@@ -212,7 +212,7 @@ def matmul(s: Solver, n: Node) -> None:
     right = "k" if b == 1 else "... k m"
     result = ("" if a == 1 else "n ") + ("" if b == 1 else "m")
     lead = "" if a == 1 and b == 1 else "... "
-    relate_pattern(s, n, f"{left}, {right} -> {lead}{result}", operands(n)[:2])
+    relate_pattern(s, n, f"{left}, {right} -> {lead}{result}", operands(n))
 
 
 def plus(text: str) -> Row:
@@ -230,13 +230,13 @@ def batch_norm(s: Solver, n: Node) -> None:
     standardisation) statistics are taken over everything but the channels."""
     text = "! c !*, c, c, c, c -> ! c !*" if n.arg(5, "training", False) else \
         "b c ..., c, c, c, c -> b c ..."
-    relate_pattern(s, n, text, operands(n)[:5])
+    relate_pattern(s, n, text, operands(n))
 
 
 def addmm(s: Solver, n: Node) -> None:
     """addmm(bias, a, b): a bias for each column, or one for each place."""
     bias = "o" if len(s.dims[n.args[0].name]) == 1 else "b o"
-    relate_pattern(s, n, f"{bias}, b i, i o -> b o", operands(n)[:3])
+    relate_pattern(s, n, f"{bias}, b i, i o -> b o", operands(n))
 
 
 def _convolve(s: Solver, n: Node, transposed: bool, groups: int) -> None:
@@ -244,7 +244,7 @@ def _convolve(s: Solver, n: Node, transposed: bool, groups: int) -> None:
     x, w = (len(s.dims[ref.name]) for ref in n.args[:2])
     batch, weight = "b " if x == w else "", "(g i) o" if transposed else "(g o) i"
     relate_pattern(s, n, f"{batch}(g i) !*, {weight} !*, (g o) -> {batch}(g o) !*",
-                   operands(n)[:3], sizes={"g": (groups, "groups", 1)})
+                   operands(n), sizes={"g": (groups, "groups", 1)})
     _conv_macs(s, n, transposed)
 
 
@@ -278,15 +278,12 @@ def attention(s: Solver, n: Node) -> None:
     The softmax scale stays what it was before query/key dimensions go.
     """
     q, k, v = (a.name for a in n.args[:3])
-    heads, groups = s.shape(q)[-3] if len(s.shape(q)) > 2 else 1, 1
-    sizes: dict[str, Any]
-    if n.kwargs.get("enable_gqa") and s.shape(k)[-3] != heads:
-        groups = s.shape(k)[-3]
+    if n.kwargs.get("enable_gqa"):
         text = "... (g r) q d, ... g k d, ... g k e -> ... (g r) q e"
-        sizes = {"g": groups}
+        sizes = {"g": s.shape(k)[-3]}
     else:
         text, sizes = "... q d, ... k d, ... k e -> ... q e", {}
-    relate_pattern(s, n, text, [q, k, v], sizes=sizes, outputs=n.outputs[:1])
+    relate_pattern(s, n, text, [q, k, v], sizes=sizes)
     both = s.contractions.pop()
     letters, rows = both.letters, s.dims[n.outputs[0]][:-1]
     for dims in "de":  # every query meets every key, then every value

@@ -140,7 +140,7 @@ def norm_groups(s: Solver, n: Node) -> Expr:
     """Relate the operands of group_norm(x, groups, gain, bias); returns the inside of a group."""
     refs = [n.args[0].name, *operands(n)[2:4]]
     relate_pattern(s, n, "b (g i) !*, (g i), (g i) -> b (g i) !*", refs,
-                   sizes={"g": (1, "num_groups", 1)})
+                   sizes={"g": (1, "num_groups")})
     channels = s.dims[n.args[0].name][1]
     return s.space.factor(channels, channels.size // n.args[1])[1]
 
@@ -179,20 +179,14 @@ def indexed(s: Solver, n: Node, shape: tuple[int, ...] = ()) -> list[Expr]:
     return rest[:where] + block + rest[where:]
 
 
-def lookup(along_dim: int | None = None) -> Row:
-    """index_select / gather-like: the dimension looked up in freezes, the others carry over."""
-
-    def row(s: Solver, n: Node) -> None:
-        ref = next(n.refs())
-        dims = list(s.dims[ref])
-        dim = (n.arg(1, "dim") if along_dim is None else along_dim) % len(dims)
-        s.space.freeze(dims[dim], f"looked up by {n.title()}")
-        for other in list(n.refs())[1:]:
-            s.freeze(s.dims[other], "an index")
-        dims[dim] = s.space.atom(s.shape(n.outputs[0])[dim], "an index")
-        s.put(n.outputs[0], dims)
-
-    return row
+def index_select(s: Solver, n: Node) -> None:
+    """index_select(x, dim, index): what is looked up in freezes, the others carry over."""
+    dims, index = list(s.dims[n.args[0].name]), s.dims[n.args[2].name]
+    dim = n.args[1] % len(dims)
+    s.space.freeze(dims[dim], f"looked up by {n.title()}")
+    s.freeze(index, "an index")
+    dims[dim] = s.space.atom(s.shape(n.outputs[0])[dim], "an index")
+    s.put(n.outputs[0], dims)
 
 
 def gather(s: Solver, n: Node) -> None:

@@ -344,12 +344,12 @@ def narrow(s: Solver, n: Node) -> None:
 def as_strided(s: Solver, n: Node) -> None:
     """as_strided(x, sizes, strides): dimensions at both ends that keep their size and stride are
     carried, the others freeze (chunks that overlap along a sequence)."""
+    if n.arg(3, "storage_offset"):
+        raise Clash("it starts inside of its data")
     dims, sizes, strides = s.dims[next(n.refs())], list(n.args[1]), list(n.args[2])
     steps = [math.prod(e.size for e in dims[d + 1:]) for d in range(len(dims))]
     first, last = _carried([(e.size, step) for e, step in zip(dims, steps, strict=True)],
                            list(zip(sizes, strides, strict=True)))
-    if n.arg(3, "storage_offset"):
-        first = last = 0
     s.freeze(dims[first:len(dims) - last], f"{n.op} goes over it by strides")
     made = [s.space.atom(k, f"result of {n.op}") for k in s.shape(n.outputs[0])]
     made[:first], made[len(made) - last:] = dims[:first], dims[len(dims) - last:]

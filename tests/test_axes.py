@@ -22,8 +22,10 @@ from spacompiler.axes import (
     Space,
     Sum,
     atoms,
+    cells,
     concat,
     coordinates,
+    deal,
     indices,
     is_frozen,
     keep_mask,
@@ -110,6 +112,37 @@ def test_every_position_has_its_coordinates(tree: Any) -> None:
         assert at.shape == (e.size,)
         assert set(at) - {-1} == set(range(atom.size))
     assert len(set(zip(*(at.tolist() for _, at in found), strict=True))) == e.size
+
+
+def places(e: Expr) -> list[set[tuple[int, int]]]:
+    """At every position, the atoms that are there (by serial number), each with its coordinate."""
+    found = [(atom.serial, at) for atom, at in coordinates(e)]
+    return [{(serial, int(at[p])) for serial, at in found if at[p] >= 0} for p in range(e.size)]
+
+
+@given(TREES, SEEDS)
+def test_cells_make_up_a_dimension(tree: Any, seed: int) -> None:
+    e = small(tree)
+    e = deal(e, np.random.default_rng(seed).permutation(e.size)) if seed % 2 else e
+    whole, seen = places(e), []
+    for cell, at in cells(e):
+        assert cell.size == len(at) and not any(isinstance(a, Sum) for a in leaves(cell))
+        assert places(cell) == [whole[p] for p in at]
+        seen.extend(at)
+    assert sorted(seen) == list(range(e.size))
+
+
+@pytest.mark.parametrize("nest_first", [True, False])
+@pytest.mark.parametrize("dealt", [True, False])
+def test_a_nest_and_a_concatenation_in_another_order(nest_first: bool, dealt: bool) -> None:
+    """Each column of a nest of two rows is a part of its own: they agree at every position."""
+    space, order = Space(), np.array([0, 2, 3, 1, 4, 5])
+    nest = product((space.atom(2), space.atom(3)))
+    parts = concat((space.atom(2), space.atom(4)))
+    one, two = (nest, deal(parts, order)) if dealt else (deal(nest, np.argsort(order)), parts)
+    space.unify(*((one, two) if nest_first else (two, one)))
+    assert places(one) == places(two) and not is_frozen(one)
+    assert len(atoms(one)) == 2
 
 
 def leaves(e: Expr) -> list[Expr]:
@@ -417,8 +450,9 @@ def test_arrays_are_cut_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch) ->
     assert len(choices) > 1
     for block in (1, 20, 1000):
         monkeypatch.setattr(slicing, "BLOCK", block)
-        found = slicing.cut(torch.from_numpy(array), dims, choices)
-        assert np.array_equal(found.numpy(), take(array, dims, choices))
+        for some in (choices, dict([*choices.items()][:1]), {}):  # of many axes, of one, of none
+            found = slicing.cut(torch.from_numpy(array), dims, some)
+            assert np.array_equal(found.numpy(), take(array, dims, some))
 
 
 # --- fibred choices -----------------------------------------------------------------------------

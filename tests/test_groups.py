@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spacompiler import models_zoo
-from spacompiler.axes import Atom, atoms, reasons, show
+from spacompiler.axes import Atom, atoms, concat, product, reasons, show
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.graph import Node
-from spacompiler.groups import Group, Solution, solve, why
+from spacompiler.groups import Group, Solution, _beside, solve, why
 
 GOLDEN = Path(__file__).parent / "golden"
 REAL = {"smollm2-135m", "efficientnet-lite0"}
@@ -256,6 +256,15 @@ def test_fibres_follow_the_layout(turn: bool, columns: str, outers: int) -> None
     assert show(solution.dims("out.weight")[1]) == columns
     _, dims = atoms(solution.dims("rows.weight")[0])
     assert len(group_of(solution, dims).outers) == outers
+
+
+def test_what_stands_beside_an_atom() -> None:
+    """Outside and inside of it at every place where it is mentioned."""
+    h, x, y, z, t = (Atom(2, i) for i in range(5))
+    e = product((h, concat((product((x, y)), product((x, z)))), t))
+    assert list(_beside(e)) == [
+        (h, set(), {x, t}), (x, {h}, {y, t}), (y, {h, x}, {t}), (x, {h}, {z, t}),
+        (z, {h, x}, {t}), (t, {h, x}, set())]
 
 
 def test_network_shows_groups() -> None:

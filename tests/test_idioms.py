@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,15 @@ def test_rms_norms(name: str) -> None:
     assert norm.power == (1.0 if name.startswith("response") else 0.5)
     nodes = {n.name: n for n in quick_trace(Calls(call), torch.rand(3, 6) + 1).graph.nodes}
     assert nodes[norm.eps_node].args[norm.eps_arg] == 1e-3
+
+
+@pytest.mark.parametrize(("one", "found"), [(1.0, 1), (1, 1), (2.0, 0), (-1.0, 0)])
+def test_one_over_a_root(one: float, found: int) -> None:
+    """As ONNX writes it: a number in front of the root."""
+    graph = quick_trace(Calls(NORMS["reciprocal"][0]), torch.rand(3, 6) + 1).graph
+    graph.nodes = [replace(n, op="Div", args=(one, *n.args)) if "reciprocal" in n.op else n
+                   for n in graph.nodes]
+    assert len(rms_norms(graph)) == found
 
 
 def shuffle(x: Tensor, groups: int = 2) -> Tensor:

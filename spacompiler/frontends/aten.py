@@ -118,7 +118,7 @@ _FUNCTIONS: dict[str, Row] = {
     "constant_pad_nd": s.pad, "pad": s.pad,
     "layer_norm": r.layer_norm, "rms_norm": r.rms_norm, "group_norm": r.group_norm,
     "_weight_norm": r.weight_norm,
-    "index": r.index, "_unsafe_index": r.index, "index_select": r.lookup(), "gather": r.gather,
+    "index": r.index, "_unsafe_index": r.index, "index_select": r.index_select, "gather": r.gather,
     **dict.fromkeys("zeros ones full".split(), r.create(0)),
     **dict.fromkeys("new_zeros new_ones new_full new_empty".split(), r.create(1)),
 }

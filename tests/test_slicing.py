@@ -1,0 +1,94 @@
+"""Stored arrays by a plan: which stay as they are, and what the others become."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from commuting import quick_trace
+from networks import network
+from torch import nn
+
+from spacompiler.axes import Choice
+from spacompiler.frontends.aten import TABLE
+from spacompiler.groups import solve
+from spacompiler.slicing import Slicer, gather_indices, norm_changes
+
+
+class Normed(nn.Module):
+    """Two layers with an RMSNorm between them, and one that nothing goes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.last = nn.Linear(3, 2)
+        self.gain = nn.Parameter(torch.rand(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.down(torch.rms_norm(self.up(x), [6], self.gain, 1e-3)))
+
+
+KEPT = np.array([True, False, True, True, False, False])
+
+
+def sliced(**kept: np.ndarray) -> Slicer:
+    torch.manual_seed(0)
+    found = quick_trace(Normed(), torch.rand(4, 5))
+    solution = solve(found.graph, TABLE)
+    (hidden,) = [g for g in solution.groups.values() if g.size == 6]
+    choices = {hidden.atom: Choice(kept["hidden"])} if kept else {}
+    return Slicer(found, solution, choices)
+
+
+def test_which_arrays_stay() -> None:
+    slicer = sliced(hidden=KEPT)
+    assert {name for name in slicer.names() if not slicer.untouched(name)} == {
+        "up.weight", "up.bias", "down.weight", "gain"}
+    assert slicer.untouched_under("last.weight", None) and slicer.untouched_under("no", None)
+    assert not slicer.untouched_under("last.weight", slicer.choices)
+    dense = sliced()
+    assert all(map(dense.untouched, dense.names())) and len(dense.names()) == 7
+    dense._repaired.add("last.weight")
+    assert [name for name in dense.names() if not dense.untouched(name)] == ["last.weight"]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_what_arrays_become(double: bool) -> None:
+    slicer, arrays = sliced(hidden=KEPT), sliced()
+    at = torch.from_numpy(np.flatnonzero(KEPT))
+    want = {"up.weight": lambda w: w[at], "down.weight": lambda w: w[:, at],
+            "gain": lambda w: w[at].double() * 2 ** 0.5, "last.bias": lambda w: w}
+    for name, change in want.items():
+        dense, found = arrays.array(name), slicer.array(name, double=double)
+        assert found.dtype == (torch.float64 if double else torch.float32)
+        assert torch.allclose(found.double(), change(dense).double(), rtol=1e-7)
+    own = slicer.array("last.bias")
+    assert own.data_ptr() == arrays_of(slicer)["last.bias"].data_ptr()
+    numbers = slicer.sliced("up.bias", torch.arange(6), double=True)  # no floating point
+    assert numbers.tolist() == [0, 2, 3] and numbers.dtype == torch.int64
+    assert slicer.sliced("last.bias", torch.arange(2), double=True).dtype == torch.int64
+
+
+def arrays_of(slicer: Slicer) -> dict[str, torch.Tensor]:
+    return slicer._stored
+
+
+def test_norms_say_how_they_change() -> None:
+    slicer = sliced(hidden=KEPT)
+    (change,) = slicer._gains.values()
+    assert (change.before, change.after, change.norm.gain) == (6, 3, "gain")
+    assert (change.eps, change.gain) == (pytest.approx(2e-3), pytest.approx(2 ** 0.5))
+
+
+def test_gathers_take_what_stays_by_its_new_place() -> None:
+    net = network("x: 2x3x4x4\na = conv(x, out=6, kernel=1, groups=1)\n"
+                  "b = shuffle(a, dim=1, groups=2)")
+    found = quick_trace(net, net.example())
+    solution = solve(found.graph, TABLE, rewire=True)
+    (group,) = [g for g in solution.groups.values() if g.size == 6]
+    ((gather, index),) = gather_indices(
+        solution, {group.atom: Choice(KEPT)}).values()
+    assert gather.index.tolist() == [0, 3, 1, 4, 2, 5]
+    assert index.tolist() == [0, 2, 1]  # of 0, 2 and 3: dealt out as 0, 3, 2
+    assert gather_indices(solution, {}) == {}
+    assert list(norm_changes(solution, {group.atom: Choice(KEPT)})) == []
