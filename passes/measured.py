@@ -1,56 +1,101 @@
-"""Measured allocation: error curves corrected by what each group costs once all are pruned."""
+"""Measured allocation: counts moved by what the pruned and repaired network says of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
-from spacompiler.allocation import Problem
+from spacompiler.allocation import Problem, Unit, refine
 from spacompiler.errors import SpaError
+from spacompiler.sensitivity import Change
 
 from .global_ranking import GlobalRanking
+
+Changes = Mapping[tuple[str, int], Change]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Allocate, prune and repair in memory, measure, scale the curves, and allocate again.
+    """Allocate by the curves, then move counts where the pruned network itself gains.
 
-    A curve foresees a group's loss with all else whole. After a round, the loss of the jointly
-    pruned and repaired network, on the first `batches`, is differentiated by the size of each
-    group's error, and its curve scaled by measured / foreseen (moved by `trust` of that in the
-    logarithm, within `limit`).
-    The allocation with the least measured loss is returned.
+    A curve foresees a group's loss with all else whole; losses of many groups do not add. In each
+    round the network is pruned and repaired in memory, and what other counts near by would do to
+    its divergence from the dense one is measured on the first `batches` (two backward passes, see
+    `spacompiler.sensitivity`). The moves with the least sum of slope + `caution` · curvature under
+    the target are taken; a round that turns out worse is taken back and tried with more caution.
     """
 
     name: ClassVar[str] = "measured"
-    rounds: int = 3
-    trust: float = 0.7
-    limit: float = 20.0
-    batches: int = 4
+    rounds: int = 4
+    batches: int = 6
+    caution: float = 2.0
+    reach: tuple[float, ...] = (1 / 48, 1 / 24, 1 / 12, 1 / 6)
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.batches) < 1 or not 0 < self.trust <= 1 or self.limit <= 1:
-            raise TypeError("rounds, batches at least 1; trust in (0, 1]; limit above 1")
+        if min(self.rounds, self.batches) < 1 or self.caution <= 0 or not self.reach:
+            raise TypeError("rounds, batches at least 1; caution above 0; some reach")
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit."""
         if problem.measure is None:
             raise SpaError("measured allocation needs a torch module and calibration data",
                            fix="use --allocation global")
-        foreseen = {u.name: u.losses for u in problem.units}
-        factor = dict.fromkeys(foreseen, 1.0)
-        tried = []
+        kept, caution = GlobalRanking().allocate(problem), self.caution
+        best, least, found = kept, float("inf"), {}
         for i in range(self.rounds + 1):
-            units = tuple(replace(u, losses=foreseen[u.name] * factor[u.name])
-                          for u in problem.units)
-            kept = GlobalRanking().allocate(replace(problem, units=units))
-            shares, loss = problem.measure.shares(problem, kept, self.batches)
-            tried.append((loss, i, kept))
-            own = {u: float(foreseen[u][k]) for u, k in kept.items() if foreseen[u][k] > 0}
-            ratio = {u: shares[u] / lost for u, lost in own.items()}
-            usual = median(max(r, 0.0) for r in ratio.values()) or 1.0
-            for u, r in ratio.items():
-                seen = min(max(r / usual, 1 / self.limit), self.limit)
-                factor[u] *= (seen / factor[u]) ** self.trust
-        return min(tried)[2]
+            moves = {u.name: self._near(u, kept[u.name]) for u in problem.units} \
+                if i < self.rounds else {}
+            changes, lost = problem.measure.changes(problem, kept, moves, self.batches)
+            if lost < least:
+                best, least, found = kept, lost, changes
+            else:
+                caution *= 2
+            kept = _moved(problem, best, found, caution)
+            if not found or kept == best:
+                break
+        return best
+
+    def _near(self, unit: Unit, kept: int) -> list[int]:
+        """Legal counts within reach, on both sides; the next one at least."""
+        at = unit.legal.index(kept)
+        wanted = {unit.nearest(kept + sign * share * unit.size)
+                  for share in self.reach for sign in (-1, 1)}
+        return sorted((wanted | set(unit.legal[max(at - 1, 0): at + 2])) - {kept})
+
+
+def _moved(problem: Problem, kept: Mapping[str, int], changes: Changes,
+           caution: float) -> dict[str, int]:
+    """Take the moves with the least sum of changes under the target: a price on cost, bisected.
+
+    Costs add up to first order only, so the price of the result is met in a few attempts.
+    """
+    start = problem.price(kept)
+    options = {u.name: [(kept[u.name], 0.0, 0.0)] + [
+        (k, c.slope + caution * c.curvature, float(problem.cost.change(u.counts(k))))
+        for (name, k), c in changes.items() if name == u.name] for u in problem.units}
+    wanted = problem.target - start
+    best = dict(kept)
+    for _ in range(4):
+        best = _cheapest(options, wanted)
+        miss = problem.price(best) - problem.target
+        if abs(miss) <= problem.tolerance * problem.dense / 10:
+            break
+        wanted -= miss
+    return best if problem.met(best) else refine(problem, best)
+
+
+def _cheapest(options: Mapping[str, list[tuple[int, float, float]]],
+              wanted: float) -> dict[str, int]:
+    """Return the counts with the least total of change + price · cost that cost `wanted` more."""
+
+    def picked(price: float) -> list[tuple[int, float, float]]:
+        return [min(some, key=lambda o: o[1] + price * o[2]) for some in options.values()]
+
+    low, high = 0.0, 1e-12
+    while sum(o[2] for o in picked(high)) > wanted and high < 1e12:
+        high *= 4
+    for _ in range(60):
+        price = (low + high) / 2
+        low, high = (price, high) if sum(o[2] for o in picked(price)) > wanted else (low, price)
+    return dict(zip(options, (o[0] for o in picked(high)), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -42,6 +42,10 @@ class Refit:
             raise TypeError("damping must not be negative")
         if not 0 < self.independent <= 1:
             raise TypeError("independent is a share, above 0 and at most 1")
+
+    def draft(self) -> Refit:
+        """Return what stands in for this pass while plans are tried out: no ridge is sought."""
+        return replace(self, damping=0.2) if self.damping is None else self
 
     def solve(self, weight: torch.Tensor, evidence: Evidence, kept: torch.Tensor, *,
               has_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Measurements that allocation passes may ask for, made only when they are asked for.
 
 Error curves say what a group costs by itself; these say what whole blocks do to the hidden state,
-and what each group's share of the loss is once all of them are pruned and repaired together.
+and what moving one group's count does once all of them are pruned and repaired together.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .calibration import first_floating
 from .errors import SpaError
 from .frontends.untouched import untouched
 from .groups import Solution
-from .repair import Repairer, Site, sites
-from .runner import Override, OverridingRunner
+from .repair import draft, sites
+from .sensitivity import Change, Sensitivity
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -41,6 +41,7 @@ class Measure:
     compensation: Any
     plan: Callable[[Problem, Mapping[str, int]], Choices]
     _blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _sensitivity: Sensitivity | None = None
 
     def blocks(self, problem: Problem) -> dict[str, tuple[float, float]]:
         """Return, per unit, of the repeated block that holds it: the mean angle / pi between
@@ -97,71 +98,22 @@ class Measure:
                 total += float(self.loss(results, args, kwargs)) / len(batches)
         return total
 
-    def shares(self, problem: Problem, kept: Mapping[str, int],
-               batches: int) -> tuple[dict[str, float], float]:
-        """Return, per unit, half the derivative of the loss by the size of its error, and the loss.
+    def changes(self, problem: Problem, kept: Mapping[str, int],
+                moves: Mapping[str, Sequence[int]],
+                batches: int) -> tuple[dict[tuple[str, int], Change], float]:
+        """Return what each move (a unit to another count) does to the divergence of the pruned
+        and repaired network from the dense one, and the divergence itself (see `sensitivity`)."""
+        if self._sensitivity is None:
+            self._sensitivity = Sensitivity(self.trace, self.solution, self._covariances(problem),
+                                            draft(self.compensation), self.plan)
+        return self._sensitivity.changes(problem, kept, moves, self.batches[:batches])
 
-        Every consumer gives y + a (y' - y), y' with its repaired weights and what is removed read
-        as zero; the derivative is taken at a = 1, all pruned together. Were the loss quadratic
-        in the errors, the halves would add up to what pruning costs.
-        """
-        choices = self.plan(problem, kept)
-        found, _ = sites(self.solution, choices)
-        if self.compensation is not None and not all(
-                "covariance" in self.context.inputs(site.consumer) for site in found):
-            self.context.calibrate({"covariance"}, self.batches, self.loss,
-                                   groups=[g for u in problem.units for g in u.groups])
-        scratch = Repairer(self.trace, self.solution, choices, self.compensation)
-        made = {site.consumer.node.name: scratch.weights(self.context, site) for site in found}
-        slopes, total = self._slopes(found, made, self.batches[:batches])
-        shares = {}
-        for unit in problem.units:
-            nodes = {r.node for g in unit.groups if g.atom in choices for r in g.reads}
-            shares[unit.name] = sum(slopes.get(n, 0.0) for n in nodes) / 2
-        return shares, total
-
-    def _slopes(self, found: Sequence[Site],
-                made: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
-                batches: Sequence[Any]) -> tuple[dict[str, float], float]:
-        slopes: dict[str, float] = {}
-        total = 0.0
-        for args, kwargs in batches:
-            leaves: dict[str, torch.Tensor] = {}
-            override = {site.consumer.node.name: self._blend(site, made, leaves) for site in found}
-            runner = OverridingRunner(self.trace.program, override=override)
-            call = self.trace.match(args, kwargs)
-            with torch.enable_grad():
-                value = self.loss(runner.call(*call), *call)
-                names = list(leaves)
-                gradients = torch.autograd.grad(value, list(leaves.values()))
-            total += value.item() / len(batches)
-            for name, gradient in zip(names, gradients, strict=True):
-                slopes[name] = slopes.get(name, 0.0) + gradient.item() / len(batches)
-        return slopes, total
-
-    def _blend(self, site: Site, made: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]],
-               leaves: dict[str, torch.Tensor]) -> Override:
-        at = site.consumer
-        graph = {node.name: node for node in self.trace.program.graph.nodes}
-        target, name = graph[at.node.name].target, at.node.name
-        weight, bias = made[name]
-        where = {self._position(graph[name], at.weight): weight}
-        if bias is not None and site.bias is not None:
-            ref = next(r for r in at.node.refs()
-                       if self.solution.graph.tensors[r].weight == site.bias)
-            where[self._position(graph[name], ref)] = bias
-
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            dense = target(*args, **kwargs)  # type: ignore[operator]
-            changed = [where.get(i, a) for i, a in enumerate(args)]
-            size = leaves[name] = torch.ones((), requires_grad=True)
-            return dense + size * (target(*changed, **kwargs) - dense)  # type: ignore[operator]
-
-        return run
-
-    @staticmethod
-    def _position(node: Any, tensor: str) -> int:
-        return next(i for i, a in enumerate(node.args) if getattr(a, "name", None) == tensor)
+    def _covariances(self, problem: Problem) -> Any:
+        groups = [g for u in problem.units for g in u.groups]
+        found, _ = sites(self.solution, self.plan(problem, problem.least()))
+        if not all("covariance" in self.context.inputs(site.consumer) for site in found):
+            self.context.calibrate({"covariance"}, self.batches, self.loss, groups=groups)
+        return self.context
 
 
 @torch.no_grad()

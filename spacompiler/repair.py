@@ -71,11 +71,12 @@ class Site:
     kept: torch.Tensor
 
 
-def sites(solution: Solution, choices: Choices) -> tuple[list[Site], list[str]]:
+def sites(solution: Solution, choices: Choices,
+          among: set[str] | None = None) -> tuple[list[Site], list[str]]:
     """Return the consumers that a plan takes features from, in program order, and what is left out.
 
     Arrays that several operators read (tied ones) and products with computed arrays stay as
-    they are.
+    they are. `among` names the nodes to look at.
     """
     graph = solution.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -83,6 +84,7 @@ def sites(solution: Solution, choices: Choices) -> tuple[list[Site], list[str]]:
                       for name in dict.fromkeys(node.refs()))
     wanted = {read.node for group in solution.groups.values() if group.atom in choices
               for read in group.reads}
+    wanted = wanted if among is None else wanted & among
     found, left = [], []
     for node in (n for n in graph.nodes if n.name in wanted):
         at = consumer(graph, nodes[node.name])
@@ -131,21 +133,26 @@ class Repairer:
         return (program.state_dict[name] if name in program.state_dict
                 else program.constants[name]).detach()
 
-    def weights(self, context: Any, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def weights(self, site: Site, evidence: Sequence[Evidence]) -> tuple[
+            torch.Tensor, torch.Tensor | None]:
         """Return a site's repaired array, zero where features go, and its bias; nothing changes.
 
-        Without a compensation pass what stays is as it was. Needs covariances in the context.
+        Without a compensation pass what stays is as it was.
         """
         old = self.stored(site.weight)
         made = site.consumer.matrix(old).double().clone()
         bias = self.stored(site.bias) if site.bias is not None else None
         if self.compensation is not None:
-            covariance = context.inputs(site.consumer)["covariance"]
-            made, shift = self._solved(site, made, [
-                _of_dense(covariance, w, s) for s, w in enumerate(made)])
+            made, shift = self._solved(site, made, evidence)
             bias = bias + shift.to(bias.dtype) if bias is not None else None
         made = made * site.kept.unsqueeze(1)
         return site.consumer.array(made.to(old.dtype), tuple(old.shape)), bias
+
+    def of_dense(self, context: Any, site: Site) -> list[Evidence]:
+        """Return what the context's covariance says of a site's product in the dense network."""
+        covariance = context.inputs(site.consumer)["covariance"]
+        matrix = site.consumer.matrix(self.stored(site.weight))
+        return [_of_dense(covariance, w, s) for s, w in enumerate(matrix)]
 
     def one_shot(self, context: Any, batches: Sequence[Any], found: Sequence[Site]) -> None:
         """Repair every site from statistics of the dense network."""
@@ -226,7 +233,7 @@ class Repairer:
             self._put(site.bias, (bias.double() + shift).to(bias.dtype))
 
     def _solved(self, site: Site, weight: torch.Tensor,
-                evidence: list[Evidence]) -> tuple[torch.Tensor, torch.Tensor]:
+                evidence: Sequence[Evidence]) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [self.compensation.solve(w, each, kept, has_bias=site.bias is not None)
                  for w, each, kept in zip(weight, evidence, site.kept, strict=True)]
         return torch.stack([w for w, _ in parts]), torch.cat([shift for _, shift in parts])
@@ -332,6 +339,11 @@ def add_biases(module: nn.Module, paths: Sequence[str]) -> nn.Module:
         weight: torch.Tensor = part.weight  # type: ignore[assignment]
         part.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
     return module
+
+
+def draft(compensation: Any) -> Any:
+    """Return a compensation pass's quick stand-in for trying plans out, or the pass itself."""
+    return getattr(compensation, "draft", lambda: compensation)()
 
 
 def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any, context: Any,

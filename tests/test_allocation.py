@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ import spacompiler
 from spacompiler import allocation
 from spacompiler.calibration import default_loss
 from spacompiler.cost import cost
+from spacompiler.distillation import divergence
 from spacompiler.errors import SpaError
 from spacompiler.measure import Measure, angles
 from spacompiler.passes.dynamic import Dynamic
@@ -23,6 +25,7 @@ from spacompiler.passes.measured import Measured
 from spacompiler.passes.refit import Refit
 from spacompiler.passes.standardised import Standardised
 from spacompiler.plan import make_plan
+from spacompiler.repair import Repairer, sites
 from spacompiler.scores import Scores
 from spacompiler.torch_backend import TORCH
 
@@ -164,44 +167,48 @@ def test_salience_estimates_the_gradient_from_two_losses(network: Any) -> None:
         torch.testing.assert_close(found[unit.name], want, rtol=0.1, atol=1e-4)
 
 
-@pytest.mark.parametrize("compensation", [None, Refit()])
-def test_shares_are_slopes_of_the_loss(network: Any, compensation: Any) -> None:
-    """Against a finite difference: the loss with one consumer moved a little further."""
+@pytest.mark.parametrize("compensation", [None, Refit(), Refit(damping=0.05)])
+def test_changes_foresee_what_moves_do(network: Any, compensation: Any) -> None:
+    """Against the divergence with each move made, one at a time."""
     p = problem(network, measure=measured(network, compensation))
-    kept = {u.name: max(1, u.size // 2) for u in p.units}
-    shares, loss = p.measure.shares(p, kept, 3)
-    unit = p.units[1]
-    at = next(r.node for r in unit.groups[0].reads)
-    plain = p.measure._blend
-
-    def moved(by: float) -> float:
-        def blend(site: Any, made: Any, leaves: Any) -> Any:
-            run = plain(site, made, leaves)
-            if site.consumer.node.name != at:
-                return run
-
-            def further(args: Any, kwargs: Any) -> torch.Tensor:
-                dense, y = torch.nn.functional.linear(*args), run(args, kwargs)
-                return y + by * (y - dense).detach()
-
-            return further
-
-        p.measure._blend = blend
-        value = p.measure.shares(p, kept, 3)[1]
-        p.measure._blend = plain
-        return value
-
-    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
-    assert shares[unit.name] == pytest.approx(slope / 2, rel=0.02, abs=1e-4)
-    assert loss > 0 and set(shares) == set(kept)
+    kept = {u.name: u.nearest(u.size * 0.6) for u in p.units}
+    moves = {u.name: [k for k in u.legal if 0 < abs(k - kept[u.name]) <= 3] for u in p.units}
+    torch.manual_seed(2)
+    changes, lost = p.measure.changes(p, kept, moves, 3)
+    assert set(changes) == {(u, k) for u, some in moves.items() for k in some} and lost > 0
+    actual = {(u, k): p.measure.changes(p, {**kept, u: k}, {}, 3)[1] - lost for u, k in changes}
+    foreseen = np.array([sum(changes[m]) for m in actual])
+    found = np.array(list(actual.values()))
+    assert np.corrcoef(foreseen, found)[0, 1] > 0.97
+    assert np.abs(foreseen - found).mean() < 0.25 * np.abs(found).mean()
+    assert all(c.curvature >= 0 for c in changes.values())
 
 
-def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any) -> None:
+def test_divergence_is_that_of_the_pruned_network(network: Any) -> None:
+    """Sliced for real, the network is as far from the dense one as the measurement says."""
+    p = problem(network, measure=measured(network, Refit(damping=0.05)))
+    kept = {u.name: u.nearest(u.size * 0.6) for u in p.units}
+    made = p.measure
+    found, _ = sites(made.solution, made.plan(p, kept))
+    lost = made.changes(p, kept, {}, 3)[1]
+    net = copy.deepcopy(network[0])
+    worker = Repairer(made.trace, made.solution, made.plan(p, kept), made.compensation)
+    for site in found:
+        weight, bias = worker.weights(site, worker.of_dense(made.context, site))
+        net.get_parameter(site.weight).data = weight
+        if bias is not None:
+            net.get_parameter(site.bias).data = bias
+    want = sum(divergence(net(*args), network[0](*args), 1.0) for args, _ in made.batches) / 3
+    assert lost == pytest.approx(float(want), rel=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any, rounds: int) -> None:
     p = problem(network, 2, measure=measured(network, Refit()))
     first = GlobalRanking().allocate(problem(network, 2))
-    kept = Measured(rounds=2).allocate(p)
-    losses = [p.measure.shares(p, k, 4)[1] for k in (kept, first)]
-    assert p.met(kept) and losses[0] <= losses[1]
+    kept = Measured(rounds=rounds).allocate(p)
+    after, before = (p.measure.changes(p, k, {}, 6)[1] for k in (kept, first))
+    assert p.met(kept) and after < before
 
 
 @pytest.mark.parametrize("name", ["global", "dynamic", "measured", "standardised", "cfsp-layers",
