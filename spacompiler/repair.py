@@ -166,12 +166,13 @@ class Repairer:
                     self._repair(site, view.weight, [
                         _of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)])
 
-    def sequential(self, batches: Sequence[Any], found: Sequence[Site], *,
+    def sequential(self, context: Any, batches: Sequence[Any], found: Sequence[Site], *,
                    residual: bool) -> None:
         """Repair site after site, each from what it reads once those before it are repaired.
 
         The product is fit to the dense one; with `residual`, to the dense sum that it is added
-        into, so that what earlier blocks left wrong is made good where it can be.
+        into, so that what earlier blocks left wrong is made good where it can be. The weights
+        that a ridge leads back to are those of the one-shot repair.
         """
         dense = Lockstep(self.trace, self.solution, {}, batches, self.stored)
         pruned = Lockstep(self.trace, self.solution, self.choices, batches, self.stored)
@@ -181,9 +182,13 @@ class Repairer:
             pruned.advance(at.node.name)
             weight = at.matrix(self.stored(site.weight))
             gap = self._gap(at, dense, pruned) if residual else None
-            self._repair(site, weight, _of_pair(
-                at, weight, dense.reads(at.node.name, at.tensor),
-                pruned.reads(at.node.name, at.tensor), gap))
+            reads = dense.reads(at.node.name, at.tensor)
+            evidence = _of_pair(at, weight, reads, pruned.reads(at.node.name, at.tensor), gap)
+            if not (sums := context.inputs(at)) or "covariance" not in sums:
+                first = _of_pair(at, weight, reads, reads, None)
+            else:
+                first = self.of_dense(context, site)
+            self._repair(site, self._solved(site, weight.double(), first)[0], evidence)
             for name in filter(None, (site.weight, site.bias)):
                 pruned.put(name, self.stored(name))
 
@@ -354,7 +359,7 @@ def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any
     if getattr(compensation, "weights", True) is False:
         found, left = [], []
     elif getattr(compensation, "sequential", False):
-        worker.sequential(batches, found, residual=compensation.residual)
+        worker.sequential(context, batches, found, residual=compensation.residual)
     else:
         worker.one_shot(context, batches, found)
     renewed = worker.batch_norms(batches) if getattr(compensation, "batch_norm", False) else None
