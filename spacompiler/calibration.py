@@ -159,7 +159,7 @@ def with_sampled(found: Calibration, inputs: Inputs, *, tokenizer: Any, count: i
                          fix="give --calibration sampled, or a text")
     made = sampled(module, inputs, tokenizer, samples=count, length=length, batch=batch,
                    seed=seed)
-    own = [(i / len(found.batches), b) for i, b in enumerate(found.batches)]
+    own = [((i + 0.5) / len(found.batches), b) for i, b in enumerate(found.batches)]
     more = [((i + 0.5) / len(made), b) for i, b in enumerate(made)]
     both = [b for _, b in sorted(own + more, key=lambda pair: pair[0])]
     return Calibration(f"{found.origin}, {count} windows sampled from the model itself", both)

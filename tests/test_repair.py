@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 import spacompiler
+from spacompiler.calibration import Calibration, with_sampled
+from spacompiler.errors import UsageError
 from spacompiler.models_zoo import load
 from spacompiler.passes.refit import Bias, Refit
 from spacompiler.repair import Evidence
@@ -108,7 +111,7 @@ REPAIRS = ("bias", "refit(bias=False)", "refit", "refit(create_biases=True)",
            "refit(sequential=True)", "refit(sequential=True, residual=True)")
 
 
-def compiled(case: str, repair: str, **more: Any) -> tuple[Any, torch.Tensor, nn.Module]:
+def compiled(case: str, repair: Any, **more: Any) -> tuple[Any, torch.Tensor, nn.Module]:
     torch.manual_seed(0)
     make, shape = CASES[case]
     net = make()
@@ -200,3 +203,32 @@ def test_a_language_model_writes_its_own_calibration_text() -> None:
     assert all(torch.equal(a[1]["input_ids"], b[1]["input_ids"])
                for a, b in zip(made, again, strict=True))
     assert len({tuple(row) for _, kw in made for row in kw["input_ids"].tolist()}) > 1
+
+
+def test_text_of_its_own_stands_beside_the_calibration() -> None:
+    net, x = convolutions(), torch.randn(16, 3, 8, 8)
+    options: dict[str, Any] = {"tokenizer": None, "batch": 4, "length": 8, "seed": 0,
+                               "module": net}
+    given = Calibration("given", [((part,), {}) for part in x.split(4)])
+    both = with_sampled(given, (x[:4],), count=8, **options)
+    places = [i for i, (args, _) in enumerate(both.batches)
+              if not any(torch.equal(args[0], own[0]) for own, _ in given.batches)]
+    assert len(both.batches) == 6 and places == [1, 4]
+    assert both.origin == "given, 8 windows sampled from the model itself"
+    with pytest.raises(UsageError, match="stand beside calibration data"):
+        with_sampled(Calibration("none", [((x,), {})], real=False), (x[:4],), count=8, **options)
+
+
+def test_a_sequential_ridge_leads_back_to_the_one_shot_repair() -> None:
+    """With a ridge that lets nothing move in the second step, both repairs are the same."""
+    turns = itertools.cycle([Refit(damping=0.01), Refit(damping=1e12, bias=False)])
+
+    class Stiff(Refit):
+        def solve(self, weight: Any, evidence: Any, kept: Any, *, has_bias: bool) -> Any:
+            return next(turns).solve(weight, evidence, kept, has_bias=has_bias)
+
+    made = {}
+    for name, repair in (("one-shot", Refit(damping=0.01)), ("both", Stiff(sequential=True))):
+        made[name] = compiled("no bias", repair)[0].module.state_dict()
+    for name, want in made["one-shot"].items():
+        torch.testing.assert_close(made["both"][name], want, rtol=1e-3, atol=1e-5)
