@@ -14,7 +14,7 @@ import numpy as np
 from .axes import Atom, walk
 from .cost import Cost
 from .errors import TargetError, UsageError
-from .groups import Group, Solution, _beside
+from .groups import Group, Solution, beside
 
 if TYPE_CHECKING:
     from .measure import Measure
@@ -207,10 +207,10 @@ def step(solution: Solution, group: Group, align: int | None, lanes: int) -> int
         wanted = 8 if group.size >= 16 else max(1, 1 << (max(group.size // 4, 1).bit_length() - 1))
     multiples = [kernel]
     for member in group.members:
-        for atom, outside, inside in _beside(solution.dims(member.weight)[member.dim]):
+        for atom, outside, inside in beside(solution.dims(member.weight)[member.dim]):
             if atom is group.atom:
-                beside = prod(a.size for a in outside | inside)
-                multiples.append(wanted // gcd(wanted, beside))
+                others = prod(a.size for a in outside | inside)
+                multiples.append(wanted // gcd(wanted, others))
     return max(multiples)
 
 

@@ -48,7 +48,7 @@ class Atom:
         return f"Atom({self.size}#{self.serial}{'!' if self.frozen else ''})"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Prod:
     """A flattened nest, outer to inner; `Prod(())` is the dimension of size one."""
 
@@ -56,7 +56,7 @@ class Prod:
     size: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Sum:
     """A concatenation; `order`, if given, deals it out: position p holds its slice `order[p]`."""
 
@@ -86,17 +86,25 @@ def product(parts: Iterable[Expr]) -> Expr:
 def concat(parts: Iterable[Expr]) -> Expr:
     """Concatenate expressions, flattening concatenations inside concatenations."""
     flat: list[Expr] = []
-    orders: list[Array] = []
+    terms = list(map(resolve, parts))
     dealt, size = False, 0
-    for part in map(resolve, parts):
-        inner = part.order if isinstance(part, Sum) else None
-        dealt |= inner is not None
-        orders.append(size + (np.arange(part.size) if inner is None else inner))
-        flat.extend(part.parts if isinstance(part, Sum) else (part,))
-        size += part.size
+    for term in terms:
+        flat.extend(term.parts if isinstance(term, Sum) else (term,))
+        dealt = dealt or (isinstance(term, Sum) and term.order is not None)
+        size += term.size
     if dealt:
-        return Sum(tuple(flat), size, np.concatenate(orders))
+        return Sum(tuple(flat), size, _orders(terms))
     return flat[0] if len(flat) == 1 else Sum(tuple(flat), size)
+
+
+def _orders(terms: Iterable[Expr]) -> Array:
+    """The order of a concatenation of terms, some of which are dealt out."""
+    orders, offset = [], 0
+    for term in terms:
+        inner = term.order if isinstance(term, Sum) else None
+        orders.append(offset + (np.arange(term.size) if inner is None else inner))
+        offset += term.size
+    return np.concatenate(orders)
 
 
 def deal(e: Expr, order: Array) -> Expr:
@@ -124,7 +132,7 @@ def resolve(e: Expr) -> Expr:
             return e
         e.bound = resolve(e.bound)
         return e.bound
-    if not e.parts or all(isinstance(p, Atom) and p.bound is None for p in e.parts):
+    if _is_normal(e):
         return e
     if isinstance(e, Sum):
         whole = concat(e.parts)
@@ -139,31 +147,55 @@ def resolve(e: Expr) -> Expr:
     return flat
 
 
-def walk(e: Expr) -> Iterator[Atom]:
-    """Yield every mention of an unbound atom, left to right."""
+def _is_normal(e: Prod | Sum) -> bool:
+    """Whether `resolve` would find nothing to change."""
+    kind = type(e)
+    for part in e.parts:
+        if isinstance(part, Atom):
+            if part.bound is not None:
+                return False
+        elif type(part) is kind or not _is_normal(part):
+            return False
+    if isinstance(e, Sum):
+        return len(e.parts) > 1 or e.order is not None
+    return not e.parts or (len(e.parts) > 1 and not isinstance(e.parts[0], Sum))
+
+
+def walk(e: Expr) -> list[Atom]:
+    """Return every mention of an unbound atom, left to right."""
     e = resolve(e)
     if isinstance(e, Atom):
-        yield e
-    else:
-        for part in e.parts:
-            yield from walk(part)
+        return [e]
+    found: list[Atom] = []
+    _collect(e.parts, found)
+    return found
+
+
+def _collect(parts: Iterable[Expr], found: list[Atom]) -> None:
+    """Append the mentions in parts of a normal form, whose parts are normal forms."""
+    for part in parts:
+        if isinstance(part, Atom):
+            found.append(part)
+        else:
+            _collect(part.parts, found)
 
 
 def atoms(e: Expr) -> list[Atom]:
     """Return the distinct atoms of an expression in order of first mention."""
-    return list(dict.fromkeys(walk(e)))
+    found = walk(e)
+    return found if len(found) == 1 else list(dict.fromkeys(found))
 
 
 def is_frozen(e: Expr) -> bool:
     """True if no slice of the dimension can be removed."""
     e = resolve(e)
-    return e.frozen if isinstance(e, Atom) else all(a.frozen for a in walk(e))
+    return bool(e.reasons) if isinstance(e, Atom) else all([a.reasons for a in walk(e)])
 
 
 def reasons(e: Expr) -> list[str]:
     """Return why a dimension (or part of it) is frozen, first reason first."""
     e = resolve(e)
-    if not isinstance(e, Atom) and not any(True for _ in walk(e)):
+    if not isinstance(e, Atom) and not walk(e):
         return ["single slices: nothing can be removed"] if e.size > 1 else ["size one"]
     return list(dict.fromkeys(r for a in walk(e) for r in a.reasons))
 
@@ -232,7 +264,7 @@ class Space:
 
     def freeze(self, e: Expr, why: str) -> None:
         """Forbid the removal of any slice of `e`, keeping the reason for the user."""
-        for atom in walk(e):
+        for atom in () if e is ONE else walk(e):
             if why not in atom.reasons:
                 atom.reasons = (*atom.reasons, why)
 
@@ -241,8 +273,9 @@ class Space:
         if e is atom:
             return
         if isinstance(e, Atom):
-            keep, drop = sorted((atom, e), key=lambda a: a.serial)
-            keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))
+            keep, drop = (e, atom) if e.serial < atom.serial else (atom, e)
+            if drop.reasons:
+                keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))
             drop.bound = keep
             return
         if isinstance(e, Sum) and e.order is not None and e.parts == (atom,):
@@ -285,7 +318,7 @@ class Space:
             outer, inner = self.atom(e.size // k, *e.reasons), self.atom(k, *e.reasons)
             e.bound = product((outer, inner))
             return outer, inner
-        if is_frozen(e) and any(True for _ in walk(e)):
+        if is_frozen(e) and walk(e):
             why = reasons(e)
             return self.atom(e.size // k, *why), self.atom(k, *why)
         if isinstance(e, Sum) and e.order is not None:
@@ -350,7 +383,7 @@ class Space:
             left, right = self.atom(p, *e.reasons), self.atom(e.size - p, *e.reasons)
             e.bound = concat((left, right))
             return left, right
-        if is_frozen(e) and any(True for _ in walk(e)):
+        if is_frozen(e) and walk(e):
             why = reasons(e)
             return self.atom(p, *why), self.atom(e.size - p, *why)
         if isinstance(e, Sum):
@@ -381,10 +414,10 @@ class Space:
             return
         if a.size != b.size:
             raise Clash(f"sizes differ: {show(a)} and {show(b)}")
-        if isinstance(a, Atom) or isinstance(b, Atom):
-            atom, other = (a, b) if isinstance(a, Atom) else (b, a)
-            assert isinstance(atom, Atom)
-            self.bind(atom, other)
+        if isinstance(a, Atom):
+            self.bind(a, b)
+        elif isinstance(b, Atom):
+            self.bind(b, a)
         elif is_frozen(a) or is_frozen(b):
             self._freeze_with(a, b)
         elif isinstance(a, Sum) or isinstance(b, Sum):
@@ -405,7 +438,7 @@ class Space:
         `e` is refined so that each of its cells lies inside or outside; raises Clash if a product
         cannot be cut so.
         """
-        if is_frozen(e) and any(True for _ in walk(e)):
+        if is_frozen(e) and walk(e):
             return self.atom(len(positions), *reasons(e))
         inside = np.zeros(resolve(e).size, dtype=bool)
         inside[positions] = True
@@ -469,8 +502,8 @@ class Space:
         self.unify(inner_a, inner_b)
         self.unify(outer_a, outer_b)
 
-    def relate(self, a: Expr, b: Expr, where: str = "") -> None:
-        """`unify`, or freeze both sides where there is no solution."""
+    def relate(self, a: Expr, b: Expr, where: object = "") -> None:
+        """`unify`, or freeze both sides where there is no solution; `where` names the place."""
         try:
             self.unify(a, b)
         except Clash as clash:

@@ -6,7 +6,7 @@ tensors are nodes of one directed graph, so a path in it is a chain of operators
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class Node:
     outputs: tuple[str, ...]
     where: str = ""
     source: str = ""
+    _read: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def arg(self, index: int, keyword: str, default: Any = None) -> Any:
         """Return an argument given by position or by keyword."""
@@ -65,22 +66,26 @@ class Node:
 
     def refs(self) -> Iterator[str]:
         """Yield the names of all tensors it reads, in order."""
-        yield from _refs((self.args, self.kwargs))
+        if self._read is None:
+            self._read = tuple(_refs((*self.args, *self.kwargs.values())))
+        return iter(self._read)
 
     def title(self) -> str:
         """Name the operator and where the user wrote it."""
         place = self.where or self.name
         return f"{self.op} in {place}" + (f" ({self.source})" if self.source else "")
 
+    __str__ = title
 
-def _refs(value: Any) -> Iterator[str]:
-    if isinstance(value, Ref):
-        yield value.name
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _refs(item)
-    elif isinstance(value, dict):
-        yield from _refs(tuple(value.values()))
+
+def _refs(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, Ref):
+            yield value.name
+        elif isinstance(value, (list, tuple)):
+            yield from _refs(value)
+        elif isinstance(value, dict):
+            yield from _refs(value.values())
 
 
 @dataclass(slots=True)

@@ -6,19 +6,22 @@ removes, from each of its members, all positions whose coordinate on the atom is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import networkx as nx
 
 from .axes import Atom, Expr, Prod, Sum, atoms, is_frozen, reasons, resolve, show, walk
-from .graph import Graph, Node, Tensor
+from .graph import Graph, Node
 from .idioms import deals, rms_norms
-from .solver import Read, Row, Solver
+from .solver import Contraction, Read, Row, Solver
+
+Mention = tuple[Atom, frozenset[Atom], frozenset[Atom]]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A stored array's dimension that carries the group; `role` is producer, consumer, carrier."""
 
     weight: str
@@ -112,14 +115,15 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
     solver = Solver(graph, table, rms_norms(graph), rewire=rewire,
                     deals=deals(graph) if rewire else {}).solve()
     solution = Solution(graph, solver)
-    carried = _members(solution)
-    roles = _roles(solver)
-    reads = _reads(solver, carried)
+    mentions = _Once(atoms)
+    carried = _members(solution, mentions)
+    roles = _roles(solver, mentions)
+    reads = _reads(solver, carried, mentions)
     approximate = _approximate(solver)
-    fibres = _fibres(solver, carried)
-    learned = {w for w, t in graph.weights().items() if t.kind == "parameter"}
+    fibres = _fibres(solution, carried, mentions)
+    learned = {t.weight for t in graph.tensors.values() if t.kind == "parameter"}
     for atom, (name, members) in carried.items():
-        if not any(m.weight in learned for m in members):
+        if all(m.weight not in learned for m in members):
             continue
         solution.groups[name] = Group(
             name, atom, tuple(members), roles.get(atom, "channel"),
@@ -127,43 +131,52 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
     return solution
 
 
-def _members(solution: Solution) -> dict[Atom, tuple[str, list[Member]]]:
+class _Once(dict[Expr, T]):
+    """What a function says of each expression of a solved graph, asked once."""
+
+    def __init__(self, ask: Callable[[Expr], T]) -> None:
+        self._ask = ask
+
+    def __missing__(self, e: Expr) -> T:
+        self[e] = found = self._ask(e)
+        return found
+
+
+def _members(solution: Solution,
+             mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, tuple[str, list[Member]]]:
     """Free atoms by first mention; a group is named after its first producer and the factor."""
     consumed = {(r.tensor, r.dim) for r in solution.solver.reads}
     found: dict[Atom, tuple[str, list[Member]]] = {}
     for weight, tensor in solution.graph.weights().items():
-        dims = solution.solver.dims[tensor.name]
-        for d, e in enumerate(dims):
-            role = _member_role(tensor, d, consumed)
-            mentioned = atoms(e)
+        role = "producer" if len(tensor.shape) > 1 else "carrier"
+        for d, e in enumerate(solution.solver.dims[tensor.name]):
+            mentioned = mentions[e]
             for i, atom in enumerate(mentioned):
-                if not atom.frozen:
+                if atom.reasons:
+                    continue
+                if atom not in found:
                     factor = f".{i}" if len(mentioned) > 1 else ""
-                    _, members = found.setdefault(atom, (f"{weight}:{d}{factor}", []))
-                    members.append(Member(weight, d, role))
+                    found[atom] = f"{weight}:{d}{factor}", []
+                read = (tensor.name, d) in consumed
+                found[atom][1].append(Member(weight, d, "consumer" if read else role))
     return found
 
 
-def _member_role(tensor: Tensor, dim: int, consumed: set[tuple[str, int]]) -> str:
-    if (tensor.name, dim) in consumed:
-        return "consumer"
-    return "producer" if len(tensor.shape) > 1 else "carrier"
-
-
-def _roles(solver: Solver) -> dict[Atom, str]:
+def _roles(solver: Solver, mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, str]:
     tags: dict[Atom, set[str]] = {}
     for e, tag in solver.roles:
-        for atom in walk(e):
+        for atom in mentions[e]:
             tags.setdefault(atom, set()).add(tag)
     order = {"head dim": "head dim", "head": "head", "normalised": "hidden"}
     return {atom: next(role for tag, role in order.items() if tag in found)
             for atom, found in tags.items()}
 
 
-def _reads(solver: Solver, carried: Iterable[Atom]) -> dict[Atom, list[Read]]:
+def _reads(solver: Solver, carried: Iterable[Atom],
+           mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, list[Read]]:
     found: dict[Atom, list[Read]] = {atom: [] for atom in carried}
     for read in solver.reads:
-        for atom in atoms(solver.dims[read.tensor][read.dim]):
+        for atom in mentions[solver.dims[read.tensor][read.dim]]:
             if atom in found:
                 found[atom].append(read)
     return found
@@ -192,74 +205,78 @@ def _certain(e: Expr) -> frozenset[Atom]:
     return both(*parts)
 
 
-def _beside(e: Expr) -> Iterator[tuple[Atom, frozenset[Atom], frozenset[Atom]]]:
-    """Yield (atom, atoms outside it, atoms inside it) for every mention within one dimension."""
+def beside(e: Expr) -> list[Mention]:
+    """Return (atom, atoms outside it, atoms inside it) for every mention within one dimension."""
     e = resolve(e)
     if isinstance(e, Atom):
-        yield e, frozenset(), frozenset()
-    elif isinstance(e, Sum):
-        for part in e.parts:
-            yield from _beside(part)
-    else:
-        sure = [_certain(p) for p in e.parts]
-        for i, part in enumerate(e.parts):
-            before = frozenset().union(*sure[:i])
-            after = frozenset().union(*sure[i + 1 :])
-            for atom, outside, inside in _beside(part):
-                yield atom, outside | before, inside | after
+        return [(e, frozenset(), frozenset())]
+    if isinstance(e, Sum):
+        return [mention for part in e.parts for mention in beside(part)]
+    sure = [_certain(p) for p in e.parts]
+    found = []
+    for i, part in enumerate(e.parts):
+        before = frozenset().union(*sure[:i])
+        after = frozenset().union(*sure[i + 1 :])
+        found += [(atom, outside | before, inside | after)
+                  for atom, outside, inside in beside(part)]
+    return found
 
 
-def _fibres(solver: Solver, carried: Iterable[Atom]) -> dict[Atom, tuple[Atom, ...]]:
+def _fibres(solution: Solution, carried: Container[Atom],
+            mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, tuple[Atom, ...]]:
     """Outer atoms that accompany an atom in every tensor and in every contraction."""
-    outer = _outer_in_weights(solver, set(carried))
+    solver = solution.solver
+    certain, placed = _Once(_certain), _Once(beside)
+    outer = _outer_in_weights(solution, carried, placed)
     live = {a: o for a, o in outer.items() if o}
-    seen: set[tuple[int, ...]] = set()
-    for dims in solver.dims.values():
-        key = tuple(map(id, dims))
-        if live and key not in seen:
-            seen.add(key)
-            _narrow(live, dims)
+    if not live:
+        return {}
+    matter, tensors = live.keys() | frozenset().union(*live.values()), set(solver.dims.values())
+    dims = {e for e in {e for t in tensors for e in t} if not matter.isdisjoint(mentions[e])}
+    for tensor in {tuple([e for e in t if e in dims]) for t in tensors}:
+        for d, e in enumerate(tensor):
+            _narrow(live, placed[e], [certain[o] for o in tensor[:d]],
+                    [certain[o] for o in tensor[d + 1 :]])
     for contraction in solver.contractions:
-        _narrow_by_letters(live, contraction.letters, contraction.operands)
+        _narrow_by_letters(live, contraction, mentions)
     order = {a: len(o) for a, o in live.items()}
     return {a: tuple(sorted(o, key=lambda x: (order.get(x, 0), x.serial)))
             for a, o in live.items() if o}
 
 
-def _outer_in_weights(solver: Solver, carried: set[Atom]) -> dict[Atom, frozenset[Atom]]:
+def _outer_in_weights(solution: Solution, carried: Container[Atom],
+                      placed: Mapping[Expr, list[Mention]]) -> dict[Atom, frozenset[Atom]]:
     """Candidates: what stands to the left of an atom inside one dimension of a stored array."""
     found: dict[Atom, frozenset[Atom]] = {}
-    for tensor in solver.graph.weights().values():
-        for e in solver.dims[tensor.name]:
-            for atom, outside, _ in _beside(e):
-                if atom in carried:
-                    found[atom] = found.get(atom, frozenset()) | outside - {atom}
+    for e in {e for dims in solution.weights().values() for e in dims}:
+        for atom, outside, _ in () if isinstance(e, Atom) else placed[e]:
+            if outside and atom in carried:
+                found[atom] = found.get(atom, frozenset()) | outside - {atom}
     return found
 
 
-def _narrow(live: dict[Atom, frozenset[Atom]], dims: tuple[Expr, ...]) -> None:
-    sure = [_certain(e) for e in dims]
-    for d, e in enumerate(dims):
-        for atom, outside, inside in _beside(e):
-            if atom in live:
-                before = [a for s in sure[:d] for a in s]
-                after = inside.union(*sure[d + 1 :])
-                once = {a for a in before if before.count(a) == 1}
-                live[atom] &= (outside ^ once) - after
+def _narrow(live: dict[Atom, frozenset[Atom]], mentioned: Iterable[Mention],
+            left: Iterable[frozenset[Atom]], right: Iterable[frozenset[Atom]]) -> None:
+    """Keep what accompanies an atom in a tensor once, from outside: in its own dimension, or in
+    one to the `left` of it."""
+    for atom, outside, inside in mentioned:
+        if live.get(atom):
+            live[atom] = frozenset([
+                o for o in live[atom] if o not in inside and not any([o in sure for sure in right])
+                and (o in outside) != (sum([o in sure for sure in left]) == 1)])
 
 
-def _narrow_by_letters(live: dict[Atom, frozenset[Atom]], letters: Mapping[str, Expr],
-                       operands: tuple[frozenset[str], ...]) -> None:
+def _narrow_by_letters(live: dict[Atom, frozenset[Atom]], contraction: Contraction,
+                       mentions: Mapping[Expr, list[Atom]]) -> None:
     """An atom shared by operands of a contraction is fibred only under letters shared alike."""
-    held = {letter: set(atoms(e)) for letter, e in letters.items()}
-    for letter, mentioned in held.items():
-        with_it = [o for o in operands if letter in o]
-        if len(with_it) < 2:
-            continue
-        common = frozenset.intersection(*with_it)
-        allowed: set[Atom] = set().union(*(held[c] for c in common))
-        for atom in mentioned & live.keys():
-            live[atom] &= allowed
+    for letter, e in contraction.letters.items():
+        mentioned = [a for a in mentions[e] if live.get(a) and not live[a] <= {*mentions[e]}]
+        with_it = [o for o in contraction.operands if letter in o] if mentioned else []
+        if len(with_it) > 1:
+            common = frozenset.intersection(*with_it)
+            allowed = {atom for c in common for atom in mentions[contraction.letters[c]]}
+            for atom in mentioned:
+                live[atom] &= allowed
 
 
 # --- why are two dimensions coupled -----------------------------------------------------------

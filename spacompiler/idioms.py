@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -43,6 +44,7 @@ _FUSED = ("rms_norm", "rmsnormalization", "simplifiedlayernormalization",
           "skipsimplifiedlayernormalization")
 
 
+@cache
 def base(op: str) -> str:
     """`aten.mul.Tensor` and ONNX's `Mul` -> `mul`, `com.microsoft.Gelu` -> `gelu`."""
     parts = op.split(".")
@@ -76,10 +78,12 @@ class _Uses:
 
 def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
     """Find every RMSNorm of the graph, by the name of its mean node."""
-    uses = _Uses(graph)
-    found = {}
-    for node in graph.nodes:
-        for match in _MATCHES.get(base(node.op), ()):
+    means = [node for node in graph.nodes if base(node.op) in _MATCHES]
+    if not means:
+        return {}
+    uses, found = _Uses(graph), {}
+    for node in means:
+        for match in _MATCHES[base(node.op)]:
             norm = match(uses, node)
             if norm is not None:
                 found[node.name] = norm

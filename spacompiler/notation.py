@@ -16,7 +16,7 @@ frozenset({'i'})
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 Term = tuple[str, ...]
@@ -26,17 +26,55 @@ FROZEN_RUN: Term = ("!*",)
 _TOKEN = re.compile(r"\(([^)]*)\)|(\.\.\.|!\*|!|[A-Za-z]\w*)")
 
 
-@dataclass(frozen=True)
+Names = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """The names of each dimension (none: it can't be pruned), which are read, all names.
+
+    The dimensions of a run are called `.0`, `.1`, ... from the right.
+    """
+
+    names: Names
+    reads: tuple[int, ...]
+    letters: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
 class Pattern:
     """Terms per dimension of each operand and each result."""
 
     inputs: tuple[tuple[Term, ...], ...]
     outputs: tuple[tuple[Term, ...], ...]
+    _known: dict[tuple[int, int], Operand] = field(default_factory=dict, repr=False)
 
     @cached_property
     def consumed(self) -> frozenset[str]:
         """Letters that no result carries."""
         return _letters(self.inputs) - _letters(self.outputs)
+
+    def operand(self, index: int, rank: int) -> Operand:
+        """Return what the dimensions of an operand of so many dimensions are called.
+
+        Results are counted on after the operands.
+
+        >>> parse("... i, o i -> ... o").operand(0, 3).names
+        (('.1',), ('.0',), ('i',))
+        """
+        found = self._known.get((index, rank))
+        if found is None:
+            found = self._known[index, rank] = self._named(index, rank)
+        return found
+
+    def _named(self, index: int, rank: int) -> Operand:
+        names = tuple(map(_names, align((*self.inputs, *self.outputs)[index], rank)))
+        reads = tuple(d for d, term in enumerate(names) if not self.consumed.isdisjoint(term))
+        return Operand(names, reads, frozenset(name for term in names for name in term))
+
+
+def _names(term: Term) -> tuple[str, ...]:
+    return ("." + term[1],) if term[0] == "..." else tuple(filter(str.isidentifier, term))
 
 
 def _letters(sides: tuple[tuple[Term, ...], ...]) -> frozenset[str]:

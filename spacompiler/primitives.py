@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from .axes import ONE, Expr, product
 from .graph import Node, Ref
-from .notation import ELLIPSIS, FROZEN, Term, align, parse
-from .solver import Contraction, Row, Solver
+from .notation import parse
+from .solver import Contraction, Read, Row, Solver
 
 # --- element by element -----------------------------------------------------------------------
 
 
 def pointwise(s: Solver, n: Node) -> None:
     """Broadcast all tensor operands against each other."""
-    refs = list(dict.fromkeys(n.refs()))
+    dims = [s.dims[ref] for ref in dict.fromkeys(n.refs())]
     for out in n.outputs:
-        s.put(out, broadcast(s, n, [s.dims[ref] for ref in refs]))
+        s.put(out, broadcast(s, n, dims) if len(dims) > 1 else dims[0])
 
 
 def broadcast(s: Solver, n: Node, operands: Sequence[Sequence[Expr]]) -> list[Expr]:
@@ -85,8 +83,11 @@ def operands(n: Node) -> list[str | None]:
 
 
 def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
-                   sizes: Mapping[str, Any] | None = None) -> dict[str, Expr]:
-    """Relate operands and results of one node by a pattern in notation; returns its letters."""
+                   sizes: Mapping[str, Any] | None = None, factor: int = 1) -> dict[str, Expr]:
+    """Relate operands and results of one node by a pattern in notation; returns its letters.
+
+    `factor` says how often each product of the contraction is computed (window positions).
+    """
     pattern = parse(text)
     bound: dict[str, Expr] = {}
     for letter, spec in (sizes or {}).items():
@@ -97,38 +98,32 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
             s.edit(n, path, bound[letter])
     present: list[frozenset[str]] = []
     used = []
-    for terms, ref in zip(pattern.inputs, refs, strict=False):
+    for i, ref in enumerate(refs[:len(pattern.inputs)]):
         if ref is None:
             continue
-        dims = align(terms, len(s.dims[ref]))
-        letters: set[str] = set()
-        for d, term in enumerate(dims):
-            _bind(s, n, term, s.dims[ref][d], bound)
-            letters.update(_names(term))
-            if any(name in pattern.consumed for name in term):
-                s.read(n, ref, d, "contract")
-        present.append(frozenset(letters))
+        dims = s.dims[ref]
+        operand = pattern.operand(i, len(dims))
+        for names, e in zip(operand.names, dims, strict=True):
+            if len(names) == 1:
+                _meet(s, n, names[0], e, bound)
+            elif names:
+                _nest(s, n, names, e, bound)
+            elif e is not ONE:
+                s.space.freeze(e, f"{n.op} works along it")
+        s.reads += [Read(n.name, ref, d, "contract") for d in operand.reads]
+        present.append(operand.letters)
         used.append(ref)
-    rank_of_run = max((int(k[1:]) + 1 for k in bound if k[0] == "."), default=0)
     made: list[Expr] = []
-    for terms, out in zip(pattern.outputs, n.outputs, strict=False):
-        made = _results(s, terms, out, bound, rank_of_run)
+    for i, out in enumerate(n.outputs[:len(pattern.outputs)], len(pattern.inputs)):
+        shape = s.shape(out)
+        made = [bound[names[0]] if len(names) == 1 else _nested(s, names, size, bound)
+                for names, size in zip(pattern.operand(i, len(shape)).names, shape, strict=True)]
         s.put(out, made)
-    _finish(s, n, bound, present, pattern.consumed, made, used)
+    _finish(s, n, bound, present, pattern.consumed, made, used, factor)
     return bound
 
 
-@cache
-def _names(term: Term) -> tuple[str, ...]:
-    return ("." + term[1],) if term[0] == "..." else tuple(
-        filter(str.isidentifier, term))
-
-
-def _bind(s: Solver, n: Node, term: Term, e: Expr, bound: dict[str, Expr]) -> None:
-    if term == FROZEN:
-        s.space.freeze(e, f"{n.op} works along it")
-        return
-    names = _names(term)
+def _nest(s: Solver, n: Node, names: Sequence[str], e: Expr, bound: dict[str, Expr]) -> None:
     for name in reversed(names[1:]):
         known = bound[name].size if name in bound else _last_unknown(e, names, bound)
         e, inner = s.space.factor(e, known)
@@ -149,33 +144,20 @@ def _meet(s: Solver, n: Node, name: str, e: Expr, bound: dict[str, Expr]) -> Non
         s.relate(have, e, n)
 
 
-def _results(s: Solver, terms: tuple[Term, ...], out: str, bound: dict[str, Expr],
-             run: int) -> list[Expr]:
-    shape = s.shape(out)
-    made = []
-    for d, term in enumerate(_align_result(terms, len(shape), run)):
-        if term == FROZEN:
-            made.append(s.space.atom(shape[d], "position inside the operator's window"))
-        elif _names(term):
-            made.append(product(bound[name] for name in _names(term)))
-        else:
-            made.append(ONE)
-    return made
-
-
-def _align_result(terms: tuple[Term, ...], rank: int, run: int) -> tuple[Term, ...]:
-    if ELLIPSIS in terms and rank - len(terms) + 1 > run:
-        raise ValueError(f"{rank} result dimensions, but operands broadcast {run}")
-    return align(terms, rank)
+def _nested(s: Solver, names: Sequence[str], size: int, bound: Mapping[str, Expr]) -> Expr:
+    if names:
+        return product([bound[name] for name in names])
+    return s.space.atom(size, "position inside the operator's window")
 
 
 def _finish(s: Solver, n: Node, bound: dict[str, Expr], present: list[frozenset[str]],
-            consumed: frozenset[str], made: list[Expr], refs: Sequence[str]) -> None:
+            consumed: frozenset[str], made: Sequence[Expr], refs: Sequence[str],
+            factor: int) -> None:
     if len(present) < 2:
         return
-    macs = [*made, *(bound[c] for c in sorted(consumed) if c in bound)] if consumed else []
-    s.contractions.append(Contraction(n.name, dict(bound), tuple(present), tuple(macs)))
-    if consumed and not any(s.graph.tensors[ref].static for ref in refs):
+    macs = (*made, *(bound[c] for c in sorted(consumed) if c in bound)) if consumed else ()
+    s.contractions.append(Contraction(n.name, bound, tuple(present), macs, factor))
+    if consumed and not any([s.graph.tensors[ref].static for ref in refs]):
         shared = frozenset.intersection(*present)
         for letter, e in bound.items():
             s.roles.append((e, "head" if letter in shared - consumed else "head dim"))
@@ -239,13 +221,21 @@ def addmm(s: Solver, n: Node) -> None:
     relate_pattern(s, n, f"{bias}, b i, i o -> b o", operands(n))
 
 
-def _convolve(s: Solver, n: Node, transposed: bool, groups: int) -> None:
-    """Grouped in and out channels; the batch dimension may be missing."""
-    x, w = (len(s.dims[ref.name]) for ref in n.args[:2])
-    batch, weight = "b " if x == w else "", "(g i) o" if transposed else "(g o) i"
-    relate_pattern(s, n, f"{batch}(g i) !*, {weight} !*, (g o) -> {batch}(g o) !*",
-                   operands(n), sizes={"g": (groups, "groups", 1)})
-    _conv_macs(s, n, transposed)
+def _convolve(s: Solver, n: Node, transposed: bool, at: int) -> None:
+    """Grouped in and out channels; the batch dimension may be missing.
+
+    Every result position (transposed: every input position) meets the whole window.
+    """
+    x, w = (s.shape(ref.name) for ref in n.args[:2])
+    grouped, batch = n.arg(at, "groups", 1) > 1, "b " if len(x) == len(w) else ""
+    i, o = ("(g i)", "(g o)") if grouped else ("i", "o")
+    weight = f"{i} o" if transposed else f"{o} i"
+    relate_pattern(s, n, f"{batch}{i} !*, {weight} !*, {o} -> {batch}{o} !*", operands(n),
+                   sizes={"g": (at, "groups", 1)} if grouped else {}, factor=math.prod(w[2:]))
+    if transposed:
+        last = s.contractions.pop()
+        macs = (*s.dims[n.args[0].name], last.letters["o"])
+        s.contractions.append(last._replace(macs=macs))
 
 
 def convolution(s: Solver, n: Node) -> None:
@@ -263,15 +253,6 @@ def aten_convolution(s: Solver, n: Node) -> None:
     _convolve(s, n, n.args[6], 8)
 
 
-def _conv_macs(s: Solver, n: Node, transposed: bool) -> None:
-    """Every result position (transposed: every input position) meets the whole window."""
-    last = s.contractions.pop()
-    window = math.prod(s.shape(n.args[1].name)[2:])
-    macs = (*s.dims[n.args[0].name], last.letters["o"]) if transposed else \
-        (*s.dims[n.outputs[0]], last.letters["i"])
-    s.contractions.append(replace(last, macs=macs, factor=window))
-
-
 def attention(s: Solver, n: Node) -> None:
     """scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=, enable_gqa=).
 
@@ -287,7 +268,7 @@ def attention(s: Solver, n: Node) -> None:
     both = s.contractions.pop()
     letters, rows = both.letters, s.dims[n.outputs[0]][:-1]
     for dims in "de":  # every query meets every key, then every value
-        s.contractions.append(replace(both, macs=(*rows, letters["k"], letters[dims])))
+        s.contractions.append(both._replace(macs=(*rows, letters["k"], letters[dims])))
     for letter in ("q", "k"):
         s.space.freeze(letters[letter], "positions of attention")
     mask = n.arg(3, "attn_mask")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ Path = tuple[Any, ...]
 Row = Callable[["Solver", Node], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """A place where an axis is consumed: `how` is contract, sum or norm."""
 
     node: str
@@ -31,8 +30,7 @@ class Read:
     how: str
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
+class Edit(NamedTuple):
     """An argument to re-write when `when` shrinks: to the kept size of `expr`, or to `value`."""
 
     node: str
@@ -42,8 +40,7 @@ class Edit:
     value: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Contraction:
+class Contraction(NamedTuple):
     """Which letters each operand of a contraction carries (for the test of fibres)."""
 
     node: str
@@ -65,6 +62,14 @@ class Gather:
     result: str
     dim: int
     index: np.ndarray
+
+
+class _Final(dict[Expr, Expr]):
+    """The normal form of each expression, found once all are related."""
+
+    def __missing__(self, e: Expr) -> Expr:
+        self[e] = normal = resolve(e)
+        return normal
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ class Solver:
     _read: set[str] | None = None
 
     def solve(self) -> Solver:
-        """Visit every node once; afterwards `dims` is final."""
+        """Visit every node once; afterwards `dims` is final and in normal form."""
         stored: dict[str, tuple[Expr, ...]] = {}
         for tensor in self.graph.tensors.values():
             if tensor.weight is not None:
@@ -119,6 +124,8 @@ class Solver:
                 self.space.relate(e, o, f"{value} is written back into {stored_in}")
         for name in self.graph.outputs:
             self.freeze(self.dims[name], f"model output {name}")
+        final = _Final()
+        self.dims = {name: tuple([final[e] for e in dims]) for name, dims in self.dims.items()}
         return self
 
     def _freeze_unused(self, stored: Mapping[str, tuple[Expr, ...]]) -> None:
@@ -135,21 +142,21 @@ class Solver:
 
     def _used(self) -> set[str]:
         """Tensors with entries from which results with entries follow."""
-        made = {out: node for node in self.graph.nodes for out in node.outputs}
-        found: set[str] = set()
-        open_ = [*self.graph.outputs, *self.graph.written] or list(made)  # no outputs: all are
-        while open_:
-            name = open_.pop()
-            if name not in found and 0 not in self.shape(name):
-                found.add(name)
-                open_.extend(made[name].refs() if name in made else ())
+        graph = self.graph
+        empty = {t.name for t in graph.tensors.values() if 0 in t.shape}
+        found = {*graph.outputs, *graph.written} - empty
+        if not graph.outputs and not graph.written:  # all results are outputs
+            found.update(out for node in graph.nodes for out in node.outputs if out not in empty)
+        for node in reversed(graph.nodes):
+            if not found.isdisjoint(node.outputs):
+                found.update([ref for ref in node.refs() if ref not in empty])
         return found
 
     def _visit(self, node: Node) -> None:
-        refs = list(node.refs())
-        if refs and all(self.graph.tensors[ref].static for ref in refs):
+        refs, tensors = list(node.refs()), self.graph.tensors
+        if refs and all([tensors[ref].static for ref in refs]):
             for out in node.outputs:
-                self.graph.tensors[out].static = True
+                tensors[out].static = True
         row = self.table.get(node.op)
         bare = self.bare.issuperset(refs)
         if bare:
@@ -166,10 +173,11 @@ class Solver:
         except (Clash, ValueError, LookupError, TypeError, ArithmeticError,
                 StopIteration) as problem:
             self.give_up(node, f"{node.title()}: {problem}")
-        if any(out not in self.dims for out in node.outputs):
+        if not self.dims.keys() >= set(node.outputs):
             self._by_products(node)
         for out in node.outputs:
-            self._freeze_dynamic(out)
+            if tensors[out].dynamic:
+                self._freeze_dynamic(out)
 
     def _dealt(self, deal: Deal, node: Node) -> bool:
         """Take a chain as one gather, unless its axis is frozen or a nest (which views suit)."""
@@ -216,13 +224,13 @@ class Solver:
             self.space.freeze(e, why)
 
     def relate(self, a: Expr, b: Expr, node: Node) -> None:
-        self.space.relate(a, b, node.title())
+        if a is not b:
+            self.space.relate(a, b, node)
 
     def put(self, name: str, dims: Sequence[Expr]) -> None:
         """Record the dimensions of a result; their sizes must be those that were traced."""
-        shape = self.shape(name)
-        if tuple(e.size for e in dims) != shape:
-            sizes = tuple(e.size for e in dims)
+        shape, sizes = self.shape(name), tuple([e.size for e in dims])
+        if sizes != shape:
             raise ValueError(f"the row gives {sizes}, the program {shape}")
         self.dims[name] = tuple(dims)
 

@@ -18,7 +18,7 @@ from spacompiler.axes import Atom, atoms, concat, product, reasons, show
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.graph import Node
-from spacompiler.groups import Group, Solution, _beside, solve, why
+from spacompiler.groups import Group, Solution, beside, solve, why
 
 GOLDEN = Path(__file__).parent / "golden"
 REAL = {"smollm2-135m", "efficientnet-lite0"}
@@ -262,7 +262,7 @@ def test_what_stands_beside_an_atom() -> None:
     """Outside and inside of it at every place where it is mentioned."""
     h, x, y, z, t = (Atom(2, i) for i in range(5))
     e = product((h, concat((product((x, y)), product((x, z)))), t))
-    assert list(_beside(e)) == [
+    assert list(beside(e)) == [
         (h, set(), {x, t}), (x, {h}, {y, t}), (y, {h, x}, {t}), (x, {h}, {z, t}),
         (z, {h, x}, {t}), (t, {h, x}, set())]
 

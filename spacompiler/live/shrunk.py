@@ -75,9 +75,9 @@ def _solution(solution: Solution, choices: Choices, new: New) -> Solution:
     graph = _graph(solution.graph, dims)
     solver = replace(
         old, graph=graph, dims=dims, norms=_norms(solution, choices),
-        edits=[replace(e, expr=to(e.expr), when=to(e.when)) for e in old.edits],
-        contractions=[replace(c, letters={k: to(e) for k, e in c.letters.items()},
-                              macs=all_to(c.macs)) for c in old.contractions],
+        edits=[e._replace(expr=to(e.expr), when=to(e.when)) for e in old.edits],
+        contractions=[c._replace(letters={k: to(e) for k, e in c.letters.items()},
+                                 macs=all_to(c.macs)) for c in old.contractions],
         roles=[(to(e), tag) for e, tag in old.roles],
         approximate=[(to(e), why) for e, why in old.approximate])
     groups = {name: _group(group, new) for name, group in solution.groups.items()}
