@@ -49,7 +49,7 @@ class Result:
 
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
             out: str | Path | None = None, importance: Any = "taylor",
-            allocation: Any = "uniform", schedule: Any = "", repair: Any = "none",
+            allocation: Any = "uniform", schedule: Any = "", repair: Any = "auto",
             calibration: Any = None,
             loss: Callable[..., Any] | None = None, tokenizer: Any = None,
             adapter: str | Path | Sequence[str | Path] = (),
@@ -65,7 +65,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         target: what stays: `params=70%`, `body=75%` (without embeddings and output layer) or
             `macs=60%`.
         out: directory to write the artifact to; it must not exist.
-        importance, allocation, repair: a pass by name, `module:object`, or as an object.
+        importance, allocation, repair: a pass by name, `module:object`, or as an object. The
+            default repair is `refit` where scoring reads real calibration data anyway.
         schedule: a pass that decides what goes while it trains on the calibration batches
             (`lora-prune`), in place of `importance`; none: one shot.
         calibration: a text file, an iterable of inputs, "none", or None for the model's own.

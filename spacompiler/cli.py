@@ -44,8 +44,9 @@ def compile(
         help="Pass that decides what goes while it trains on the calibration data, e.g. "
              "'lora-prune(steps=200)'. Default: none, one shot.")] = "",
     repair: Annotated[str, typer.Option(help="Pass that mends what stays: refit, bias, batch-norm "
-                                             "or none.")]
-    = "none",
+                                             "or none; auto: refit where scoring reads real "
+                                             "calibration data anyway.")]
+    = "auto",
     calibration: Annotated[str | None, typer.Option(
         help="A text file, sampled (what the model makes up) or none (example inputs only). "
              "Default: the model's own data, or text that Python carries.")] = None,
@@ -147,7 +148,7 @@ def _check_early(target: str, out: Path | None, importance: str, allocation: str
     wanted += [("schedule", options["schedule"])] if options["schedule"] else []
     for kind, name in wanted:
         registry.check_name(kind, name)
-    if options["repair"] != "none":
+    if options["repair"] not in ("auto", "none"):
         registry.check_name("compensation", options["repair"])
 
 

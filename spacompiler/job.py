@@ -44,6 +44,7 @@ class Job:
     candidates: list[Group] = field(default_factory=list)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     compensation: Any = None
+    must_repair: bool = True
     context: Any = None
     plan: Plan = None  # type: ignore[assignment]
     choices: Choices = field(default_factory=dict)

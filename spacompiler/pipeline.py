@@ -289,7 +289,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     schedule = schedule or recipe.schedule
     trains = registry.find("schedule", schedule) if schedule else None
     mends = repair or recipe.repair
-    needs = bool(scorer.needs) or trains is not None or mends != "none"
+    needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none")
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed, module=module)
@@ -297,11 +297,13 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
         batches = with_sampled(batches, inputs, tokenizer=tokenizer, count=recipe.sampled,
                                length=recipe.length, batch=recipe.batch, seed=recipe.seed,
                                module=module)
+    fits = isinstance(module, nn.Module) and trains is None and not recipe.keep_adapter
     job = Job(recipe, module, inputs, scorer,
               registry.find("allocation", allocator or recipe.allocation), batches,
               loss or default_loss, name or type(module).__name__, tokenizer,
               progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
-              compensation=_compensation(mends, batches))
+              compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
+              must_repair=mends != "auto")
     if recovery or recipe.recovery:
         job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
             checkpoint
@@ -312,8 +314,13 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     return job
 
 
-def _compensation(what: Any, batches: Calibration) -> Any:
-    """The compensation pass, or None: then what stays keeps its weights."""
+def _compensation(what: Any, batches: Calibration, fits: bool) -> Any:
+    """The compensation pass, or None: then what stays keeps its weights.
+
+    `fits` says that one may be taken unasked.
+    """
+    if what == "auto":
+        what = "refit" if fits and batches.real else "none"
     if what == "none":
         return None
     found = registry.find("compensation", what)

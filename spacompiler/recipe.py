@@ -26,6 +26,7 @@ class Recipe:
     `modules` which sub-modules to compile in place of the whole; `align`
     is a multiple for widths (None: what the CPU wants); `floor` the least share of each group.
     `samples` windows are calibrated on, and `sampled` more that the model writes itself;
+    `repair` auto is `refit` where scoring reads real calibration data anyway, else none;
     `adapters` are directories, `DIR` or `DIR=weight`.
     """
 
@@ -33,7 +34,7 @@ class Recipe:
     importance: str = "taylor"
     allocation: str = "uniform"
     schedule: str = ""
-    repair: str = "none"
+    repair: str = "auto"
     roles: tuple[str, ...] = ("channel", "head")
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

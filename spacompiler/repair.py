@@ -10,7 +10,7 @@ the dense program with repaired arrays, removed slices read as zero, is the prun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -352,21 +352,23 @@ def draft(compensation: Any) -> Any:
 
 
 def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any, context: Any,
-           batches: Sequence[Any], tick: Callable[[], None] = lambda: None) -> list[str]:
-    """Let a compensation pass repair a traced program in place; return notes for the user."""
+           batches: Sequence[Any], *, must: bool = True) -> list[str]:
+    """Let a compensation pass repair a traced program in place; return notes for the user.
+
+    Raises SpaError if it `must` and there is nothing to repair.
+    """
     found, left = sites(solution, choices)
     worker = Repairer(trace, solution, choices, compensation)
     if getattr(compensation, "weights", True) is False:
         found, left = [], []
-    elif getattr(compensation, "sequential", False):
+    elif found and getattr(compensation, "sequential", False):
         worker.sequential(context, batches, found, residual=compensation.residual)
-    else:
+    elif found:
         worker.one_shot(context, batches, found)
     renewed = worker.batch_norms(batches) if getattr(compensation, "batch_norm", False) else None
-    if not found and not renewed:
+    if must and not found and not renewed:
         raise SpaError(f"repair {compensation.name!r} finds nothing to repair",
                        why="no stored weights read what the plan removes" if renewed is None
                            else "the network has no batch norms", fix="use --repair none")
-    tick()
     return [f"not repaired: {where}, whose weights are computed or used twice"
             for where in left[:3]]

@@ -25,6 +25,7 @@ def facts(job: Job) -> dict[str, Any]:
         "costs": plan.costs,
         "importance": repr(job.importance),
         "allocation": repr(job.allocation),
+        "repair": "none" if job.compensation is None else repr(job.compensation),
         "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
                         "batches": len(job.calibration.batches) if job.importance.needs else 0},
         "layout": job.layout,
@@ -72,7 +73,7 @@ def markdown(data: Mapping[str, Any]) -> str:
     """Return the report as a page."""
     lines = [f"# {data['model']}: {data['target']}", "",
              f"Importance `{data['importance']}`, allocation `{data['allocation']}`, "
-             f"calibration: {data['calibration']['origin']}. "
+             f"repair `{data['repair']}`, calibration: {data['calibration']['origin']}. "
              f"Layout {data['layout']} (by {data['emission']}).", "",
              *_table(("", "dense", "pruned", "stays"), table_rows(data)), "",
              "## Proof", "", *_proof(data), "",

@@ -47,7 +47,8 @@ def write(job: Job, out: Path) -> dict[str, Any]:
             job.kept.save(folder / "adapter")
         artifact.write_json(folder / "recipe.json", {
             "model": job.name, **job.recipe.as_dict(), "importance": repr(job.importance),
-            "allocation": repr(job.allocation), "calibration": job.calibration.origin})
+            "allocation": repr(job.allocation), "repair": data["repair"],
+            "calibration": job.calibration.origin})
         artifact.write_json(folder / "report.json", data)
         (folder / "report.md").write_text(report.markdown(data), encoding="utf-8")
         artifact.write_manifest(folder)
