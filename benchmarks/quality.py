@@ -35,6 +35,7 @@ from spacompiler.calibration import (
     windows,
     with_sampled,
 )
+from spacompiler.decision import allocate_counts
 from spacompiler.recipe import Recipe
 from spacompiler.repair import add_biases, unbiased
 from spacompiler.scores import Scores
@@ -77,8 +78,10 @@ METHODS: dict[str, Method] = {
     "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
     "ours, measured": Method("curvature", "measured", "refit", (), 0.02),
     "ours, own text": Method("curvature", "measured", "refit", (), 0.02, 24),
-    "ours": Method("curvature", "measured", "refit(sequential=True, residual=True)", (), 0.02,
-                   24),
+    "ours, residual": Method("curvature", "measured", "refit(sequential=True, residual=True)", (),
+                             0.02, 24),
+    "ours": Method("curvature", "measured", "refit(sequential=True, residual=True, every=True)",
+                   (), 0.02, 24),
 }
 
 
@@ -220,6 +223,9 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
                     latency=False, floor=method.floor, seed=bench.seed, align=8)
     bench.restore()
     start = time.process_time()
+    key = f"{share} {method.importance} {method.allocation} {method.repair.partition('(')[0]} " \
+        f"{method.only} {method.floor} {method.sampled}"
+    known = bench.done.setdefault("counts", {})
     with peak() as memory:
         job = pipeline.make_job(bench.module, bench.inputs, recipe, importance=method.importance,
                                 allocator=method.allocation, repair=method.repair,
@@ -228,11 +234,15 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
             bench.contexts[method.sampled]
         job.candidates = bench.candidates(method)
         job.scores = {n: s.numpy() for n, s in bench.scores[name].items()}
+        if key not in known:
+            known[key] = {"kept": allocate_counts(job), "seconds": time.process_time() - start}
+            start = time.process_time()
+        job.counts = known[key]["kept"]
         pipeline.decide(job)
         if job.compensation is not None:
             pipeline.mend(job)
         pipeline.emit(job)
-    spent = time.process_time() - start
+    spent = time.process_time() - start + known[key]["seconds"]
     costs = job.plan.costs
     found = {"parameters": costs["params"]["pruned"],
              "body": costs["body"]["pruned"] / costs["body"]["dense"],

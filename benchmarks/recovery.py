@@ -36,8 +36,12 @@ COMMON = {"roles": ("channel",), "align": 1, "prove": False, "layout": "any", "o
 BASES: dict[str, dict[str, Any]] = {
     "llm-pruner": {"importance": "taylor-element", "repair": "none"},
     "refit": {"importance": "taylor-element", "repair": "refit"},  # the same slices, repaired
-    "ours": {"importance": "curvature", "allocation": "global", "floor": 0.02,
-             "repair": "refit"},
+    "channels": {"importance": "curvature", "allocation": "global", "floor": 0.02,
+                 "repair": "refit"},
+    # heads too; slices are chosen on more of the tokens that are trained on
+    "ours": {"importance": "curvature", "allocation": "measured", "floor": 0.02,
+             "repair": "refit(sequential=True, residual=True, create_biases=True)",
+             "roles": ("channel", "head"), "samples": 128, "sampled": 64},
 }
 STEP = "accumulate=1"
 # rank 8, alpha 16, dropout 0.05 on every linear layer of a block, as LLM-Pruner released it
@@ -49,6 +53,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "llm-pruner+lora": ("llm-pruner", RELEASED),
     "lora-prune": ("lora-prune", f"lora-prune(epochs=1, lr={{lr}}, {STEP})"),
     "refit": ("refit", ""), "refit+lora": ("refit", OWN),
+    "channels": ("channels", ""), "channels+lora": ("channels", OWN),
     "ours": ("ours", ""), "ours+lora": ("ours", OWN),
     "ours+lora, KL": ("ours", OWN.replace("evaluations", "task=0.0, logits=1.0, evaluations")),
     "ours+lora, both": ("ours", OWN.replace("evaluations", "logits=1.0, evaluations")),
@@ -64,7 +69,7 @@ def pruned(base: str, args: argparse.Namespace) -> Any:
     if not folder.exists():
         result = spacompiler.compile(
             MODEL, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
-            out=folder, **COMMON, **CALIBRATION, **BASES[base])
+            out=folder, **{**COMMON, **CALIBRATION, **BASES[base]})
         print(base, result.plan.costs["body"], result.job.notes, flush=True)
     return spacompiler.load(folder)
 

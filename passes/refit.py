@@ -24,7 +24,8 @@ class Refit:
     have: few samples then lead to little or no change. b is free where the operator has a bias
     and `bias` is set; then covariances stand in for second moments. With `sequential`, x is what
     the pruned and repaired network gives, y what the dense one gives, and with `residual` y also
-    makes good what is wrong in the sum that the product is added into. `batch_norm` takes the
+    makes good what is wrong in the sum that the product is added into; with `every`, layers that
+    lose nothing are fit to what they read now, too. `batch_norm` takes the
     statistics of batch norms anew afterwards.
     """
 
@@ -34,12 +35,15 @@ class Refit:
     independent: float = 1 / 3
     sequential: bool = False
     residual: bool = False
+    every: bool = False
     create_biases: bool = False
     batch_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.damping is not None and self.damping < 0:
             raise TypeError("damping must not be negative")
+        if self.every and not self.sequential:
+            raise TypeError("every asks for sequential: else such layers read what they did")
         if not 0 < self.independent <= 1:
             raise TypeError("independent is a share, above 0 and at most 1")
 

@@ -71,12 +71,13 @@ class Site:
     kept: torch.Tensor
 
 
-def sites(solution: Solution, choices: Choices,
-          among: set[str] | None = None) -> tuple[list[Site], list[str]]:
+def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *,
+          every: bool = False) -> tuple[list[Site], list[str]]:
     """Return the consumers that a plan takes features from, in program order, and what is left out.
 
     Arrays that several operators read (tied ones) and products with computed arrays stay as
-    they are. `among` names the nodes to look at.
+    they are. `among` names the nodes to look at; with `every`, consumers that keep all features
+    are sites too, from the first that loses some.
     """
     graph = solution.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -86,16 +87,16 @@ def sites(solution: Solution, choices: Choices,
               for read in group.reads}
     wanted = wanted if among is None else wanted & among
     found, left = [], []
-    for node in (n for n in graph.nodes if n.name in wanted):
+    for node in (n for n in graph.nodes if n.name in wanted or (every and found)):
         at = consumer(graph, nodes[node.name])
         if at is None:
             continue
         weight = graph.tensors[at.weight].weight
         kept = _kept(solution, at, choices)
-        if kept.all():
+        if kept.all() and not (every and found):
             continue
         if weight is None or readers[weight] > 1:
-            left.append(node.title())
+            left.extend([] if kept.all() else [node.title()])
             continue
         found.append(Site(at, weight, _bias(solution, at, readers), kept))
     return found, left
@@ -184,11 +185,11 @@ class Repairer:
             gap = self._gap(at, dense, pruned) if residual else None
             reads = dense.reads(at.node.name, at.tensor)
             evidence = _of_pair(at, weight, reads, pruned.reads(at.node.name, at.tensor), gap)
-            if not (sums := context.inputs(at)) or "covariance" not in sums:
-                first = _of_pair(at, weight, reads, reads, None)
-            else:
-                first = self.of_dense(context, site)
-            self._repair(site, self._solved(site, weight.double(), first)[0], evidence)
+            if not site.kept.all():
+                first = self.of_dense(context, site) if "covariance" in context.inputs(at) else \
+                    _of_pair(at, weight, reads, reads, None)
+                weight = self._solved(site, weight.double(), first)[0]
+            self._repair(site, weight, evidence)
             for name in filter(None, (site.weight, site.bias)):
                 pruned.put(name, self.stored(name))
 
@@ -357,7 +358,7 @@ def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any
 
     Raises SpaError if it `must` and there is nothing to repair.
     """
-    found, left = sites(solution, choices)
+    found, left = sites(solution, choices, every=getattr(compensation, "every", False))
     worker = Repairer(trace, solution, choices, compensation)
     if getattr(compensation, "weights", True) is False:
         found, left = [], []

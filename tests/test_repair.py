@@ -108,7 +108,8 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "grouped": (lambda: convolutions(4), (3, 8, 8)),
 }
 REPAIRS = ("bias", "refit(bias=False)", "refit", "refit(create_biases=True)",
-           "refit(sequential=True)", "refit(sequential=True, residual=True)")
+           "refit(sequential=True)", "refit(sequential=True, residual=True)",
+           "refit(sequential=True, residual=True, every=True)")
 
 
 def compiled(case: str, repair: Any, **more: Any) -> tuple[Any, torch.Tensor, nn.Module]:
