@@ -86,7 +86,8 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     wanted = {read.node for group in solution.groups.values() if group.atom in choices
               for read in group.reads}
     wanted = wanted if among is None else wanted & among
-    found, left = [], []
+    found: list[Site] = []
+    left: list[str] = []
     for node in (n for n in graph.nodes if n.name in wanted or (every and found)):
         at = consumer(graph, nodes[node.name])
         if at is None:
