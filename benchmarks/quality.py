@@ -77,11 +77,8 @@ METHODS: dict[str, Method] = {
     "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
     "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
     "ours, measured": Method("curvature", "measured", "refit", (), 0.02),
-    "ours, own text": Method("curvature", "measured", "refit", (), 0.02, 24),
-    "ours, residual": Method("curvature", "measured", "refit(sequential=True, residual=True)", (),
-                             0.02, 24),
-    "ours": Method("curvature", "measured", "refit(sequential=True, residual=True, every=True)",
-                   (), 0.02, 24),
+    "ours": Method("curvature", "measured",
+                   "refit(sequential=True, residual=True, damping=0.2)", (), 0.02),
 }
 
 

@@ -199,6 +199,7 @@ class Gradients:
                 self._second({n: a for n, a in leaves.items() if n in learned}, value)
             elif gated or learned or probed:
                 value.backward()
+        runner.close()
 
     def _probes(self) -> dict[str, Override]:
         """Consumers with a zero added to what they give, whose gradient is taken."""

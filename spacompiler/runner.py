@@ -114,6 +114,14 @@ class Runner(fx.Interpreter):
         for done in self.user_to_last_uses.get(node, []):
             del self.env[done]
 
+    def close(self) -> None:
+        """Let go of all values, and of closures that may refer to this runner.
+
+        Else what a run held would stay until Python next looks for cycles, batch after batch.
+        """
+        self.env, self.args_iter = {}, iter(())
+        self._touch, self._override = None, {}
+
     def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         flat = iter(pytree.tree_leaves((args, kwargs)))
         values = []
