@@ -40,8 +40,8 @@ BASES: dict[str, dict[str, Any]] = {
                  "repair": "refit"},
     # heads too; slices are chosen on more of the tokens that are trained on
     "ours": {"importance": "curvature", "allocation": "measured", "floor": 0.02,
-             "repair": "refit(sequential=True, residual=True, create_biases=True)",
-             "roles": ("channel", "head"), "samples": 128, "sampled": 64},
+             "repair": "refit(sequential=True, residual=True, damping=0.2, create_biases=True)",
+             "roles": ("channel", "head"), "samples": 128},
 }
 STEP = "accumulate=1"
 # rank 8, alpha 16, dropout 0.05 on every linear layer of a block, as LLM-Pruner released it

@@ -100,3 +100,28 @@ def test_cross_entropy_has_two_derivatives_and_leaves_rows_out() -> None:
     (found,) = torch.autograd.grad(cross_entropy(x, targets), x)
     assert not found[2].any()
     assert found[0].any()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "curvature"])
+def test_a_batch_leaves_nothing_behind(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the collector of cycles, what a run held is given back all the same."""
+    import gc
+    import weakref
+
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(gradients.OverridingRunner):
+        def _execute(self, n: torch.fx.Node) -> object:
+            result = super()._execute(n)
+            if isinstance(result, torch.Tensor) and n.op == "call_function":
+                held.append(weakref.ref(result))
+            return result
+
+    monkeypatch.setattr(gradients, "OverridingRunner", Watched)
+    gc.collect()
+    gc.disable()
+    try:
+        scored("zoo:llama-gqa", criterion)
+        assert held and not [r for r in held if r() is not None]
+    finally:
+        gc.enable()
