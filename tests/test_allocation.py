@@ -117,7 +117,7 @@ def test_standardised_keeps_what_lies_above_one_z_score(network: Any) -> None:
 def measured(network: Any, compensation: Any = None) -> Measure:
     net, trace, solution = network
     torch.manual_seed(1)
-    batches = [((torch.randn(32, 8),), {}) for _ in range(3)]
+    batches = [((torch.randn(32, 8) + 1,), {}) for _ in range(3)]
     context = Scores(trace, solution)
     groups = allocation.candidates(solution, roles=("channel",))
     scores = {g.name: np.arange(g.size, dtype=float) for g in groups}
@@ -181,6 +181,8 @@ def test_changes_foresee_what_moves_do(network: Any, compensation: Any) -> None:
     found = np.array(list(actual.values()))
     assert np.corrcoef(foreseen, found)[0, 1] > 0.97
     assert np.abs(foreseen - found).mean() < 0.25 * np.abs(found).mean()
+    slopes = np.array([changes[m].slope for m in actual])
+    assert np.abs(foreseen - found).mean() < 0.7 * np.abs(slopes - found).mean()
     assert all(c.curvature >= 0 for c in changes.values())
 
 
