@@ -28,13 +28,7 @@ import torch
 
 from spacompiler import allocation, pipeline, registry, source
 from spacompiler import measure as measurements
-from spacompiler.calibration import (
-    Calibration,
-    perplexity,
-    python_text,
-    windows,
-    with_sampled,
-)
+from spacompiler.calibration import perplexity, python_text, windows
 from spacompiler.decision import allocate_counts
 from spacompiler.recipe import Recipe
 from spacompiler.repair import add_biases, unbiased
@@ -49,15 +43,14 @@ MLP = ("*.mlp.*",)
 
 @dataclass(frozen=True)
 class Method:
-    """A row: passes by name, which groups may go (all channels and heads, or `only`), and how
-    many windows the model writes itself beside the calibration windows that all rows share."""
+    """A row: passes by name, and which groups may go (all channels and heads, or `only`)."""
 
     importance: Any
     allocation: str = "uniform"
     repair: str = "none"
     only: tuple[str, ...] = MLP
     floor: float = 0.0
-    sampled: int = 0
+    needs: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -95,20 +88,13 @@ class Bench:
     seed: int = 0
     trace: Any = None
     solution: Any = None
-    contexts: dict[int, Any] = field(default_factory=dict)
-    made: dict[int, list[Any]] = field(default_factory=dict)
+    context: Any = None
     done: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    def batches(self, method: Method) -> list[Any]:
-        """The windows that all rows share, and what the model writes beside them for this one."""
-        if method.sampled not in self.made:
-            shared = Calibration("", [((), {"input_ids": part})
-                                      for part in self.calibration.split(2)])
-            self.made[method.sampled] = list(shared.batches if not method.sampled else with_sampled(
-                shared, self.inputs, tokenizer=self.tokenizer, count=method.sampled, length=LENGTH,
-                batch=2, seed=self.seed, module=self.module).batches)
-        return self.made[method.sampled]
+    @property
+    def batches(self) -> list[Any]:
+        return [((), {"input_ids": part}) for part in self.calibration.split(2)]
 
     def analyse(self) -> None:
         """Trace; zero biases are put where some row's repair needs one, the same for all rows."""
@@ -117,6 +103,7 @@ class Bench:
         add_biases(self.module, paths)
         self.trace, self.solution = TORCH.trace(self.module, self.inputs)
         self.stored = dict(self.trace.program.state_dict)
+        self.context = Scores(self.trace, self.solution, self.seed)
 
     def candidates(self, method: Method) -> list[Any]:
         return allocation.candidates(self.solution, roles=("channel", "head"), only=method.only)
@@ -134,16 +121,8 @@ class Bench:
 
 
 def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
-    """Score every group by every method, in one pass for all that see the same windows."""
-    for count in sorted({m.sampled for m in methods.values()}):
-        _gather(bench, {n: m for n, m in methods.items() if m.sampled == count}, count)
-
-
-def _gather(bench: Bench, methods: Mapping[str, Method], count: int) -> None:
-    """Run the pass, or read what an earlier run gathered."""
-    place = bench.results.with_suffix(f".{count}.pt" if count else ".pt")
-    context = bench.contexts[count] = Scores(bench.trace, bench.solution, bench.seed)
-    batches = bench.batches(next(iter(methods.values())))
+    """Score every group by every method, from one pass, or read what an earlier run gathered."""
+    place = bench.results.with_suffix(".pt")
     held = torch.load(place, weights_only=True) if place.exists() else {"scores": {}, "inputs": {}}
     missing = {n: m for n, m in methods.items() if n not in held["scores"]}
     groups = bench.candidates(Method("random", only=()))
@@ -155,31 +134,31 @@ def _gather(bench: Bench, methods: Mapping[str, Method], count: int) -> None:
             needs -= {"curvature"}
         start = time.perf_counter()
         with peak() as memory:
-            context.calibrate(needs, batches if needs else [], pipeline.default_loss,
-                              groups=groups, tick=lambda: print(
-                                  ".", end="", file=sys.stderr, flush=True))
+            bench.context.calibrate(needs, bench.batches if needs else [], pipeline.default_loss,
+                                    groups=groups, tick=lambda: print(
+                                        ".", end="", file=sys.stderr, flush=True))
         bench.done.setdefault("calibration", []).append(
             {"statistics": sorted(needs), "seconds": round(time.perf_counter() - start),
              "memory_mb": memory[0], "rows": list(missing)})
         if held["inputs"]:
-            _give(context, held["inputs"])
-        context._gradients.curvature.update(held.get("curvature", {}))
+            _give(bench.context, held["inputs"])
+        bench.context._gradients.curvature.update(held.get("curvature", {}))
         every: dict[Any, dict[str, torch.Tensor]] = {}
         for name, importance in passes.items():
             own = every.setdefault(importance, {})
             for group in bench.candidates(missing[name]):
                 if group.name not in own:
-                    own[group.name] = importance.score(group, context).double()
+                    own[group.name] = importance.score(group, bench.context).double()
             held["scores"][name] = dict(own)
             print(f"scored {name}", file=sys.stderr, flush=True)
         held["inputs"] = {
             key: {"count": s["covariance"].count, "total": s["covariance"].total,
-                  "gram": s["covariance"].gram} for key, s in context._inputs.items()}
-        held["curvature"] = context._gradients.curvature
+                  "gram": s["covariance"].gram} for key, s in bench.context._inputs.items()}
+        held["curvature"] = bench.context._gradients.curvature
         torch.save(held, place)
         bench.save()
-    _give(context, held["inputs"])
-    bench.scores |= held["scores"]
+    _give(bench.context, held["inputs"])
+    bench.scores = held["scores"]
 
 
 def _give(context: Scores, inputs: Mapping[str, Any]) -> None:
@@ -221,14 +200,13 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
     bench.restore()
     start = time.process_time()
     key = f"{share} {method.importance} {method.allocation} {method.repair.partition('(')[0]} " \
-        f"{method.only} {method.floor} {method.sampled}"
+        f"{method.only} {method.floor}"
     known = bench.done.setdefault("counts", {})
     with peak() as memory:
         job = pipeline.make_job(bench.module, bench.inputs, recipe, importance=method.importance,
                                 allocator=method.allocation, repair=method.repair,
-                                calibration=[kwargs for _, kwargs in bench.batches(method)])
-        job.trace, job.solution, job.context = bench.trace, bench.solution, \
-            bench.contexts[method.sampled]
+                                calibration=[kwargs for _, kwargs in bench.batches])
+        job.trace, job.solution, job.context = bench.trace, bench.solution, bench.context
         job.candidates = bench.candidates(method)
         job.scores = {n: s.numpy() for n, s in bench.scores[name].items()}
         if key not in known:

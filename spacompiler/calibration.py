@@ -146,25 +146,6 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
     return Calibration(f"{len(batches)} batches", batches)
 
 
-def with_sampled(found: Calibration, inputs: Inputs, *, tokenizer: Any, count: int, length: int,
-                 batch: int, seed: int, module: Any) -> Calibration:
-    """Return the calibration with `count` windows more that the module makes up, spread evenly.
-
-    A language model's own text keeps a repair from fitting one kind of text alone.
-    """
-    from .sampling import sampled
-
-    if not found.real:
-        raise UsageError("sampled windows stand beside calibration data, and there is none",
-                         fix="give --calibration sampled, or a text")
-    made = sampled(module, inputs, tokenizer, samples=count, length=length, batch=batch,
-                   seed=seed)
-    own = [((i + 0.5) / len(found.batches), b) for i, b in enumerate(found.batches)]
-    more = [((i + 0.5) / len(made), b) for i, b in enumerate(made)]
-    both = [b for _, b in sorted(own + more, key=lambda pair: pair[0])]
-    return Calibration(f"{found.origin}, {count} windows sampled from the model itself", both)
-
-
 def default_loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Next-token cross-entropy where results are logits over `input_ids`; else against the
     model's own predictions (cross-entropy with its argmax over the last dimension)."""

@@ -67,8 +67,6 @@ def compile(
     layout: Annotated[str, typer.Option(help="auto, uniform (stock transformers) or any.")]
     = "auto",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 16,
-    sampled: Annotated[int, typer.Option(
-        help="Windows beside them that the model writes itself.")] = 0,
     length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 128,
     batch: Annotated[int, typer.Option(help="Windows in a calibration batch.")] = 2,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
@@ -111,7 +109,7 @@ def compile(
             "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
             "ignore": tuple(ignore or ()), "modules": tuple(module or ()),
             "approximate": approximate, "align": align,
-            "floor": floor, "layout": layout, "samples": samples, "sampled": sampled,
+            "floor": floor, "layout": layout, "samples": samples,
             "length": length, "batch": batch, "seed": seed, "prove": prove, "onnx": onnx,
             "decoder": decoder, "int8": int8, "latency": latency,
             "combine": combine, "keep_adapter": keep_adapter, "recover_samples": recover_samples}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import allocation, registry
-from .calibration import Calibration, default_loss, resolve, with_sampled
+from .calibration import Calibration, default_loss, resolve
 from .decision import decide
 from .errors import ControlError, SpaError, TargetError, TraceError, UsageError
 from .frontends.torch_export import Inputs
@@ -293,10 +293,6 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed, module=module)
-    if recipe.sampled and needs:
-        batches = with_sampled(batches, inputs, tokenizer=tokenizer, count=recipe.sampled,
-                               length=recipe.length, batch=recipe.batch, seed=recipe.seed,
-                               module=module)
     fits = isinstance(module, nn.Module) and trains is None and not recipe.keep_adapter
     job = Job(recipe, module, inputs, scorer,
               registry.find("allocation", allocator or recipe.allocation), batches,

@@ -25,7 +25,6 @@ class Recipe:
     `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go, and
     `modules` which sub-modules to compile in place of the whole; `align`
     is a multiple for widths (None: what the CPU wants); `floor` the least share of each group.
-    `samples` windows are calibrated on, and `sampled` more that the model writes itself;
     `repair` auto is `refit` where scoring reads real calibration data anyway, else none;
     `adapters` are directories, `DIR` or `DIR=weight`.
     """
@@ -45,7 +44,6 @@ class Recipe:
     layout: str = "auto"
     calibration: str = ""
     samples: int = 16
-    sampled: int = 0
     length: int = 128
     batch: int = 2
     seed: int = 0
@@ -77,8 +75,6 @@ class Recipe:
         for name in ("samples", "batch", "recover_samples", "recover_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        if self.sampled < 0:
-            raise UsageError(f"sampled must not be negative, but is {self.sampled}")
         if self.combine not in COMBINATIONS:
             raise UsageError(f"unknown combination {self.combine!r}",
                              fix=did_you_mean(self.combine, COMBINATIONS))

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler.calibration import Calibration, with_sampled
-from spacompiler.errors import UsageError
 from spacompiler.models_zoo import load
 from spacompiler.passes.refit import Bias, Refit
 from spacompiler.repair import Evidence
@@ -204,20 +202,6 @@ def test_a_language_model_writes_its_own_calibration_text() -> None:
     assert all(torch.equal(a[1]["input_ids"], b[1]["input_ids"])
                for a, b in zip(made, again, strict=True))
     assert len({tuple(row) for _, kw in made for row in kw["input_ids"].tolist()}) > 1
-
-
-def test_text_of_its_own_stands_beside_the_calibration() -> None:
-    net, x = convolutions(), torch.randn(16, 3, 8, 8)
-    options: dict[str, Any] = {"tokenizer": None, "batch": 4, "length": 8, "seed": 0,
-                               "module": net}
-    given = Calibration("given", [((part,), {}) for part in x.split(4)])
-    both = with_sampled(given, (x[:4],), count=8, **options)
-    places = [i for i, (args, _) in enumerate(both.batches)
-              if not any(torch.equal(args[0], own[0]) for own, _ in given.batches)]
-    assert len(both.batches) == 6 and places == [1, 4]
-    assert both.origin == "given, 8 windows sampled from the model itself"
-    with pytest.raises(UsageError, match="stand beside calibration data"):
-        with_sampled(Calibration("none", [((x,), {})], real=False), (x[:4],), count=8, **options)
 
 
 def test_a_sequential_ridge_leads_back_to_the_one_shot_repair() -> None:
