@@ -81,7 +81,7 @@ def changes(node: ast.AST) -> Iterator[Change]:
             isinstance(a, (ast.Starred, ast.GeneratorExp)) for a in node.args):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(
             node.func, "id", "")
-        if name not in SYMMETRIC:
+        if name not in SYMMETRIC and ast.dump(node.args[0]) != ast.dump(node.args[1]):
             yield "arguments swapped", _set("args", node.args[::-1])
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         called = node.value.func
@@ -180,7 +180,29 @@ HARMLESS: dict[tuple[str, str, str], str] = {
         "the way of dealt axes does for others too, slower",
     ("axes", "parts[inner].size, -1)", "number 1 -> 2"): "numpy infers any negative size",
     ("idioms", "return users[0] if len(users) == 1", "number 0 -> -1"): "there is one user",
-    ("idioms", "uses.uncast(refs[0].name)", "number 0 -> -1"): "there is one operand",
+    ("idioms", "if count < 2", "number 2 -> 1"): "one factor has one order",
+    ("idioms", "(a, b) in enumerate(zip(old, new", "arguments swapped"):
+        "whether two sizes differ is symmetric",
+    ("shapes", "for e, o in zip(made, s.dims[other]", "arguments swapped"):
+        "relating is symmetric",
+    ("writes", "enumerate(zip(x, ", "arguments swapped"): "relating is symmetric",
+    ("reductions", "zip(dims[-width:], s.dims[ref]", "arguments swapped"):
+        "relating is symmetric",
+    ("solver", "zip(self.dims[value], self.dims[stored_in]", "arguments swapped"):
+        "relating is symmetric",
+    ("shapes", "made = list(parts[0])", "number 0"): "parts agree in the other dimensions",
+    ("shapes", "if have < want:", "comparison turned"): "they differ here",
+    ("writes", "for a in n.args[3:]", "number 3 -> 2"): "the index agrees with itself",
+    ("reductions", "in filter(None, operands(n)[2:])", "number 2 -> 1"):
+        "the second operand is no tensor",
+    ("reductions", 'n.kwargs.get("p", 2)', "number 2"): "any positive order reads alike",
+    ("reductions", "if isinstance(dims, bool)", "condition False"):
+        "the row then gives other sizes than the program, and all freezes too",
+    ("primitives", "128 // int(digits)", "number 128 -> 129"): "rounded down it is the same",
+    ("axes", "if not flat:", "condition False"):
+        "an empty nest of its own has no atoms and size one: all treat it as ONE",
+    ("axes", "if a is b:", "condition False"): "part by part they are found equal, slower",
+    ("groups", "seen.add(key)", "add dropped"): "narrowing twice is narrowing once",
 }
 """(module, part of the line, start of the fault): why results are the same with it."""
 

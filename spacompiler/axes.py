@@ -477,10 +477,11 @@ class Space:
         """Unify cell by cell: each takes from `other` the positions that it holds."""
         own = cells(total)
         if len(own) == 1 and len(cells(other)) == 1:
-            if isinstance(own[0][0], Atom):
-                self.bind(own[0][0], self.carve(other, own[0][1]))
-                return
-            raise Clash(f"{show(total)} and {show(other)} nest differently")
+            ((cell, at),) = own
+            if not isinstance(cell, Atom):
+                raise Clash(f"{show(total)} and {show(other)} nest differently")
+            self.bind(cell, self.carve(other, at))
+            return
         for cell, at in own:
             self.unify(cell, self.carve(other, at))
 
@@ -488,12 +489,11 @@ class Space:
         if total.order is not None or (isinstance(other, Sum) and other.order is not None):
             self._unify_dealt(total, other)
             return
-        rest, tail = other, total.parts
-        while len(tail) > 1:
-            head, tail = tail[0], tail[1:]
+        rest = other
+        for head in total.parts[:-1]:
             left, rest = self.split(rest, head.size)
             self.unify(head, left)
-        self.unify(tail[0], rest)
+        self.unify(total.parts[-1], rest)
 
     def _unify_prod(self, a: Prod, b: Prod) -> None:
         small, large = a.parts[-1], b.parts[-1]

@@ -211,8 +211,9 @@ def _offset_weight(uses: _Uses, name: str) -> tuple[str, float] | None:
     constants = [a for a in maker.args if isinstance(a, (int, float))]
     if len(refs) != 1 or len(constants) != 1:
         return None
-    weight = uses.graph.tensors[uses.uncast(refs[0].name)].weight
-    return (weight, float(constants[0])) if weight is not None else None
+    (ref,), (constant,) = refs, constants
+    weight = uses.graph.tensors[uses.uncast(ref.name)].weight
+    return (weight, float(constant)) if weight is not None else None
 
 
 # --- one axis dealt out in another order ------------------------------------------------------

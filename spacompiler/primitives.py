@@ -108,7 +108,7 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
                 _meet(s, n, names[0], e, bound)
             elif names:
                 _nest(s, n, names, e, bound)
-            elif e is not ONE:
+            else:
                 s.space.freeze(e, f"{n.op} works along it")
         s.reads += [Read(n.name, ref, d, "contract") for d in operand.reads]
         present.append(operand.letters)
@@ -167,7 +167,7 @@ def grouped_mm(s: Solver, n: Node) -> None:
     """grouped_mm(x, weights, ends): rows of x by the expert they go to; its kernel wants rows
     of whole 16 bytes."""
     bound = relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n))
-    digits = "".join(filter(str.isdigit, s.graph.tensors[n.args[1].name].dtype))
+    digits = "".join(filter(str.isdigit, s.graph.tensors[next(n.refs())].dtype))
     for letter in "io":
         s.multiples.append((bound[letter], 128 // int(digits)))
 
@@ -189,19 +189,18 @@ def embedding(s: Solver, n: Node) -> None:
 
 def matmul(s: Solver, n: Node) -> None:
     """numpy's matmul: vectors are completed, leading dimensions broadcast."""
-    a, b = (len(s.dims[ref.name]) for ref in n.args[:2])
+    a, b = (len(s.dims[ref.name]) for ref in n.args)
     left = "k" if a == 1 else "... n k"
     right = "k" if b == 1 else "... k m"
     result = ("" if a == 1 else "n ") + ("" if b == 1 else "m")
-    lead = "" if a == 1 and b == 1 else "... "
-    relate_pattern(s, n, f"{left}, {right} -> {lead}{result}", operands(n))
+    relate_pattern(s, n, f"{left}, {right} -> ... {result}", operands(n))
 
 
 def plus(text: str) -> Row:
     """(bias, a, b): a product in notation; the bias broadcasts to it."""
 
     def row(s: Solver, n: Node) -> None:
-        relate_pattern(s, n, text, operands(n)[1:3])
+        relate_pattern(s, n, text, operands(n)[1:])
         s.put(n.outputs[0], broadcast(s, n, [s.dims[n.outputs[0]], s.dims[n.args[0].name]]))
 
     return row

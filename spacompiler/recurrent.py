@@ -57,7 +57,7 @@ def cell(gates: int) -> Row:
         for ref in (x, *states):
             s.relate(s.dims[ref][0], batch, n)
         s.relate(fed, hidden, n)
-        arrays = [a.name for a in n.args[2:6] if isinstance(a, Ref)]
+        arrays = [a.name for a in n.args[2:] if isinstance(a, Ref)]
         _weights(s, n, arrays, (batch,), (s.dims[x][1], fed, hidden), gates, inner=False)
         s.read(n, x, 1, "contract")
         _put(s, n, [(batch, hidden)] * len(n.outputs))

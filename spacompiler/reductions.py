@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .axes import ONE, Clash, Expr, is_frozen
@@ -68,19 +69,27 @@ def along(argument: int = 1, keyword: str = "dim", default: Any = -1) -> Row:
     """
 
     def row(s: Solver, n: Node) -> None:
-        ref = next(n.refs())
-        dims = s.dims[ref]
         given = n.arg(argument, keyword, default)
         if default is None and not given and given != 0:
-            given = range(len(dims))
-        for d in given if isinstance(given, (list, tuple, range)) else [given]:
-            s.space.freeze(dims[d], f"{n.op} works along it")
-        for out in n.outputs:
-            shape = s.shape(out)
-            s.put(out, [e if e.size == shape[i] else s.space.atom(shape[i], f"result of {n.op}")
-                        for i, e in enumerate(dims)])
+            given = range(len(s.dims[next(n.refs())]))
+        _mixed(s, n, given if isinstance(given, (list, tuple, range)) else [given])
 
     return row
+
+
+def triangle(s: Solver, n: Node) -> None:
+    """tril / triu: which positions stay depends on both of the last two dimensions."""
+    _mixed(s, n, (-1, -2))
+
+
+def _mixed(s: Solver, n: Node, along: Iterable[int]) -> None:
+    dims = s.dims[next(n.refs())]
+    for d in along:
+        s.space.freeze(dims[d], f"{n.op} works along it")
+    for out in n.outputs:
+        shape = s.shape(out)
+        s.put(out, [e if e.size == shape[i] else s.space.atom(shape[i], f"result of {n.op}")
+                    for i, e in enumerate(dims)])
 
 
 def layer_norm(s: Solver, n: Node) -> None:
@@ -88,10 +97,9 @@ def layer_norm(s: Solver, n: Node) -> None:
     x = n.args[0].name
     width = len(n.args[1])
     dims = s.dims[x]
-    for ref in operands(n)[2:4]:
-        if ref is not None:
-            for e, other in zip(dims[-width:], s.dims[ref], strict=True):
-                s.relate(e, other, n)
+    for ref in filter(None, operands(n)[2:]):
+        for e, other in zip(dims[-width:], s.dims[ref], strict=True):
+            s.relate(e, other, n)
     for i, e in enumerate(dims[-width:], start=len(dims) - width):
         s.read(n, x, i, "norm")
         s.roles.append((e, "normalised"))
@@ -104,9 +112,9 @@ def layer_norm(s: Solver, n: Node) -> None:
 
 def rms_norm(s: Solver, n: Node) -> None:
     """aten.rms_norm(x, shape, gain, eps): exact once gain and eps are corrected."""
-    x, (*gain, _) = n.args[0].name, [*operands(n)[2:3], None]
+    x = n.args[0].name
     e = s.dims[x][-1]
-    for ref in filter(None, gain):
+    for ref in filter(None, operands(n)[2:]):
         for i, other in enumerate(reversed(s.dims[ref])):
             s.relate(s.dims[x][-1 - i], other, n)
     if n.name in s.norms:
@@ -123,7 +131,7 @@ def weight_norm(s: Solver, n: Node) -> None:
     v, g = s.dims[n.args[0].name], s.dims[n.args[1].name]
     dim = n.arg(2, "dim", 0) % len(v)
     s.freeze([e for d, e in enumerate(v) if d != dim], f"{n.op} takes a norm over it")
-    s.relate(v[dim], g[dim] if len(g) == len(v) else g[0], n)
+    s.relate(v[dim], g[dim % len(g)], n)
     s.put(n.outputs[0], v)
 
 
@@ -131,14 +139,14 @@ def group_norm(s: Solver, n: Node) -> None:
     """group_norm(x, groups, gain, bias): whole groups may go; what goes from inside a group
     changes its statistics."""
     inside = norm_groups(s, n)
-    if inside.size > 1 and not is_frozen(inside):
+    if not is_frozen(inside):
         s.read(n, n.args[0].name, 1, "norm")
         s.approximate.append((inside, f"statistics of {n.title()} are taken over a group"))
 
 
 def norm_groups(s: Solver, n: Node) -> Expr:
     """Relate the operands of group_norm(x, groups, gain, bias); returns the inside of a group."""
-    refs = [n.args[0].name, *operands(n)[2:4]]
+    refs = [n.args[0].name, *operands(n)[2:]]
     relate_pattern(s, n, "b (g i) !*, (g i), (g i) -> b (g i) !*", refs,
                    sizes={"g": (1, "num_groups")})
     channels = s.dims[n.args[0].name][1]
@@ -173,8 +181,6 @@ def indexed(s: Solver, n: Node, shape: tuple[int, ...] = ()) -> list[Expr]:
         block = [s.space.atom(shape[where] if shape else 1, "positions of a mask")]
     else:
         block = broadcast(s, n, [s.dims[name] for name, _ in refs])
-        block = [e if is_frozen(e) or e is ONE else s.space.atom(e.size, "an index")
-                 for e in block]
     rest = [e for d, e in enumerate(dims) if d not in at]
     return rest[:where] + block + rest[where:]
 

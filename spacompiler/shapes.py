@@ -31,13 +31,13 @@ def reshape(s: Solver, n: Node) -> None:
 def regroup(s: Solver, dims: Sequence[Expr], shape: Sequence[int]) -> list[Expr]:
     """Flatten each minimal run of dimensions and factor it into the new sizes."""
     made: list[Expr] = []
-    old, new = [e for e in dims if e.size != 1], list(shape)
+    old, new = list(dims), list(shape)
     while new:
-        give = [new.pop(0)]
-        if give[0] == 1:
+        size = new.pop(0)
+        if size == 1:
             made.append(ONE)
             continue
-        take = [old.pop(0)]
+        give, take = [size], [old.pop(0)]
         while (have := math.prod(e.size for e in take)) != (want := math.prod(give)):
             if have < want:
                 take.append(old.pop(0))
@@ -139,7 +139,7 @@ def movedim(s: Solver, n: Node) -> None:
     """movedim(x, source, destination)."""
     dims = s.dims[next(n.refs())]
     source, target = ([d % len(dims) for d in (a if isinstance(a, (list, tuple)) else [a])]
-                      for a in n.args[1:3])
+                      for a in n.args[1:])
     made = [e for d, e in enumerate(dims) if d not in source]
     for at, d in sorted(zip(target, source, strict=True)):
         made.insert(at, dims[d])
@@ -148,7 +148,7 @@ def movedim(s: Solver, n: Node) -> None:
 
 def transpose(s: Solver, n: Node) -> None:
     dims = list(s.dims[next(n.refs())])
-    a, b = (n.args[1], n.args[2]) if len(n.args) > 2 else (-1, -2)
+    a, b = n.args[1:] or (-1, -2)
     if len(dims) > 1:
         dims[a], dims[b] = dims[b], dims[a]
     s.put(n.outputs[0], dims)
@@ -211,10 +211,10 @@ def repeat_interleave(s: Solver, n: Node) -> None:
 def cat(s: Solver, n: Node) -> None:
     """cat(tensors, dim): a Sum along dim, equal elsewhere."""
     parts = [s.dims[ref.name] for ref in n.args[0] if s.shape(ref.name) != (0,)]
-    dim = n.arg(1, "dim", 0) % len(parts[0])
     made = list(parts[0])
+    dim = n.arg(1, "dim", 0) % len(made)
     made[dim] = concat(dims[dim] for dims in parts)
-    for dims in parts[1:]:
+    for dims in parts:
         for i, e in enumerate(dims):
             if i != dim:
                 s.relate(made[i], e, n)
@@ -252,7 +252,7 @@ def split(s: Solver, n: Node) -> None:
         return
     if not base(n.op).endswith("chunk"):
         s.edit(n, ("args", 1), pieces[0])
-    for piece in pieces[1:]:
+    for piece in pieces:
         if piece.size == pieces[0].size:
             s.relate(pieces[0], piece, n)
         else:
@@ -295,12 +295,10 @@ def slice_(s: Solver, n: Node) -> None:
     """slice(x, dim, start, end, step): positions that are no equal runs are picked by number."""
     dims = list(s.dims[next(n.refs())])
     bounds = (n.arg(2, "start"), n.arg(3, "end"), n.arg(4, "step", 1))
-    dim = n.arg(1, "dim", 0) % len(dims)
+    dim = n.args[1] % len(dims)
     size, step = dims[dim].size, bounds[2]
-    positions = np.arange(size)[slice(*bounds)] if step > 0 else np.empty(0, int)
-    end = size if bounds[1] is None else _clamp(bounds[1], size)
-    runs = size % step == 0 and len(positions) == size // step and end == size
-    if s.rewire and step > 1 and len(positions) and not runs:
+    positions = np.arange(size)[slice(*bounds)]
+    if s.rewire and step > 1 and len(positions) and len(positions) * step != size:
         s.gather(n, next(n.refs()), dim, positions)
         return
     cut_dim(s, n, dims, dim, bounds, (("args", 2), ("args", 3)))
@@ -312,9 +310,7 @@ def cut_dim(s: Solver, n: Node, dims: list[Expr], dim: int, bounds: tuple[Any, A
     """Cut one of `dims` in place by (start, end, step); `paths` say where start and end stand."""
     size, step = dims[dim].size, bounds[2]
     if step == -1:
-        s.space.freeze(dims[dim], f"{n.op} turns it around")
-        if not (bounds[0] in (-1, size - 1) and bounds[1] < -size):
-            raise Clash("a part of a dimension, turned around")
+        s.space.freeze(dims[dim], f"{n.op} turns it around")  # all of it: a part has another size
         return
     start, end = span(bounds[0], bounds[1], size)
     if step != 1:
@@ -332,7 +328,7 @@ def cut_dim(s: Solver, n: Node, dims: list[Expr], dim: int, bounds: tuple[Any, A
 def narrow(s: Solver, n: Node) -> None:
     """narrow(x, dim, start, length)."""
     dims = list(s.dims[next(n.refs())])
-    dim, (start, length) = n.args[1] % len(dims), n.args[2:4]
+    dim, (start, length) = n.args[1] % len(dims), n.args[2:]
     start %= dims[dim].size
     left, middle, _ = cuts3(s, dims[dim], start, start + length)
     s.edit(n, ("args", 2), left, when=dims[dim], value=None if start else 0)
@@ -347,6 +343,9 @@ def as_strided(s: Solver, n: Node) -> None:
     if n.arg(3, "storage_offset"):
         raise Clash("it starts inside of its data")
     dims, sizes, strides = s.dims[next(n.refs())], list(n.args[1]), list(n.args[2])
+    reach = sum((k - 1) * step for k, step in zip(sizes, strides, strict=True))
+    if reach >= math.prod(e.size for e in dims):
+        raise Clash("it reaches beyond its data")
     steps = [math.prod(e.size for e in dims[d + 1:]) for d in range(len(dims))]
     first, last = _carried([(e.size, step) for e, step in zip(dims, steps, strict=True)],
                            list(zip(sizes, strides, strict=True)))
@@ -365,16 +364,16 @@ def as_strided(s: Solver, n: Node) -> None:
 
 
 def _carried(source: list[tuple[int, int]], target: list[tuple[int, int]]) -> tuple[int, int]:
-    """How many (size, stride) agree at the start, and at the end, with nothing reaching across."""
+    """How many (size, stride) agree at the start, and at the end (where strides go over them).
+
+    Nothing reaches from one of the first positions into the next: the last would reach beyond.
+    """
     most = min(len(source), len(target))
     last = next((k for k in range(most) if source[~k] != target[~k]), most)
     inner = math.prod(size for size, _ in source[len(source) - last:])
     if any(step % inner for _, step in target[:len(target) - last]):
         last = 0
-    first = next((k for k in range(most - last) if source[k] != target[k]), most - last)
-    while first and sum((k - 1) * step for k, step in target[first:]) >= source[first - 1][1]:
-        first -= 1
-    return first, last
+    return next((k for k in range(most - last) if source[k] != target[k]), most - last), last
 
 
 def _clamp(value: Any, size: int) -> int:
@@ -389,7 +388,7 @@ def span(start: Any, end: Any, size: int) -> tuple[int, int]:
 
 def _strided(s: Solver, e: Expr, start: int, end: int, step: int) -> Expr:
     """x[start::step] picks one member of each run of `step`: runs go or stay whole."""
-    if end != e.size or start >= step or e.size % step:
+    if len(range(start, end, step)) * step != e.size:
         raise Clash("a strided slice that is not one member of equal runs")
     outer, inner = s.space.factor(e, step)
     cuts(s, inner, [1] * step)
@@ -438,5 +437,5 @@ def pad(s: Solver, n: Node) -> None:
             continue
         parts = [s.space.atom(k, "padding") for k in (before,) if k] + [dims[dim]]
         parts += [s.space.atom(k, "padding") for k in (after,) if k]
-        dims[dim] = concat(parts) if len(parts) > 1 else dims[dim]
+        dims[dim] = concat(parts)
     s.put(n.outputs[0], dims)

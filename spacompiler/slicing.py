@@ -113,7 +113,7 @@ def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices) -> torch
         mask = torch.from_numpy(keep_mask(dims, choices)).expand(tensor.shape)
         return tensor[mask].reshape([kept_size(e, choices) for e in dims])
     found = {a: torch.from_numpy(index) for a, index in enumerate(per_axis) if index is not None}
-    if len(found) < 2 or tensor.numel() <= BLOCK:
+    if not found or tensor.numel() <= BLOCK:
         return _select(tensor, found)
     axis, rows = next(iter(found.items()))  # by blocks: what lies between is never held whole
     made = tensor.new_empty([kept_size(e, choices) for e in dims])

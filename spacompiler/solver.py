@@ -99,7 +99,7 @@ class Solver:
     deals: Mapping[str, Deal] = field(default_factory=dict)
     gathers: list[Gather] = field(default_factory=list)
     _taken: set[str] = field(default_factory=set)
-    _read: set[str] | None = None
+    _read: set[str] = field(default_factory=set)
 
     def solve(self) -> Solver:
         """Visit every node once; afterwards `dims` is final and in normal form."""
@@ -117,6 +117,7 @@ class Solver:
                 self.bare.add(tensor.name)
                 self.dims[tensor.name] = tuple(self.space.atom(n, why) for n in tensor.shape)
         self._freeze_unused(stored)
+        self._read.update(self.graph.outputs, *(node.refs() for node in self.graph.nodes))
         for node in self.graph.nodes:
             self._visit(node)
         for value, stored_in in self.graph.written.items():
@@ -173,8 +174,7 @@ class Solver:
         except (Clash, ValueError, LookupError, TypeError, ArithmeticError,
                 StopIteration) as problem:
             self.give_up(node, f"{node.title()}: {problem}")
-        if not self.dims.keys() >= set(node.outputs):
-            self._by_products(node)
+        self._by_products(node)
         for out in node.outputs:
             if tensors[out].dynamic:
                 self._freeze_dynamic(out)
@@ -195,9 +195,6 @@ class Solver:
     def _by_products(self, node: Node) -> None:
         """Results that a row says nothing about: harmless if nothing reads them."""
         silent = [out for out in node.outputs if out not in self.dims]
-        if self._read is None:
-            self._read = {r for other in self.graph.nodes for r in other.refs()}
-            self._read.update(self.graph.outputs)
         if self._read.intersection(silent):
             self.give_up(node, f"by-products of {node.title()} are read")
         for out in silent:

@@ -32,14 +32,15 @@ def _part(s: Solver, n: Node, dim: int, cut: Callable[[], Expr], values: list[Ex
 
 
 def slice_scatter(s: Solver, n: Node) -> None:
-    """slice_scatter(x, part, dim, start, end, step): x with a slice of it replaced."""
+    """slice_scatter(x, part, dim, start, end, step): x with a slice of it replaced.
+
+    A part of every other position is smaller than what lies between the bounds: a clash.
+    """
     x, part = (s.dims[a.name] for a in n.args[:2])
-    dim = n.arg(2, "dim", 0) % len(x)
+    dim = n.args[2] % len(x)
     start, end = span(n.arg(3, "start"), n.arg(4, "end"), x[dim].size)
 
     def cut() -> Expr:
-        if n.arg(5, "step", 1) != 1:
-            raise Clash("a strided slice")
         if is_frozen(x[dim]):
             s.freeze([part[dim]], f"{n.op} writes it into a dimension that stays")
             return part[dim]
@@ -93,7 +94,7 @@ def index_put(s: Solver, n: Node) -> None:
 def scatter(s: Solver, n: Node) -> None:
     """scatter(x, dim, index, values, ...): as gather, written back."""
     x, index = s.dims[n.args[0].name], s.dims[n.args[2].name]
-    others = [s.dims[a.name] for a in n.args[3:4] if isinstance(a, Ref) and s.dims[a.name]]
+    others = [s.dims[a.name] for a in n.args[3:] if isinstance(a, Ref) and s.dims[a.name]]
     dim = n.args[1] % len(x)
     for d, (e, at) in enumerate(zip(x, index, strict=True)):
         values = [dims[d] for dims in others]

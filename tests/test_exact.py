@@ -53,6 +53,8 @@ def test_what_changes_statistics_says_so(name: str) -> None:
     assert show(rows) == want
     groups = [g for g in solution.groups.values() if g.atom in atoms(rows)]
     assert any(bool(g.approximate) != exact for g in groups) or not groups
+    normed = any(norm in name for norm in ("layer_norm", "rms_norm"))
+    assert {g.role for g in groups} <= {"hidden" if normed else "channel"}
     notes = [*reasons(rows), *(why for g in groups for why in g.approximate)]
     assert any(said in note for note in notes) if said else not notes
     if not groups:

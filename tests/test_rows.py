@@ -52,7 +52,7 @@ def program(call: str) -> Graph:
 
 
 def solved(call: str) -> Solver:
-    table = {**TABLE, "fresh": reductions.create(1)}
+    table = type(TABLE)({**TABLE, "fresh": reductions.create(1)})
     return solve(program(call), table, rewire=call.startswith("rewired")).solver
 
 
@@ -79,6 +79,7 @@ def said(solver: Solver) -> list[str]:
     lines += [f"multiples of {k}: {text(e)}" for e, k in solver.multiples]
     lines += [f"macs: {text(*c.macs)}{f' x {c.factor}' if c.factor != 1 else ''}"
               for c in solver.contractions]
+    lines += [f"clash: {clash}" for clash in solver.space.clashes]
     lines += [f"gather {g.source}.{g.dim} {g.index.tolist()}" for g in solver.gathers]
     return lines + [f"table {name}" for name in solver.tables]
 

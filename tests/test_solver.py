@@ -19,6 +19,10 @@ def first_only(s: Solver, n: Node) -> None:
     p.same(s, Node(n.name, n.op, n.args, {}, n.outputs[:1]))
 
 
+def zeros(s: Solver, n: Node) -> None:
+    s.put(n.outputs[0], list(map(s.space.atom, s.shape(n.outputs[0]))))
+
+
 def clashes(s: Solver, n: Node) -> None:
     raise Clash("no common refinement")
 
@@ -26,6 +30,7 @@ def clashes(s: Solver, n: Node) -> None:
 TABLE: Mapping[str, Row] = {
     "linear": p.contract("... i, o i -> ... o"), "add": p.pointwise, "same": p.same,
     "split": first_only, "clash": clashes, "turned": p.contract("a b -> b a"),
+    "merge": p.contract("a b -> (a b)"), "zeros": zeros,
 }
 
 
@@ -122,8 +127,14 @@ PROGRAMS: dict[str, tuple[str, dict[str, str], tuple[str, str]]] = {
         {"a": "4!"}, ("a", "by-products of split")),
     "sizes that vary stay": (
         "parameter a 4x6\n b 4?x6 = same a\n out", {"a": "4! 6"}, ("a", "varies between calls")),
+    "but a nest that varies is one of axes that may go": (
+        "parameter a 4x6\n b 24? = merge a\n c 1 = zeros\n out c b", {"a": "4! 6!"},
+        ("a", "model output b")),
     "what is frozen and varies keeps its reason": (
         "input x 4x6\n b 4?x6 = same x\n out", {"x": "4! 6!"}, ("x", "model input x")),
+    "a constant that an unknown operator takes": (
+        "input x 4\n z 4 = zeros\n b 4 = what z x\n parameter a 4\n c 4 = add a z\n out",
+        {"z": "4!", "a": "4!"}, ("a", "computed without weights by what")),
     "an unknown operator": (
         "parameter a 4\n b 3x2 = what a\n c 3x2 = same b\n out",
         {"a": "4!", "c": "3! 2!"}, ("a", "unknown operator what in layer.what")),
@@ -149,11 +160,14 @@ def test_programs(name: str) -> None:
     assert {t: shown(solution, t) for t in want} == want
     said = [why for e in solution.solver.dims[tensor] for why in reasons(e)]
     assert any(reason in why for why in said), said
+    assert not ("model input" in reason and any("varies" in why for why in said))
 
 
 @pytest.mark.parametrize("text, opaque", [
     ("parameter a 4\n b 4 = what a\n out", ["what"]),
     ("input x 4\n b 4 = what x\n out", []),  # computed from inputs alone: not worth a word
+    ("input x 4\n z 4 = zeros\n b 4 = what x z\n out", []),
+    ("z 4 = zeros\n b 4 = what z\n c 4 = what b\n out", []),
     ("input x 4\n b 4 = what x\n c 4 = other b\n parameter a 4\n d 4 = third a c\n out",
      ["third"]),
     ("parameter a 4\n b 4 = clash a\n c 4 = what b\n out", []),  # all is frozen already

@@ -55,7 +55,7 @@ _ALONG: dict[str, Row] = {
        for op in "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2".split()},
     **{op: r.along(2, "dim", None)
        for op in "fft_fftn fft_ifftn fft_rfftn fft_irfftn".split()},
-    "tril": r.along(9, "", [-1, -2]), "triu": r.along(9, "", [-1, -2]),
+    "tril": r.triangle, "triu": r.triangle,
 }
 
 _REDUCE: dict[str, Row] = {

@@ -110,7 +110,7 @@ STANDARD: dict[str, Op] = {
     "OneHot": Op(p.frozen("makes an axis of classes")),
     "TopK": Op(r.along(), "0 @axis=-1"),
     **_each("CumSum CumProd", r.along(), "0 #1"),
-    "ReverseSequence": Op(r.along(), "0 @time_axis=0"), "Trilu": Op(r.along(9, "", [-1, -2]), "0"),
+    "ReverseSequence": Op(r.along(), "0 @time_axis=0"), "Trilu": Op(r.triangle, "0"),
     **_each("Softmax LogSoftmax Hardmax", r.along(), "0 :softmax"),
     # reductions: those that zeros do not change are read, the others freeze
     **_each("ReduceSum ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSum", r.reduce("sum"),
