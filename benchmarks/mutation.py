@@ -37,9 +37,10 @@ from hypothesis import Phase, settings
 ALGEBRA = "axes notation idioms groups slicing".split()
 PARTS = {  # modules, and the files of their tests
     "algebra": (ALGEBRA, "test_axes test_notation test_idioms test_exact test_permutations "
-                         "test_random_graphs test_labels test_groups test_solver test_slicing"),
+                         "test_random_graphs test_labels test_groups test_solver test_slicing "
+                         "test_rows"),
     "rows": ([m for m in MODULES if m not in ALGEBRA],
-             "test_ops test_solver test_exact test_permutations test_groups"),
+             "test_ops test_rows test_solver test_exact test_permutations test_groups"),
 }
 LEFT_OUT = """solving_is_fast random_networks the_algebra_and_the_marks commutes_with_programs
 a_wrong_row every_row_matters shufflenet golden every_parameter every_operator
