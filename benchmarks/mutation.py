@@ -7,7 +7,7 @@ A fault (faults.py) is one small change of one function: a swapped pair of argum
 turned, a number off by one, a statement that relates, freezes, reads or edits dropped, a letter
 of a pattern exchanged, an operator moved to another row. The tests of these modules (`PARTS`) run
 once in this process, which notes the lines that each reaches and keeps every trace in memory; of
-random networks, and of tiny ones for brute force, there are `GRAPHS` and `TINY` (the suite draws
+random networks, and of tiny ones for brute force, there are `--networks` each (the suite draws
 more). Then each fault is set in a child made by fork. There run the tests that look up an operator
 whose row has changed, or that reach the changed function (those that reach the changed line first,
 quick ones first), until one fails or `--budget` seconds are over.
@@ -46,7 +46,7 @@ LEFT_OUT = """solving_is_fast random_networks the_algebra_and_the_marks commutes
 a_wrong_row every_row_matters shufflenet golden every_parameter every_operator
 other_shapes""".split()
 """Of time alone, of tests themselves, too slow here, or done by `networks` and `marks`."""
-GRAPHS, TINY, EXAMPLES = 60, 60, 20
+GRAPHS, EXAMPLES = 60, 20
 TIMES = 4.0
 """A child may take so many times what its tests take without a fault: then it is in a loop."""
 
@@ -69,24 +69,24 @@ class Check:
 # --- what is run --------------------------------------------------------------------------------
 
 
-def networks() -> Iterator[Check]:
+def networks(count: int) -> Iterator[Check]:
     """Random networks, traced beforehand: slicing commutes."""
     import test_random_graphs as graphs
     from commuting import quick_trace
     from networks import SHAPES, drawn
 
-    for i in range(GRAPHS):
+    for i in range(count):
         net = drawn(SHAPES[i % len(SHAPES)], seeds(i, 8))
         yield _asserts(f"random network {i}", graphs.check, quick_trace(net, net.example()), i, 2)
 
 
-def marks() -> Iterator[Check]:
+def marks(count: int) -> Iterator[Check]:
     """Tiny networks, traced beforehand: brute force."""
     import test_labels as labels
     from commuting import quick_trace
     from networks import drawn
 
-    for i in range(TINY):
+    for i in range(count):
         shape = labels.SHAPES[i % len(labels.SHAPES)]
         net = drawn(shape, seeds(i, 4), labels.TINY, (2, 3, 4))
         yield _asserts(f"marks of tiny network {i}", labels.compare,
@@ -293,7 +293,8 @@ class Run:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         start = time.process_time()
-        checks = [*networks(), *marks(), *map(_item, session.items)]
+        count = self.given.networks
+        checks = [*networks(count), *marks(count), *map(_item, session.items)]
         failed = [said for check in checks if (said := learn(check))]
         assert not failed, f"fails without a fault: {failed}"
         print(f"{len(checks)} tests, {sum(c.seconds for c in checks):.0f} s of CPU, learnt in "
@@ -332,6 +333,7 @@ def main() -> None:
     options.add_argument("--count", type=int, default=80, help="faults to try")
     options.add_argument("--modules", help="only faults of these")
     options.add_argument("--files", help="the tests' files")
+    options.add_argument("--networks", type=int, default=GRAPHS, help="random ones, and tiny ones")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--match", default="", help="only faults whose text holds this")
     options.add_argument("--budget", type=float, default=20.0, help="CPU seconds for each")
