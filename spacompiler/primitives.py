@@ -230,7 +230,7 @@ def _convolve(s: Solver, n: Node, transposed: bool, at: int) -> None:
     i, o = ("(g i)", "(g o)") if grouped else ("i", "o")
     weight = f"{i} o" if transposed else f"{o} i"
     relate_pattern(s, n, f"{batch}{i} !*, {weight} !*, {o} -> {batch}{o} !*", operands(n),
-                   sizes={"g": (at, "groups", 1)} if grouped else {}, factor=math.prod(w[2:]))
+                   sizes={"g": (at, "groups")} if grouped else {}, factor=math.prod(w[2:]))
     if transposed:
         last = s.contractions.pop()
         macs = (*s.dims[n.args[0].name], last.letters["o"])
