@@ -22,8 +22,10 @@ class Refit:
     generalised cross-validation error (Golub, Heath and Wahba, 1979), a share `independent` of
     the samples taken to be independent, and keeps its weights where no refit has less than they
     have: few samples then lead to little or no change. b is free where the operator has a bias
-    and `bias` is set; then covariances stand in for second moments. With `sequential`, x is what
-    the pruned and repaired network gives, y what the dense one gives, and with `residual` y also
+    and `bias` is set; then covariances stand in for second moments. With `sequential`, a second
+    step follows: x is what the pruned and repaired network gives, y what the dense one gives, and
+    the ridge (`leash` times the mean diagonal: what is seen is one kind of data, so that more
+    than noise has to be feared) leads back to the weights of the first. With `residual` y also
     makes good what is wrong in the sum that the product is added into; with `every`, layers that
     lose nothing are fit to what they read now, too. `batch_norm` takes the
     statistics of batch norms anew afterwards.
@@ -34,6 +36,7 @@ class Refit:
     damping: float | None = None
     independent: float = 1 / 3
     sequential: bool = False
+    leash: float = 0.2
     residual: bool = False
     every: bool = False
     create_biases: bool = False
@@ -44,6 +47,8 @@ class Refit:
             raise TypeError("damping must not be negative")
         if self.every and not self.sequential:
             raise TypeError("every asks for sequential: else such layers read what they did")
+        if self.leash < 0:
+            raise TypeError("leash must not be negative")
         if not 0 < self.independent <= 1:
             raise TypeError("independent is a share, above 0 and at most 1")
 
@@ -60,6 +65,11 @@ class Refit:
         if len(k):
             made[:, k] += self._change(weight[:, k], evidence, k, bias)
         return made, mean_shift(made, evidence, k) if bias else torch.zeros_like(evidence.y)
+
+    def again(self, weight: torch.Tensor, evidence: Evidence, kept: torch.Tensor, *,
+              has_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Solve for the second step of a sequential repair."""
+        return replace(self, damping=self.leash).solve(weight, evidence, kept, has_bias=has_bias)
 
     def _change(self, weight: torch.Tensor, evidence: Evidence, k: torch.Tensor,
                 bias: bool) -> torch.Tensor:

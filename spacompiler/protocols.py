@@ -139,7 +139,9 @@ class Compensation(Protocol):
 
     `sequential` asks for evidence from the pruned and repaired network instead of the dense one,
     `residual` for an output that makes good the sum it is added into, `create_biases` for a bias
-    in every linear layer and convolution that loses inputs.
+    in every linear layer and convolution that loses inputs. A pass may have two methods more:
+    `again`, like `solve`, for the second step of a sequential repair, and `draft()`, a quicker
+    pass that stands in for it while allocations are tried out.
     """
 
     name: ClassVar[str]

@@ -190,7 +190,7 @@ class Repairer:
                 first = self.of_dense(context, site) if "covariance" in context.inputs(at) else \
                     _of_pair(at, weight, reads, reads, None)
                 weight = self._solved(site, weight.double(), first)[0]
-            self._repair(site, weight, evidence)
+            self._repair(site, weight, evidence, again=True)
             for name in filter(None, (site.weight, site.bias)):
                 pruned.put(name, self.stored(name))
 
@@ -231,8 +231,9 @@ class Repairer:
         except KeyError:  # the other operand comes later
             return None
 
-    def _repair(self, site: Site, weight: torch.Tensor, evidence: list[Evidence]) -> None:
-        made, shift = self._solved(site, weight.double(), evidence)
+    def _repair(self, site: Site, weight: torch.Tensor, evidence: list[Evidence], *,
+                again: bool = False) -> None:
+        made, shift = self._solved(site, weight.double(), evidence, again=again)
         old = self.stored(site.weight)
         self._put(site.weight, site.consumer.array(made.to(old.dtype), tuple(old.shape)))
         if site.bias is not None:
@@ -240,8 +241,10 @@ class Repairer:
             self._put(site.bias, (bias.double() + shift).to(bias.dtype))
 
     def _solved(self, site: Site, weight: torch.Tensor,
-                evidence: Sequence[Evidence]) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [self.compensation.solve(w, each, kept, has_bias=site.bias is not None)
+                evidence: Sequence[Evidence], *,
+                again: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        solve = getattr(self.compensation, "again" if again else "solve", self.compensation.solve)
+        parts = [solve(w, each, kept, has_bias=site.bias is not None)
                  for w, each, kept in zip(weight, evidence, site.kept, strict=True)]
         return torch.stack([w for w, _ in parts]), torch.cat([shift for _, shift in parts])
 
