@@ -71,7 +71,7 @@ METHODS: dict[str, Method] = {
     "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
     "ours, measured": Method("curvature", "measured", "refit", (), 0.02),
     "ours": Method("curvature", "measured",
-                   "refit(sequential=True, residual=True)", (), 0.02),
+                   "refit(sequential=True, residual=True, every=True)", (), 0.02),
 }
 
 

@@ -40,7 +40,7 @@ BASES: dict[str, dict[str, Any]] = {
                  "repair": "refit"},
     # heads too; slices are chosen on more of the tokens that are trained on
     "ours": {"importance": "curvature", "allocation": "measured", "floor": 0.02,
-             "repair": "refit(sequential=True, residual=True, create_biases=True)",
+             "repair": "refit(sequential=True, residual=True, every=True, create_biases=True)",
              "roles": ("channel", "head"), "samples": 128},
 }
 STEP = "accumulate=1"
