@@ -28,10 +28,11 @@ import torch
 
 from spacompiler import allocation, pipeline, registry, source
 from spacompiler import measure as measurements
+from spacompiler.biases import with_biases
 from spacompiler.calibration import perplexity, python_text, windows
 from spacompiler.decision import allocate_counts
 from spacompiler.recipe import Recipe
-from spacompiler.repair import add_biases, unbiased
+from spacompiler.repair import unbiased
 from spacompiler.scores import Scores
 from spacompiler.statistics import Covariance
 from spacompiler.torch_backend import TORCH
@@ -100,7 +101,7 @@ class Bench:
         """Trace; zero biases are put where some row's repair needs one, the same for all rows."""
         self.trace, self.solution = TORCH.trace(self.module, self.inputs)
         paths = unbiased(self.module, self.solution, self.candidates(Method("random", only=())))
-        add_biases(self.module, paths)
+        self.module = with_biases(self.module, paths, owned=True)
         self.trace, self.solution = TORCH.trace(self.module, self.inputs)
         self.stored = dict(self.trace.program.state_dict)
         self.context = Scores(self.trace, self.solution, self.seed)

@@ -58,6 +58,7 @@ class Job:
     whole_inputs: Any = None
     uniform: bool = False
     biased: bool = False
+    arrays: frozenset[str] = frozenset()
     owned: bool = False
     recovery: Any = None
     recover_data: Calibration | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import artifact
+from .biases import with_biases
 from .emit.module import resize
 from .errors import SpaError
 from .frontends.torch_export import Inputs
@@ -42,7 +43,7 @@ def load_folder(folder: Path, model: nn.Module | None = None) -> nn.Module:
     arrays = artifact.load_weights(folder / "model.safetensors")
     if structure["emission"] == "program":
         return _program(folder, structure, arrays, model)
-    dense = model if model is not None else dense_module(folder, structure)
+    dense = _dense(folder, structure, model)
     return resize(dense, structure["attributes"], arrays).eval()
 
 
@@ -80,6 +81,12 @@ def dense_module(folder: Path, structure: dict[str, Any]) -> nn.Module:
     return _source(structure).module
 
 
+def _dense(folder: Path, structure: dict[str, Any], model: nn.Module | None) -> nn.Module:
+    """Return the dense network, the user's or a new one, with the biases that were added to it."""
+    dense = model if model is not None else dense_module(folder, structure)
+    return with_biases(dense, structure.get("biased", ()), owned=model is None)
+
+
 def _source(structure: dict[str, Any]) -> Any:
     from .source import load as load_source
 
@@ -100,7 +107,7 @@ def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Te
     from .groups import solve
     from .plan import Plan
 
-    dense = model if model is not None else dense_module(folder, structure)
+    dense = _dense(folder, structure, model)
     traced = trace(dense, check_inputs(folder, structure))
     solution = solve(traced.graph, TABLE, rewire=True)
     plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import allocation, registry
+from .biases import with_biases
 from .calibration import Calibration, default_loss, resolve
 from .decision import decide
 from .errors import ControlError, SpaError, TargetError, TraceError, UsageError
@@ -43,6 +44,8 @@ def merge_adapters(job: Job) -> None:
     if merging.is_adapted(job.module):
         job.module, notes = merging.merge_adapted(job.module, job.inputs)
         job.notes.extend(notes)
+    if isinstance(job.module, nn.Module):
+        job.arrays = frozenset(job.module.state_dict())
     if job.recipe.adapters:
         adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
         job.notes.extend(files.other_names(adapters, job.name))
@@ -117,15 +120,14 @@ def _candidates(job: Job) -> list[Group]:
 
 def _add_biases(job: Job) -> None:
     """Put zero biases where consumers lack one, and trace again if any was missing."""
-    from .repair import add_biases, unbiased
+    from .repair import unbiased
 
     if job.backend.repair is None:
         return
     paths = unbiased(job.module, job.solution, job.candidates)
     if not paths:
         return
-    module = job.module if job.owned else copy.deepcopy(job.module)
-    job.module, job.biased = add_biases(module, paths), True
+    job.module, job.biased = with_biases(job.module, paths, owned=job.owned), True
     job.trace, job.solution = job.backend.trace(job.module, job.inputs)
     job.candidates = _candidates(job)
 

@@ -342,15 +342,6 @@ def unbiased(module: nn.Module, solution: Solution, groups: Sequence[Group]) -> 
     return list(dict.fromkeys(found))
 
 
-def add_biases(module: nn.Module, paths: Sequence[str]) -> nn.Module:
-    """Give the named parts of a module a bias of zeros, in place."""
-    for path in paths:
-        part = module.get_submodule(path)
-        weight: torch.Tensor = part.weight  # type: ignore[assignment]
-        part.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
-    return module
-
-
 def draft(compensation: Any) -> Any:
     """Return a compensation pass's quick stand-in for trying plans out, or the pass itself."""
     return getattr(compensation, "draft", lambda: compensation)()

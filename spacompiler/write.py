@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from . import artifact, report
 from .axes import indices
+from .biases import added
 from .emit import hf
 from .emit.attributes import differing
 from .errors import ProofError, SpaError
@@ -139,6 +140,7 @@ def structure(job: Job) -> dict[str, Any]:
     return {"layout": job.layout, "emission": job.emission, "model": job.name,
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
             "trained": job.trained is not None,
+            "biased": added(job.module, job.arrays),
             "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
                        "constants": {k: v for k, v in job.trace.kwargs.items()
                                      if not isinstance(v, torch.Tensor)}}}

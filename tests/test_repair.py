@@ -81,6 +81,11 @@ def test_the_ridge_is_chosen_by_what_the_samples_say(
     assert chosen < of_nothing * nothing
 
 
+class Tokenizer:
+    """All that sampling asks of one."""
+
+    bos_token_id, eos_token_id = 1, 2
+
 class Block(nn.Module):
     """A residual block: the second product is added into the stream."""
 
@@ -143,6 +148,25 @@ def test_a_repaired_artifact_verifies(tmp_path: Any) -> None:
     torch.testing.assert_close(spacompiler.load(tmp_path / "out", model=net)(x), result.module(x))
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "curvature"])
+def test_biases_that_repair_created_load_again(importance: str, tmp_path: Any) -> None:
+    """From the recorded source, whose layers have none, and with the user's own dense module."""
+    result = spacompiler.compile(
+        "zoo:llama-gqa", target="body=60%", importance=importance, align=1, onnx=False,
+        latency=False, repair="refit(create_biases=True)", out=tmp_path / "out",
+        calibration=[{"input_ids": ids} for ids in torch.randint(0, 60, (8, 4, 16))])
+    ids = {"input_ids": torch.arange(8).reshape(2, 4)}
+    want = result.module(**ids).logits
+    dense = load("llama-gqa").build()[0]
+    for module in (spacompiler.load(tmp_path / "out"),
+                   spacompiler.load(tmp_path / "out", model=dense)):
+        assert torch.equal(module(**ids).logits, want)
+    assert not any(name.endswith("down_proj.bias") for name in dense.state_dict())
+    found = {c.name: c for c in verify(tmp_path / "out")}
+    assert all(c.passed in (True, None) for c in found.values())
+    assert "repaired" in found["plan identity"].detail
+
+
 def test_repair_without_data_is_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     with pytest.raises(spacompiler.UsageError, match="needs calibration data"):
@@ -191,10 +215,6 @@ def test_a_language_model_writes_its_own_calibration_text() -> None:
 
     pytest.importorskip("transformers")
     module, inputs = load("llama-gqa").build()
-
-    class Tokenizer:
-        bos_token_id, eos_token_id = 1, 2
-
     made = sampled(module, inputs, Tokenizer(), samples=4, length=8, batch=2, seed=0)
     assert [kw["input_ids"].shape for _, kw in made] == [(2, 8), (2, 8)]
     again = sampled(module, inputs, Tokenizer(), samples=4, length=8, batch=2, seed=0)

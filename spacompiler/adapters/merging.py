@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..biases import add_bias
 from ..errors import ProofError, SpaError
 from ..frontends.torch_export import Inputs, as_call
 from ..proof import relative_error
@@ -162,20 +163,6 @@ def master(module: nn.Module) -> list[str]:
         module.float()
     return [f"adapters are merged in float32, and the result is float32 (from {', '.join(low)})"
             ] if low else []
-
-
-def add_bias(module: nn.Module, path: str) -> bool:
-    """Give a linear layer or convolution a zero bias; False if it has one or is none."""
-    try:
-        layer = module.get_submodule(path)
-    except AttributeError:
-        return False
-    if not hasattr(layer, "bias") or layer.bias is not None:
-        return False
-    size = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
-    weight = layer.weight
-    layer.bias = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device))
-    return True
 
 
 def targets(module: nn.Module, adapter: Adapter) -> set[str]:
