@@ -202,7 +202,11 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ("axes", "if not flat:", "condition False"):
         "an empty nest of its own has no atoms and size one: all treat it as ONE",
     ("axes", "if a is b:", "condition False"): "part by part they are found equal, slower",
-    ("groups", "seen.add(key)", "add dropped"): "narrowing twice is narrowing once",
+    ("axes", "return len(e.parts) > 1 or e.order is not None", "operator turned"):
+        "what is made again is the same, slower",
+    ("groups", "if not live:", "condition False"): "nothing narrows nothing",
+    ("groups", "and not live[a] <= {*mentions[e]}", "comparison turned"):
+        "a letter allows its own atoms",
 }
 """(module, part of the line, start of the fault): why results are the same with it."""
 

@@ -336,7 +336,7 @@ class Space:
             if sum(p.size for p in run) % k == 0:
                 pairs.extend([self.factor(part, k)] if len(run) == 1 else self._rows(run, k))
                 run = []
-        for _, inner in pairs[1:]:
+        for _, inner in pairs:
             self.unify(pairs[0][1], inner)
         return concat(outer for outer, _ in pairs), pairs[0][1]
 
@@ -349,7 +349,7 @@ class Space:
 
     def _factor_prod(self, e: Prod, k: int) -> tuple[Expr, Expr]:
         size = 1
-        for i in range(len(e.parts) - 1, -1, -1):
+        for i in reversed(range(len(e.parts))):
             part = e.parts[i]
             if k % (size * part.size) == 0:
                 size *= part.size

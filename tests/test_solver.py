@@ -172,6 +172,7 @@ def test_programs(name: str) -> None:
      ["third"]),
     ("parameter a 4\n b 4 = clash a\n c 4 = what b\n out", []),  # all is frozen already
     ("parameter a 4\n b 3 = what\n out", []),
+    ("parameter a 4\n b 4 = same a\n c 4 = what b\n out", ["what"]),
 ])
 def test_unknown_operators_are_listed_where_they_cost(text: str, opaque: list[str]) -> None:
     solver = solve(graph(text), TABLE).solver
@@ -180,6 +181,12 @@ def test_unknown_operators_are_listed_where_they_cost(text: str, opaque: list[st
         if node.op not in TABLE and node.op not in opaque:
             assert "computed without weights by" in " ".join(
                 why for out in node.outputs for e in solver.dims[out] for why in reasons(e))
+
+
+def test_frozen_dimensions_are_those_that_could_have_shrunk() -> None:
+    solution = solve(graph("parameter a 4x1x3\n parameter b 2\n c 4x1x3 = what a\n"
+                           "d 2 = same b\n out"), TABLE)
+    assert [(weight, d) for weight, d, _ in solution.frozen()] == [("a", 0), ("a", 2)]
 
 
 def test_what_follows_from_arrays_alone_is_static() -> None:
