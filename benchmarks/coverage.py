@@ -283,13 +283,17 @@ def run(suite: str, models: list[str], jobs: int, limit: float) -> Iterator[Row]
         yield from pool.map(row, models)
 
 
-def beside(suite: str, peer: str, only: str, limit: float) -> str:
-    """The text of a comparison with another tool, model by model."""
+def beside(suite: str, peer: str, only: str, limit: float, path: Path | None) -> str:
+    """The text of a comparison with another tool, model by model; those in a file are kept."""
+    known = json.loads(path.read_text()) if path and path.exists() else {}
     pairs = []
     for model in wanted(suite, only, "NATURAL"):
-        pair = [peers.Timing(**{"model": model, **isolated(
-            partial(tool, SUITES[suite], model), limit)}) for tool in (peers.ours,
-                                                                       peers.PEERS[peer])]
+        known[model] = known.get(model) or [
+            {"model": model, **isolated(partial(tool, SUITES[suite], model), limit)}
+            for tool in (peers.ours, peers.PEERS[peer])]
+        if path:
+            path.write_text(json.dumps(known, indent=1))
+        pair = [peers.Timing(**timing) for timing in known[model]]
         pairs.append((pair[0], pair[1]))
         print(f"{model:28} ours {pair[0].total_s:6.2f} s {pair[0].result[:40]:40}  "
               f"{peer} {pair[1].total_s:6.2f} s {pair[1].result[:60]}", flush=True)
@@ -345,7 +349,8 @@ def main() -> None:
     torch.set_num_threads(1)
     trace(nn.Linear(2, 2), (torch.zeros(2, 2),))
     if options.peer:
-        text = beside(options.suite, options.peer, options.only, options.timeout)
+        text = beside(options.suite, options.peer, options.only, options.timeout,
+                      options.json)
         if options.out:
             options.out.write_text(text)
         return
