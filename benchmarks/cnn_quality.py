@@ -97,7 +97,7 @@ def _where(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def _job(module: Any, batches: Any, loss: Callable[..., torch.Tensor], criterion: str,
          repair: str, share: int, seed: int) -> pipeline.Job:
-    options: dict[str, Any] = {} if repair == "none" else {"repair": repair}
+    options: dict[str, Any] = {"repair": repair}
     recipe = Recipe(f"macs={share}%", importance=criterion, align=1, layout="any", seed=seed,
                     floor=0.05)
     return pipeline.make_job(module, batches[0][0], recipe, importance=criterion,
