@@ -12,6 +12,7 @@ from spacompiler.sensitivity import Change
 
 from .global_ranking import GlobalRanking
 
+ATTEMPTS = 12
 Changes = Mapping[tuple[str, int], Change]
 
 
@@ -68,20 +69,23 @@ def _moved(problem: Problem, kept: Mapping[str, int], changes: Changes,
            caution: float) -> dict[str, int]:
     """Take the moves with the least sum of changes under the target: a price on cost, bisected.
 
-    Costs add up to first order only, so the price of the result is met in a few attempts.
+    Costs add up to first order only, so the price of the result is met in several attempts; the
+    one that is nearest to the target counts.
     """
     start = problem.price(kept)
     options = {u.name: [(kept[u.name], 0.0, 0.0)] + [
         (k, c.slope + caution * c.curvature, float(problem.cost.change(u.counts(k))))
         for (name, k), c in changes.items() if name == u.name] for u in problem.units}
     wanted = problem.target - start
-    best = dict(kept)
-    for _ in range(4):
-        best = _cheapest(options, wanted)
-        miss = problem.price(best) - problem.target
-        if abs(miss) <= problem.tolerance * problem.dense / 10:
+    tried = []
+    for i in range(ATTEMPTS):
+        made = _cheapest(options, wanted)
+        miss = problem.price(made) - problem.target
+        tried.append((abs(miss), i, made))
+        if abs(miss) <= problem.tolerance * problem.dense / 20:
             break
-        wanted -= miss
+        wanted -= miss if i < ATTEMPTS // 2 else miss / 2
+    best = min(tried)[2]
     return best if problem.met(best) else refine(problem, best)
 
 
