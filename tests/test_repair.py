@@ -148,6 +148,38 @@ def test_a_repaired_artifact_verifies(tmp_path: Any) -> None:
     torch.testing.assert_close(spacompiler.load(tmp_path / "out", model=net)(x), result.module(x))
 
 
+@pytest.mark.parametrize(("importance", "real", "repairs"), [
+    ("taylor", True, True), ("magnitude", True, False), ("taylor", False, False)])
+def test_repair_is_automatic_where_scoring_reads_data(importance: str, real: bool,
+                                                      repairs: bool) -> None:
+    torch.manual_seed(0)
+    net, x = CASES["linear"][0](), torch.randn(64, 8)
+    job = spacompiler.compile(
+        net, (x[:4],), target="params=70%", importance=importance, align=1, onnx=False,
+        latency=False, calibration=[(p,) for p in x.split(16)] if real else "none").job
+    assert bool(job.trace.repaired) == repairs == (job.compensation is not None)
+
+
+def test_what_cannot_be_repaired_is_no_error_unasked() -> None:
+    """Tied arrays are read twice: an automatic repair leaves them, another one says so."""
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.down(torch.relu(self.up(x)))
+            return self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    net, x = Tied(), torch.randn(16, 8)
+    options: dict[str, Any] = {"target": "params=70%", "align": 1, "onnx": False,
+                               "latency": False, "calibration": [(x,)]}
+    assert not spacompiler.compile(net, (x[:4],), **options).job.trace.repaired
+    with pytest.raises(spacompiler.SpaError, match="finds nothing to repair"):
+        spacompiler.compile(net, (x[:4],), repair="refit", **options)
+
+
 @pytest.mark.parametrize("importance", ["magnitude", "curvature"])
 def test_biases_that_repair_created_load_again(importance: str, tmp_path: Any) -> None:
     """From the recorded source, whose layers have none, and with the user's own dense module."""
