@@ -52,8 +52,8 @@ class Measured:
                 best, least, found = kept, lost, changes
             else:
                 caution *= 2
-            kept = _moved(problem, best, found, caution)
-            if not found or kept == best:
+            kept = _moved(problem, best, found, caution) if found else best
+            if kept == best:
                 break
         return best
 

@@ -77,6 +77,7 @@ class Sensitivity:
                  plan: Callable[[Problem, Mapping[str, int]], Choices]) -> None:
         self._trace, self._solution, self._context = trace, solution, context
         self._compensation, self._plan = compensation, plan
+        self._dense = Repairer(trace, solution, {}, None)
         self._evidence: dict[str, list[Evidence]] = {}
         self._nodes = {node.name: node for node in trace.program.graph_module.graph.nodes}
 
@@ -113,13 +114,13 @@ class Sensitivity:
         for site in found:
             name = site.consumer.node.name
             if name not in self._evidence and self._compensation is not None:
-                self._evidence[name] = worker.of_dense(self._context, site)
+                self._evidence[name] = self._dense.of_dense(self._context, site)
         return {s.consumer.node.name: worker.weights(s, self._evidence.get(
             s.consumer.node.name, ())) for s in found}
 
     def _stored(self, site: Site) -> Arrays:
-        worker = Repairer(self._trace, self._solution, {}, None)
-        return worker.stored(site.weight), worker.stored(site.bias) if site.bias else None
+        stored = self._dense.stored
+        return stored(site.weight), stored(site.bias) if site.bias else None
 
     def _batch(self, choices: Choices, places: Mapping[str, Site], made: Mapping[str, Arrays],
                seen: Mapping[str, Seen], args: Any, kwargs: Any) -> float:

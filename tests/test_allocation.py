@@ -27,6 +27,7 @@ from spacompiler.passes.standardised import Standardised
 from spacompiler.plan import make_plan
 from spacompiler.repair import Repairer, sites
 from spacompiler.scores import Scores
+from spacompiler.sensitivity import Sensitivity
 from spacompiler.torch_backend import TORCH
 
 
@@ -184,6 +185,29 @@ def test_changes_foresee_what_moves_do(network: Any, compensation: Any) -> None:
     slopes = np.array([changes[m].slope for m in actual])
     assert np.abs(foreseen - found).mean() < 0.7 * np.abs(slopes - found).mean()
     assert all(c.curvature >= 0 for c in changes.values())
+
+
+def test_slopes_are_derivatives(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and biases go a little of the way to a move, and as little to the other side."""
+    p = problem(network, measure=measured(network, Refit(damping=0.05)))
+    kept = {u.name: u.nearest(u.size * 0.6) for u in p.units}
+    moves = {u.name: [kept[u.name] - 1] for u in p.units}
+    changes, _ = p.measure.changes(p, kept, moves, 3)
+    plain = Sensitivity._arrays
+
+    def divergence_at(move: dict[str, int], by: float) -> float:
+        def blended(self: Sensitivity, choices: Any, among: set[str]) -> Any:
+            start = plain(self, p.measure.plan(p, kept), among)
+            return {name: tuple(a + by * (b - a) for a, b in zip(start[name], to, strict=True))
+                    for name, to in plain(self, choices, among).items()}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Sensitivity, "_arrays", blended)
+            return p.measure.changes(p, {**kept, **move}, {}, 3)[1]
+
+    for (unit, count), change in changes.items():
+        ends = [divergence_at({unit: count}, by) for by in (1e-2, -1e-2)]
+        assert change.slope == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.02, abs=1e-6)
 
 
 def test_divergence_is_that_of_the_pruned_network(network: Any) -> None:

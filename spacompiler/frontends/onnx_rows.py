@@ -19,14 +19,6 @@ def name(n: Node, index: int) -> str | None:
     return value.name if isinstance(value, Ref) else None
 
 
-def only_same(s: Solver, n: Node) -> None:
-    """Results with the first operand's shape carry its axes; other results are by-products."""
-    x = n.args[0].name
-    for out in n.outputs:
-        if s.shape(out) == s.shape(x):
-            s.put(out, s.dims[x])
-
-
 def gemm(s: Solver, n: Node) -> None:
     """Gemm(a, b, c, transA, transB): c broadcasts to the product."""
     a, b = ("i n" if n.args[3] else "n i"), ("o i" if n.args[4] else "i o")
