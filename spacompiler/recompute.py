@@ -9,6 +9,7 @@ layers: a segment ends where the fewest values are alive.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -141,9 +142,29 @@ def lean_blocks(blocks: Iterable[nn.Module], held: Budget | None) -> Iterator[No
 @contextmanager
 def _marked(inner: AbstractContextManager[None],
             again: Callable[[bool], None]) -> Iterator[None]:
+    give_back()
     again(True)
     try:
         with inner:
             yield
     finally:
         again(False)
+
+
+def _trimmer() -> Callable[[int], Any]:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return lambda keep: None
+
+
+_trim = _trimmer()
+
+
+def give_back() -> None:
+    """Let the system have what the heap holds free.
+
+    Arrays of a segment, freed, leave holes between those still held; glibc seldom fits the next
+    aligned array into them, so that the heap grows throughout backward while less and less is held.
+    """
+    _trim(0)

@@ -64,7 +64,9 @@ class Runner(fx.Interpreter):
         for node in parts[-1] if parts else ():
             self.step(node)
         (output,) = self.graph.find_nodes(op="output")
-        return list(self.run_node(output))
+        results = list(self.run_node(output))
+        self.env = {}  # they are the caller's to hold
+        return results
 
     def _segment(self, part: Segment, held: Budget) -> None:
         entering, leaving = borders(part)

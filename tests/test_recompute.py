@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spacompiler import gradients, pipeline, registry, source
+from spacompiler import gradients, pipeline, recompute, registry, source
 from spacompiler.cross_entropy import CHUNK, cross_entropy, next_token
 from spacompiler.live import probe
 from spacompiler.recipe import Recipe
@@ -125,3 +125,23 @@ def test_a_batch_leaves_nothing_behind(criterion: str, monkeypatch: pytest.Monke
         assert held and not [r for r in held if r() is not None]
     finally:
         gc.enable()
+
+
+def test_backward_gives_memory_back_segment_by_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time a segment is run again; and a runner holds no results while backward runs."""
+    calls: list[bool] = []
+    ended: list[int] = []
+
+    class Watched(gradients.OverridingRunner):
+        def call(self, *inputs: tuple[object, ...]) -> list[object]:
+            found = super().call(*inputs)
+            ended.append(len(self.env))
+            return found
+
+    monkeypatch.setattr(recompute, "give_back", lambda: calls.append(True))
+    monkeypatch.setattr(gradients, "OverridingRunner", Watched)
+    monkeypatch.setattr(gradients, "budget", lambda *call: Budget(0))
+    job = scored("zoo:llama-gqa", "taylor")
+    batches = len(job.calibration.batches)
+    assert ended == [0] * batches
+    assert len(calls) >= 4 * batches

@@ -39,8 +39,8 @@ class Probe(Watch):
                 args, kwargs = self.trace.match(*call)
                 held = budget(self.solution.graph, (self.trace.args, self.trace.kwargs), call)
                 with lean_blocks((block for _, block in blocks(self._module)), held):
-                    results = pytree.tree_leaves(self._module(*args, **kwargs))
-                    loss(results, args, kwargs).backward()
+                    loss(pytree.tree_leaves(self._module(*args, **kwargs)),
+                         args, kwargs).backward()  # results are not held meanwhile
                 tick()
 
     def close(self) -> None:
