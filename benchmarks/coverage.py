@@ -309,8 +309,8 @@ def beside(suite: str, peer: str, only: str, limit: float, path: Path | None) ->
         f"Made by `python benchmarks/coverage.py {suite} --peer {peer}`: the same models and "
         "inputs, a process each, half of every width by magnitude, no proof on our side and no "
         "check of results on theirs beyond running them. Both have handled one small network in "
-        "that process before. Seconds are CPU seconds (finding groups: no garbage is collected "
-        "meanwhile, on either side; ours has its trace already, "
+        "that process before. Seconds are CPU seconds (finding groups: the median of three times, "
+        "no garbage is collected meanwhile, on either side; ours has its trace already, "
         "which the whole compile counts; theirs traces within); memory is the "
         "peak against the model plus one forward.", told, table(head, cells)]) + "\n"
 

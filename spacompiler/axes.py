@@ -182,6 +182,8 @@ def _collect(parts: Iterable[Expr], found: list[Atom]) -> None:
 
 def atoms(e: Expr) -> list[Atom]:
     """Return the distinct atoms of an expression in order of first mention."""
+    if isinstance(e, Atom) and e.bound is None:
+        return [e]
     found = walk(e)
     return found if len(found) == 1 else list(dict.fromkeys(found))
 

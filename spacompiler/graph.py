@@ -67,7 +67,7 @@ class Node:
     def refs(self) -> Iterator[str]:
         """Yield the names of all tensors it reads, in order."""
         if self._read is None:
-            self._read = tuple(_refs((*self.args, *self.kwargs.values())))
+            self._read = tuple([*_refs(self.args), *_refs(self.kwargs.values())])
         return iter(self._read)
 
     def title(self) -> str:
@@ -82,10 +82,8 @@ def _refs(values: Iterable[Any]) -> Iterator[str]:
     for value in values:
         if isinstance(value, Ref):
             yield value.name
-        elif isinstance(value, (list, tuple)):
-            yield from _refs(value)
-        elif isinstance(value, dict):
-            yield from _refs(value.values())
+        elif isinstance(value, (list, tuple, dict)):
+            yield from _refs(value.values() if isinstance(value, dict) else value)
 
 
 @dataclass(slots=True)

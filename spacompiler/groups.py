@@ -123,7 +123,7 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
     fibres = _fibres(solution, carried, mentions)
     learned = {t.weight for t in graph.tensors.values() if t.kind == "parameter"}
     for atom, (name, members) in carried.items():
-        if all(m.weight not in learned for m in members):
+        if learned.isdisjoint([m.weight for m in members]):
             continue
         solution.groups[name] = Group(
             name, atom, tuple(members), roles.get(atom, "channel"),
@@ -138,17 +138,21 @@ class _Once(dict[Expr, T]):
         self._ask = ask
 
     def __missing__(self, e: Expr) -> T:
-        self[e] = found = self._ask(e)
+        normal = resolve(e)
+        self[e] = found = self._ask(e) if normal is e else self[normal]
         return found
 
 
 def _members(solution: Solution,
              mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, tuple[str, list[Member]]]:
     """Free atoms by first mention; a group is named after its first producer and the factor."""
-    consumed = {(r.tensor, r.dim) for r in solution.solver.reads}
+    consumed: dict[str, set[int]] = {}
+    for read in solution.solver.reads:
+        consumed.setdefault(read.tensor, set()).add(read.dim)
     found: dict[Atom, tuple[str, list[Member]]] = {}
     for weight, tensor in solution.graph.weights().items():
         role = "producer" if len(tensor.shape) > 1 else "carrier"
+        read_dims = consumed.get(tensor.name, ())
         for d, e in enumerate(solution.solver.dims[tensor.name]):
             mentioned = mentions[e]
             for i, atom in enumerate(mentioned):
@@ -157,8 +161,7 @@ def _members(solution: Solution,
                 if atom not in found:
                     factor = f".{i}" if len(mentioned) > 1 else ""
                     found[atom] = f"{weight}:{d}{factor}", []
-                read = (tensor.name, d) in consumed
-                found[atom][1].append(Member(weight, d, "consumer" if read else role))
+                found[atom][1].append(Member(weight, d, "consumer" if d in read_dims else role))
     return found
 
 
@@ -232,7 +235,8 @@ def _fibres(solution: Solution, carried: Container[Atom],
     if not live:
         return {}
     matter, tensors = live.keys() | frozenset().union(*live.values()), set(solver.dims.values())
-    dims = {e for e in {e for t in tensors for e in t} if not matter.isdisjoint(mentions[e])}
+    dims = {e for e in {e for t in tensors for e in t} if
+            (e in matter if isinstance(e, Atom) else not matter.isdisjoint(mentions[e]))}
     for tensor in {tuple([e for e in t if e in dims]) for t in tensors}:
         for d, e in enumerate(tensor):
             _narrow(live, placed[e], [certain[o] for o in tensor[:d]],

@@ -78,7 +78,7 @@ class _Uses:
 
 def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
     """Find every RMSNorm of the graph, by the name of its mean node."""
-    means = [node for node in graph.nodes if base(node.op) in _MATCHES]
+    means = [node for node in graph.nodes if base(node.op) in _MATCHES and not _over_places(node)]
     if not means:
         return {}
     uses, found = _Uses(graph), {}
@@ -88,6 +88,12 @@ def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
             if norm is not None:
                 found[node.name] = norm
     return found
+
+
+def _over_places(node: Node) -> bool:
+    """Whether a node reduces several dimensions (a global pooling, say): no norm does."""
+    dims = node.arg(1, "dim")
+    return base(node.op) == "mean" and isinstance(dims, (list, tuple)) and len(dims) > 1
 
 
 def _fused(uses: _Uses, node: Node) -> RmsNorm | None:

@@ -16,7 +16,7 @@ frozenset({'i'})
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 Term = tuple[str, ...]
@@ -26,51 +26,17 @@ FROZEN_RUN: Term = ("!*",)
 _TOKEN = re.compile(r"\(([^)]*)\)|(\.\.\.|!\*|!|[A-Za-z]\w*)")
 
 
-Names = tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """The names of each dimension (none: it can't be pruned), which are read, all names.
-
-    The dimensions of a run are called `.0`, `.1`, ... from the right.
-    """
-
-    names: Names
-    reads: tuple[int, ...]
-    letters: frozenset[str]
-
-
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """Terms per dimension of each operand and each result."""
 
     inputs: tuple[tuple[Term, ...], ...]
     outputs: tuple[tuple[Term, ...], ...]
-    _known: dict[tuple[int, int], Operand] = field(default_factory=dict, repr=False)
 
     @cached_property
     def consumed(self) -> frozenset[str]:
         """Letters that no result carries."""
         return _letters(self.inputs) - _letters(self.outputs)
-
-    def operand(self, index: int, rank: int) -> Operand:
-        """Return what the dimensions of an operand of so many dimensions are called.
-
-        Results are counted on after the operands.
-
-        >>> parse("... i, o i -> ... o").operand(0, 3).names
-        (('.1',), ('.0',), ('i',))
-        """
-        found = self._known.get((index, rank))
-        if found is None:
-            found = self._known[index, rank] = self._named(index, rank)
-        return found
-
-    def _named(self, index: int, rank: int) -> Operand:
-        names = tuple(map(_names, align((*self.inputs, *self.outputs)[index], rank)))
-        reads = tuple(d for d, term in enumerate(names) if not self.consumed.isdisjoint(term))
-        return Operand(names, reads, frozenset(name for term in names for name in term))
 
 
 def _names(term: Term) -> tuple[str, ...]:
@@ -119,3 +85,46 @@ def align(terms: tuple[Term, ...], rank: int) -> tuple[Term, ...]:
     if terms[at] == ELLIPSIS:
         many = [("...", str(missing - 1 - i)) for i in range(missing)]
     return (*terms[:at], *many, *terms[at + 1 :])
+
+
+Names = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A pattern at certain ranks: what each dimension is called (nothing: it can't be pruned).
+
+    The dimensions of a run are called `.0`, `.1`, ... from the right. `reads` are (operand,
+    dimension), `letters` the names in each operand that is there; of these, `consumed` are in no
+    result and `shared` the others that all operands have.
+    """
+
+    operands: tuple[Names, ...]
+    results: tuple[Names, ...]
+    reads: tuple[tuple[int, int], ...]
+    letters: tuple[frozenset[str], ...]
+    consumed: tuple[str, ...]
+    shared: frozenset[str]
+
+
+@cache
+def fit(text: str, ranks: tuple[int | None, ...], results: tuple[int, ...]) -> Fit:
+    """Fit a pattern to operands of so many dimensions (None: an absent one) and to results.
+
+    >>> fit("... i, o i, o -> ... o", (3, 2, None), (3,)).operands
+    ((('.1',), ('.0',), ('i',)), (('o',), ('i',)), ())
+    """
+    pattern = parse(text)
+    operands = [() if rank is None else _called(terms, rank)
+                for terms, rank in zip(pattern.inputs, ranks, strict=False)]
+    reads = [(i, d) for i, names in enumerate(operands) for d, term in enumerate(names)
+             if not pattern.consumed.isdisjoint(term)]
+    letters = tuple(frozenset(name for term in names for name in term)
+                    for names, rank in zip(operands, ranks, strict=True) if rank is not None)
+    return Fit(tuple(operands), tuple(map(_called, pattern.outputs, results)), tuple(reads),
+               letters, tuple(sorted(pattern.consumed & frozenset().union(*letters))),
+               frozenset.intersection(*letters) - pattern.consumed)
+
+
+def _called(terms: tuple[Term, ...], rank: int) -> Names:
+    return tuple(map(_names, align(terms, rank)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from .axes import ONE, Expr, product
 from .graph import Node, Ref
-from .notation import parse
+from .notation import Fit, fit, parse
 from .solver import Contraction, Read, Row, Solver
 
 # --- element by element -----------------------------------------------------------------------
@@ -88,7 +88,6 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
 
     `factor` says how often each product of the contraction is computed (window positions).
     """
-    pattern = parse(text)
     bound: dict[str, Expr] = {}
     for letter, spec in (sizes or {}).items():
         size = n.arg(*spec) if isinstance(spec, tuple) else spec
@@ -96,30 +95,27 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
         if isinstance(spec, tuple):
             path = ("args", spec[0]) if spec[0] < len(n.args) else ("kwargs", spec[1])
             s.edit(n, path, bound[letter])
-    present: list[frozenset[str]] = []
-    used = []
-    for i, ref in enumerate(refs[:len(pattern.inputs)]):
-        if ref is None:
-            continue
-        dims = s.dims[ref]
-        operand = pattern.operand(i, len(dims))
-        for names, e in zip(operand.names, dims, strict=True):
+    refs = refs[:len(parse(text).inputs)]
+    shapes = [s.shape(out) for out in n.outputs]
+    known = fit(text, tuple([None if ref is None else len(s.shape(ref)) for ref in refs]),
+                tuple(map(len, shapes)))
+    for ref, terms in zip(refs, known.operands, strict=True):
+        for names, e in zip(terms, s.dims[ref] if ref else (), strict=True):
             if len(names) == 1:
-                _meet(s, n, names[0], e, bound)
+                if bound.setdefault(names[0], e) is not e:
+                    _meet(s, n, names[0], e, bound)
             elif names:
                 _nest(s, n, names, e, bound)
             else:
                 s.space.freeze(e, f"{n.op} works along it")
-        s.reads += [Read(n.name, ref, d, "contract") for d in operand.reads]
-        present.append(operand.letters)
-        used.append(ref)
+    s.reads += [Read(n.name, refs[i], d, "contract")  # type: ignore[arg-type]  # it is there
+                for i, d in known.reads]
     made: list[Expr] = []
-    for i, out in enumerate(n.outputs[:len(pattern.outputs)], len(pattern.inputs)):
-        shape = s.shape(out)
+    for out, terms, shape in zip(n.outputs, known.results, shapes, strict=False):
         made = [bound[names[0]] if len(names) == 1 else _nested(s, names, size, bound)
-                for names, size in zip(pattern.operand(i, len(shape)).names, shape, strict=True)]
+                for names, size in zip(terms, shape, strict=True)]
         s.put(out, made)
-    _finish(s, n, bound, present, pattern.consumed, made, used, factor)
+    _finish(s, n, bound, known, made, refs, factor)
     return bound
 
 
@@ -140,8 +136,8 @@ def _meet(s: Solver, n: Node, name: str, e: Expr, bound: dict[str, Expr]) -> Non
     have = bound.get(name)
     if have is None or (have.size == 1 and name[0] == "."):
         bound[name] = e
-    elif not (e.size == 1 and name[0] == "."):
-        s.relate(have, e, n)
+    elif have is not e and not (e.size == 1 and name[0] == "."):
+        s.space.relate(have, e, n)
 
 
 def _nested(s: Solver, names: Sequence[str], size: int, bound: Mapping[str, Expr]) -> Expr:
@@ -150,17 +146,15 @@ def _nested(s: Solver, names: Sequence[str], size: int, bound: Mapping[str, Expr
     return s.space.atom(size, "position inside the operator's window")
 
 
-def _finish(s: Solver, n: Node, bound: dict[str, Expr], present: list[frozenset[str]],
-            consumed: frozenset[str], made: Sequence[Expr], refs: Sequence[str],
-            factor: int) -> None:
-    if len(present) < 2:
+def _finish(s: Solver, n: Node, bound: dict[str, Expr], known: Fit, made: Sequence[Expr],
+            refs: Sequence[str | None], factor: int) -> None:
+    if len(known.letters) < 2:
         return
-    macs = (*made, *(bound[c] for c in sorted(consumed) if c in bound)) if consumed else ()
-    s.contractions.append(Contraction(n.name, bound, tuple(present), macs, factor))
-    if consumed and not any([s.graph.tensors[ref].static for ref in refs]):
-        shared = frozenset.intersection(*present)
+    macs = (*made, *[bound[c] for c in known.consumed]) if known.consumed else ()
+    s.contractions.append(Contraction(n.name, bound, known.letters, macs, factor))
+    if known.consumed and not any([s.graph.tensors[ref].static for ref in refs if ref]):
         for letter, e in bound.items():
-            s.roles.append((e, "head" if letter in shared - consumed else "head dim"))
+            s.roles.append((e, "head" if letter in known.shared else "head dim"))
 
 
 def grouped_mm(s: Solver, n: Node) -> None:

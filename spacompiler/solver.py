@@ -98,6 +98,7 @@ class Solver:
     rewire: bool = False
     deals: Mapping[str, Deal] = field(default_factory=dict)
     gathers: list[Gather] = field(default_factory=list)
+    _static: set[str] = field(default_factory=set)
     _taken: set[str] = field(default_factory=set)
     _read: set[str] = field(default_factory=set)
 
@@ -107,6 +108,7 @@ class Solver:
         for tensor in self.graph.tensors.values():
             if tensor.weight is not None:
                 tensor.static = True
+                self._static.add(tensor.name)
                 if tensor.weight not in stored:
                     stored[tensor.weight] = tuple(map(self.space.atom, tensor.shape))
                     if tensor.kind == "outside":
@@ -117,7 +119,6 @@ class Solver:
                 self.bare.add(tensor.name)
                 self.dims[tensor.name] = tuple(self.space.atom(n, why) for n in tensor.shape)
         self._freeze_unused(stored)
-        self._read.update(self.graph.outputs, *(node.refs() for node in self.graph.nodes))
         for node in self.graph.nodes:
             self._visit(node)
         for value, stored_in in self.graph.written.items():
@@ -150,12 +151,14 @@ class Solver:
             found.update(out for node in graph.nodes for out in node.outputs if out not in empty)
         for node in reversed(graph.nodes):
             if not found.isdisjoint(node.outputs):
-                found.update([ref for ref in node.refs() if ref not in empty])
+                found.update(node.refs())
+                found -= empty
         return found
 
     def _visit(self, node: Node) -> None:
-        refs, tensors = list(node.refs()), self.graph.tensors
-        if refs and all([tensors[ref].static for ref in refs]):
+        refs, tensors = tuple(node.refs()), self.graph.tensors
+        if refs and self._static.issuperset(refs):
+            self._static.update(node.outputs)
             for out in node.outputs:
                 tensors[out].static = True
         row = self.table.get(node.op)
@@ -174,7 +177,9 @@ class Solver:
         except (Clash, ValueError, LookupError, TypeError, ArithmeticError,
                 StopIteration) as problem:
             self.give_up(node, f"{node.title()}: {problem}")
-        self._by_products(node)
+        silent = [out for out in node.outputs if out not in self.dims]
+        if silent:
+            self._by_products(node, silent)
         for out in node.outputs:
             if tensors[out].dynamic:
                 self._freeze_dynamic(out)
@@ -192,10 +197,11 @@ class Solver:
             self.emit_fixed(node, "inside a shuffle")
         return True
 
-    def _by_products(self, node: Node) -> None:
+    def _by_products(self, node: Node, silent: Sequence[str]) -> None:
         """Results that a row says nothing about: harmless if nothing reads them."""
-        silent = [out for out in node.outputs if out not in self.dims]
-        if self._read.intersection(silent):
+        if not self._read:
+            self._read.update(self.graph.outputs, *(n.refs() for n in self.graph.nodes))
+        if not self._read.isdisjoint(silent):
             self.give_up(node, f"by-products of {node.title()} are read")
         for out in silent:
             self.dims[out] = tuple(

@@ -8,6 +8,7 @@ a call in tests/golden/rows/aten.txt (what does the row say?).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from .. import primitives as p
 from .. import recurrent
@@ -151,8 +152,12 @@ class _ByPacket(dict[str, Row]):
     """Rows by `aten.name.overload`, falling back to `name`."""
 
     def get(self, op: str, default: Row | None = None) -> Row:  # type: ignore[override]
-        packet = op.removeprefix("aten.").rsplit(".", 1)[0]
-        return super().get(op) or super().get(packet) or default  # type: ignore[return-value]
+        return super().get(op) or super().get(_packet(op)) or default  # type: ignore[return-value]
+
+
+@cache
+def _packet(op: str) -> str:
+    return op.removeprefix("aten.").rsplit(".", 1)[0]
 
 
 TABLE: Mapping[str, Row] = _ByPacket(_rows())
