@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -54,17 +54,18 @@ def describe(entry: EntryPoint) -> tuple[str, str]:
     return options, doc
 
 
-def find(kind: str, what: Any) -> Any:
+def find(kind: str, what: Any, *, besides: Sequence[str] = ()) -> Any:
     """Return a pass object for a name, `module:object`, `file.py:object` or an object.
 
-    Names may carry options: `name(option=value, ...)`.
+    Names may carry options: `name(option=value, ...)`. `besides` are words that the caller takes
+    in place of a pass: they are offered where a name is unknown.
 
     Raises UsageError for an unknown name, a failing import or an unfit object.
     """
     if not isinstance(what, str):
         return _checked(kind, what() if isinstance(what, type) else what, repr(what))
     name, options = parse(what)
-    return _checked(kind, construct(_load(kind, name), options, what), what)
+    return _checked(kind, construct(_load(kind, name, besides), options, what), what)
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -83,7 +84,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
                          fix="write name(option=value, ...)") from problem
 
 
-def _load(kind: str, name: str) -> Any:
+def _load(kind: str, name: str, besides: Sequence[str]) -> Any:
     if ":" in name:
         place, _, attribute = name.rpartition(":")
         try:
@@ -93,7 +94,7 @@ def _load(kind: str, name: str) -> Any:
             raise UsageError(f"cannot load {kind} pass {name!r}", why=str(problem)) from problem
     entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
     if name not in entries:
-        raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, entries))
+        raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, [*entries, *besides]))
     try:
         return entries[name].load()
     except (ImportError, AttributeError) as problem:

@@ -232,6 +232,13 @@ def test_did_you_mean():
     assert "did you mean 'taylor'" in caught.value.fix
 
 
+def test_a_misspelt_repair_is_offered_the_words_that_are_no_pass():
+    module, inputs = load("mlp").build()
+    with pytest.raises(UsageError) as caught:
+        spacompiler.compile(module, inputs, target="params=50%", repair="nonne", dry_run=True)
+    assert "did you mean 'none'" in caught.value.fix and "auto" in caught.value.fix
+
+
 @pytest.mark.parametrize("bad", [
     lambda g: torch.ones(3), lambda g: torch.full(g.shape, float("nan"))])
 def test_invalid_scores_are_refused(bad):
