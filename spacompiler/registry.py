@@ -94,7 +94,8 @@ def _load(kind: str, name: str, besides: Sequence[str]) -> Any:
             raise UsageError(f"cannot load {kind} pass {name!r}", why=str(problem)) from problem
     entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
     if name not in entries:
-        raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, [*entries, *besides]))
+        raise UsageError(f"unknown {kind} pass {name!r}",
+                         fix=did_you_mean(name, [*entries, *besides]))
     try:
         return entries[name].load()
     except (ImportError, AttributeError) as problem:
