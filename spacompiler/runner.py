@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .frontends.record import Program
-from .recompute import Budget, Segment, borders, recomputed, segments
+from .recompute import Budget, Segment, borders, give_back, recomputed, segments
 
 Weights = Callable[[str], torch.Tensor]
 Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
@@ -61,6 +61,7 @@ class Runner(fx.Interpreter):
             self.step(node)
         for part in parts[:-1]:
             self._segment(part, held)
+        give_back()
         for node in parts[-1] if parts else ():
             self.step(node)
         (output,) = self.graph.find_nodes(op="output")
