@@ -82,11 +82,18 @@ def operands(n: Node) -> list[str | None]:
     return [a.name if isinstance(a, Ref) else None for a in n.args]
 
 
+def works_along(n: Node, why: str = "") -> str:
+    """The reason of an axis whose positions an operator does not treat one by one."""
+    return f"{n.op} works along it" + (f" ({why})" if why else "")
+
+
 def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
-                   sizes: Mapping[str, Any] | None = None, factor: int = 1) -> dict[str, Expr]:
+                   sizes: Mapping[str, Any] | None = None, factor: int = 1,
+                   why: str = "") -> dict[str, Expr]:
     """Relate operands and results of one node by a pattern in notation; returns its letters.
 
-    `factor` says how often each product of the contraction is computed (window positions).
+    `factor` says how often each product of the contraction is computed (window positions), `why`
+    tells the user more of what can't be pruned.
     """
     bound: dict[str, Expr] = {}
     for letter, spec in (sizes or {}).items():
@@ -107,7 +114,7 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
             elif names:
                 _nest(s, n, names, e, bound)
             else:
-                s.space.freeze(e, f"{n.op} works along it")
+                s.space.freeze(e, works_along(n, why))
     s.reads += [Read(n.name, refs[i], d, "contract")  # type: ignore[arg-type]  # it is there
                 for i, d in known.reads]
     made: list[Expr] = []
@@ -157,10 +164,13 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], known: Fit, made: Sequen
             s.roles.append((e, "head" if letter in known.shared else "head dim"))
 
 
+EXPERTS = "an expert goes only where its router's score becomes minus infinity, not zero"
+
+
 def grouped_mm(s: Solver, n: Node) -> None:
     """grouped_mm(x, weights, ends): rows of x by the expert they go to; its kernel wants rows
     of whole 16 bytes."""
-    bound = relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n))
+    bound = relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n), why=EXPERTS)
     digits = "".join(filter(str.isdigit, s.graph.tensors[next(n.refs())].dtype))
     for letter in "io":
         s.multiples.append((bound[letter], 128 // int(digits)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from .axes import ONE, Clash, Expr, is_frozen
 from .graph import Node, Ref
-from .primitives import broadcast, operands, pointwise, relate_pattern
+from .primitives import broadcast, operands, pointwise, relate_pattern, works_along
 from .solver import Row, Solver
 
 
@@ -62,17 +62,20 @@ def extremum(s: Solver, n: Node) -> None:
     (pointwise if isinstance(n.arg(1, "other"), Ref) else reduce("other"))(s, n)
 
 
-def along(argument: int = 1, keyword: str = "dim", default: Any = -1) -> Row:
+SCORES = "of scores, what is gone would have to be minus infinity, not zero"
+
+
+def along(argument: int = 1, keyword: str = "dim", default: Any = -1, why: str = "") -> Row:
     """An operator that mixes all positions of one dimension (softmax, cumsum, sort).
 
-    With `default=None` it mixes all dimensions unless some are named.
+    With `default=None` it mixes all dimensions unless some are named. `why` tells the user more.
     """
 
     def row(s: Solver, n: Node) -> None:
         given = n.arg(argument, keyword, default)
         if default is None and not given and given != 0:
             given = range(len(s.dims[next(n.refs())]))
-        _mixed(s, n, given if isinstance(given, (list, tuple, range)) else [given])
+        _mixed(s, n, given if isinstance(given, (list, tuple, range)) else [given], why)
 
     return row
 
@@ -82,10 +85,10 @@ def triangle(s: Solver, n: Node) -> None:
     _mixed(s, n, (-1, -2))
 
 
-def _mixed(s: Solver, n: Node, along: Iterable[int]) -> None:
+def _mixed(s: Solver, n: Node, along: Iterable[int], why: str = "") -> None:
     dims = s.dims[next(n.refs())]
     for d in along:
-        s.space.freeze(dims[d], f"{n.op} works along it")
+        s.space.freeze(dims[d], works_along(n, why))
     for out in n.outputs:
         shape = s.shape(out)
         s.put(out, [e if e.size == shape[i] else s.space.atom(shape[i], f"result of {n.op}")

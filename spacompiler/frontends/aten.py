@@ -48,9 +48,10 @@ _POOLING = {
 }
 
 _ALONG: dict[str, Row] = {
-    **{op: r.along() for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
+    **{op: r.along(why=r.SCORES)
+       for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
     **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin".split()},
-    "topk": r.along(2), "sort": r.along(1), "argsort": r.along(1),
+    "topk": r.along(2, why=r.SCORES), "sort": r.along(1), "argsort": r.along(1),
     "diff": r.along(2),
     **{op: r.along(2) for op in "fft_fft fft_ifft fft_rfft fft_irfft".split()},
     **{op: r.along(2, "dim", [-2, -1])

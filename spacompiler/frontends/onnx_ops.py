@@ -108,10 +108,10 @@ STANDARD: dict[str, Op] = {
     "ScatterND": Op(o.scatter_nd, "0 1 2"),
     **_each("ScatterElements Scatter", w.scatter, "0 @axis=0 1 2"),
     "OneHot": Op(p.frozen("makes an axis of classes")),
-    "TopK": Op(r.along(), "0 @axis=-1"),
+    "TopK": Op(r.along(why=r.SCORES), "0 @axis=-1"),
     **_each("CumSum CumProd", r.along(), "0 #1"),
     "ReverseSequence": Op(r.along(), "0 @time_axis=0"), "Trilu": Op(r.triangle, "0"),
-    **_each("Softmax LogSoftmax Hardmax", r.along(), "0 :softmax"),
+    **_each("Softmax LogSoftmax Hardmax", r.along(why=r.SCORES), "0 :softmax"),
     # reductions: those that zeros do not change are read, the others freeze
     **_each("ReduceSum ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSum", r.reduce("sum"),
             "0 #1|@axes"),
