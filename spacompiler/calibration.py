@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from .cross_entropy import cross_entropy, next_token
 from .errors import SpaError, UsageError
@@ -111,7 +112,7 @@ def from_arrays(place: Path, samples: int) -> Calibration:
         except (OSError, ValueError, TypeError, zipfile.BadZipFile) as problem:
             raise SpaError(f"calibration file {str(file)!r} cannot be read", why=str(problem),
                            fix="save it with numpy.savez or numpy.save") from problem
-    return Calibration(f"{len(batches)} batches of {place}", batches)
+    return Calibration(f"{len(batches)} batches of {place}", _filled(batches))
 
 
 def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
@@ -143,7 +144,18 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
     batches = [as_call(b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
-    return Calibration(f"{len(batches)} batches", batches)
+    return Calibration(f"{len(batches)} batches", _filled(batches))
+
+
+def _filled(batches: list[Batch]) -> list[Batch]:
+    """Return batches as they are; raises SpaError for one whose first tensor has no examples."""
+    for i, batch in enumerate(batches):
+        first = next((x for x in pytree.tree_leaves(batch)
+                      if isinstance(x, torch.Tensor) and x.ndim), None)
+        if first is not None and not len(first):
+            raise SpaError(f"calibration batch {i} has no examples",
+                           where=f"a tensor of shape {tuple(first.shape)}", fix="leave it out")
+    return batches
 
 
 def default_loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -75,9 +75,9 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
           every: bool = False) -> tuple[list[Site], list[str]]:
     """Return the consumers that a plan takes features from, in program order, and what is left out.
 
-    Arrays that several operators read (tied ones) and products with computed arrays stay as
-    they are. `among` names the nodes to look at; with `every`, consumers that keep all features
-    are sites too, from the first that loses some.
+    Arrays that several operators read (tied ones), products with computed arrays and products of
+    nothing (no samples) stay as they are. `among` names the nodes to look at; with `every`,
+    consumers that keep all features are sites too, from the first that loses some.
     """
     graph = solution.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -90,7 +90,7 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     left: list[str] = []
     for node in (n for n in graph.nodes if n.name in wanted or (every and found)):
         at = consumer(graph, nodes[node.name])
-        if at is None:
+        if at is None or 0 in graph.tensors[at.tensor].shape:
             continue
         weight = graph.tensors[at.weight].weight
         kept = _kept(solution, at, choices)

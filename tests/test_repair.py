@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import spacompiler
+from spacompiler.errors import SpaError
 from spacompiler.models_zoo import load
 from spacompiler.passes.refit import Bias, Refit
 from spacompiler.repair import Evidence
@@ -263,3 +264,30 @@ def test_a_sequential_ridge_leads_back_to_the_one_shot_repair() -> None:
         made[name] = compiled("no bias", repair)[0].module.state_dict()
     for name, want in made["one-shot"].items():
         torch.testing.assert_close(made["both"][name], want, rtol=1e-3, atol=1e-5)
+
+
+def test_products_of_nothing_are_left_alone() -> None:
+    class Twice(nn.Module):
+        """Its first layers run again, on no samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.c, self.d = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.b(self.a(x).relu())
+            return self.d(self.c(y).relu()), self.b(self.a(y[:0]).relu())
+
+    torch.manual_seed(0)
+    result = spacompiler.compile(
+        Twice(), (torch.randn(4, 8),), target="params=57%", importance="magnitude", align=1,
+        repair="refit(damping=0.01)", calibration=[torch.randn(64, 8)], onnx=False, latency=False)
+    assert "d.weight" in result.job.trace.repaired
+
+
+def test_a_batch_without_examples_is_an_error() -> None:
+    with pytest.raises(SpaError, match="calibration batch 1 has no examples"):
+        spacompiler.compile(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)),
+                            (torch.randn(2, 8),), target="params=57%", repair="refit",
+                            calibration=[torch.randn(4, 8), torch.randn(0, 8)])

@@ -9,7 +9,7 @@ compute it, so that such a network is emitted as a program.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -43,7 +43,9 @@ def fold_weights(program: Program) -> tuple[str, ...]:
     inside = {n for node in found for n in _before(node)}
     gone = {n: name for n, name in stored.items()
             if n in inside and all(user in inside for user in n.users)}
-    if _numel(gone) < SHARE * _numel(stored):
+    parameters = {node for node, spec in zip(places, specs, strict=True)
+                  if spec.kind is InputKind.PARAMETER}
+    if _numel(parameters & gone.keys()) < SHARE * _numel(parameters):
         return ()
     values = {**program.constants, **program.state_dict}
     for node in found:
@@ -88,12 +90,8 @@ def _is_statistic(node: fx.Node) -> bool:
         target._schema.name.partition("::")[2] in _STATISTICS
 
 
-def _is_parameter(node: fx.Node) -> bool:
-    return node.name.startswith("p_")
-
-
-def _numel(nodes: Any) -> int:
-    return sum(prod(n.meta["val"].shape) for n in nodes if _is_parameter(n))
+def _numel(nodes: Iterable[fx.Node]) -> int:
+    return sum(prod(n.meta["val"].shape) for n in nodes)
 
 
 def _value(node: fx.Node, stored: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
