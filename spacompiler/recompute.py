@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
 
 from .graph import Graph
 
-FEW, LEAST = 1 << 26, 1 << 27  # bytes
+FEW, LEAST = 1 << 26, 1 << 26  # bytes
 # the dear operators: computing them again would cost a large part of a forward pass
 HELD = frozenset("aten::" + name for name in (
     "mm addmm bmm baddbmm convolution mkldnn_convolution mkldnn_linear cudnn_convolution "
@@ -93,12 +93,12 @@ class Budget:
 def budget(graph: Graph, traced: Any, batch: Any) -> Budget | None:
     """Return what may be held for a batch, or None if its activations are `FEW`.
 
-    What may be held is a quarter of what the weights take, and at least `LEAST`: while products fit
+    What may be held is an eighth of what the weights take, and at least `LEAST`: while products fit
     into that, the rest costs next to nothing to compute again. Activations are estimated by the
     traced sizes, in proportion to the inputs' sizes.
     """
     share = sum(prod(t.shape) for t in graph.weights().values())
-    allowed = max(LEAST, share)  # a quarter of four bytes each
+    allowed = max(LEAST, share // 2)  # an eighth of four bytes each
     made = sum(prod(t.shape) for t in graph.tensors.values()
                if t.kind == "value" and not t.static)
     return Budget(allowed) if 4 * made * _elements(batch) > FEW * _elements(traced) else None
@@ -122,16 +122,20 @@ def recomputed(run: Callable[..., Any], *values: Any, held: Budget,
 @contextmanager
 def lean_blocks(blocks: Iterable[nn.Module], held: Budget | None) -> Iterator[None]:
     """Let modules hold less while they run as they are (not as a program), without dropout."""
-    def lean(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def lean(forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
         plain = all(x is None or isinstance(x, (torch.Tensor, bool, int, float, str))
                     for x in pytree.tree_leaves((args, kwargs)))  # no cache that would grow twice
         if not plain or held is None:
             return forward(*args, **kwargs)
-        return recomputed(forward, *args, held=held, **kwargs)
+        results = recomputed(forward, *args, held=held, **kwargs)
+        if last:
+            give_back()
+        return results
 
     wrapped = list(blocks) if held is not None else []
     for block in wrapped:
-        block.forward = partial(lean, block.forward)  # type: ignore[method-assign]
+        run = partial(lean, block.forward, block is wrapped[-1])
+        block.forward = run  # type: ignore[method-assign]
     try:
         yield
     finally:

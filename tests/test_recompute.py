@@ -145,3 +145,16 @@ def test_backward_gives_memory_back_segment_by_segment(monkeypatch: pytest.Monke
     batches = len(job.calibration.batches)
     assert ended == [0] * batches
     assert len(calls) >= 4 * batches
+
+
+def test_the_heap_is_given_back_once_the_last_block_has_run(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows is the head and its logits, where memory peaks."""
+    done: list[str] = []
+    monkeypatch.setattr(recompute, "give_back", lambda: done.append("given back"))
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    with recompute.lean_blocks([first, second], Budget(0)):
+        first(torch.ones(1, 4, requires_grad=True))
+        done.append("first")
+        second(torch.ones(1, 4, requires_grad=True))
+    assert done == ["first", "given back"]
