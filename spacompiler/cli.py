@@ -141,13 +141,12 @@ def _check_early(target: str, out: Path | None, importance: str, allocation: str
     Recipe(target=target, **options)
     if out is not None:
         artifact_path.check_out(out)
-    wanted = [("importance", importance), ("allocation", allocation)]
+    wanted = [("importance", importance), ("allocation", allocation),
+              ("compensation", options["repair"])]
     wanted += [("recovery", recover)] if recover else []
     wanted += [("schedule", options["schedule"])] if options["schedule"] else []
     for kind, name in wanted:
         registry.check_name(kind, name)
-    if options["repair"] not in ("auto", "none"):
-        registry.check_name("compensation", options["repair"])
 
 
 def _print_compiled(data: dict[str, Any], out: Path | None) -> None:

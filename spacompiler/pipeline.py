@@ -321,7 +321,7 @@ def _compensation(what: Any, batches: Calibration, fits: bool) -> Any:
         what = "refit" if fits and batches.real else "none"
     if what == "none":
         return None
-    found = registry.find("compensation", what, besides=("auto", "none"))
+    found = registry.find("compensation", what)
     if not batches.real:
         raise UsageError(f"repair {found.name!r} needs calibration data",
                          why="the example inputs alone say too little about what layers read",

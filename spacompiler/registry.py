@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -31,10 +31,15 @@ def available() -> Iterator[tuple[str, EntryPoint]]:
             yield kind, entry
 
 
+WORDS: Mapping[str, tuple[str, ...]] = {"compensation": ("auto", "none")}
+"""What callers take in place of a pass."""
+
+
 def check_name(kind: str, text: str) -> None:
     """Raise UsageError for a misspelt name, without importing anything."""
     name, _ = parse(text)
-    known = [entry.name for entry in entry_points(group=f"spacompiler.{kind}")]
+    known = [*WORDS.get(kind, ()),
+             *(entry.name for entry in entry_points(group=f"spacompiler.{kind}"))]
     place = name.rpartition(":")[0]
     if place.endswith(".py") and not Path(place).is_file():
         raise UsageError(f"cannot load {kind} pass {name!r}", why=f"there is no file {place!r}")
@@ -54,18 +59,17 @@ def describe(entry: EntryPoint) -> tuple[str, str]:
     return options, doc
 
 
-def find(kind: str, what: Any, *, besides: Sequence[str] = ()) -> Any:
+def find(kind: str, what: Any) -> Any:
     """Return a pass object for a name, `module:object`, `file.py:object` or an object.
 
-    Names may carry options: `name(option=value, ...)`. `besides` are words that the caller takes
-    in place of a pass: they are offered where a name is unknown.
+    Names may carry options: `name(option=value, ...)`.
 
     Raises UsageError for an unknown name, a failing import or an unfit object.
     """
     if not isinstance(what, str):
         return _checked(kind, what() if isinstance(what, type) else what, repr(what))
     name, options = parse(what)
-    return _checked(kind, construct(_load(kind, name, besides), options, what), what)
+    return _checked(kind, construct(_load(kind, name), options, what), what)
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -84,7 +88,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
                          fix="write name(option=value, ...)") from problem
 
 
-def _load(kind: str, name: str, besides: Sequence[str]) -> Any:
+def _load(kind: str, name: str) -> Any:
     if ":" in name:
         place, _, attribute = name.rpartition(":")
         try:
@@ -95,7 +99,7 @@ def _load(kind: str, name: str, besides: Sequence[str]) -> Any:
     entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
     if name not in entries:
         raise UsageError(f"unknown {kind} pass {name!r}",
-                         fix=did_you_mean(name, [*entries, *besides]))
+                         fix=did_you_mean(name, [*entries, *WORDS.get(kind, ())]))
     try:
         return entries[name].load()
     except (ImportError, AttributeError) as problem:

@@ -237,6 +237,10 @@ def test_a_misspelt_repair_is_offered_the_words_that_are_no_pass():
     with pytest.raises(UsageError) as caught:
         spacompiler.compile(module, inputs, target="params=50%", repair="nonne", dry_run=True)
     assert "did you mean 'none'" in caught.value.fix and "auto" in caught.value.fix
+    with pytest.raises(UsageError, match="unknown compensation") as caught:
+        registry.check_name("compensation", "nonne")
+    assert "did you mean 'none'" in caught.value.fix
+    registry.check_name("compensation", "none")
 
 
 @pytest.mark.parametrize("bad", [
