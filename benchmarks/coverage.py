@@ -306,7 +306,8 @@ def beside(suite: str, peer: str, only: str, limit: float, path: Path | None) ->
     print(told)
     return "\n\n".join([
         f"# {suite}: beside {peer}",
-        f"Made by `python benchmarks/coverage.py {suite} --peer {peer}`: the same models and "
+        f"Made by `python benchmarks/coverage.py {suite} --peer {peer} --timeout {limit:g}`: "
+        "the same models and "
         "inputs, a process each, half of every width by magnitude, no proof on our side and no "
         "check of results on theirs beyond running them. Both have handled one small network in "
         "that process before. Seconds are CPU seconds (finding groups: the median of three times, "

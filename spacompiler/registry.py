@@ -24,15 +24,15 @@ _METHODS = {"importance": "score", "allocation": "allocate", "compensation": "so
             "recovery": "run", "schedule": "run"}
 
 
+WORDS: Mapping[str, tuple[str, ...]] = {"compensation": ("auto", "none")}
+"""What callers take in place of a pass."""
+
+
 def available() -> Iterator[tuple[str, EntryPoint]]:
     """Yield (kind, entry point) of every installed pass, by kind and name."""
     for kind in KINDS:
         for entry in sorted(entry_points(group=f"spacompiler.{kind}"), key=lambda e: e.name):
             yield kind, entry
-
-
-WORDS: Mapping[str, tuple[str, ...]] = {"compensation": ("auto", "none")}
-"""What callers take in place of a pass."""
 
 
 def check_name(kind: str, text: str) -> None:

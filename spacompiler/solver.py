@@ -98,7 +98,6 @@ class Solver:
     rewire: bool = False
     deals: Mapping[str, Deal] = field(default_factory=dict)
     gathers: list[Gather] = field(default_factory=list)
-    _static: set[str] = field(default_factory=set)
     _taken: set[str] = field(default_factory=set)
     _read: set[str] = field(default_factory=set)
 
@@ -108,7 +107,6 @@ class Solver:
         for tensor in self.graph.tensors.values():
             if tensor.weight is not None:
                 tensor.static = True
-                self._static.add(tensor.name)
                 if tensor.weight not in stored:
                     stored[tensor.weight] = tuple(map(self.space.atom, tensor.shape))
                     if tensor.kind == "outside":
@@ -157,8 +155,7 @@ class Solver:
 
     def _visit(self, node: Node) -> None:
         refs, tensors = tuple(node.refs()), self.graph.tensors
-        if refs and self._static.issuperset(refs):
-            self._static.update(node.outputs)
+        if refs and all([tensors[ref].static for ref in refs]):
             for out in node.outputs:
                 tensors[out].static = True
         row = self.table.get(node.op)

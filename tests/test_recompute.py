@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spacompiler import gradients, pipeline, recompute, registry, source
+from spacompiler import gradients, pipeline, recompute, registry, runner, source
 from spacompiler.cross_entropy import CHUNK, cross_entropy, next_token
 from spacompiler.live import probe
 from spacompiler.recipe import Recipe
@@ -131,6 +131,7 @@ def test_backward_gives_memory_back_segment_by_segment(monkeypatch: pytest.Monke
     """Each time a segment is run again; and a runner holds no results while backward runs."""
     calls: list[bool] = []
     ended: list[int] = []
+    before_the_head: list[bool] = []
 
     class Watched(gradients.OverridingRunner):
         def call(self, *inputs: tuple[object, ...]) -> list[object]:
@@ -139,12 +140,14 @@ def test_backward_gives_memory_back_segment_by_segment(monkeypatch: pytest.Monke
             return found
 
     monkeypatch.setattr(recompute, "give_back", lambda: calls.append(True))
+    monkeypatch.setattr(runner, "give_back", lambda: before_the_head.append(True))
     monkeypatch.setattr(gradients, "OverridingRunner", Watched)
     monkeypatch.setattr(gradients, "budget", lambda *call: Budget(0))
     job = scored("zoo:llama-gqa", "taylor")
     batches = len(job.calibration.batches)
     assert ended == [0] * batches
     assert len(calls) >= 4 * batches
+    assert len(before_the_head) == batches
 
 
 def test_the_heap_is_given_back_once_the_last_block_has_run(
