@@ -59,6 +59,10 @@ def compile(
         help="Pattern over groups and parameters that stay. Repeatable.")] = None,
     module: Annotated[list[str] | None, typer.Option(
         help="Path of a sub-module to compile in place of the whole. Repeatable.")] = None,
+    blocks: Annotated[str, typer.Option(
+        "--drop-blocks", metavar="N|auto|PATHS",
+        help="Whole blocks to leave out before widths are cut: how many, auto (as many as are "
+             "cheaper than widths), or which (paths, commas between).")] = "",
     approximate: Annotated[bool, typer.Option(
         help="Let axes go whose norm takes other statistics then.")] = False,
     align: Annotated[int | None, typer.Option(
@@ -108,7 +112,7 @@ def compile(
         options: dict[str, Any] = {
             "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
             "ignore": tuple(ignore or ()), "modules": tuple(module or ()),
-            "approximate": approximate, "align": align,
+            "blocks": blocks, "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples,
             "length": length, "batch": batch, "seed": seed, "prove": prove, "onnx": onnx,
             "decoder": decoder, "int8": int8, "latency": latency,

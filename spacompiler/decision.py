@@ -23,11 +23,29 @@ from .scores import Scores
 def decide(job: Job) -> None:
     """Allocate counts under the target (unless a schedule has) and make the plan."""
     r = job.recipe
-    counts = job.counts or allocate_counts(job)
+    counts = job.counts or (allocate_counts(job) if job.candidates else {})
     job.plan = make_plan(job.candidates, job.scores, counts, target=r.target,
                          weights_hash=job.backend.digest(job), recipe=r.as_dict())
     job.choices = job.plan.choices(job.solution)
-    job.plan.costs.update(costs(job.solution, job.choices))
+    job.uniform = job.uniform or (not job.candidates and hf.is_hf(job.module))
+    job.plan.costs.update(costs(job.solution, job.choices, job.whole))
+
+
+def is_met(job: Job) -> bool:
+    """Whether the blocks that were dropped meet the target by themselves.
+
+    Raises TargetError if less than the target is left without them.
+    """
+    if job.dropped is None:
+        return False
+    metric, share = parse_target(job.recipe.target)
+    dense, left = job.whole[metric], cost(job.solution, metric).total
+    if left < (share - allocation.TOLERANCE) * dense:
+        raise TargetError(
+            f"target {job.recipe.target} is out of reach", where=job.name,
+            why=f"without {len(job.dropped.paths)} blocks {left / dense:.1%} of {metric} remain",
+            fix="drop fewer blocks")
+    return left <= (share + allocation.TOLERANCE) * dense
 
 
 def allocate_counts(job: Job) -> dict[str, int]:
@@ -38,7 +56,7 @@ def allocate_counts(job: Job) -> dict[str, int]:
     r = job.recipe
     metric, share = parse_target(r.target)
     price = cost(job.solution, metric)
-    dense = price.total
+    dense = job.whole.get(metric, price.total)
     for found in _units(job):
         price.set({g.atom: g.size for g in job.candidates})
         problem = allocation.Problem(found, price, share * dense, dense, metric,
@@ -100,12 +118,14 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
         yield units(False)
 
 
-def costs(solution: Solution, choices: Choices) -> dict[str, dict[str, int]]:
-    """Return {metric: {dense, pruned}} for every metric."""
+def costs(solution: Solution, choices: Choices,
+          whole: Mapping[str, int] | None = None) -> dict[str, dict[str, int]]:
+    """Return {metric: {dense, pruned}} for every metric; `whole` are the costs of the dense
+    network where it has blocks that the solution's lacks."""
     found = {}
     for metric in METRICS:
         price = cost(solution, metric)
-        dense = price.total
+        dense = (whole or {}).get(metric, price.total)
         pruned = price.set({atom: choice.count for atom, choice in choices.items()})
         found[metric] = {"dense": dense, "pruned": pruned}
     return found

@@ -56,7 +56,7 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
     job.progress("measuring latency", 3, 4)
     with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
         dense = Path(temporary) / "dense.onnx"
-        export_decoder(job.module, dense)
+        export_decoder(job.reference, dense)
         paths = {"dense": dense, "pruned": path}
         cases = bench.cases(paths, batches=(1,))
         times = compare_cases(paths, {c.name: c.inputs for c in cases}, repeats=20, seconds=20.0)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .axes import Choices
+from .blocks import Dropped
 from .calibration import Calibration, default_loss
 from .frontends.torch_export import Inputs, Trace
 from .groups import Group, Solution
@@ -26,7 +27,9 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """A compile under way; later fields are filled by later steps.
 
-    `module` is a torch module, or what another front end reads: then it brings its `backend`.
+    `module` is a torch module, or what another front end reads: then it brings its `backend`. Where
+    whole blocks were dropped it is the network without them; `dense` is the one with them, and
+    `whole` are its costs by metric (and bytes).
     """
 
     recipe: Recipe
@@ -60,6 +63,9 @@ class Job:
     biased: bool = False
     arrays: frozenset[str] = frozenset()
     owned: bool = False
+    dense: Any = None
+    dropped: Dropped | None = None
+    whole: dict[str, int] = field(default_factory=dict)
     recovery: Any = None
     recover_data: Calibration | None = None
     checkpoint: Path | None = None
@@ -69,6 +75,11 @@ class Job:
     base: dict[str, torch.Tensor] = field(default_factory=dict)
     base_hash: str = ""
     kept: Any = None
+
+    @property
+    def reference(self) -> Any:
+        """The dense network, with all of its blocks."""
+        return self.module if self.dense is None else self.dense
 
     @property
     def backend(self) -> Backend:

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import artifact
 from .biases import with_biases
+from .blocks import without
 from .emit.module import resize
 from .errors import SpaError
 from .frontends.torch_export import Inputs
@@ -84,7 +85,13 @@ def dense_module(folder: Path, structure: dict[str, Any]) -> nn.Module:
 def _dense(folder: Path, structure: dict[str, Any], model: nn.Module | None) -> nn.Module:
     """Return the dense network, the user's or a new one, with the biases that were added to it."""
     dense = model if model is not None else dense_module(folder, structure)
-    return with_biases(dense, structure.get("biased", ()), owned=model is None)
+    return prepared(dense, structure, owned=model is None)
+
+
+def prepared(dense: nn.Module, structure: dict[str, Any], owned: bool = False) -> nn.Module:
+    """Return a dense network as it was when widths were cut: blocks dropped, biases added."""
+    gone = structure.get("dropped", ())
+    return with_biases(without(dense, gone), structure.get("biased", ()), owned=owned)
 
 
 def _source(structure: dict[str, Any]) -> Any:

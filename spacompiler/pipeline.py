@@ -17,7 +17,7 @@ from torch import nn
 from . import allocation, registry
 from .biases import with_biases
 from .calibration import Calibration, default_loss, resolve
-from .decision import decide
+from .decision import decide, is_met
 from .errors import ControlError, SpaError, TargetError, TraceError, UsageError
 from .frontends.torch_export import Inputs
 from .groups import Group
@@ -61,6 +61,13 @@ def check_weights(job: Job) -> None:
     job.backend.check_weights(job)
 
 
+def drop_blocks(job: Job) -> None:
+    """Take whole blocks out before anything is traced; `auto` compiles copies in memory."""
+    from . import depth
+
+    depth.drop_blocks(job, lambda copy: carry_out(copy, _IN_MEMORY))
+
+
 def analyse(job: Job) -> None:
     """Trace the module (or parts of it), solve its axes, and list the groups that may shrink."""
     if job.schedule is not None and not job.owned:  # it trains
@@ -70,6 +77,9 @@ def analyse(job: Job) -> None:
     job.candidates = _candidates(job)
     if job.compensation is not None and job.compensation.create_biases:
         _add_biases(job)
+    if is_met(job):
+        job.candidates = []
+        return
     if not job.candidates:
         roles = sorted({g.role for g in job.solution.groups.values()})
         raise TargetError(
@@ -137,6 +147,8 @@ def score(job: Job) -> None:
 
     A schedule trains instead, and leaves scores and counts.
     """
+    if not job.candidates:
+        return
     if job.schedule is not None:
         job.schedule.run(job)
         return
@@ -191,6 +203,8 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
 
 def mend(job: Job) -> None:
     """Let the compensation pass repair what stays, in the traced program."""
+    if not job.choices:
+        return
     if job.backend.repair is None:
         raise SpaError(f"repair {job.compensation.name!r} needs a torch module", where=job.name,
                        fix="use --repair none")
@@ -202,6 +216,10 @@ def prove_plan(job: Job) -> None:
     """Prove the plan in float64 before anything is emitted."""
     if not job.recipe.prove:
         job.notes.append("the proof was skipped on request")
+        return
+    if not job.choices and job.dropped is not None:
+        job.notes.append("no width changed: that the blocks are gone, and nothing else, is the "
+                         "proof")
         return
     job.proof = job.backend.prove(job)
     if not job.proof.holds:
@@ -239,6 +257,7 @@ def recover(job: Job) -> None:
 STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("merging adapters", merge_adapters),
     ("checking weights", check_weights),
+    ("dropping blocks", drop_blocks),
     ("tracing and solving axes", analyse),
     ("scoring", score),
     ("allocating", decide),
@@ -248,8 +267,11 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("keeping the adapter", keep_adapter),
     ("recovering", recover),
 )
-DRY_STEPS = 5
+DRY_STEPS = 6
+_IN_MEMORY = [(stage, step) for stage, step in STEPS if step in (
+    analyse, score, decide, mend, emit)]
 ASKED: Mapping[str, Callable[[Job], bool]] = {
+    "dropping blocks": lambda job: bool(job.recipe.blocks),
     "repairing": lambda job: job.compensation is not None,
     "keeping the adapter": lambda job: job.recipe.keep_adapter,
     "recovering": lambda job: job.recovery is not None,
@@ -291,7 +313,8 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     schedule = schedule or recipe.schedule
     trains = registry.find("schedule", schedule) if schedule else None
     mends = repair or recipe.repair
-    needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none")
+    needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
+        or bool(recipe.blocks)
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed, module=module)

@@ -23,10 +23,11 @@ class Recipe:
     """Options of one compile.
 
     `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go, and
-    `modules` which sub-modules to compile in place of the whole; `align`
-    is a multiple for widths (None: what the CPU wants); `floor` the least share of each group.
-    `repair` auto is `refit` where scoring reads real calibration data anyway, else none;
-    `adapters` are directories, `DIR` or `DIR=weight`.
+    `modules` which sub-modules to compile in place of the whole; `blocks` is how many whole blocks
+    go (a number, `auto`, or their paths with commas between); `align` is a multiple for widths
+    (None: what the CPU wants); `floor` the least share of each group. `repair` auto is `refit`
+    where scoring reads real calibration data anyway, else none; `adapters` are directories, `DIR`
+    or `DIR=weight`.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Recipe:
     only: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    blocks: str = ""
     approximate: bool = False
     align: int | None = None
     floor: float = 0.1
@@ -83,11 +85,36 @@ class Recipe:
         for name in ("decoder", "int8"):
             if getattr(self, name) and not self.onnx:
                 raise UsageError(f"--{name} is about model.onnx, which --no-onnx leaves out")
+        if self.blocks:
+            parse_blocks(self.blocks)
+            for option in ("modules", "keep_adapter"):
+                if getattr(self, option):
+                    raise UsageError(f"blocks cannot be dropped with {option}",
+                                     fix="drop blocks first, and compile the result again")
         if self.length < 2:
             raise UsageError("length must be at least 2 tokens")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def parse_blocks(text: str) -> int | tuple[str, ...] | None:
+    """Return how many blocks go, or which; None for `auto`. Raises UsageError for nonsense.
+
+    >>> parse_blocks("4"), parse_blocks("auto"), parse_blocks("h.3, h.4")
+    (4, None, ('h.3', 'h.4'))
+    """
+    if text == "auto":
+        return None
+    if re.fullmatch(r"[+-]?\d+", text):
+        if int(text) < 1:
+            raise UsageError(f"cannot drop {text} blocks", fix="give a number from 1, or auto")
+        return int(text)
+    paths = tuple(part.strip() for part in text.split(","))
+    if not all(paths) or len(set(paths)) < len(paths):
+        raise UsageError(f"cannot read blocks {text!r}",
+                         fix="give a number, auto, or paths with commas between")
+    return paths
 
 
 def parse_target(text: str) -> tuple[str, float]:

@@ -39,7 +39,7 @@ def recover(job: Job) -> None:
     """
     calls = _calls(job)
     held_out = max(1, len(calls) // HELD_OUT)
-    task = Training(job.pruned, job.module, calls[:-held_out], calls[-held_out:], job.loss,
+    task = Training(job.pruned, job.reference, calls[:-held_out], calls[-held_out:], job.loss,
                     job.recipe.seed, job.progress, job.checkpoint, _key(job, calls))
     job.trained = {"pass": repr(job.recovery), "data": _origin(job), **job.recovery.run(task)}
     for p in job.pruned.eval().parameters():

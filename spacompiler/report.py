@@ -44,6 +44,9 @@ def facts(job: Job) -> dict[str, Any]:
             "relative_error": job.proof.error, "negative_control": job.proof.control,
             "control_array": job.proof.swapped, "approximate_by": job.proof.approximate},
         "recovery": job.trained,
+        "blocks": None if job.dropped is None else {
+            "dropped": list(job.dropped.paths), "relative_error": job.dropped.error,
+            "negative_control": job.dropped.control, "control_block": job.dropped.bypassed},
         "notes": job.notes,
     }
 
@@ -119,14 +122,35 @@ def _table(head: tuple[str, ...], rows: Any) -> list[str]:
 def _proof(data: Mapping[str, Any]) -> list[str]:
     proof = data["proof"]
     if proof is None:
-        return ["**Skipped on request.**"]
-    rows = [(f"masked dense ≡ pruned, {proof['precision']}, relative error",
+        done = _table(("check", "result"), _blocks(data) + _written(data))
+        return ["**No width changed.**" if data["blocks"] and not data["shrunk"] else
+                "**Skipped on request.**", "", *(done if data["blocks"] else ())]
+    rows = _blocks(data)
+    rows += [(f"masked dense ≡ pruned, {proof['precision']}, relative error",
              f"{proof['relative_error']:.1e}"),
             (f"negative control (one wrong index in `{proof['control_array']}`)",
              f"{proof['negative_control']:.1e}")]
     if proof["approximate_by"] is not None:
         rows.append(("LayerNorm over fewer slices differs from masked dense by",
                      f"{proof['approximate_by']:.1e}"))
+    return _table(("check", "result"), rows + _written(data))
+
+
+def _blocks(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was checked of the blocks that went."""
+    if not (found := data["blocks"]):
+        return []
+    rows = [(f"dense network that bypasses {len(found['dropped'])} blocks ≡ the one without them, "
+             "relative error", f"{found['relative_error']:.1e}")]
+    if found["control_block"]:
+        rows.append((f"negative control (`{found['control_block']}` bypassed as well)",
+                     f"{found['negative_control']:.1e}"))
+    return rows
+
+
+def _written(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was checked of the files."""
+    rows = []
     for check in data.get("onnx", ()):
         other = "masked dense" if data["layout"] == "onnx" else "torch"
         rows.append((f"ONNX Runtime ≡ {other} at {check['shapes']}, max difference",
@@ -134,7 +158,7 @@ def _proof(data: Mapping[str, Any]) -> list[str]:
     rows += deployed(data)
     if data.get("reload"):
         rows.append(("reload ≡ memory", data["reload"]))
-    return _table(("check", "result"), rows)
+    return rows
 
 
 def pruned_bytes(job: Job) -> dict[str, int]:
@@ -148,7 +172,7 @@ def pruned_bytes(job: Job) -> dict[str, int]:
             dense, pruned = dense * e.size, pruned * kept_size(e, job.choices)
         total["dense"] += dense
         total["pruned"] += pruned
-    return total
+    return {**total, "dense": job.whole.get("bytes", total["dense"])}
 
 
 def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:

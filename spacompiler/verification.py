@@ -88,8 +88,7 @@ def _reload(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check
 def _identity(folder: Path, structure: dict[str, Any], module: nn.Module,
               model: nn.Module | None) -> Check:
     """Each array is an exact index-select of the recorded dense one."""
-    from .biases import with_biases
-    from .loading import _source
+    from .loading import _source, prepared
     from .torch_backend import weights_hash
 
     name = "plan identity"
@@ -99,7 +98,7 @@ def _identity(folder: Path, structure: dict[str, Any], module: nn.Module,
         dense = model if model is not None else _source(structure).module
     except SpaError as problem:
         return Check(name, None, f"skipped: {problem.why or problem.what}")
-    dense = with_biases(dense, structure.get("biased", ()))
+    dense = prepared(dense, structure)
     plan = artifact.read_json(folder / "plan.json")
     if weights_hash(dense) != plan["weights_hash"]:
         return Check(name, None, "skipped: the source's weights are not those that were pruned")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def _weights(job: Job, folder: Path) -> None:
     sliced = _sliced_buffers(job) if job.emission == "module" else {}
     artifact.save_weights(folder / "model.safetensors", module, sliced)
     if hf.is_hf(job.module):
-        config = cast(Any, job.module).config.to_dict()
+        config = job.reference.config.to_dict()
         artifact.write_json(folder / "dense_config.json", config)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(folder)
@@ -114,7 +114,7 @@ def _reload(job: Job, folder: Path) -> str:
     artifact.save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
     artifact.write_json(folder / "structure.json", structure(job))
     (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
-    again = load_folder(folder, model=job.module)
+    again = load_folder(folder, model=job.reference)
     got = _results(again, job.trace.args, job.trace.kwargs)
     if _differing_array(job.pruned, again) or relative_error(got, want) > RELOAD_TOLERANCE:
         raise ProofError("the reloaded model differs from the one in memory",
@@ -140,6 +140,7 @@ def structure(job: Job) -> dict[str, Any]:
     return {"layout": job.layout, "emission": job.emission, "model": job.name,
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
             "trained": job.trained is not None,
+            "dropped": list(job.dropped.paths) if job.dropped else [],
             "biased": added(job.module, job.arrays),
             "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
                        "constants": {k: v for k, v in job.trace.kwargs.items()
@@ -250,7 +251,8 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
     job.progress("measuring latency", 3, 4)
     with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
         dense = Path(temporary) / "dense.onnx"
-        export_onnx(job.trace.exported, dense, input_names=job.trace.graph.inputs)
+        whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
+        export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
         args, kwargs = latency_inputs(job.trace)
         times = compare_latency({"dense": dense, "pruned": path}, _feed(job.trace, args, kwargs))
     shapes = {n: list(a.shape) for n, a in _feed(job.trace, args, kwargs).items()}

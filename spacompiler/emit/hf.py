@@ -42,7 +42,7 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
     problems = []
     floats = _changed_eps(module.config, solution, choices)
     for changes in _candidates(module.config, solution, choices):
-        problem = _mismatch(module, _changed(module.config, changes), shapes)
+        problem = mismatch(module, _changed(module.config, changes), shapes)
         if not problem:
             return _changed(module.config, {**_least(module, changes, shapes), **floats})
         problems.append(problem)
@@ -59,7 +59,7 @@ def _least(module: Any, changes: dict[str, Any],
     """Take back every change that the shapes do not need: it only happened to have that size."""
     for key in list(changes):
         fewer = {k: v for k, v in changes.items() if k != key}
-        if key != "head_dim" and not _mismatch(module, _changed(module.config, fewer), shapes):
+        if key != "head_dim" and not mismatch(module, _changed(module.config, fewer), shapes):
             changes = fewer
     return changes
 
@@ -188,7 +188,7 @@ def _changed_eps(config: Any, solution: Solution, choices: Choices) -> dict[str,
             if isinstance(value, float) and value in new}
 
 
-def _mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
     if config is None:
         return "the config refuses such sizes"
