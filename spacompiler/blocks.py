@@ -65,8 +65,13 @@ def removable(module: nn.Module, inputs: Inputs) -> list[str]:
             found.append(path)
 
     args, kwargs = as_call(inputs)
-    with untouched(module), torch.no_grad(), _seen(watched, look):
-        module(*args, **kwargs)
+    try:
+        with untouched(module), torch.no_grad(), _seen(watched, look):
+            module(*args, **kwargs)
+    except Exception as problem:  # any code may run here
+        raise SpaError("the network does not run block by block", where=type(module).__name__,
+                       why=f"{type(problem).__name__}: {problem}".splitlines()[0],
+                       fix="prune widths only") from problem
     return _one_level(module, [path for path in found if calls[path] == 1])
 
 
@@ -93,11 +98,12 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _is_identity_of_zero(part: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether a block without weights gives back what it reads."""
+    """Whether a block without weights gives back what it reads (called with copies: of caches)."""
     zeros = {name: torch.zeros_like(p) for name, p in part.named_parameters()}
     want = _state(args, kwargs)
     assert want is not None
     want = want.clone()
+    args, kwargs = copy.deepcopy((args, kwargs))
     got = _state(torch.func.functional_call(part, zeros, args, kwargs), {})
     return _alike(want, got) and torch.equal(want, got)  # type: ignore[arg-type]
 
@@ -220,7 +226,13 @@ def drop(module: nn.Module, inputs: Inputs, paths: Sequence[str],
     """
     args, kwargs = as_call(inputs)
     made = without(module, paths)
-    got = results(made, args, kwargs)
+    try:
+        got = results(made, args, kwargs)
+    except Exception as problem:  # any code may run here
+        raise SpaError(f"the network without {', '.join(paths)} does not run",
+                       where=type(module).__name__,
+                       why=f"{type(problem).__name__}: {problem}".splitlines()[0],
+                       fix="its code may go by a block's number; drop other blocks") from problem
 
     def gap(also: Sequence[str] = ()) -> float:
         with bypassed(module, (*paths, *also)):

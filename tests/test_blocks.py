@@ -78,6 +78,46 @@ def test_innermost_blocks_called_once() -> None:
     assert found == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1", "twice.1"]
 
 
+class Cache:
+    """What blocks write into, beside their results."""
+
+    def __init__(self) -> None:
+        self.states: list[torch.Tensor] = []
+
+
+class Counting(nn.Module):
+    """Blocks that write into a cache that they are given."""
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Kept(), Kept(), Kept()])
+        self.wanted = wanted
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        for block in self.blocks:
+            x = block(x, cache)
+        if len(cache.states) != self.wanted:
+            raise ValueError(f"{len(cache.states)} entries")
+        return x
+
+
+class Kept(Add):
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        cache.states.append(x)
+        return x + self.f(x)
+
+
+def test_caches_are_not_written_twice() -> None:
+    module, example = Counting(3).eval(), (torch.randn(2, 6),)
+    known = removable(module, example)
+    assert known == ["blocks.0", "blocks.1", "blocks.2"]
+    with pytest.raises(SpaError, match=r"without blocks\.1 does not run"):
+        drop(module, example, known[1:2], known)
+    with pytest.raises(SpaError, match="does not run block by block"):
+        removable(Counting(2).eval(), example)
+
+
 @pytest.mark.parametrize("gone", [[0], [1, 2], [0, 3]])
 def test_shorter_is_the_dense_one_that_bypasses(gone: list[int]) -> None:
     module, paths = tiny(), [f"model.layers.{i}" for i in gone]
