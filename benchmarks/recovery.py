@@ -1,4 +1,4 @@
-"""Which recovery gives most at equal tokens, on SmolLM2-135M: LLM-Pruner + LoRA, LoRAPrune, ours.
+"""Which recovery gives most at equal tokens, on SmolLM2-135M: ours, LoRAPrune, others + LoRA.
 
     python benchmarks/recovery.py --data DIR --work DIR [--tokens 51200] [--rows ours+lora ...]
 
@@ -35,6 +35,13 @@ COMMON = {"roles": ("channel",), "align": 1, "prove": False, "layout": "any", "o
 # how the model is pruned: name -> options of compile
 BASES: dict[str, dict[str, Any]] = {
     "llm-pruner": {"importance": "taylor-element", "repair": "none"},
+    "magnitude": {"importance": "magnitude", "repair": "none"},
+    "wanda-sp": {"importance": "wanda", "repair": "none"},
+    "flap": {"importance": "fluctuation(published=True)", "repair": "bias"},
+    "cfsp": {"importance": "cfsp", "allocation": "cfsp-layers", "repair": "none"},
+    "adapt-pruner": {"importance": "taylor-element", "allocation": "adapt-layers",
+                     "repair": "none"},
+    "obs": {"importance": "obs(bias=False)", "repair": "refit(bias=False, damping=0.01)"},
     "refit": {"importance": "taylor-element", "repair": "refit"},  # the same slices, repaired
     "channels": {"importance": "curvature", "allocation": "global", "floor": 0.02,
                  "repair": "refit"},
@@ -52,6 +59,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "llm-pruner": ("llm-pruner", ""),
     "llm-pruner+lora": ("llm-pruner", RELEASED),
     "lora-prune": ("lora-prune", f"lora-prune(epochs=1, lr={{lr}}, {STEP})"),
+    **{f"{base}+lora": (base, RELEASED)
+       for base in ("magnitude", "wanda-sp", "flap", "cfsp", "adapt-pruner", "obs")},
     "refit": ("refit", ""), "refit+lora": ("refit", OWN),
     "channels": ("channels", ""), "channels+lora": ("channels", OWN),
     "ours": ("ours", ""), "ours+lora": ("ours", OWN),
