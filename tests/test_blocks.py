@@ -78,6 +78,18 @@ def test_innermost_blocks_called_once() -> None:
     assert found == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1", "twice.1"]
 
 
+class Rectified(Add):
+    """relu(x) + f(relu(x)), x overwritten: no x + f(x)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu_() + self.f(x)
+
+
+def test_what_a_block_reads_is_what_it_was() -> None:
+    module = nn.Sequential(Rectified(), Rectified()).eval()
+    assert removable(module, (torch.randn(4, 6),)) == []
+
+
 class Cache:
     """What blocks write into, beside their results."""
 
