@@ -50,6 +50,7 @@ BASES: dict[str, dict[str, Any]] = {
              "repair": "refit(sequential=True, residual=True, every=True, create_biases=True)",
              "roles": ("channel", "head"), "samples": 128},
 }
+BASES["ours by layers"] = {**BASES["ours"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
 # rank 8, alpha 16, dropout 0.05 on every linear layer of a block, as LLM-Pruner released it
 RELEASED = f"lora(lr={{lr}}, dropout=0.05, norms=False, evaluations=4, {STEP})"
@@ -66,6 +67,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "ours": ("ours", ""), "ours+lora": ("ours", OWN),
     "ours+lora, KL": ("ours", OWN.replace("evaluations", "task=0.0, logits=1.0, evaluations")),
     "ours+lora, both": ("ours", OWN.replace("evaluations", "logits=1.0, evaluations")),
+    "ours by layers+lora": ("ours by layers", OWN),
     "ours+norms": ("ours", f"norms(lr={{lr}}, {STEP})"),
 }
 RIVALS = ("llm-pruner+lora", "lora-prune")
