@@ -24,6 +24,11 @@ def check(job: Job) -> None:
     if job.backend is not TORCH:
         raise SpaError("recovery needs a torch module", where=job.name,
                        fix="train before exporting to ONNX, or give the module itself")
+    by_blocks: float = getattr(job.recovery, "blocks", 0.0)
+    if by_blocks and job.recipe.blocks:
+        raise UsageError("blocks cannot be distilled one by one where some are dropped",
+                         why="those that stay have other numbers than in the dense network",
+                         fix="set blocks=0; logits=1 distils from the whole dense network")
     if job.recover_data is None or len(job.recover_data.batches) < 2:
         raise UsageError("there is too little data to recover on",
                          why=f"{_origin(job) or 'no data'}, of which some is held out",

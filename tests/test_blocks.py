@@ -303,6 +303,15 @@ def test_the_dense_network_teaches() -> None:
     assert seen == [module]
 
 
+def test_blocks_are_not_distilled_by_other_numbers() -> None:
+    from spacompiler.passes.lora import Lora
+
+    with pytest.raises(UsageError, match="one by one"):
+        spacompiler.compile(tiny(), inputs(), target="body=50%", blocks="1",
+                            recovery=Lora(blocks=1.0), importance="magnitude",
+                            calibration=[((), inputs())] * 4, **QUICK)
+
+
 @pytest.mark.parametrize("blocks, error, text", [
     ("0", UsageError, "cannot drop 0 blocks"),
     ("-2", UsageError, "cannot drop -2 blocks"),
