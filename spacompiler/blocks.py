@@ -61,7 +61,8 @@ def removable(module: nn.Module, inputs: Inputs) -> list[str]:
 
     def look(path: str, part: nn.Module, before: Any, call: Any, after: Any) -> None:
         calls[path] += 1
-        if calls[path] == 1 and _alike(before, after) and _is_identity_of_zero(part, *call):
+        fits = calls[path] == 1 and _alike(before, _state(after, {}))
+        if fits and _is_identity_of_zero(part, *call):
             found.append(path)
 
     args, kwargs = as_call(inputs)
@@ -109,10 +110,11 @@ def _is_identity_of_zero(part: nn.Module, args: Any, kwargs: Any) -> bool:
 
 
 @contextmanager
-def _seen(watched: dict[str, nn.Module], look: Callable[..., None]) -> Iterator[None]:
+def _seen(watched: dict[str, nn.Module], look: Callable[..., Any]) -> Iterator[None]:
     """Call look(path, block, what it read, its call, its result) after each of some blocks ran.
 
-    What it read is a copy: blocks may write into it.
+    What it read is a copy: blocks may write into it. What `look` returns, unless it is None, is
+    the result from then on.
     """
     depth = 0
 
@@ -124,15 +126,16 @@ def _seen(watched: dict[str, nn.Module], look: Callable[..., None]) -> Iterator[
                 held[:] = pytree.tree_map(
                     lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
 
-        def after(part: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        def after(part: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
             nonlocal depth
-            if not depth:
-                depth += 1
-                try:
-                    look(path, part, _state(*held), tuple(held), _state(out, {}))
-                finally:
-                    depth -= 1
-                    held.clear()
+            if depth:
+                return None
+            depth += 1
+            try:
+                return look(path, part, _state(*held), tuple(held), out)
+            finally:
+                depth -= 1
+                held.clear()
 
         return before, after
 
@@ -151,32 +154,16 @@ def _seen(watched: dict[str, nn.Module], look: Callable[..., None]) -> Iterator[
 @contextmanager
 def bypassed(module: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Let some blocks give back what they read for a while."""
-    handles = []
-    for path in paths:
-        held: list[torch.Tensor] = []
 
-        def before(part: nn.Module, args: Any, kwargs: Any,
-                   held: list[torch.Tensor] = held) -> None:
-            state = _state(args, kwargs)
-            assert state is not None
-            held[:] = [state.clone()]
+    def give_back(path: str, part: nn.Module, before: Any, call: Any, after: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(after)
+        at = next(i for i, x in enumerate(leaves)
+                  if isinstance(x, torch.Tensor) and x.is_floating_point())
+        leaves[at] = before
+        return pytree.tree_unflatten(leaves, spec)
 
-        def after(part: nn.Module, args: Any, kwargs: Any, out: Any,
-                  held: list[torch.Tensor] = held) -> Any:
-            leaves, spec = pytree.tree_flatten(out)
-            at = next(i for i, x in enumerate(leaves)
-                      if isinstance(x, torch.Tensor) and x.is_floating_point())
-            leaves[at] = held.pop()
-            return pytree.tree_unflatten(leaves, spec)
-
-        part = module.get_submodule(path)
-        handles += [part.register_forward_pre_hook(before, with_kwargs=True),
-                    part.register_forward_hook(after, with_kwargs=True)]
-    try:
+    with _seen({path: module.get_submodule(path) for path in paths}, give_back):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def without(module: nn.Module, paths: Sequence[str]) -> nn.Module:
@@ -256,6 +243,7 @@ def drop(module: nn.Module, inputs: Inputs, paths: Sequence[str],
 
 
 def none_found(name: str) -> SpaError:
+    """Return the error for a network of which no block may go."""
     return SpaError("no block may go", where=name,
                     why="no entry of a list of modules is x + f(x) (with a norm after the sum, "
                         "say, it is none)", fix="prune widths only")
