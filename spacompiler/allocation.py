@@ -29,12 +29,14 @@ class Unit:
     `legal` are the counts that may be kept, ascending, the last one the full size; `losses[k]`
     is what is lost when k slices are kept: the error curve that allocation passes go by (a share
     of the groups' importance, or the importance itself where criteria say it is comparable).
+    `chosen` is how many of them a router takes: so many stay, whatever the floor.
     """
 
     name: str
     groups: tuple[Group, ...]
     legal: tuple[int, ...]
     losses: np.ndarray
+    chosen: int = 0
 
     @property
     def size(self) -> int:
@@ -137,6 +139,9 @@ def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False
         bound = [u.name for u in problem.units if len(u.legal) > 1][:3]
         why = (f"with every unit at its floor, {floor:.1%} of {problem.metric} remain: "
                f"{len(problem.units)} units may shrink, e.g. {', '.join(bound) or 'none'}")
+        routed = next((u for u in problem.units if u.chosen and u.legal[0] == u.chosen), None)
+        if routed is not None:
+            why += f"; a router takes {routed.chosen} of {routed.name}, so that as many stay"
         fix = "lower the floor, or let more go: --role, --only, --ignore"
     else:
         steps = [u for u in problem.units if len(u.legal) > 1]
@@ -214,13 +219,18 @@ def step(solution: Solution, group: Group, align: int | None, lanes: int) -> int
     return max(multiples)
 
 
-def legal_counts(size: int, multiple: int, floor: float) -> tuple[int, ...]:
-    """Multiples of `multiple` from the floor (a share of `size`, at least one slice) to `size`.
+def fewest(solution: Solution, group: Group) -> int:
+    """Return how many slices must stay: as many experts as a router takes; 0 where none does."""
+    return max((k for e, k in solution.solver.least if e is group.atom), default=0)
+
+
+def legal_counts(size: int, multiple: int, floor: float, fewest: int = 0) -> tuple[int, ...]:
+    """Multiples of `multiple` up to `size`, from the floor: a share of it, at least `fewest` and 1.
 
     >>> legal_counts(40, 16, 0.0)
     (16, 32, 40)
     """
-    least = max(1, int(np.ceil(floor * size)))
+    least = max(1, fewest, int(np.ceil(floor * size)))
     counts = {k for k in range(multiple, size + 1, multiple) if k >= least}
     return tuple(sorted(counts | {size}))
 
@@ -252,9 +262,10 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
                               floor=floor, absolute=absolute))
             continue
         multiple = max(step(solution, g, align, lanes) for g in bundle)
-        legal = legal_counts(bundle[0].size, multiple, floor)
+        chosen = max(fewest(solution, g) for g in bundle)
+        legal = legal_counts(bundle[0].size, multiple, floor, chosen)
         losses = np.sum([_losses(scores[g.name], absolute) for g in bundle], axis=0)
-        made.append(Unit(name, tuple(bundle), legal, losses))
+        made.append(Unit(name, tuple(bundle), legal, losses, chosen))
     return tuple(made)
 
 
@@ -262,7 +273,8 @@ def join(parts: Sequence[Unit]) -> Unit:
     """Return one unit of several that must keep the same count."""
     legal = set(parts[0].legal).intersection(*(u.legal for u in parts))
     return Unit(" & ".join(u.name for u in parts), tuple(g for u in parts for g in u.groups),
-                tuple(sorted(legal)), np.sum([u.losses for u in parts], axis=0))
+                tuple(sorted(legal)), np.sum([u.losses for u in parts], axis=0),
+                max(u.chosen for u in parts))
 
 
 def _losses(score: np.ndarray, absolute: bool = False) -> np.ndarray:

@@ -51,7 +51,7 @@ def compile(
         help="A text file, sampled (what the model makes up) or none (example inputs only). "
              "Default: the model's own data, or text that Python carries.")] = None,
     role: Annotated[list[str] | None, typer.Option(
-        help="What may go: channel, head, 'head dim', hidden. Repeatable. "
+        help="What may go: channel, head, 'head dim', hidden, expert. Repeatable. "
              "Default: channel and head.")] = None,
     only: Annotated[list[str] | None, typer.Option(
         help="Pattern over groups and parameters: nothing else goes. Repeatable.")] = None,

@@ -23,6 +23,7 @@ from .consumers import Consumer
 from .errors import SpaError
 from .frontends.torch_export import Trace
 from .groups import Group, Member, Solution
+from .idioms import base
 from .recompute import budget
 from .relevance import largest, rules
 from .runner import Override, OverridingRunner
@@ -94,6 +95,7 @@ class Gradients:
                 self.gates[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
         if self._kinds & {*GATES, "fisher"}:
             self._sites = self._read_places(groups)
+            self._check_apart(groups)
         if self._kinds & {*SUMS, *ARRAYS}:
             kept = self.solution.graph.weights()
             for member, group in ((m, g) for g in groups for m in g.members):
@@ -104,10 +106,55 @@ class Gradients:
                                                             list[tuple[Group, int]]]:
         found: dict[tuple[str, str], list[tuple[Group, int]]] = {}
         for group in groups:
-            for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads):
-                if not self.solution.graph.tensors[read[1]].static:
-                    found.setdefault(read[:2], []).append((group, read[2]))
+            last = self._last_choices(group)
+            for read in dict.fromkeys(group.reads):
+                static = self.solution.graph.tensors[read.tensor].static
+                chosen = read.how == "chosen"
+                if read.node in last if chosen and static else not (
+                        chosen or static or read.how == "score"):
+                    sites = found.setdefault((read.node, read.tensor), [])
+                    if (group, read.dim) not in sites:
+                        sites.append((group, read.dim))
         return found
+
+    def _last_choices(self, group: Group) -> set[str]:
+        """Nodes that read arrays at chosen positions and whose values no product with such an
+        array follows: an expert whose last arrays are zero gives nothing."""
+        tensors = self.solution.graph.tensors
+        reads = {r.node for r in group.reads if r.how == "chosen" and tensors[r.tensor].static}
+        looked: dict[str, set[str]] = {}  # what holds values of arrays alone: nodes that read them
+        meets: dict[str, set[str]] = {}  # nodes where such meet activations
+        for node in self.solution.graph.nodes if reads else ():
+            found = set().union({node.name} & reads, *(looked.get(r, ()) for r in node.refs()))
+            alone = all(ref in looked or tensors[ref].static or "float" not in tensors[ref].dtype
+                        for ref in node.refs())
+            if found and alone:
+                looked |= dict.fromkeys(node.outputs, found)
+            elif found:
+                meets[node.name] = found
+        before: set[str] = set()  # tensors that a product follows from
+        last: set[str] = set()
+        for node in reversed(self.solution.graph.nodes) if reads else ():
+            follows = not before.isdisjoint(node.outputs)
+            if not follows:
+                last |= meets.get(node.name, set())
+            if follows or (node.name in meets and base(node.op) not in ("add", "sub")):
+                before.update(node.refs())
+        return last
+
+    def _check_apart(self, groups: Sequence[Group]) -> None:
+        """Raise SpaError where single examples are to be told apart, and arrays are read whole."""
+        for kind in sorted(self._kinds & {"fisher", "relevance"}):
+            for group in groups:
+                places = [at for at, found in self._sites.items()
+                          if any(g is group for g, _ in found)]
+                if any(self.solution.graph.tensors[at[1]].static for at in places):
+                    raise SpaError(
+                        f"{kind} of {group.name} cannot be gathered",
+                        why="its slices are arrays that data chooses, so that examples are not "
+                            "told apart",
+                        fix="use a criterion that sums over a batch (taylor, magnitude), or keep "
+                            f"the group: --ignore '{group.name}'")
 
     def add(self, batch: Batch, loss: Callable[..., torch.Tensor],
             observe: Callable[[str, str, torch.Tensor, int], Any],
@@ -236,12 +283,20 @@ class Gradients:
     def _gate(self, at: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
         """One gate per removable slice; per example and position too if those are told apart."""
         apart = self._running & {"token_gates", "fisher", "relevance"}
-        dynamic = set(self.solution.graph.tensors[at[1]].dynamic) if apart else set()
+        tensor = self.solution.graph.tensors[at[1]]
+        if tensor.static:  # of an array there is but one, whatever the examples
+            own = {dim for _, dim in self._sites[at]}
+            return self._leaf(at, value, [
+                n if d in own else 1 for d, n in enumerate(value.shape)])
+        dynamic = set(tensor.dynamic) if apart else set()
         if apart and not dynamic and len(value) == self._count:
             dynamic = {0}
         dims = self.solution.solver.dims[at[1]]
         shape = [n if d in dynamic or not is_frozen(e) else 1
                  for d, (n, e) in enumerate(zip(value.shape, dims, strict=True))]
+        return self._leaf(at, value, shape)
+
+    def _leaf(self, at: tuple[str, str], value: torch.Tensor, shape: list[int]) -> torch.Tensor:
         gate = torch.ones((), dtype=value.dtype).expand(shape).requires_grad_()
         self._hook(gate, lambda gradient: self._open(at, gradient))
         return gate

@@ -14,7 +14,7 @@ import networkx as nx
 
 from .axes import Atom, Expr, Prod, Sum, atoms, is_frozen, reasons, resolve, show, walk
 from .graph import Graph, Node
-from .idioms import deals, rms_norms
+from .idioms import choosing, deals, rms_norms
 from .solver import Contraction, Read, Row, Solver
 
 Mention = tuple[Atom, frozenset[Atom], frozenset[Atom]]
@@ -112,7 +112,7 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
     With `rewire`, permutations of one axis (channel shuffles) may be emitted as gathers: more is
     free, but only the re-written program can carry it out.
     """
-    solver = Solver(graph, table, rms_norms(graph), rewire=rewire,
+    solver = Solver(graph, table, rms_norms(graph), rewire=rewire, choosing=choosing(graph),
                     deals=deals(graph) if rewire else {}).solve()
     solution = Solution(graph, solver)
     mentions = _Once(atoms)
@@ -170,7 +170,7 @@ def _roles(solver: Solver, mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, st
     for e, tag in solver.roles:
         for atom in mentions[e]:
             tags.setdefault(atom, set()).add(tag)
-    order = {"head dim": "head dim", "head": "head", "normalised": "hidden"}
+    order = {"expert": "expert", "head dim": "head dim", "head": "head", "normalised": "hidden"}
     return {atom: next(role for tag, role in order.items() if tag in found)
             for atom, found in tags.items()}
 

@@ -76,6 +76,13 @@ class _Uses:
                 yield from self.casts(user.outputs[0])
 
 
+def choosing(graph: Graph) -> frozenset[str]:
+    """Find the nodes that choose the best along an axis and whose positions are read."""
+    found = [node for node in graph.nodes if base(node.op) == "topk" and len(node.outputs) == 2]
+    read = {ref for node in graph.nodes for ref in node.refs()} if found else set()
+    return frozenset(node.name for node in found if node.outputs[1] in read)
+
+
 def rms_norms(graph: Graph) -> dict[str, RmsNorm]:
     """Find every RMSNorm of the graph, by the name of its mean node."""
     means = [node for node in graph.nodes if base(node.op) in _MATCHES and not _over_places(node)]

@@ -11,25 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from .axes import Choices, keep_mask
+from .axes import Choices
 from .frontends.torch_export import Trace
 from .groups import Solution
-from .proof import _fit, touched
+from .proof import masks
 from .runner import Runner, Touch
-
-
-def masks(solution: Solution, choices: Choices) -> tuple[dict[str, set[str]], Touch]:
-    """Return which tensors each node reads through a mask, and what sets removed slices to zero."""
-    made: dict[str, torch.Tensor] = {}
-
-    def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
-        if name not in made:
-            made[name] = torch.from_numpy(keep_mask(solution.solver.dims[name], choices))
-        return torch.where(_fit(made[name], value), value, torch.zeros((), dtype=value.dtype))
-
-    return touched(solution, choices), touch
 
 
 class Lockstep:

@@ -164,18 +164,6 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], known: Fit, made: Sequen
             s.roles.append((e, "head" if letter in known.shared else "head dim"))
 
 
-EXPERTS = "an expert goes only where its router's score becomes minus infinity, not zero"
-
-
-def grouped_mm(s: Solver, n: Node) -> None:
-    """grouped_mm(x, weights, ends): rows of x by the expert they go to; its kernel wants rows
-    of whole 16 bytes."""
-    bound = relate_pattern(s, n, "! i, ! i o, ! -> ! o", operands(n), why=EXPERTS)
-    digits = "".join(filter(str.isdigit, s.graph.tensors[next(n.refs())].dtype))
-    for letter in "io":
-        s.multiples.append((bound[letter], 128 // int(digits)))
-
-
 def einsum(s: Solver, n: Node) -> None:
     """einsum's own equation, spaced out into notation."""
     left, _, right = n.args[0].replace(" ", "").partition("->")

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import Choice, Choices, atoms, keep_mask
+from .axes import ONE, Choice, Choices, atoms, keep_mask
 from .emit.program import run_pruned
 from .errors import ProofError
 from .frontends.torch_export import Trace
 from .groups import Solution
 from .idioms import base
-from .runner import Override, OverridingRunner
+from .runner import Override, OverridingRunner, Touch
 from .scores import rows
-from .slicing import cut, norm_changes
+from .slicing import kept, norm_changes
 
 TOLERANCE = 1e-10
 CONTROL = 1e-4
@@ -79,20 +79,33 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
     With `renormalise`, LayerNorm over a pruned axis takes its statistics over the kept slices
     (as the pruned model does); without, over all, removed ones being zero.
     """
-    places = touched(solution, choices)
-    masks: dict[str, torch.Tensor] = {}
-
-    def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
-        if name not in masks:
-            masks[name] = torch.from_numpy(keep_mask(solution.solver.dims[name], choices))
-        zero = torch.zeros((), dtype=value.dtype)
-        return torch.where(_fit(masks[name], value), value, zero)
-
+    places, touch = masks(solution, choices)
     override = _norms(solution, choices) if renormalise else {}
     with torch.no_grad():
         runner = OverridingRunner(trace.program, touched=places, touch=touch,
                                   override=override, double=True, watch=watch)
         return runner.call(trace.args, trace.kwargs)
+
+
+def masks(solution: Solution, choices: Choices) -> tuple[dict[str, set[str]], Touch]:
+    """Return which tensors each node reads through a mask, and what masks removed slices: they
+    read zero, scores minus infinity."""
+    made: dict[tuple[str, int | None], torch.Tensor] = {}
+    scores = {(r.node, r.tensor): r.dim for r in solution.solver.reads if r.how == "score"}
+
+    def mask(name: str, dim: int | None) -> torch.Tensor:
+        if (name, dim) not in made:
+            dims = solution.solver.dims[name]
+            found = keep_mask([e if dim in (None, d) else ONE for d, e in enumerate(dims)], choices)
+            made[name, dim] = torch.from_numpy(found)
+        return made[name, dim]
+
+    def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
+        dim = scores.get((node.name, name))
+        gone = torch.full((), 0 if dim is None else -torch.inf, dtype=value.dtype)
+        return torch.where(_fit(mask(name, dim), value), value, gone)
+
+    return touched(solution, choices), touch
 
 
 def _fit(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -182,7 +195,7 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
     weight, control = "", 0.0
     stored = {**trace.program.state_dict, **trace.program.constants}
     for attempt in range(CONTROLS):
-        weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt)
+        weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt, attempt)
         control = _error(trace, solution, choices, want, wrong)
         if control >= CONTROL:  # a slice that these inputs do not excite shows nothing
             break
@@ -212,11 +225,12 @@ def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
 
 
 def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Choices,
-         seed: int) -> tuple[str, dict[str, Choices]]:
+         seed: int, attempt: int = 0) -> tuple[str, dict[str, Choices]]:
     """Give one array a wrong index: its largest kept slice for a removed one.
 
-    `stored` gives an array by its name. Returns the array's name and the choices that it is to be
-    sliced by.
+    Later attempts take the next largest: inputs may reach no place that reads the first, as an
+    expert that no token goes to. `stored` gives an array by its name. Returns the array's name
+    and the choices that it is to be sliced by.
     """
     rng = np.random.default_rng(seed)
     groups = [g for g in solution.groups.values() if g.atom in choices and g.reads]
@@ -235,7 +249,8 @@ def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Cho
         norms.reshape(-1, group.size).sum(0, keepdims=True)
     for row, norm in zip(flat, norms, strict=True):
         removed = rng.choice(np.flatnonzero(~row))
-        row[np.argmax(np.where(row, norm, -1.0))] = False
+        largest = np.argsort(np.where(row, -norm, np.inf), kind="stable")
+        row[largest[attempt % row.sum()]] = False
         row[removed] = True
     changed = {**choices, group.atom: Choice(table, choices[group.atom].outers)}
     return member.weight, {member.weight: changed}
@@ -264,10 +279,10 @@ def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
     skipped = rescaled(solution, choices)
 
     def compare(name: str, value: Any) -> None:
-        dims = solution.solver.dims.get(name)
-        if found or dims is None or name in skipped or not isinstance(value, torch.Tensor):
+        known = name in solution.solver.dims and name not in skipped
+        if found or not known or not isinstance(value, torch.Tensor):
             return
-        want = cut(dense[name], dims, choices)
+        want = kept(solution, name, dense[name], choices)
         if value.is_floating_point() and relative_error([value], [want]) > TOLERANCE:
             found.append(name)
 

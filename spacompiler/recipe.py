@@ -13,7 +13,7 @@ from typing import Any
 from .errors import UsageError, did_you_mean
 
 METRICS = ("params", "body", "macs")
-ROLES = ("channel", "head", "head dim", "hidden")
+ROLES = ("channel", "head", "head dim", "hidden", "expert")
 LAYOUTS = ("auto", "uniform", "any")
 COMBINATIONS = ("cat", "linear", "svd", "ties", "dare_linear", "dare_ties")
 

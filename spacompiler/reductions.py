@@ -157,7 +157,10 @@ def norm_groups(s: Solver, n: Node) -> Expr:
 
 
 def index(s: Solver, n: Node) -> None:
-    """x[i, j, ...] by integer tensors or a mask: indexed dimensions freeze, others carry over."""
+    """x[i, j, ...] by integer tensors or a mask: indexed dimensions freeze, others carry over.
+
+    One that is indexed by chosen positions lies along the axis they were chosen from.
+    """
     s.put(n.outputs[0], indexed(s, n, s.shape(n.outputs[0])))
 
 
@@ -165,6 +168,7 @@ def indexed(s: Solver, n: Node, shape: tuple[int, ...] = ()) -> list[Expr]:
     """Return the dimensions of x[i, j, ...]; `shape` says how many positions a mask picks."""
     dims, d = list(s.dims[n.args[0].name]), 0
     at: list[int] = []
+    chosen: dict[int, Expr] = {}
     refs: list[tuple[str, bool]] = []
     for ref in n.args[1]:
         mask = isinstance(ref, Ref) and s.graph.tensors[ref.name].dtype == "bool"
@@ -173,9 +177,14 @@ def indexed(s: Solver, n: Node, shape: tuple[int, ...] = ()) -> list[Expr]:
             at += range(d, d + count)
             refs.append((ref.name, mask))
             s.freeze(s.dims[ref.name], "an index")
+            if (axis := s.label(n, ref.name)) is not None:
+                chosen[d] = axis
         d += count
     for d in at:
-        s.space.freeze(dims[d], f"indexed by data in {n.title()}")
+        if d in chosen:
+            choose(s, n, n.args[0].name, d, chosen[d])
+        else:
+            s.space.freeze(dims[d], f"indexed by data in {n.title()}")
     together = at == list(range(at[0], at[-1] + 1))
     where = at[0] if together else 0
     if any(mask for _, mask in refs):
@@ -186,6 +195,12 @@ def indexed(s: Solver, n: Node, shape: tuple[int, ...] = ()) -> list[Expr]:
         block = broadcast(s, n, [s.dims[name] for name, _ in refs])
     rest = [e for d, e in enumerate(dims) if d not in at]
     return rest[:where] + block + rest[where:]
+
+
+def choose(s: Solver, n: Node, ref: str, dim: int, axis: Expr) -> None:
+    """A dimension that is read at positions chosen along `axis` lies along it."""
+    s.relate(s.dims[ref][dim], axis, n)
+    s.read(n, ref, dim, "chosen")
 
 
 def index_select(s: Solver, n: Node) -> None:
@@ -202,8 +217,11 @@ def gather(s: Solver, n: Node) -> None:
     """gather(x, dim, index): freezes what it looks up; elsewhere x and index go together."""
     x, index = n.args[0].name, n.args[2].name
     dim, made = n.args[1] % len(s.dims[x]), []
+    chosen = s.label(n, index)
     for d, (e, at) in enumerate(zip(s.dims[x], s.dims[index], strict=True)):
-        if d == dim or e.size != at.size:
+        if d == dim and chosen is not None:
+            choose(s, n, x, d, chosen)
+        elif d == dim or e.size != at.size:
             s.freeze((e, at), f"looked up by {n.title()}")
         else:
             s.relate(e, at, n)

@@ -24,7 +24,7 @@ from .calibration import first_floating
 from .distillation import divergence
 from .frontends.torch_export import Trace
 from .groups import Solution
-from .lockstep import masks
+from .proof import masks
 from .repair import Evidence, Repairer, Site, sites
 from .runner import Override, OverridingRunner, Runner
 

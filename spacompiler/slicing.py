@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .axes import Choices, Expr, indices, keep_mask, kept_size
+from .axes import Atom, Choices, Expr, indices, keep_mask, kept_size
 from .frontends.torch_export import Trace
 from .groups import Solution
 from .idioms import RmsNorm
@@ -57,6 +57,17 @@ def gather_indices(solution: Solution, choices: Choices) -> dict[str, tuple[Gath
             rank, kept = np.cumsum(stays) - 1, gather.index[wanted]
             found[gather.node] = gather, rank[kept]
     return found
+
+
+def kept(solution: Solution, name: str, value: torch.Tensor, choices: Choices) -> torch.Tensor:
+    """Return what the pruned program has of a dense value: positions count what stays."""
+    part = cut(value, solution.solver.dims[name], choices)
+    label = solution.solver.labels.get(name)
+    if label is None or label.kind != "position" or not isinstance(label.axis, Atom) \
+            or label.axis not in choices:
+        return part
+    stays = torch.from_numpy(choices[label.axis].table)
+    return (stays.cumsum(0) - 1)[part.long()].to(part.dtype)
 
 
 class Slicer:

@@ -22,7 +22,11 @@ Row = Callable[["Solver", Node], None]
 
 
 class Read(NamedTuple):
-    """A place where an axis is consumed: `how` is contract, sum or norm."""
+    """A place where an axis is consumed: `how` is contract, sum, norm, recurrent, score or chosen.
+
+    A score that is removed reads minus infinity, not zero; what is `chosen` is read at positions
+    that data gives (see `chosen`), never at removed ones.
+    """
 
     node: str
     tensor: str
@@ -31,13 +35,23 @@ class Read(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """An argument to re-write when `when` shrinks: to the kept size of `expr`, or to `value`."""
+    """An argument to re-write when `when` shrinks: to the kept size of `expr` (`plus` a number),
+    or to `value`."""
 
     node: str
     path: Path
     expr: Expr
     when: Expr
     value: Any = None
+    plus: int = 0
+
+
+class Label(NamedTuple):
+    """What the integers of a tensor say of an axis: `kind` is position (each is one of it), count
+    (how often each position was chosen) or end (counts added up along the axis)."""
+
+    axis: Expr
+    kind: str
 
 
 class Contraction(NamedTuple):
@@ -77,8 +91,11 @@ class Solver:
     """Axis expressions per tensor, and what the rows found out on the way.
 
     `bare` are the tensors that no stored array has a part in, `multiples` the sizes that a
-    kernel takes only as multiples of a number. With `rewire`, an operator that only moves
-    positions of one axis may be emitted as a gather; `deals` are chains of such.
+    kernel takes only as multiples of a number, `least` how many slices of an axis must stay,
+    `choosing` the nodes whose chosen positions are read, `labels` the tensors that hold such, and
+    `scored` the axes that may shrink only if positions are chosen along them. With `rewire`, an
+    operator that only moves positions of one axis may be emitted as a gather; `deals` are chains
+    of such.
     """
 
     graph: Graph
@@ -92,6 +109,10 @@ class Solver:
     roles: list[tuple[Expr, str]] = field(default_factory=list)
     approximate: list[tuple[Expr, str]] = field(default_factory=list)
     multiples: list[tuple[Expr, int]] = field(default_factory=list)
+    least: list[tuple[Expr, int]] = field(default_factory=list)
+    choosing: frozenset[str] = frozenset()
+    labels: dict[str, Label] = field(default_factory=dict)
+    scored: list[tuple[Expr, str]] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     opaque: list[Node] = field(default_factory=list)
     bare: set[str] = field(default_factory=set)
@@ -99,6 +120,7 @@ class Solver:
     deals: Mapping[str, Deal] = field(default_factory=dict)
     gathers: list[Gather] = field(default_factory=list)
     _taken: set[str] = field(default_factory=set)
+    _asked: set[tuple[str, str]] = field(default_factory=set)
     _read: set[str] = field(default_factory=set)
 
     def solve(self) -> Solver:
@@ -119,13 +141,17 @@ class Solver:
         self._freeze_unused(stored)
         for node in self.graph.nodes:
             self._visit(node)
+            self._mind(node)
         for value, stored_in in self.graph.written.items():
             for e, o in zip(self.dims[value], self.dims[stored_in], strict=True):
                 self.space.relate(e, o, f"{value} is written back into {stored_in}")
         for name in self.graph.outputs:
             self.freeze(self.dims[name], f"model output {name}")
+        self._settle()
         final = _Final()
         self.dims = {name: tuple([final[e] for e in dims]) for name, dims in self.dims.items()}
+        self.least = [(final[e], k) for e, k in self.least]
+        self.labels = {name: Label(final[e], kind) for name, (e, kind) in self.labels.items()}
         return self
 
     def _freeze_unused(self, stored: Mapping[str, tuple[Expr, ...]]) -> None:
@@ -214,6 +240,21 @@ class Solver:
             if isinstance(expr, Atom) and not expr.frozen:
                 self.space.freeze(expr, "size varies between calls")
 
+    def _mind(self, node: Node) -> None:
+        """Positions that an operator reads without asking what they mean must stay as they are."""
+        for ref in node.refs():
+            if ref in self.labels and (node.name, ref) not in self._asked:
+                self.space.freeze(self.labels[ref].axis, f"{node.title()} computes with positions")
+
+    def _settle(self) -> None:
+        """What was taken for scores freezes unless positions are chosen along it, one by one."""
+        for name in {*self.graph.outputs, *self.graph.written} & self.labels.keys():
+            self.space.freeze(self.labels[name].axis, f"positions leave the network in {name}")
+        chosen = {resolve(label.axis) for label in self.labels.values()}
+        for e, why in self.scored:
+            if resolve(e) not in chosen or not isinstance(resolve(e), Atom):
+                self.space.freeze(e, why)
+
     # --- what rows use ------------------------------------------------------------------------
 
     def shape(self, ref: str) -> tuple[int, ...]:
@@ -242,7 +283,18 @@ class Solver:
         """Freeze everything that a node touches."""
         for ref in node.refs():
             self.freeze(self.dims[ref], why)
+            if ref in self.labels:
+                self.space.freeze(self.labels[ref].axis, why)
         self.emit_fixed(node, why)
+
+    def label(self, node: Node, ref: str, kind: str = "position") -> Expr | None:
+        """Return the axis that a tensor's values speak of; the row that asks sees to it that
+        what it makes of them still holds when slices of that axis go."""
+        label = self.labels.get(ref)
+        if label is None or label.kind != kind:
+            return None
+        self._asked.add((node.name, ref))
+        return None if is_frozen(label.axis) else label.axis
 
     def read(self, node: Node, ref: str, dim: int, how: str) -> None:
         self.reads.append(Read(node.name, ref, dim % len(self.dims[ref]), how))
@@ -260,8 +312,8 @@ class Solver:
         self.contractions.append(Contraction(node.name, {"dealt": whole}, (alone, alone), ()))
 
     def edit(self, node: Node, path: Path, expr: Expr, *, when: Expr | None = None,
-             value: Any = None) -> None:
-        self.edits.append(Edit(node.name, path, expr, expr if when is None else when, value))
+             value: Any = None, plus: int = 0) -> None:
+        self.edits.append(Edit(node.name, path, expr, expr if when is None else when, value, plus))
 
 
 def opaque(s: Solver, node: Node) -> None:

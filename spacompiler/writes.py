@@ -96,9 +96,13 @@ def scatter(s: Solver, n: Node) -> None:
     x, index = s.dims[n.args[0].name], s.dims[n.args[2].name]
     others = [s.dims[a.name] for a in n.args[3:] if isinstance(a, Ref) and s.dims[a.name]]
     dim = n.args[1] % len(x)
+    chosen = s.label(n, n.args[2].name)
     for d, (e, at) in enumerate(zip(x, index, strict=True)):
         values = [dims[d] for dims in others]
-        if d == dim or e.size != at.size:
+        if d == dim and chosen is not None:
+            s.freeze((at, *values), f"{n.title()} writes it by positions")
+            s.relate(e, chosen, n)
+        elif d == dim or e.size != at.size:
             s.freeze((e, at, *values), f"{n.title()} writes into it")
         else:
             for other in (at, *values):

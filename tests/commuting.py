@@ -23,7 +23,7 @@ from spacompiler.frontends import torch_export
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.groups import Solution
 from spacompiler.proof import masked_dense, relative_error, rescaled
-from spacompiler.slicing import cut
+from spacompiler.slicing import kept
 
 
 def table_of(rng: np.random.Generator, shape: tuple[int, ...], count: int) -> np.ndarray:
@@ -38,9 +38,10 @@ def choose(solution: Solution, rng: np.random.Generator, least: int = 1) -> Choi
         a for dims in solution.solver.dims.values() for e in dims for a in walk(e))
     made: dict[Atom, Choice] = {}
     for atom in every:
-        if atom.frozen or atom.size <= least or rng.random() < 0.25:
+        fewest = max([k for e, k in solution.solver.least if e is atom], default=least)
+        if atom.frozen or atom.size <= fewest or rng.random() < 0.25:
             continue
-        count = int(rng.integers(least, atom.size))
+        count = int(rng.integers(fewest, atom.size))
         group = by_atom.get(atom)
         if group is not None and group.outers and rng.random() < 0.7:
             made[atom] = Choice(table_of(rng, group.shape, count), group.outers)
@@ -57,7 +58,8 @@ def differences(found: Trace, solution: Solution, choices: Choices,
     masked_dense(found, solution, choices, watch=dense.__setitem__)
     run_pruned(found, solution, choices, watch=pruned.__setitem__)
     factors = rescaled(solution, choices)
-    return {name: gap(pruned[name], cut(dense[name], solution.solver.dims[name], choices), random)
+    return {name: gap(pruned[name],
+                      kept(solution, name, dense[name], choices), random)
             for node in found.graph.nodes for name in node.outputs
             if name in dense and name in pruned and name not in factors}
 

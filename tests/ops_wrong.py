@@ -7,11 +7,12 @@ from typing import Any
 
 from ops_case import Case, Ints, aten, op
 from ops_cases import case_of
+from ops_chosen import top
 from ops_norms import normed
 from ops_products import attend
 
+from spacompiler import chosen, reductions, shapes, writes
 from spacompiler import primitives as p
-from spacompiler import reductions, shapes, writes
 from spacompiler.frontends.aten import TABLE
 from spacompiler.solver import Row
 
@@ -74,6 +75,20 @@ def without_reads(row: Row) -> Row:
     return wrong
 
 
+def scores_of_zero(row: Row) -> Row:
+    def wrong(s: Any, n: Any) -> None:
+        row(s, n)
+        s.reads[:] = [r._replace(how="sum") if r.how == "score" else r for r in s.reads]
+
+    return wrong
+
+
+def other_experts(s: Any, n: Any) -> None:
+    """The experts' arrays have an axis of their own."""
+    s.label(n, n.args[2].name, "end")
+    p.relate_pattern(s, n, "! i, ... i o -> ! o", p.operands(n)[:2])
+
+
 def without_recurrence(row: Row) -> Row:
     def wrong(s: Any, n: Any) -> None:
         row(s, n)
@@ -124,6 +139,13 @@ FAULTS: dict[str, tuple[Row, Case]] = {
     "cumsum element by element": (p.pointwise, Case("cumsum", op("cumsum", 1), SQUARE[:1], "*.")),
     "cumsum along the other": (reductions.along(9, "", 0), Case(
         "cumsum", op("cumsum", 1), SQUARE[:1], "*.")),
+    "softmax of zeros": (scores_of_zero(TABLE["softmax"]), case_of("softmax", 2)),
+    "topk of zeros": (scores_of_zero(TABLE["topk"]), case_of("topk", 2)),
+    "histc keeps its bins": (without_edits(TABLE["histc"]), case_of("histc")),
+    "positions from the end": (chosen.carried(p.pointwise), Case("rsub", lambda x, w: aten.index(
+        w, [aten.rsub(top(x)[1], 4)]), ((3, 5), (5, 4)), "*. .*")),
+    "grouped_mm of other experts": (other_experts, case_of(
+        "transformers.grouped_mm_fallback", 1)),
     "sort element by element": (p.pointwise, Case("sort", op("sort"), SQUARE[:1], "*.")),
     "flip keeps the order": (same_order, Case("flip", op("flip", [0]), SQUARE[:1], "**")),
     "roll keeps the order": (same_order, Case("roll", op("roll", [1], [0]), SQUARE[:1], "**")),

@@ -159,7 +159,7 @@ def _control(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Eng
     weight, control = "", 0.0
     for attempt in range(CONTROLS):
         weight, wrong = swap(lambda n: torch.from_numpy(np.asarray(trace.stored(n), np.float32)),
-                             solution, choices, seed + attempt)
+                             solution, choices, seed + attempt, attempt)
         model = rewrite(trace, solution, choices, wrong, double=engine.double)
         control = _error(engine, model, trace, want)
         if control >= needed:

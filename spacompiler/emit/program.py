@@ -31,8 +31,8 @@ def edits(solution: Solution, choices: Choices) -> Iterator[tuple[str, Path, Any
     """Yield (node, path of the argument, value, old value) for each constant that changes."""
     for edit in solution.solver.edits:
         if kept_size(edit.when, choices) != edit.when.size:
-            value = kept_size(edit.expr, choices) if edit.value is None else edit.value
-            yield edit.node, edit.path, value, edit.expr.size
+            value = kept_size(edit.expr, choices) + edit.plus if edit.value is None else edit.value
+            yield edit.node, edit.path, value, edit.expr.size + edit.plus
     for change in norm_changes(solution, choices):
         yield change.norm.eps_node, ("args", change.norm.eps_arg), change.eps, change.norm.eps
 

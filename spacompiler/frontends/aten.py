@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+from .. import chosen as c
 from .. import primitives as p
 from .. import recurrent
 from .. import reductions as r
@@ -37,6 +38,13 @@ bernoulli fill positive native_dropout _conj resolve_conj
 real imag angle conj_physical resolve_neg
 """.split()
 
+# what only moves or copies the values of its first operand: chosen positions stay such
+_CARRY = """
+clone contiguous alias detach to _to_copy type_as lift_fresh_copy sort index gather index_select
+view _unsafe_view reshape view_copy flatten unflatten permute transpose t squeeze unsqueeze expand
+select slice
+""".split()
+
 _POOLING = {
     1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d "
        "upsample_linear1d reflection_pad1d replication_pad1d",
@@ -48,10 +56,10 @@ _POOLING = {
 }
 
 _ALONG: dict[str, Row] = {
-    **{op: r.along(why=r.SCORES)
+    **{op: c.scores()
        for op in "softmax _softmax log_softmax _log_softmax _safe_softmax".split()},
-    **{op: r.along() for op in "cumsum cumprod logcumsumexp cummax cummin".split()},
-    "topk": r.along(2, why=r.SCORES), "sort": r.along(1), "argsort": r.along(1),
+    **{op: r.along() for op in "cumprod logcumsumexp cummax cummin".split()},
+    "topk": c.best, "cumsum": c.cumsum, "histc": c.histc, "sort": r.along(1), "argsort": r.along(1),
     "diff": r.along(2),
     **{op: r.along(2) for op in "fft_fft fft_ifft fft_rfft fft_irfft".split()},
     **{op: r.along(2, "dim", [-2, -1])
@@ -89,7 +97,7 @@ _PATTERNS: dict[str, Row] = {
 
 _FUNCTIONS: dict[str, Row] = {
     "embedding": p.embedding, "matmul": p.matmul, "einsum": p.einsum,
-    "transformers.grouped_mm_fallback": p.grouped_mm,
+    "transformers.grouped_mm_fallback": c.grouped_mm,
     "addmm": p.addmm,
     "batch_norm": p.batch_norm,
     "prelu": p.prelu,
@@ -146,7 +154,8 @@ def _rows() -> dict[str, Row]:
     rows |= dict.fromkeys(_SAME, p.same)
     for spatial, names in _POOLING.items():
         rows |= dict.fromkeys(names.split(), r.last_frozen(spatial))
-    return rows | _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS | _RECURRENT | _FROZEN
+    rows |= _ALONG | _REDUCE | _PATTERNS | _FUNCTIONS | _RECURRENT | _FROZEN
+    return rows | {name: c.carried(rows[name]) for name in _CARRY}
 
 
 class _ByPacket(dict[str, Row]):

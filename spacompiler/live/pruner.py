@@ -215,9 +215,14 @@ class Pruner:
         found = [g for g in allocation.candidates(
             self._dense, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
             if not all(m.weight in own for m in g.members)]
+        scored = [g.name for g in found if any(read.how == "score" for read in g.reads)]
+        self.notes += [f"{name} stays: masks while training are zeros, and a score that goes "
+                       "would have to be minus infinity" for name in scored]
+        found = [g for g in found if g.name not in scored]
         if not found:
             raise TargetError("nothing to prune", where=type(self.model).__name__,
-                              why=f"no group has a role in {list(r.roles)}",
+                              why=self.notes[-1] if scored else
+                              f"no group has a role in {list(r.roles)}",
                               fix="see `spacompiler.inspect`; let more go with roles or only")
         return found
 

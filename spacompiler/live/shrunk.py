@@ -79,6 +79,8 @@ def _solution(solution: Solution, choices: Choices, new: New) -> Solution:
         contractions=[c._replace(letters={k: to(e) for k, e in c.letters.items()},
                                  macs=all_to(c.macs)) for c in old.contractions],
         roles=[(to(e), tag) for e, tag in old.roles],
+        least=[(to(e), k) for e, k in old.least],
+        labels={name: label._replace(axis=to(label.axis)) for name, label in old.labels.items()},
         approximate=[(to(e), why) for e, why in old.approximate])
     groups = {name: _group(group, new) for name, group in solution.groups.items()}
     return Solution(graph, solver, groups)

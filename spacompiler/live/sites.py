@@ -46,7 +46,8 @@ def sites(module: nn.Module, trace: Trace, solution: Solution,
     found: dict[tuple[str, str], Site] = {}
     paths = {path for path, _ in module.named_modules()}
     for group in groups:
-        for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads):
+        for read in dict.fromkeys((r.node, r.tensor, r.dim) for r in group.reads
+                                  if r.how not in ("score", "chosen")):
             node, tensor, dim = nodes[read[0]], read[1], read[2]
             if solution.graph.tensors[tensor].static:
                 continue

@@ -1,0 +1,233 @@
+"""Whole experts of a mixture go: opt-in, proven, and never fewer than the router takes."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import spacompiler
+from spacompiler import models_zoo
+from spacompiler.api import Result
+from spacompiler.axes import Choice, reasons
+from spacompiler.errors import SpaError, TargetError
+from spacompiler.frontends.aten import TABLE
+from spacompiler.frontends.torch_export import Trace, trace
+from spacompiler.groups import Group, Solution, solve
+from spacompiler.passes.taylor import Taylor
+from spacompiler.proof import prove
+from spacompiler.scores import Scores
+
+TWO_OF_FIVE = "params=56.5%"
+ROUTER = "model.layers.{}.mlp.gate.weight:0"
+
+
+def built() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    module, inputs = models_zoo.load("moe").build()
+    return module, inputs
+
+
+def compiled(target: str = TWO_OF_FIVE, **options: Any) -> Result:
+    given = {"importance": "magnitude", "repair": "none", "roles": ("expert",), "onnx": False,
+             "layout": "uniform", "align": 1, "latency": False, **options}
+    return spacompiler.compile("zoo:moe", target=target, **given)
+
+
+@cache
+def traced() -> tuple[Trace, Solution]:
+    found = trace(*built())
+    return found, solve(found.graph, TABLE)
+
+
+def experts(solution: Solution) -> list[Group]:
+    return [g for g in solution.groups.values() if g.role == "expert"]
+
+
+# --- what comes out ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("roles", "target", "count"), [
+    (("expert",), "params=71%", 3), (("expert",), TWO_OF_FIVE, 2),
+    (("expert", "channel", "head"), "params=50%", 3)])
+def test_stock_transformers_loads_what_stays(tmp_path: Path, roles: tuple[str, ...], target: str,
+                                             count: int) -> None:
+    result = compiled(target, roles=roles, out=tmp_path / "out")
+    ids = built()[1]["input_ids"]
+    module = result.module.eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert loaded.config.num_local_experts == count
+    assert {layer.mlp.experts.down_proj.shape[0] for layer in loaded.model.layers} == {count}
+    assert {len(layer.mlp.gate.weight) for layer in loaded.model.layers} == {count}
+    with torch.no_grad():
+        for x in (ids, ids[:1, :5]):
+            assert torch.equal(loaded(input_ids=x).logits, module(input_ids=x).logits)
+    assert loaded.generate(ids[:1, :4], max_new_tokens=8, do_sample=False).shape == (1, 12)
+    checks = {check.name: check.passed for check in spacompiler.verify(tmp_path / "out")}
+    assert checks.pop("onnx") is None and len(checks) >= 3 and all(checks.values())
+
+
+def test_what_stays_is_the_dense_model_with_scores_of_minus_infinity(tmp_path: Path) -> None:
+    """Said again by hand, in the dense module: a router that never takes what is gone."""
+    result = compiled()
+    dense, inputs = built()
+
+    def gone(kept: list[int]) -> Any:
+        def hook(router: Any, args: tuple[torch.Tensor, ...], made: Any) -> Any:
+            logits = nn.functional.linear(args[0].reshape(-1, router.hidden_dim), router.weight)
+            masked = torch.full_like(logits, -torch.inf)
+            masked[:, kept] = logits[:, kept]
+            value, index = torch.topk(masked.softmax(-1), router.top_k)
+            return logits, value / value.sum(-1, keepdim=True), index
+
+        return hook
+
+    for i, layer in enumerate(dense.model.layers):  # type: ignore[union-attr]
+        layer.mlp.gate.register_forward_hook(gone(list(result.plan.kept[ROUTER.format(i)])))
+    with torch.no_grad():
+        want = dense.eval()(**inputs).logits
+        got = result.module.eval()(**inputs).logits
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_without_being_asked_no_expert_goes() -> None:
+    result = compiled("params=70%", roles=("channel", "head", "head dim", "hidden"))
+    assert not any(result.solution.groups[name].role == "expert" for name in result.plan.kept
+                   if len(result.plan.kept[name]) < result.solution.groups[name].size)
+    assert {len(layer.mlp.gate.weight) for layer in result.module.model.layers} == {5}
+
+
+def test_a_router_finds_as_many_as_it_takes() -> None:
+    with pytest.raises(TargetError, match="cannot be met") as raised:
+        compiled("params=35%", floor=0.0)
+    assert "a router takes 2 of model.layers.*.mlp.gate.weight:0, so that" in raised.value.why
+
+
+# --- which axes are experts' ------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Attention to learnt latents, then the two best of five experts for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.latents = nn.Parameter(torch.randn(7, 8))
+        self.router = nn.Linear(8, 5)
+        self.up = nn.Parameter(torch.randn(5, 6, 8))
+        self.down = nn.Parameter(torch.randn(5, 8, 6))
+        self.offset = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x @ self.latents.T).softmax(-1) @ self.latents
+        value, index = self.router(x).softmax(-1).topk(2)
+        y = torch.einsum("btkoi,bti->btko", self.up[index], x).relu()
+        y = torch.einsum("btkoi,btki->btko", self.down[index], y) + self.offset[index]
+        return (y * value.unsqueeze(-1)).sum(2)
+
+
+def mixed(change: Any = None) -> tuple[Trace, Solution]:
+    module = Mixed()
+    with torch.no_grad():
+        if change is not None:
+            change(module)
+    found = trace(module, (torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)),))
+    return found, solve(found.graph, TABLE)
+
+
+def keeping(group: Group, kept: list[int]) -> dict[Any, Choice]:
+    return {group.atom: Choice(np.isin(np.arange(group.size), kept), group.outers)}
+
+
+def test_only_what_is_chosen_from_is_an_expert_axis() -> None:
+    _, solution = traced()
+    assert [g.name for g in experts(solution)] == [ROUTER.format(i) for i in range(2)]
+    found, solution = mixed()
+    (group,) = experts(solution)
+    assert {m.weight for m in group.members} == {
+        "router.weight", "router.bias", "up", "down", "offset"}
+    assert any("softmax" in why for why in reasons(solution.dims("latents")[0]))
+    assert prove(found, solution, keeping(group, [0, 2, 3])).holds
+
+
+def test_a_wrong_index_is_one_that_tokens_reach() -> None:
+    """The largest expert is never chosen, and the one that goes is its neighbour in the arrays."""
+    def change(module: Any) -> None:
+        module.router.bias[0] = -100.0
+        module.up[0] *= 10
+        module.down[0] *= 10
+
+    found, solution = mixed(change)
+    (group,) = experts(solution)
+    assert prove(found, solution, keeping(group, [0, 2, 3, 4])).holds
+
+
+# --- scores -----------------------------------------------------------------------------------
+
+
+def test_taylor_is_the_derivative_of_a_gate_on_what_an_expert_gives() -> None:
+    found, solution = mixed(lambda module: module.router.bias[0].fill_(-100.0))
+    (group,) = experts(solution)
+    scores, passed = Scores(found, solution), Taylor(per="batch")
+    square = lambda flat, args, kwargs: flat[0].square().sum()  # noqa: E731
+    scores.calibrate(passed.needs, [(found.args, {})], square, groups=[group])
+    module, gate = Mixed(), torch.ones(5, requires_grad=True)
+    with torch.no_grad():
+        module.router.bias[0] = -100.0
+    arrays = {"down": module.down.detach() * gate[:, None, None],
+              "offset": module.offset.detach() * gate[:, None]}
+    torch.func.functional_call(module, arrays, found.args).square().sum().backward()
+    want = gate.grad
+    assert want is not None and want[0] == 0 and (want[1:] != 0).all()
+    assert torch.allclose(passed.score(group, scores).float(), want.abs(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("importance", "says"), [
+    ("taylor(per='example')", "examples are not told apart"),
+    ("relevance", "examples are not told apart"),
+    ("fluctuation", "no consumer of .* is a product with weights")])
+def test_criteria_that_cannot_score_experts_say_so(importance: str, says: str) -> None:
+    with pytest.raises(SpaError) as raised:
+        compiled(importance=importance, dry_run=True)
+    assert re.search(says, str(raised.value)) and "--ignore" in str(raised.value)
+
+
+@pytest.mark.parametrize("importance", [
+    "taylor", "taylor(per='batch')", "taylor-vector", "taylor-element", "snip",
+    "geometric-median", "random"])
+def test_criteria_that_score_experts(importance: str) -> None:
+    result = compiled(importance=importance, dry_run=True)
+    assert {len(result.plan.kept[ROUTER.format(i)]) for i in range(2)} == {2}
+
+
+# --- ONNX -------------------------------------------------------------------------------------
+
+
+def test_grouped_products_have_no_onnx_operator(tmp_path: Path) -> None:
+    with pytest.raises(SpaError, match="cannot be written as ONNX") as raised:
+        compiled(onnx=True, out=tmp_path / "out")
+    assert "grouped_mm_fallback" in raised.value.why
+
+
+def test_onnx_equals_torch_at_other_shapes(tmp_path: Path) -> None:
+    """With the experts' arrays looked up token by token, everything is an operator of ONNX."""
+    module, inputs = built()
+    module.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    result = spacompiler.compile(
+        module, inputs, target=TWO_OF_FIVE, importance="magnitude", repair="none",
+        roles=("expert",), layout="uniform", latency=False, out=tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
+    pruned = result.module.eval()
+    for shape in ((2, 9), (3, 5), (1, 14)):
+        ids = torch.randint(60, shape, generator=torch.Generator().manual_seed(2))
+        (got,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+        with torch.no_grad():
+            want = pruned(input_ids=ids).logits
+        assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
