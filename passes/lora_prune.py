@@ -21,7 +21,7 @@ from spacompiler.job import Job
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
-from spacompiler.live.sites import Masks, sites
+from spacompiler.live.sites import MASKED, Masks, sites
 from spacompiler.live.watch import Watch
 
 
@@ -197,10 +197,15 @@ class LoraPrune:
 
 def _seen(job: Job, places: Sequence[Any]) -> list[Group]:
     """Candidates that can be masked where they are read; a note names the others."""
-    seen = {name for site in places for name, _ in site.reads}
-    unseen = [g.name for g in job.candidates if g.name not in seen]
-    job.notes.extend(f"{name} stays: no module reads it as its first argument" for name in unseen)
-    return [g for g in job.candidates if g.name in seen]
+    read = {name for site in places for name, _ in site.reads}
+    why = {g.name: MASKED if any(r.how == "score" for r in g.reads) else
+           "no module reads it as its first argument" if g.name not in read else ""
+           for g in job.candidates}
+    job.notes.extend(f"{name} stays: {reason}" for name, reason in why.items() if reason)
+    if all(why.values()):
+        raise TargetError("nothing to prune", where=job.name, why=job.notes[-1],
+                          fix="let more go with --role or --only, or score in one shot")
+    return [g for g in job.candidates if not why[g.name]]
 
 
 def _linear(step: int, total: int, warmup: int) -> float:

@@ -344,7 +344,14 @@ class Gradients:
         arrays = list(leaves.values())
         first = torch.autograd.grad(value, arrays, create_graph=True, allow_unused=True)
         norm = torch.stack([(g * g.detach()).sum() for g in first if g is not None]).sum()
-        second = torch.autograd.grad(norm, arrays, allow_unused=True)
+        try:
+            second = torch.autograd.grad(norm, arrays, allow_unused=True)
+        except (NotImplementedError, RuntimeError) as problem:
+            if "autograd formula" not in str(problem):
+                raise
+            raise SpaError("the network has no second derivatives",
+                           why=str(problem).splitlines()[0],
+                           fix="use a criterion of first derivatives (taylor, snip)") from problem
         for name, gradient in zip(leaves, second, strict=True):
             if gradient is not None:
                 self._take(name, gradient)

@@ -192,11 +192,12 @@ def test_taylor_is_the_derivative_of_a_gate_on_what_an_expert_gives() -> None:
 @pytest.mark.parametrize(("importance", "says"), [
     ("taylor(per='example')", "examples are not told apart"),
     ("relevance", "examples are not told apart"),
+    ("grasp", "no second derivatives"),
     ("fluctuation", "no consumer of .* is a product with weights")])
 def test_criteria_that_cannot_score_experts_say_so(importance: str, says: str) -> None:
     with pytest.raises(SpaError) as raised:
         compiled(importance=importance, dry_run=True)
-    assert re.search(says, str(raised.value)) and "--ignore" in str(raised.value)
+    assert re.search(says, str(raised.value)) and raised.value.fix
 
 
 @pytest.mark.parametrize("importance", [
@@ -205,6 +206,18 @@ def test_criteria_that_cannot_score_experts_say_so(importance: str, says: str) -
 def test_criteria_that_score_experts(importance: str) -> None:
     result = compiled(importance=importance, dry_run=True)
     assert {len(result.plan.kept[ROUTER.format(i)]) for i in range(2)} == {2}
+
+
+def test_experts_stay_while_training() -> None:
+    """Masks would be zeros there: a score that reads zero may be the best of all."""
+    module, inputs = built()
+    with pytest.raises(TargetError) as raised:
+        spacompiler.Pruner(module, inputs, torch.optim.SGD(module.parameters()), roles=("expert",),
+                           target=TWO_OF_FIVE)
+    assert "minus infinity" in raised.value.why
+    with pytest.raises(TargetError) as raised:
+        compiled(schedule="lora-prune(steps=2, criterion='taylor')", importance="taylor")
+    assert "minus infinity" in raised.value.why
 
 
 # --- ONNX -------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from . import ramp, stock
 from .adapter_step import adapter_arrays
 from .kept import Kept, lowest_out
 from .shrinking import Shrinking
-from .sites import Site, sites
+from .sites import MASKED, Site, sites
 from .watch import GATES, Watch
 
 STATE_VERSION = 1
@@ -216,8 +216,7 @@ class Pruner:
             self._dense, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
             if not all(m.weight in own for m in g.members)]
         scored = [g.name for g in found if any(read.how == "score" for read in g.reads)]
-        self.notes += [f"{name} stays: masks while training are zeros, and a score that goes "
-                       "would have to be minus infinity" for name in scored]
+        self.notes += [f"{name} stays: {MASKED}" for name in scored]
         found = [g for g in found if g.name not in scored]
         if not found:
             raise TargetError("nothing to prune", where=type(self.model).__name__,

@@ -22,6 +22,7 @@ from spacompiler.groups import Group, Solution
 from spacompiler.runner import Runner
 
 Change = Callable[["Site", torch.Tensor], torch.Tensor]
+MASKED = "masks while training are zeros, and a score that goes would have to be minus infinity"
 
 
 @dataclass
