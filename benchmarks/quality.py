@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from spacompiler.calibration import perplexity, python_text, windows
 from spacompiler.decision import allocate_counts
 from spacompiler.recipe import Recipe
 from spacompiler.repair import unbiased
+from spacompiler.sampling import continued
 from spacompiler.scores import Scores
 from spacompiler.statistics import Covariance
 from spacompiler.torch_backend import TORCH
@@ -52,6 +53,7 @@ class Method:
     only: tuple[str, ...] = MLP
     floor: float = 0.0
     needs: tuple[str, ...] = ()
+    continued: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -71,8 +73,13 @@ METHODS: dict[str, Method] = {
     "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
     "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
     "ours, measured": Method("curvature", "measured", "refit", (), 0.02),
+    "ours, in sequence": Method("curvature", "measured",
+                                "refit(sequential=True, residual=True, every=True)", (), 0.02),
     "ours": Method("curvature", "measured",
-                   "refit(sequential=True, residual=True, every=True)", (), 0.02),
+                   "refit(sequential=True, residual=True, every=True)", (), 0.02,
+                   continued=True),
+    "OBS refit, continued": Method("obs(bias=False)",
+                                   repair="refit(bias=False, damping=0.01)", continued=True),
 }
 
 
@@ -92,6 +99,8 @@ class Bench:
     context: Any = None
     done: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    inputs_of: dict[bool, Any] = field(default_factory=dict)
+    beside: list[Any] = field(default_factory=list)  # the model's own text
 
     @property
     def batches(self) -> list[Any]:
@@ -143,23 +152,44 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
              "memory_mb": memory[0], "rows": list(missing)})
         if held["inputs"]:
             _give(bench.context, held["inputs"])
+        held["inputs"] = _taken(bench.context)
         bench.context._gradients.curvature.update(held.get("curvature", {}))
+        if any(m.continued for m in missing.values()) and "wider" not in held:
+            held["text"], held["wider"] = _write_on(bench, groups)
         every: dict[Any, dict[str, torch.Tensor]] = {}
         for name, importance in passes.items():
-            own = every.setdefault(importance, {})
+            wider = missing[name].continued
+            _give(bench.context, held["wider" if wider else "inputs"])
+            own = every.setdefault((importance, wider), {})
             for group in bench.candidates(missing[name]):
                 if group.name not in own:
                     own[group.name] = importance.score(group, bench.context).double()
             held["scores"][name] = dict(own)
             print(f"scored {name}", file=sys.stderr, flush=True)
-        held["inputs"] = {
-            key: {"count": s["covariance"].count, "total": s["covariance"].total,
-                  "gram": s["covariance"].gram} for key, s in bench.context._inputs.items()}
         held["curvature"] = bench.context._gradients.curvature
         torch.save(held, place)
         bench.save()
-    _give(bench.context, held["inputs"])
+    bench.inputs_of = {False: held["inputs"], True: held.get("wider", {})}
+    bench.beside = [((), {"input_ids": ids}) for ids in held.get("text", ())]
     bench.scores = held["scores"]
+
+
+def _write_on(bench: Bench, groups: list[Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Let the model continue the windows; return its text and the covariances with it."""
+    start = time.perf_counter()
+    text = continued(bench.module, bench.batches, bench.seed)
+    wrote = time.perf_counter() - start
+    context = Scores(bench.trace, bench.solution, bench.seed)
+    context.calibrate({"covariance"}, bench.batches, pipeline.default_loss, groups=groups,
+                      beside=text)
+    bench.done["continued"] = {"seconds": round(time.perf_counter() - start),
+                               "seconds_writing": round(wrote)}
+    return [kwargs["input_ids"] for _, kwargs in text], _taken(context)
+
+
+def _taken(context: Scores) -> dict[str, Any]:
+    return {key: {"count": s["covariance"].count, "total": s["covariance"].total,
+                  "gram": s["covariance"].gram} for key, s in context._inputs.items()}
 
 
 def _give(context: Scores, inputs: Mapping[str, Any]) -> None:
@@ -201,13 +231,16 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
     bench.restore()
     start = time.process_time()
     key = f"{share} {method.importance} {method.allocation} {method.repair.partition('(')[0]} " \
-        f"{method.only} {method.floor}"
+        f"{method.only} {method.floor}" + " continued" * method.continued
     known = bench.done.setdefault("counts", {})
     with peak() as memory:
         job = pipeline.make_job(bench.module, bench.inputs, recipe, importance=method.importance,
                                 allocator=method.allocation, repair=method.repair,
                                 calibration=[kwargs for _, kwargs in bench.batches])
         job.trace, job.solution, job.context = bench.trace, bench.solution, bench.context
+        _give(bench.context, bench.inputs_of[method.continued])
+        if method.continued:
+            job.calibration = replace(job.calibration, beside=bench.beside)
         job.candidates = bench.candidates(method)
         job.scores = {n: s.numpy() for n, s in bench.scores[name].items()}
         if key not in known:

@@ -22,11 +22,20 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of (args, kwargs) and where they came from."""
+    """Batches of (args, kwargs) and where they came from.
+
+    `beside` is what the model itself wrote on (see `sampling.continued`): repair is fit to it
+    too, scores are not.
+    """
 
     origin: str
     batches: Sequence[Batch] = field(default=())
     real: bool = True
+    beside: Sequence[Batch] = field(default=())
+
+    @property
+    def for_repair(self) -> list[Batch]:
+        return [*self.batches, *self.beside]
 
 
 def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:

@@ -50,6 +50,9 @@ def compile(
     calibration: Annotated[str | None, typer.Option(
         help="A text file, sampled (what the model makes up) or none (example inputs only). "
              "Default: the model's own data, or text that Python carries.")] = None,
+    continued: Annotated[bool, typer.Option(
+        "--continued", help="Let the model write on from each calibration window; repair is fit "
+                            "to that text too.")] = False,
     role: Annotated[list[str] | None, typer.Option(
         help="What may go: channel, head, 'head dim', hidden, expert. Repeatable. "
              "Default: channel and head.")] = None,
@@ -112,7 +115,7 @@ def compile(
         options: dict[str, Any] = {
             "roles": tuple(role or ("channel", "head")), "only": tuple(only or ()),
             "ignore": tuple(ignore or ()), "modules": tuple(module or ()),
-            "blocks": blocks, "approximate": approximate, "align": align,
+            "blocks": blocks, "continued": continued, "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples,
             "length": length, "batch": batch, "seed": seed, "prove": prove, "onnx": onnx,
             "decoder": decoder, "int8": int8, "latency": latency,

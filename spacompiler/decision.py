@@ -85,7 +85,7 @@ def _measure(job: Job) -> Any:
         return make_plan(job.candidates, job.scores, counts).choices(job.solution)
 
     return Measure(job.module, job.trace, job.solution, job.calibration.batches, job.loss,
-                   statistics_of(job), job.compensation, choices)
+                   statistics_of(job), job.compensation, choices, job.calibration.beside)
 
 
 def statistics_of(job: Job) -> Any:

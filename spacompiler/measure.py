@@ -40,6 +40,7 @@ class Measure:
     context: Any
     compensation: Any
     plan: Callable[[Problem, Mapping[str, int]], Choices]
+    beside: Sequence[Any] = ()
     _blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
 
@@ -112,7 +113,8 @@ class Measure:
         groups = [g for u in problem.units for g in u.groups]
         found, _ = sites(self.solution, self.plan(problem, problem.least()))
         if not all("covariance" in self.context.inputs(site.consumer) for site in found):
-            self.context.calibrate({"covariance"}, self.batches, self.loss, groups=groups)
+            self.context.calibrate({"covariance"}, self.batches, self.loss, groups=groups,
+                                   beside=self.beside)
         return self.context
 
 

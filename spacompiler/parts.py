@@ -169,9 +169,10 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     whole = job.module
     job.whole_inputs = job.inputs
     job.module, job.inputs = of(whole, paths, job.inputs)
-    batches = [as_call(_inputs(whole, paths, kwargs or args))
-               for args, kwargs in job.calibration.batches] if job.importance.needs else []
-    job.calibration = Calibration(job.calibration.origin, batches)
+    batches, beside = ([as_call(_inputs(whole, paths, kwargs or args)) for args, kwargs in given]
+                       if job.importance.needs else []
+                       for given in (job.calibration.batches, job.calibration.beside))
+    job.calibration = Calibration(job.calibration.origin, batches, beside=beside)
     job.notes.append(f"compiled in parts: {', '.join(paths)}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ def merge_adapters(job: Job) -> None:
 def check_weights(job: Job) -> None:
     """Raise SpaError if a weight is not finite."""
     job.backend.check_weights(job)
+
+
+def write_on(job: Job) -> None:
+    """Let the dense model continue the calibration's windows, for the repair.
+
+    Raises UsageError if nothing is repaired, or the model writes no text.
+    """
+    from .sampling import continued
+
+    if job.compensation is None:
+        raise UsageError("continued text is for the repair, and nothing is repaired",
+                         fix="give --repair refit, or leave --continued out")
+    given = job.calibration
+    beside = continued(job.module, given.batches, job.recipe.seed)
+    job.calibration = replace(given, origin=f"{given.origin}, continued by the model itself",
+                              beside=beside)
 
 
 def drop_blocks(job: Job) -> None:
@@ -195,8 +212,10 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
         return job.candidates
     if forward_only(needs) and "covariance" in needs and hasattr(context, "stream"):
         job.progress("calibrating", 0, total)
-        return context.stream(needs, batches, job.candidates)
-    context.calibrate(needs, batches, job.loss, groups=job.candidates,
+        return context.stream(needs, job.calibration.for_repair, job.candidates)
+    beside = {"beside": job.calibration.beside} \
+        if job.calibration.beside and "covariance" in needs else {}
+    context.calibrate(needs, batches, job.loss, groups=job.candidates, **beside,
                       tick=lambda: job.progress("calibrating", next(done), total))
     return job.candidates
 
@@ -257,6 +276,7 @@ def recover(job: Job) -> None:
 STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("merging adapters", merge_adapters),
     ("checking weights", check_weights),
+    ("continuing text", write_on),
     ("dropping blocks", drop_blocks),
     ("tracing and solving axes", analyse),
     ("scoring", score),
@@ -267,10 +287,11 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("keeping the adapter", keep_adapter),
     ("recovering", recover),
 )
-DRY_STEPS = 6
+DRY_STEPS = 7
 _IN_MEMORY = [(stage, step) for stage, step in STEPS if step in (
     analyse, score, decide, mend, emit)]
 ASKED: Mapping[str, Callable[[Job], bool]] = {
+    "continuing text": lambda job: job.recipe.continued,
     "dropping blocks": lambda job: bool(job.recipe.blocks),
     "repairing": lambda job: job.compensation is not None,
     "keeping the adapter": lambda job: job.recipe.keep_adapter,

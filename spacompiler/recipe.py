@@ -26,7 +26,8 @@ class Recipe:
     `modules` which sub-modules to compile in place of the whole; `blocks` is how many whole blocks
     go (a number, `auto`, or their paths with commas between); `align` is a multiple for widths
     (None: what the CPU wants); `floor` the least share of each group. `repair` auto is `refit`
-    where scoring reads real calibration data anyway, else none; `adapters` are directories, `DIR`
+    where scoring reads real calibration data anyway, else none; with `continued` it is fit to what
+    the model itself writes on from each calibration window, too; `adapters` are directories, `DIR`
     or `DIR=weight`.
     """
 
@@ -45,6 +46,7 @@ class Recipe:
     floor: float = 0.1
     layout: str = "auto"
     calibration: str = ""
+    continued: bool = False
     samples: int = 16
     length: int = 128
     batch: int = 2

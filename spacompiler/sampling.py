@@ -1,7 +1,8 @@
-"""Calibration without data: text that a language model makes up, noise for other networks."""
+"""Calibration that a model makes up: its own text, alone or beside a real one; noise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .frontends.torch_export import Inputs, as_call
 from .frontends.untouched import untouched
 
 Batches = list[tuple[tuple[Any, ...], dict[str, Any]]]
+PROMPT = 32
+AT_ONCE = 32
 
 
 def sampled(module: nn.Module, inputs: Inputs, tokenizer: Any, *, samples: int, length: int,
@@ -26,7 +29,8 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Any, *, samples: int, 
     Raises UsageError if inputs are integers that the module cannot make up.
     """
     if tokenizer is not None and callable(getattr(module, "generate", None)):
-        ids = _written(module, tokenizer, samples, length, seed)
+        start = torch.full((samples, 1), _start(module, tokenizer))
+        ids = _written(module, start, length + 1, seed)[:, 1:]
         return [((), {"input_ids": part}) for part in ids.split(batch)]
     args, kwargs = as_call(inputs)
     generator = torch.Generator().manual_seed(seed)
@@ -35,20 +39,51 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Any, *, samples: int, 
             for _ in range(max(1, samples // batch))]
 
 
+def continued(module: nn.Module, batches: Sequence[Any], seed: int) -> Batches:
+    """Return, for each batch of token windows, as many windows that go on where those end.
+
+    A window is as long as those given: their last tokens (32, a quarter of a short window), then
+    what a causal language model draws from its own predictions. Text that the model believes in,
+    on the subjects of the calibration's, keeps least squares from fitting the latter too closely.
+
+    Raises UsageError if the module writes no text, or the batches are no windows of tokens.
+    """
+    found = [kwargs.get("input_ids") for args, kwargs in batches if not args]
+    lengths = {tuple(ids.shape[1:]) for ids in found if isinstance(ids, torch.Tensor)}
+    if not callable(getattr(module, "generate", None)) or len(lengths) != 1 \
+            or len(found) != len(batches) or any(kwargs.keys() - {"input_ids"}
+                                                 for _, kwargs in batches):
+        raise UsageError(
+            "this calibration cannot be continued",
+            why="a causal language model of transformers is needed, and windows of token ids of "
+                "one length", fix="leave continuing out")
+    (length,), = lengths
+    windows = torch.cat([ids for ids in found if ids is not None])
+    prompts = windows[:, -max(1, min(PROMPT, length // 4)):]
+    made = torch.cat([_written(module, part, length, seed + i)
+                      for i, part in enumerate(prompts.split(AT_ONCE))])
+    sizes = [len(ids) for ids in found if ids is not None]
+    return [((), {"input_ids": part}) for part in made.split(sizes)]
+
+
+def _start(module: Any, tokenizer: Any) -> int:
+    for token in (tokenizer.bos_token_id, module.config.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UsageError("the tokenizer has no start token to sample text from",
+                     fix="give a calibration text")
+
+
 @torch.no_grad()
-def _written(module: Any, tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
-    start = next((i for i in (tokenizer.bos_token_id, module.config.bos_token_id,
-                              tokenizer.eos_token_id) if i is not None), None)
-    if start is None:
-        raise UsageError("the tokenizer has no start token to sample text from",
-                         fix="give a calibration text")
+def _written(module: Any, prompts: torch.Tensor, length: int, seed: int) -> torch.Tensor:
+    """Return prompts (n, tokens) written on to `length` tokens."""
+    new = length - prompts.shape[1]
     with untouched(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = module.generate(
-            torch.full((samples, 1), start), attention_mask=torch.ones(samples, 1).long(),
-            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length,
-            min_new_tokens=length, pad_token_id=start)
-    return made[:, 1:]
+        made: torch.Tensor = module.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, top_p=1.0,
+            temperature=1.0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+    return made
 
 
 def _noise(value: Any, generator: torch.Generator) -> Any:

@@ -153,8 +153,11 @@ class Scores:
         return at.inputs(marks).amax(1).long() - 1
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
-                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None,
+                  beside: Iterable[Any] = ()) -> None:
         """Run over batches of (args, kwargs) once, gathering what is needed for all groups.
+
+        Covariances, which repair is fit to, are taken over the batches `beside` them as well.
 
         Without statistics of gradients there is no backward pass, and forward stops at the last
         consumer. Raises UsageError for a statistic that there is not.
@@ -174,6 +177,13 @@ class Scores:
                                     partial(self._see, watched),
                                     _by_node(watched))
             tick()
+        held = self._inputs
+        self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
+                        for key, found in held.items()}
+        for args, kwargs in beside:
+            for _ in self._steps(args, kwargs, watched, stops):
+                pass
+        self._inputs = held
 
     def stream(self, needs: Iterable[str], batches: Iterable[Any],
                groups: Sequence[Group]) -> Iterator[Group]:

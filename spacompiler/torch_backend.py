@@ -54,7 +54,7 @@ def _repair_program(job: Job) -> list[str]:
     from .repair import repair
 
     return repair(job.trace, job.solution, job.choices, job.compensation, statistics_of(job),
-                  job.calibration.batches, must=job.must_repair)
+                  job.calibration.for_repair, must=job.must_repair)
 
 
 def _prove_module(job: Job) -> Proof:

@@ -14,6 +14,7 @@ from spacompiler.errors import SpaError
 from spacompiler.models_zoo import load
 from spacompiler.passes.refit import Bias, Refit
 from spacompiler.repair import Evidence
+from spacompiler.sampling import continued
 from spacompiler.verification import verify
 
 
@@ -254,6 +255,72 @@ def test_a_language_model_writes_its_own_calibration_text() -> None:
     assert all(torch.equal(a[1]["input_ids"], b[1]["input_ids"])
                for a, b in zip(made, again, strict=True))
     assert len({tuple(row) for _, kw in made for row in kw["input_ids"].tolist()}) > 1
+
+
+@pytest.fixture(scope="module")
+def small_llama() -> Any:
+    pytest.importorskip("transformers")
+    return load("llama-gqa").build()
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Any:
+    return torch.randint(4, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_language_model_continues_calibration_windows(small_llama: Any) -> None:
+    module, _ = small_llama
+    given = [((), {"input_ids": tokens(n, 16, n)}) for n in (3, 1)]
+    made, again = continued(module, given, seed=1), continued(module, given, seed=1)
+    assert [kw["input_ids"].shape for _, kw in made] == [(3, 16), (1, 16)]
+    for (_, a), (_, b), (_, c) in zip(given, made, again, strict=True):
+        assert torch.equal(b["input_ids"][:, :4], a["input_ids"][:, -4:])
+        assert torch.equal(b["input_ids"], c["input_ids"])
+    other = continued(module, given, seed=2)
+    assert not torch.equal(other[0][1]["input_ids"], made[0][1]["input_ids"])
+
+
+@pytest.mark.parametrize(("importance", "repair"), [
+    ("obs", "refit"), ("curvature", "refit"),
+    ("magnitude", "refit(sequential=True, residual=True)")])
+def test_repair_is_fit_to_continued_text_as_to_text_that_is_given(
+        small_llama: Any, importance: str, repair: str) -> None:
+    """Covariances over both texts score (obs, curvature) and repair; other statistics do not."""
+    module, inputs = small_llama
+    given = [((), {"input_ids": tokens(8, 16)})]
+    options: dict[str, Any] = dict(target="body=70%", importance=importance, repair=repair,
+                                   align=1, onnx=False, latency=False, prove=False)
+    both = spacompiler.compile(module, inputs, calibration=given, continued=True, **options)
+    longer = [*given, *continued(module, given, seed=0)]
+    assert "continued" in both.job.calibration.origin
+    wanted = spacompiler.compile(module, inputs, calibration=longer, **options)
+    alone = spacompiler.compile(module, inputs, calibration=given, **options)
+    down = "model.layers.0.mlp.down_proj.weight"
+    arrays = [made.module.state_dict()[down].double() for made in (both, wanted, alone)]
+    if importance != "curvature":  # that takes gradients from the given windows alone
+        torch.testing.assert_close(arrays[0], arrays[1], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(arrays[0], arrays[2], rtol=1e-2)
+
+
+@pytest.mark.parametrize(("calibration", "repair", "says"), [
+    ([((), {"input_ids": tokens(4, 16), "attention_mask": torch.ones(4, 16)})], "refit",
+     "cannot be continued"),
+    ([((tokens(4, 16),), {})], "refit", "cannot be continued"),
+    ([((), {"input_ids": tokens(4, n)}) for n in (8, 16)], "refit", "cannot be continued"),
+    ([((), {"input_ids": tokens(4, 16)})], "none", "nothing is repaired"),
+])
+def test_what_cannot_be_continued_is_refused(small_llama: Any, calibration: Any, repair: str,
+                                             says: str) -> None:
+    module, inputs = small_llama
+    with pytest.raises(spacompiler.UsageError, match=says):
+        spacompiler.compile(module, inputs, target="body=70%", importance="magnitude",
+                            repair=repair, calibration=calibration, continued=True)
+
+
+def test_a_network_that_writes_no_text_cannot_continue() -> None:
+    with pytest.raises(spacompiler.UsageError, match="causal language model"):
+        spacompiler.compile(convolutions(), (torch.randn(4, 3, 8, 8),), target="params=70%",
+                            calibration=[(torch.randn(4, 3, 8, 8),)], importance="magnitude",
+                            repair="refit", continued=True)
 
 
 def test_a_sequential_ridge_leads_back_to_the_one_shot_repair() -> None:
