@@ -48,7 +48,7 @@ BASES: dict[str, dict[str, Any]] = {
     # heads too; slices are chosen on more of the tokens that are trained on
     "ours": {"importance": "curvature", "allocation": "measured", "floor": 0.02,
              "repair": "refit(sequential=True, residual=True, every=True, create_biases=True)",
-             "roles": ("channel", "head"), "samples": 128},
+             "roles": ("channel", "head"), "samples": 128, "continued": True},
 }
 BASES["ours by layers"] = {**BASES["ours"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
