@@ -48,22 +48,26 @@ def continued(module: nn.Module, batches: Sequence[Any], seed: int) -> Batches:
 
     Raises UsageError if the module writes no text, or the batches are no windows of tokens.
     """
-    found = [kwargs.get("input_ids") for args, kwargs in batches if not args]
-    lengths = {tuple(ids.shape[1:]) for ids in found if isinstance(ids, torch.Tensor)}
+    refusal = UsageError(
+        "this calibration cannot be continued",
+        why="a causal language model of transformers is needed, and windows of token ids "
+            "(input_ids and nothing else) of one length", fix="leave continuing out")
+    found = [kwargs["input_ids"] for args, kwargs in batches
+             if not args and set(kwargs) == {"input_ids"}]
+    lengths = {ids.shape[1] for ids in found if ids.ndim == 2}
     if not callable(getattr(module, "generate", None)) or len(lengths) != 1 \
-            or len(found) != len(batches) or any(kwargs.keys() - {"input_ids"}
-                                                 for _, kwargs in batches):
-        raise UsageError(
-            "this calibration cannot be continued",
-            why="a causal language model of transformers is needed, and windows of token ids of "
-                "one length", fix="leave continuing out")
-    (length,), = lengths
-    windows = torch.cat([ids for ids in found if ids is not None])
-    prompts = windows[:, -max(1, min(PROMPT, length // 4)):]
+            or len(found) != len(batches) or _is_encoder_decoder(module):
+        raise refusal
+    length = lengths.pop()
+    prompts = torch.cat(found)[:, -max(1, min(PROMPT, length // 4)):]
     made = torch.cat([_written(module, part, length, seed + i)
                       for i, part in enumerate(prompts.split(AT_ONCE))])
-    sizes = [len(ids) for ids in found if ids is not None]
-    return [((), {"input_ids": part}) for part in made.split(sizes)]
+    return [((), {"input_ids": part}) for part in made.split([len(ids) for ids in found])]
+
+
+def _is_encoder_decoder(module: nn.Module) -> bool:
+    """True if what a language model writes is another sequence than what it is given."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def _start(module: Any, tokenizer: Any) -> int:

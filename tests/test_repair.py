@@ -316,6 +316,13 @@ def test_what_cannot_be_continued_is_refused(small_llama: Any, calibration: Any,
                             repair=repair, calibration=calibration, continued=True)
 
 
+def test_an_encoder_and_decoder_cannot_continue() -> None:
+    pytest.importorskip("transformers")
+    module, _ = load("t5").build()
+    with pytest.raises(spacompiler.UsageError, match="causal language model"):
+        continued(module, [((), {"input_ids": tokens(2, 16)})], seed=0)
+
+
 def test_a_network_that_writes_no_text_cannot_continue() -> None:
     with pytest.raises(spacompiler.UsageError, match="causal language model"):
         spacompiler.compile(convolutions(), (torch.randn(4, 3, 8, 8),), target="params=70%",
