@@ -266,7 +266,7 @@ class Space:
 
     def freeze(self, e: Expr, why: str) -> None:
         """Forbid the removal of any slice of `e`, keeping the reason for the user."""
-        for atom in () if e is ONE else walk(e):
+        for atom in (e,) if isinstance(e, Atom) and e.bound is None else walk(e):
             if why not in atom.reasons:
                 atom.reasons = (*atom.reasons, why)
 
@@ -411,7 +411,8 @@ class Space:
 
     def unify(self, a: Expr, b: Expr) -> None:
         """Make two dimensions equal, slice by slice; raises Clash if that has no solution."""
-        a, b = resolve(a), resolve(b)
+        a = a if isinstance(a, Atom) and a.bound is None else resolve(a)
+        b = b if isinstance(b, Atom) and b.bound is None else resolve(b)
         if a is b:
             return
         if a.size != b.size:

@@ -66,9 +66,17 @@ class Node:
 
     def refs(self) -> Iterator[str]:
         """Yield the names of all tensors it reads, in order."""
+        return iter(self.reads())
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the names of all tensors it reads, in order."""
         if self._read is None:
-            self._read = tuple([*_refs(self.args), *_refs(self.kwargs.values())])
-        return iter(self._read)
+            found: list[str] = []
+            _collect(self.args, found)
+            if self.kwargs:
+                _collect(self.kwargs.values(), found)
+            self._read = tuple(found)
+        return self._read
 
     def title(self) -> str:
         """Name the operator and where the user wrote it."""
@@ -78,12 +86,14 @@ class Node:
     __str__ = title
 
 
-def _refs(values: Iterable[Any]) -> Iterator[str]:
+def _collect(values: Iterable[Any], found: list[str]) -> None:
     for value in values:
         if isinstance(value, Ref):
-            yield value.name
-        elif isinstance(value, (list, tuple, dict)):
-            yield from _refs(value.values() if isinstance(value, dict) else value)
+            found.append(value.name)
+        elif isinstance(value, (list, tuple)):
+            _collect(value, found)
+        elif isinstance(value, dict):
+            _collect(value.values(), found)
 
 
 @dataclass(slots=True)

@@ -154,7 +154,7 @@ def _members(solution: Solution,
         role = "producer" if len(tensor.shape) > 1 else "carrier"
         read_dims = consumed.get(tensor.name, ())
         for d, e in enumerate(solution.solver.dims[tensor.name]):
-            mentioned = mentions[e]
+            mentioned = (e,) if isinstance(e, Atom) else mentions[e]
             for i, atom in enumerate(mentioned):
                 if atom.reasons:
                     continue

@@ -16,6 +16,7 @@ frozenset({'i'})
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -87,20 +88,24 @@ def align(terms: tuple[Term, ...], rank: int) -> tuple[Term, ...]:
     return (*terms[:at], *many, *terms[at + 1 :])
 
 
-Names = tuple[tuple[str, ...], ...]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """A pattern at certain ranks: what each dimension is called (nothing: it can't be pruned).
 
-    The dimensions of a run are called `.0`, `.1`, ... from the right. `reads` are (operand,
-    dimension), `letters` the names in each operand that is there; of these, `consumed` are in no
-    result and `shared` the others that all operands have.
+    The dimensions of a run are called `.0`, `.1`, ... from the right. A place is (operand,
+    dimension): of those with a name of their own, `first` are where a name comes first; `later`
+    has the other names and the nests in order. `frozen` are runs (operand, from, to) without
+    names. `reads` are places, `letters` the names in each operand that is there; of these,
+    `consumed` are in no result and `shared` the others that all operands have.
     """
 
-    operands: tuple[Names, ...]
-    results: tuple[Names, ...]
+    first: tuple[tuple[str, int, int], ...]
+    later: tuple[tuple[Names, int, int], ...]
+    frozen: tuple[tuple[int, int, int], ...]
+    results: tuple[tuple[Names, ...], ...]
     reads: tuple[tuple[int, int], ...]
     letters: tuple[frozenset[str], ...]
     consumed: tuple[str, ...]
@@ -111,20 +116,44 @@ class Fit:
 def fit(text: str, ranks: tuple[int | None, ...], results: tuple[int, ...]) -> Fit:
     """Fit a pattern to operands of so many dimensions (None: an absent one) and to results.
 
-    >>> fit("... i, o i, o -> ... o", (3, 2, None), (3,)).operands
-    ((('.1',), ('.0',), ('i',)), (('o',), ('i',)), ())
+    >>> linear = fit("... i, o i, o -> ... o", (3, 2, None), (3,))
+    >>> linear.first, linear.later
+    ((('.1', 0, 0), ('.0', 0, 1), ('i', 0, 2), ('o', 1, 0)), ((('i',), 1, 1),))
     """
     pattern = parse(text)
     operands = [() if rank is None else _called(terms, rank)
                 for terms, rank in zip(pattern.inputs, ranks, strict=False)]
-    reads = [(i, d) for i, names in enumerate(operands) for d, term in enumerate(names)
-             if not pattern.consumed.isdisjoint(term)]
+    places = [(names, i, d) for i, terms in enumerate(operands) for d, names in enumerate(terms)]
+    reads = [(i, d) for names, i, d in places if not pattern.consumed.isdisjoint(names)]
     letters = tuple(frozenset(name for term in names for name in term)
                     for names, rank in zip(operands, ranks, strict=True) if rank is not None)
-    return Fit(tuple(operands), tuple(map(_called, pattern.outputs, results)), tuple(reads),
+    first, later, seen = [], [], set[str]()
+    for names, i, d in places:
+        if len(names) == 1 and names[0] not in seen:
+            first.append((names[0], i, d))
+        elif names:
+            later.append((names, i, d))
+        seen.update(names)
+    frozen = [(i, d, d + 1) for names, i, d in places if not names]
+    return Fit(tuple(first), tuple(later), _runs(frozen),
+               tuple(map(_called, pattern.outputs, results)), tuple(reads),
                letters, tuple(sorted(pattern.consumed & frozenset().union(*letters))),
                frozenset.intersection(*letters) - pattern.consumed)
 
 
-def _called(terms: tuple[Term, ...], rank: int) -> Names:
+def _runs(places: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Join runs that follow each other.
+
+    >>> _runs([(0, 2, 3), (0, 3, 4), (1, 2, 3)])
+    ((0, 2, 4), (1, 2, 3))
+    """
+    found: list[tuple[int, int, int]] = []
+    for i, start, end in places:
+        if found and found[-1][::2] == (i, start):
+            i, start, _ = found.pop()
+        found.append((i, start, end))
+    return tuple(found)
+
+
+def _called(terms: tuple[Term, ...], rank: int) -> tuple[Names, ...]:
     return tuple(map(_names, align(terms, rank)))

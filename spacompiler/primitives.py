@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from .axes import ONE, Expr, product
@@ -20,7 +21,8 @@ from .solver import Contraction, Read, Row, Solver
 
 def pointwise(s: Solver, n: Node) -> None:
     """Broadcast all tensor operands against each other."""
-    dims = [s.dims[ref] for ref in dict.fromkeys(n.refs())]
+    refs = n.reads()
+    dims = [s.dims[ref] for ref in (dict.fromkeys(refs) if len(refs) > 1 else refs)]
     for out in n.outputs:
         s.put(out, broadcast(s, n, dims) if len(dims) > 1 else dims[0])
 
@@ -95,28 +97,23 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
     `factor` says how often each product of the contraction is computed (window positions), `why`
     tells the user more of what can't be pruned.
     """
-    bound: dict[str, Expr] = {}
-    for letter, spec in (sizes or {}).items():
-        size = n.arg(*spec) if isinstance(spec, tuple) else spec
-        bound[letter] = s.space.atom(size)
-        if isinstance(spec, tuple):
-            path = ("args", spec[0]) if spec[0] < len(n.args) else ("kwargs", spec[1])
-            s.edit(n, path, bound[letter])
-    refs = refs[:len(parse(text).inputs)]
-    shapes = [s.shape(out) for out in n.outputs]
-    known = fit(text, tuple([None if ref is None else len(s.shape(ref)) for ref in refs]),
+    refs, shapes = refs[:len(parse(text).inputs)], [s.shape(out) for out in n.outputs]
+    dims = [None if ref is None else s.dims[ref] for ref in refs]
+    known = fit(text, tuple([None if exprs is None else len(exprs) for exprs in dims]),
                 tuple(map(len, shapes)))
-    for ref, terms in zip(refs, known.operands, strict=True):
-        for names, e in zip(terms, s.dims[ref] if ref else (), strict=True):
-            if len(names) == 1:
-                if bound.setdefault(names[0], e) is not e:
-                    _meet(s, n, names[0], e, bound)
-            elif names:
-                _nest(s, n, names, e, bound)
-            else:
-                s.space.freeze(e, works_along(n, why))
-    s.reads += [Read(n.name, refs[i], d, "contract")  # type: ignore[arg-type]  # it is there
-                for i, d in known.reads]
+    bound = {name: dims[i][d] for name, i, d in known.first}
+    if sizes:
+        _sized(s, n, sizes, bound)
+    for names, i, d in known.later:
+        if len(names) == 1:
+            _meet(s, n, names[0], dims[i][d], bound)
+        else:
+            _nest(s, n, names, dims[i][d], bound)
+    for i, start, end in known.frozen:
+        s.freeze(dims[i][start:end], works_along(n, why))
+    if known.reads:
+        s.reads += [Read(n.name, refs[i], d, "contract")  # type: ignore[arg-type]  # it is there
+                    for i, d in known.reads]
     made: list[Expr] = []
     for out, terms, shape in zip(n.outputs, known.results, shapes, strict=False):
         made = [bound[names[0]] if len(names) == 1 else _nested(s, names, size, bound)
@@ -124,6 +121,15 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
         s.put(out, made)
     _finish(s, n, bound, known, made, refs, factor)
     return bound
+
+
+def _sized(s: Solver, n: Node, sizes: Mapping[str, Any], bound: dict[str, Expr]) -> None:
+    for letter, spec in sizes.items():
+        e = s.space.atom(n.arg(*spec) if isinstance(spec, tuple) else spec)
+        _meet(s, n, letter, e, bound)
+        if isinstance(spec, tuple):
+            path = ("args", spec[0]) if spec[0] < len(n.args) else ("kwargs", spec[1])
+            s.edit(n, path, e)
 
 
 def _nest(s: Solver, n: Node, names: Sequence[str], e: Expr, bound: dict[str, Expr]) -> None:
@@ -217,16 +223,21 @@ def _convolve(s: Solver, n: Node, transposed: bool, at: int) -> None:
 
     Every result position (transposed: every input position) meets the whole window.
     """
-    x, w = (s.shape(ref.name) for ref in n.args[:2])
-    grouped, batch = n.arg(at, "groups", 1) > 1, "b " if len(x) == len(w) else ""
-    i, o = ("(g i)", "(g o)") if grouped else ("i", "o")
-    weight = f"{i} o" if transposed else f"{o} i"
-    relate_pattern(s, n, f"{batch}{i} !*, {weight} !*, {o} -> {batch}{o} !*", operands(n),
-                   sizes={"g": (at, "groups")} if grouped else {}, factor=math.prod(w[2:]))
+    x, w = s.shape(n.args[0].name), s.shape(n.args[1].name)
+    grouped = n.arg(at, "groups", 1) > 1
+    relate_pattern(s, n, _windows(len(x) == len(w), grouped, transposed), operands(n),
+                   sizes={"g": (at, "groups")} if grouped else None, factor=math.prod(w[2:]))
     if transposed:
         last = s.contractions.pop()
         macs = (*s.dims[n.args[0].name], last.letters["o"])
         s.contractions.append(last._replace(macs=macs))
+
+
+@cache
+def _windows(batched: bool, grouped: bool, transposed: bool) -> str:
+    b, i, o = "b " if batched else "", *(("(g i)", "(g o)") if grouped else ("i", "o"))
+    weight = f"{i} o" if transposed else f"{o} i"
+    return f"{b}{i} !*, {weight} !*, {o} -> {b}{o} !*"
 
 
 def convolution(s: Solver, n: Node) -> None:

@@ -175,13 +175,14 @@ class Solver:
             found.update(out for node in graph.nodes for out in node.outputs if out not in empty)
         for node in reversed(graph.nodes):
             if not found.isdisjoint(node.outputs):
-                found.update(node.refs())
-                found -= empty
+                found.update(node.reads())
+                if empty:
+                    found -= empty
         return found
 
     def _visit(self, node: Node) -> None:
-        refs, tensors = tuple(node.refs()), self.graph.tensors
-        if refs and all([tensors[ref].static for ref in refs]):
+        refs, tensors = node.reads(), self.graph.tensors
+        if refs and tensors[refs[0]].static and all([tensors[ref].static for ref in refs]):
             for out in node.outputs:
                 tensors[out].static = True
         row = self.table.get(node.op)
@@ -262,7 +263,8 @@ class Solver:
 
     def freeze(self, exprs: Iterable[Expr], why: str) -> None:
         for e in exprs:
-            self.space.freeze(e, why)
+            if e is not ONE:
+                self.space.freeze(e, why)
 
     def relate(self, a: Expr, b: Expr, node: Node) -> None:
         if a is not b:
@@ -270,7 +272,7 @@ class Solver:
 
     def put(self, name: str, dims: Sequence[Expr]) -> None:
         """Record the dimensions of a result; their sizes must be those that were traced."""
-        shape, sizes = self.shape(name), tuple([e.size for e in dims])
+        shape, sizes = self.graph.tensors[name].shape, tuple([e.size for e in dims])
         if sizes != shape:
             raise ValueError(f"the row gives {sizes}, the program {shape}")
         self.dims[name] = tuple(dims)

@@ -162,7 +162,7 @@ class _ByPacket(dict[str, Row]):
     """Rows by `aten.name.overload`, falling back to `name`."""
 
     def get(self, op: str, default: Row | None = None) -> Row:  # type: ignore[override]
-        return super().get(op) or super().get(_packet(op)) or default  # type: ignore[return-value]
+        return dict.get(self, op) or dict.get(self, _packet(op), default)  # type: ignore[return-value]
 
 
 @cache
