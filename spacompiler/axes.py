@@ -282,7 +282,7 @@ class Space:
             return
         if isinstance(e, Sum) and e.order is not None and e.parts == (atom,):
             e = self._cycles(e.order)
-        if any(a is atom for a in walk(e)):
+        if atom in walk(e):
             raise Clash(f"an axis of {atom.size} would contain itself")
         for why in atom.reasons:
             self.freeze(e, why)

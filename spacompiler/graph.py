@@ -90,10 +90,8 @@ def _collect(values: Iterable[Any], found: list[str]) -> None:
     for value in values:
         if isinstance(value, Ref):
             found.append(value.name)
-        elif isinstance(value, (list, tuple)):
-            _collect(value, found)
-        elif isinstance(value, dict):
-            _collect(value.values(), found)
+        elif isinstance(value, (list, tuple, dict)):
+            _collect(value.values() if isinstance(value, dict) else value, found)
 
 
 @dataclass(slots=True)

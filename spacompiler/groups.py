@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import networkx as nx
 
 from .axes import Atom, Expr, Prod, Sum, atoms, is_frozen, reasons, resolve, show, walk
-from .graph import Graph, Node
+from .graph import Graph, Node, Tensor
 from .idioms import choosing, deals, rms_norms
 from .solver import Contraction, Read, Row, Solver
 
@@ -116,11 +116,12 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
                     deals=deals(graph) if rewire else {}).solve()
     solution = Solution(graph, solver)
     mentions = _Once(atoms)
-    carried = _members(solution, mentions)
+    weights = graph.weights()
+    carried = _members(solver, weights, mentions)
     roles = _roles(solver, mentions)
     reads = _reads(solver, carried, mentions)
     approximate = _approximate(solver)
-    fibres = _fibres(solution, carried, mentions)
+    fibres = _fibres(solver, weights, carried, mentions)
     learned = {t.weight for t in graph.tensors.values() if t.kind == "parameter"}
     for atom, (name, members) in carried.items():
         if learned.isdisjoint([m.weight for m in members]):
@@ -143,26 +144,29 @@ class _Once(dict[Expr, T]):
         return found
 
 
-def _members(solution: Solution,
+def _members(solver: Solver, weights: Mapping[str, Tensor],
              mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, tuple[str, list[Member]]]:
     """Free atoms by first mention; a group is named after its first producer and the factor."""
     consumed: dict[str, set[int]] = {}
-    for read in solution.solver.reads:
+    for read in solver.reads:
         consumed.setdefault(read.tensor, set()).add(read.dim)
     found: dict[Atom, tuple[str, list[Member]]] = {}
-    for weight, tensor in solution.graph.weights().items():
+    for weight, tensor in weights.items():
         role = "producer" if len(tensor.shape) > 1 else "carrier"
         read_dims = consumed.get(tensor.name, ())
-        for d, e in enumerate(solution.solver.dims[tensor.name]):
-            mentioned = (e,) if isinstance(e, Atom) else mentions[e]
-            for i, atom in enumerate(mentioned):
-                if atom.reasons:
-                    continue
-                if atom not in found:
-                    factor = f".{i}" if len(mentioned) > 1 else ""
-                    found[atom] = f"{weight}:{d}{factor}", []
-                found[atom][1].append(Member(weight, d, "consumer" if d in read_dims else role))
+        for d, e in enumerate(solver.dims[tensor.name]):
+            for atom in mentions[e]:
+                if not atom.reasons:
+                    if atom not in found:
+                        found[atom] = _named(weight, d, atom, mentions[e]), []
+                    found[atom][1].append(
+                        Member(weight, d, "consumer" if d in read_dims else role))
     return found
+
+
+def _named(weight: str, dim: int, atom: Atom, mentioned: list[Atom]) -> str:
+    factor = f".{mentioned.index(atom)}" if len(mentioned) > 1 else ""
+    return f"{weight}:{dim}{factor}"
 
 
 def _roles(solver: Solver, mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, str]:
@@ -225,17 +229,17 @@ def beside(e: Expr) -> list[Mention]:
     return found
 
 
-def _fibres(solution: Solution, carried: Container[Atom],
+def _fibres(solver: Solver, weights: Mapping[str, Tensor], carried: Container[Atom],
             mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, tuple[Atom, ...]]:
     """Outer atoms that accompany an atom in every tensor and in every contraction."""
-    solver = solution.solver
     certain, placed = _Once(_certain), _Once(beside)
-    outer = _outer_in_weights(solution, carried, placed)
+    stored = set().union(*[solver.dims[tensor.name] for tensor in weights.values()])
+    outer = _outside(stored, carried, placed)
     live = {a: o for a, o in outer.items() if o}
     if not live:
         return {}
     matter, tensors = live.keys() | frozenset().union(*live.values()), set(solver.dims.values())
-    dims = {e for e in {e for t in tensors for e in t} if
+    dims = {e for e in set().union(*tensors) if
             (e in matter if isinstance(e, Atom) else not matter.isdisjoint(mentions[e]))}
     for tensor in {tuple([e for e in t if e in dims]) for t in tensors}:
         for d, e in enumerate(tensor):
@@ -248,11 +252,11 @@ def _fibres(solution: Solution, carried: Container[Atom],
             for a, o in live.items() if o}
 
 
-def _outer_in_weights(solution: Solution, carried: Container[Atom],
-                      placed: Mapping[Expr, list[Mention]]) -> dict[Atom, frozenset[Atom]]:
+def _outside(stored: Iterable[Expr], carried: Container[Atom],
+             placed: Mapping[Expr, list[Mention]]) -> dict[Atom, frozenset[Atom]]:
     """Candidates: what stands to the left of an atom inside one dimension of a stored array."""
     found: dict[Atom, frozenset[Atom]] = {}
-    for e in {e for dims in solution.weights().values() for e in dims}:
+    for e in stored:
         for atom, outside, _ in () if isinstance(e, Atom) else placed[e]:
             if outside and atom in carried:
                 found[atom] = found.get(atom, frozenset()) | outside - {atom}
@@ -274,6 +278,8 @@ def _narrow_by_letters(live: dict[Atom, frozenset[Atom]], contraction: Contracti
                        mentions: Mapping[Expr, list[Atom]]) -> None:
     """An atom shared by operands of a contraction is fibred only under letters shared alike."""
     for letter, e in contraction.letters.items():
+        if live.keys().isdisjoint(mentions[e]):
+            continue
         mentioned = [a for a in mentions[e] if live.get(a) and not live[a] <= {*mentions[e]}]
         with_it = [o for o in contraction.operands if letter in o] if mentioned else []
         if len(with_it) > 1:

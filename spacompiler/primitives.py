@@ -49,7 +49,7 @@ def same(s: Solver, n: Node) -> None:
 def prelu(s: Solver, n: Node) -> None:
     """prelu(x, slope): one slope for all, or one for each channel."""
     one = s.shape(n.args[1].name) in ((), (1,))
-    relate_pattern(s, n, "..., !* -> ..." if one else "b c ..., c -> b c ...", operands(n))
+    relate_pattern(s, n, "..., !* -> ..." if one else "b c ..., c -> b c ...")
 
 
 def frozen(why: str) -> Row:
@@ -73,15 +73,15 @@ def contract(text: str, **sizes: Any) -> Row:
     parse(text)
 
     def row(s: Solver, n: Node) -> None:
-        relate_pattern(s, n, text, operands(n), sizes=sizes)
+        relate_pattern(s, n, text, sizes=sizes)
 
     row.__doc__ = text
     return row
 
 
-def operands(n: Node) -> list[str | None]:
-    """Positional tensor operands; None where an optional one is absent."""
-    return [a.name if isinstance(a, Ref) else None for a in n.args]
+def operands(n: Node, count: int | None = None) -> list[str | None]:
+    """The first positional operands; None where an optional one is absent or no tensor."""
+    return [a.name if isinstance(a, Ref) else None for a in n.args[:count]]
 
 
 def works_along(n: Node, why: str = "") -> str:
@@ -89,15 +89,17 @@ def works_along(n: Node, why: str = "") -> str:
     return f"{n.op} works along it" + (f" ({why})" if why else "")
 
 
-def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
+def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | None = None, *,
                    sizes: Mapping[str, Any] | None = None, factor: int = 1,
                    why: str = "") -> dict[str, Expr]:
     """Relate operands and results of one node by a pattern in notation; returns its letters.
 
+    The operands are the node's first arguments, unless `refs` are given.
     `factor` says how often each product of the contraction is computed (window positions), `why`
     tells the user more of what can't be pruned.
     """
-    refs, shapes = refs[:len(parse(text).inputs)], [s.shape(out) for out in n.outputs]
+    count, shapes = len(parse(text).inputs), [s.shape(out) for out in n.outputs]
+    refs = operands(n, count) if refs is None else refs[:count]
     dims = [None if ref is None else s.dims[ref] for ref in refs]
     known = fit(text, tuple([None if exprs is None else len(exprs) for exprs in dims]),
                 tuple(map(len, shapes)))
@@ -105,7 +107,9 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None], *,
     if sizes:
         _sized(s, n, sizes, bound)
     for names, i, d in known.later:
-        if len(names) == 1:
+        if len(names) == 1 and names[0][0] != ".":
+            s.space.relate(bound[names[0]], dims[i][d], n)
+        elif len(names) == 1:
             _meet(s, n, names[0], dims[i][d], bound)
         else:
             _nest(s, n, names, dims[i][d], bound)
@@ -182,7 +186,7 @@ def einsum(s: Solver, n: Node) -> None:
 def embedding(s: Solver, n: Node) -> None:
     """embedding(table, index): rows are looked up, columns carried."""
     s.tables.append(n.args[0].name)
-    relate_pattern(s, n, "! h, ... -> ... h", operands(n))
+    relate_pattern(s, n, "! h, ... -> ... h")
 
 
 def matmul(s: Solver, n: Node) -> None:
@@ -191,7 +195,7 @@ def matmul(s: Solver, n: Node) -> None:
     left = "k" if a == 1 else "... n k"
     right = "k" if b == 1 else "... k m"
     result = ("" if a == 1 else "n ") + ("" if b == 1 else "m")
-    relate_pattern(s, n, f"{left}, {right} -> ... {result}", operands(n))
+    relate_pattern(s, n, f"{left}, {right} -> ... {result}")
 
 
 def plus(text: str) -> Row:
@@ -209,13 +213,13 @@ def batch_norm(s: Solver, n: Node) -> None:
     standardisation) statistics are taken over everything but the channels."""
     text = "! c !*, c, c, c, c -> ! c !*" if n.arg(5, "training", False) else \
         "b c ..., c, c, c, c -> b c ..."
-    relate_pattern(s, n, text, operands(n))
+    relate_pattern(s, n, text)
 
 
 def addmm(s: Solver, n: Node) -> None:
     """addmm(bias, a, b): a bias for each column, or one for each place."""
     bias = "o" if len(s.dims[n.args[0].name]) == 1 else "b o"
-    relate_pattern(s, n, f"{bias}, b i, i o -> b o", operands(n))
+    relate_pattern(s, n, f"{bias}, b i, i o -> b o")
 
 
 def _convolve(s: Solver, n: Node, transposed: bool, at: int) -> None:
@@ -225,7 +229,7 @@ def _convolve(s: Solver, n: Node, transposed: bool, at: int) -> None:
     """
     x, w = s.shape(n.args[0].name), s.shape(n.args[1].name)
     grouped = n.arg(at, "groups", 1) > 1
-    relate_pattern(s, n, _windows(len(x) == len(w), grouped, transposed), operands(n),
+    relate_pattern(s, n, _windows(len(x) == len(w), grouped, transposed),
                    sizes={"g": (at, "groups")} if grouped else None, factor=math.prod(w[2:]))
     if transposed:
         last = s.contractions.pop()

@@ -78,14 +78,6 @@ class Gather:
     index: np.ndarray
 
 
-class _Final(dict[Expr, Expr]):
-    """The normal form of each expression, found once all are related."""
-
-    def __missing__(self, e: Expr) -> Expr:
-        self[e] = normal = resolve(e)
-        return normal
-
-
 @dataclass(slots=True)
 class Solver:
     """Axis expressions per tensor, and what the rows found out on the way.
@@ -127,13 +119,14 @@ class Solver:
         """Visit every node once; afterwards `dims` is final and in normal form."""
         stored: dict[str, tuple[Expr, ...]] = {}
         for tensor in self.graph.tensors.values():
-            if tensor.weight is not None:
+            weight = tensor.weight
+            if weight is not None:
                 tensor.static = True
-                if tensor.weight not in stored:
-                    stored[tensor.weight] = tuple(map(self.space.atom, tensor.shape))
+                if weight not in stored:
+                    stored[weight] = tuple(map(self.space.atom, tensor.shape))
                     if tensor.kind == "outside":
-                        self.freeze(stored[tensor.weight], OUTSIDE)
-                self.dims[tensor.name] = stored[tensor.weight]
+                        self.freeze(stored[weight], OUTSIDE)
+                self.dims[tensor.name] = stored[weight]
             elif tensor.kind in ("input", "constant"):
                 why = f"model {tensor.kind} {tensor.name}"
                 self.bare.add(tensor.name)
@@ -141,15 +134,18 @@ class Solver:
         self._freeze_unused(stored)
         for node in self.graph.nodes:
             self._visit(node)
-            self._mind(node)
+            if self.labels:
+                self._mind(node)
         for value, stored_in in self.graph.written.items():
             for e, o in zip(self.dims[value], self.dims[stored_in], strict=True):
                 self.space.relate(e, o, f"{value} is written back into {stored_in}")
         for name in self.graph.outputs:
             self.freeze(self.dims[name], f"model output {name}")
         self._settle()
-        final = _Final()
-        self.dims = {name: tuple([final[e] for e in dims]) for name, dims in self.dims.items()}
+        named = [label.axis for label in self.labels.values()]
+        final = {e: resolve(e) for e in set[Expr]().union(
+            named, [e for e, _ in self.least], *self.dims.values())}
+        self.dims = {name: tuple(map(final.__getitem__, dims)) for name, dims in self.dims.items()}
         self.least = [(final[e], k) for e, k in self.least]
         self.labels = {name: Label(final[e], kind) for name, (e, kind) in self.labels.items()}
         return self
