@@ -100,8 +100,8 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | N
     """
     count, shapes = len(parse(text).inputs), [s.shape(out) for out in n.outputs]
     refs = operands(n, count) if refs is None else refs[:count]
-    dims = [None if ref is None else s.dims[ref] for ref in refs]
-    known = fit(text, tuple([None if exprs is None else len(exprs) for exprs in dims]),
+    dims = [s.dims[ref] if ref else () for ref in refs]
+    known = fit(text, tuple([len(s.dims[ref]) if ref else None for ref in refs]),
                 tuple(map(len, shapes)))
     bound = {name: dims[i][d] for name, i, d in known.first}
     if sizes:
