@@ -163,7 +163,11 @@ def _is_normal(e: Prod | Sum) -> bool:
 
 def walk(e: Expr) -> list[Atom]:
     """Return every mention of an unbound atom, left to right."""
-    e = resolve(e)
+    return _mentions(resolve(e))
+
+
+def _mentions(e: Expr) -> list[Atom]:
+    """The mentions in a normal form."""
     if isinstance(e, Atom):
         return [e]
     found: list[Atom] = []
@@ -190,8 +194,7 @@ def atoms(e: Expr) -> list[Atom]:
 
 def is_frozen(e: Expr) -> bool:
     """True if no slice of the dimension can be removed."""
-    e = resolve(e)
-    return bool(e.reasons) if isinstance(e, Atom) else all([a.reasons for a in walk(e)])
+    return all([a.reasons for a in _mentions(resolve(e))])
 
 
 def reasons(e: Expr) -> list[str]:
@@ -271,7 +274,10 @@ class Space:
                 atom.reasons = (*atom.reasons, why)
 
     def bind(self, atom: Atom, e: Expr) -> None:
-        """Give an atom its refinement, or tie it to another atom; raises Clash if it is in it."""
+        """Give an atom its refinement, a normal form, or tie it to another atom.
+
+        Raises Clash if the atom is in it.
+        """
         if e is atom:
             return
         if isinstance(e, Atom):
@@ -282,7 +288,7 @@ class Space:
             return
         if isinstance(e, Sum) and e.order is not None and e.parts == (atom,):
             e = self._cycles(e.order)
-        if atom in walk(e):
+        if atom in _mentions(e):
             raise Clash(f"an axis of {atom.size} would contain itself")
         for why in atom.reasons:
             self.freeze(e, why)
@@ -483,7 +489,7 @@ class Space:
             ((cell, at),) = own
             if not isinstance(cell, Atom):
                 raise Clash(f"{show(total)} and {show(other)} nest differently")
-            self.bind(cell, self.carve(other, at))
+            self.bind(cell, resolve(self.carve(other, at)))
             return
         for cell, at in own:
             self.unify(cell, self.carve(other, at))

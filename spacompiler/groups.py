@@ -201,8 +201,7 @@ def _approximate(solver: Solver) -> dict[Atom, list[str]]:
 
 
 def _certain(e: Expr) -> frozenset[Atom]:
-    """Atoms that have a coordinate at every position of the dimension."""
-    e = resolve(e)
+    """Atoms that have a coordinate at every position of the dimension, a normal form."""
     if isinstance(e, Atom):
         return frozenset((e,))
     parts = [_certain(p) for p in e.parts]
@@ -213,8 +212,7 @@ def _certain(e: Expr) -> frozenset[Atom]:
 
 
 def beside(e: Expr) -> list[Mention]:
-    """Return (atom, atoms outside it, atoms inside it) for every mention within one dimension."""
-    e = resolve(e)
+    """Return (atom, atoms outside it, atoms inside it) for every mention in a normal form."""
     if isinstance(e, Atom):
         return [(e, frozenset(), frozenset())]
     if isinstance(e, Sum):
