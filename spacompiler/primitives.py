@@ -105,7 +105,7 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | N
                 tuple(map(len, shapes)))
     bound = {name: dims[i][d] for name, i, d in known.first}
     if sizes:
-        _sized(s, n, sizes, bound)
+        bound = _sized(s, n, sizes, bound)
     for names, i, d in known.later:
         if len(names) == 1 and names[0][0] != ".":
             s.space.relate(bound[names[0]], dims[i][d], n)
@@ -127,13 +127,17 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | N
     return bound
 
 
-def _sized(s: Solver, n: Node, sizes: Mapping[str, Any], bound: dict[str, Expr]) -> None:
+def _sized(s: Solver, n: Node, sizes: Mapping[str, Any], bound: dict[str, Expr],
+           ) -> dict[str, Expr]:
+    """Return the letters, those of given sizes first."""
+    made: dict[str, Expr] = {}
     for letter, spec in sizes.items():
-        e = s.space.atom(n.arg(*spec) if isinstance(spec, tuple) else spec)
-        _meet(s, n, letter, e, bound)
+        made[letter] = s.space.atom(n.arg(*spec) if isinstance(spec, tuple) else spec)
+        s.relate(made[letter], bound.get(letter, made[letter]), n)
         if isinstance(spec, tuple):
             path = ("args", spec[0]) if spec[0] < len(n.args) else ("kwargs", spec[1])
-            s.edit(n, path, e)
+            s.edit(n, path, made[letter])
+    return made | bound
 
 
 def _nest(s: Solver, n: Node, names: Sequence[str], e: Expr, bound: dict[str, Expr]) -> None:
