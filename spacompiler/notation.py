@@ -96,10 +96,11 @@ class Fit:
     """A pattern at certain ranks: what each dimension is called (nothing: it can't be pruned).
 
     The dimensions of a run are called `.0`, `.1`, ... from the right. A place is (operand,
-    dimension): of those with a name of their own, `first` are where a name comes first; `later`
-    has the other names and the nests in order. `frozen` are runs (operand, from, to) without
-    names. `reads` are places, `letters` the names in each operand that is there; of these,
-    `consumed` are in no result and `shared` the others that all operands have.
+    dimension): of those with a name of their own, `first` are where a name comes first, as long
+    as there is no nest; `later` has the other names and the nests in order. `frozen` are runs
+    (operand, from, to) without names. `reads` are places, `letters` the names in each operand
+    that is there; of these, `consumed` are in no result and `shared` the others that all
+    operands have.
     """
 
     first: tuple[tuple[str, int, int], ...]
@@ -127,15 +128,15 @@ def fit(text: str, ranks: tuple[int | None, ...], results: tuple[int, ...]) -> F
     reads = [(i, d) for names, i, d in places if not pattern.consumed.isdisjoint(names)]
     letters = tuple(frozenset(name for term in names for name in term)
                     for names, rank in zip(operands, ranks, strict=True) if rank is not None)
-    first, later, seen = [], [], set[str]()
+    first: dict[str, tuple[int, int]] = {}
+    later: list[tuple[Names, int, int]] = []
     for names, i, d in places:
-        if len(names) == 1 and names[0] not in seen:
-            first.append((names[0], i, d))
+        if len(names) == 1 and names[0] not in first and all(len(n) == 1 for n, _, _ in later):
+            first[names[0]] = i, d
         elif names:
             later.append((names, i, d))
-        seen.update(names)
     frozen = [(i, d, d + 1) for names, i, d in places if not names]
-    return Fit(tuple(first), tuple(later), _runs(frozen),
+    return Fit(tuple((name, *place) for name, place in first.items()), tuple(later), _runs(frozen),
                tuple(map(_called, pattern.outputs, results)), tuple(reads),
                letters, tuple(sorted(pattern.consumed & frozenset().union(*letters))),
                frozenset.intersection(*letters) - pattern.consumed)

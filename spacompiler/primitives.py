@@ -107,9 +107,7 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | N
     if sizes:
         bound = _sized(s, n, sizes, bound)
     for names, i, d in known.later:
-        if len(names) == 1 and names[0][0] != ".":
-            s.space.relate(bound[names[0]], dims[i][d], n)
-        elif len(names) == 1:
+        if len(names) == 1:
             _meet(s, n, names[0], dims[i][d], bound)
         else:
             _nest(s, n, names, dims[i][d], bound)
