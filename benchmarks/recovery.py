@@ -45,12 +45,14 @@ BASES: dict[str, dict[str, Any]] = {
     "refit": {"importance": "taylor-element", "repair": "refit"},  # the same slices, repaired
     "channels": {"importance": "curvature", "allocation": "global", "floor": 0.02,
                  "repair": "refit"},
-    # heads too; slices are chosen on more of the tokens that are trained on
+    # heads too; slices are chosen on more of the tokens that are trained on, and what stays is
+    # repaired beside text that the model writes on from them
     "ours": {"importance": "curvature", "allocation": "measured", "floor": 0.02,
              "repair": "refit(sequential=True, residual=True, every=True, create_biases=True)",
              "roles": ("channel", "head"), "samples": 128, "continued": True},
 }
-BASES["ours by layers"] = {**BASES["ours"], "allocation": "cfsp-layers"}
+BASES["ours, given text"] = {**BASES["ours"], "continued": False}
+BASES["ours by layers"] = {**BASES["ours, given text"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
 # rank 8, alpha 16, dropout 0.05 on every linear layer of a block, as LLM-Pruner released it
 RELEASED = f"lora(lr={{lr}}, dropout=0.05, norms=False, evaluations=4, {STEP})"
@@ -67,6 +69,8 @@ ROWS: dict[str, tuple[str, str]] = {
     "ours": ("ours", ""), "ours+lora": ("ours", OWN),
     "ours+lora, KL": ("ours", OWN.replace("evaluations", "task=0.0, logits=1.0, evaluations")),
     "ours+lora, both": ("ours", OWN.replace("evaluations", "logits=1.0, evaluations")),
+    "ours, given text": ("ours, given text", ""),
+    "ours, given text+lora": ("ours, given text", OWN),
     "ours by layers+lora": ("ours by layers", OWN),
     "ours+norms": ("ours", f"norms(lr={{lr}}, {STEP})"),
 }
