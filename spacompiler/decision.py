@@ -107,7 +107,8 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
         found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
         job.notes.extend(notes)
         if not found and r.layout == "uniform":
-            raise TargetError("no group can shrink in the uniform layout", why=notes[0],
+            raise TargetError("no group can shrink in the uniform layout",
+                              why=next(iter(notes), "the configuration has no size for any"),
                               fix="use --layout any")
         if found:
             job.uniform = True
