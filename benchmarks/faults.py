@@ -11,8 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = """axes notation primitives shapes reductions recurrent writes solver groups slicing
-idioms frontends/aten""".split()
+MODULES = """axes space choices notation primitives shapes reductions recurrent writes solver
+groups slicing idioms frontends/aten""".split()
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ def _moved(tree: ast.Module, op: str) -> ast.Module:
 # --- faults that change nothing -----------------------------------------------------------------
 
 HARMLESS: dict[tuple[str, str, str], str] = {
-    ("axes", "return concat(outer for outer, _ in pairs), pairs[0][1]", "number 0"):
+    ("space", "return concat(outer for outer, _ in pairs), pairs[0][1]", "number 0"):
         "the inner axes have just been unified",
-    ("axes", "if e.order is not None:", "condition True"):
+    ("space", "if e.order is not None:", "condition True"):
         "the way of dealt axes does for others too, slower",
-    ("axes", "if total.order is not None or (isinstance(other", "condition True"):
+    ("space", "if total.order is not None or (isinstance(other", "condition True"):
         "the way of dealt axes does for others too, slower",
     ("axes", "parts[inner].size, -1)", "number 1 -> 2"): "numpy infers any negative size",
     ("idioms", "return users[0] if len(users) == 1", "number 0 -> -1"): "there is one user",
@@ -201,7 +201,7 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ("primitives", "128 // int(digits)", "number 128 -> 129"): "rounded down it is the same",
     ("axes", "if not flat:", "condition False"):
         "an empty nest of its own has no atoms and size one: all treat it as ONE",
-    ("axes", "if a is b:", "condition False"): "part by part they are found equal, slower",
+    ("space", "if a is b:", "condition False"): "part by part they are found equal, slower",
     ("axes", "return len(e.parts) > 1 or e.order is not None", "operator turned"):
         "what is made again is the same, slower",
     ("groups", "if not live:", "condition False"): "nothing narrows nothing",

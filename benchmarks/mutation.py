@@ -34,7 +34,7 @@ import pytest
 from faults import MODULES, ROOT, Fault, faults, harmless, source
 from hypothesis import Phase, settings
 
-ALGEBRA = "axes notation idioms groups slicing".split()
+ALGEBRA = "axes space choices notation idioms groups slicing".split()
 PARTS = {  # modules, and the files of their tests
     "algebra": (ALGEBRA, "test_axes test_notation test_idioms test_exact test_permutations "
                          "test_random_graphs test_labels test_groups test_solver test_slicing "

@@ -22,7 +22,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from spacompiler.axes import Choice, reasons, take
+from spacompiler.axes import reasons
+from spacompiler.choices import Choice, take
 from spacompiler.emit.onnx_rewrite import masked, rewrite
 from spacompiler.emit.onnx_run import Session
 from spacompiler.errors import SpaError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import allocation
-from .axes import Choices
+from .choices import Choices
 from .cost import cost
 from .emit import hf
 from .errors import TargetError

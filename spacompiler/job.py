@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .axes import Choices
 from .blocks import Dropped
 from .calibration import Calibration, default_loss
+from .choices import Choices
 from .frontends.torch_export import Inputs, Trace
 from .groups import Group, Solution
 from .plan import Plan

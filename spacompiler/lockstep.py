@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .axes import Choices
+from .choices import Choices
 from .frontends.torch_export import Trace
 from .groups import Solution
 from .proof import masks

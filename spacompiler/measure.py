@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .allocation import Problem
-from .axes import Choices
 from .calibration import first_floating
+from .choices import Choices
 from .errors import SpaError
 from .frontends.untouched import untouched
 from .groups import Solution

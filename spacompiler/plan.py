@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .axes import Atom, Choice, Choices, kept_size
+from .axes import Atom
+from .choices import Choice, Choices, kept_size
 from .errors import SpaError
 from .groups import Group, Solution
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from .axes import ONE, Choice, Choices, atoms, keep_mask
+from .axes import ONE, atoms
+from .choices import Choice, Choices, keep_mask
 from .emit.program import run_pruned
 from .errors import ProofError
 from .frontends.torch_export import Trace

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .axes import ONE, Clash, Expr, is_frozen
+from .axes import ONE, Expr, is_frozen
 from .graph import Node, Ref
 from .primitives import broadcast, operands, pointwise, relate_pattern, works_along
 from .solver import Row, Solver
+from .space import Clash
 
 
 def _reduced(s: Solver, n: Node, argument: int) -> tuple[str, list[int]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .axes import Choices, keep_mask
+from .choices import Choices, keep_mask
 from .consumers import Consumer, consumer
 from .errors import SpaError
 from .frontends.torch_export import Trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .axes import kept_size
+from .choices import kept_size
 from .groups import Solution
 from .job import Job
 from .plan import widths

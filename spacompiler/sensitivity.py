@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional
 
 from .allocation import Problem
-from .axes import Choices
 from .calibration import first_floating
+from .choices import Choices
 from .distillation import divergence
 from .frontends.torch_export import Trace
 from .groups import Solution

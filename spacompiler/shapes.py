@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from .axes import ONE, Clash, Expr, concat, deal, is_frozen, product
+from .axes import ONE, Expr, concat, deal, is_frozen, product
 from .graph import Node
 from .idioms import base
 from .primitives import broadcast
 from .solver import Path, Solver
+from .space import Clash
 
 
 def reshape(s: Solver, n: Node) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .axes import Atom, Choices, Expr, indices, keep_mask, kept_size
+from .axes import Atom, Expr
+from .choices import Choices, indices, keep_mask, kept_size
 from .frontends.torch_export import Trace
 from .groups import Solution
 from .idioms import RmsNorm

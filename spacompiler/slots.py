@@ -11,7 +11,8 @@ from math import prod
 import numpy as np
 import torch
 
-from .axes import Expr, coordinates
+from .axes import Expr
+from .choices import coordinates
 from .groups import Group
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .axes import ONE, Atom, Clash, Expr, Prod, Space, is_frozen, resolve
+from .axes import ONE, Atom, Expr, Prod, is_frozen, resolve
 from .graph import Graph, Node
 from .idioms import Deal, RmsNorm
+from .space import Clash, Space
 
 OUTSIDE = "used outside of the traced parts"
 Path = tuple[Any, ...]

@@ -12,8 +12,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from . import artifact, report
-from .axes import indices
 from .biases import added
+from .choices import indices
 from .emit import hf
 from .emit.attributes import differing
 from .errors import ProofError, SpaError

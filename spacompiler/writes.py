@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .axes import ONE, Clash, Expr, concat, is_frozen
+from .axes import ONE, Expr, concat, is_frozen
 from .graph import Node, Ref
 from .reductions import indexed
 from .shapes import cuts3, span
 from .solver import Solver
+from .space import Clash
 
 
 def _agree(s: Solver, n: Node, x: tuple[Expr, ...], values: list[Expr], but: int) -> None:

@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from spacompiler.axes import Atom, Choice, Choices, walk
+from spacompiler.axes import Atom, walk
+from spacompiler.choices import Choice, Choices
 from spacompiler.emit.program import run_pruned
 from spacompiler.frontends import torch_export
 from spacompiler.frontends.torch_export import Trace

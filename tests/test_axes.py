@@ -14,28 +14,21 @@ from hypothesis import strategies as st
 from spacompiler import slicing
 from spacompiler.axes import (
     Atom,
-    Choice,
-    Choices,
-    Clash,
     Expr,
     Prod,
-    Space,
     Sum,
     atoms,
     cells,
     concat,
-    coordinates,
     deal,
-    indices,
     is_frozen,
-    keep_mask,
-    kept_size,
     product,
     reasons,
     resolve,
     show,
-    take,
 )
+from spacompiler.choices import Choice, Choices, coordinates, indices, keep_mask, kept_size, take
+from spacompiler.space import Clash, Space
 
 # --- random expressions -------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from commuting import quick_trace, table_of
 from networks import network
 from torch import nn
 
-from spacompiler.axes import Choice, atoms, reasons, show
+from spacompiler.axes import atoms, reasons, show
+from spacompiler.choices import Choice
 from spacompiler.frontends.aten import TABLE
 from spacompiler.groups import solve
 from spacompiler.proof import masked_dense, relative_error

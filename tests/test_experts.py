@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import spacompiler
 from spacompiler import models_zoo
 from spacompiler.api import Result
-from spacompiler.axes import Choice, reasons
+from spacompiler.axes import reasons
+from spacompiler.choices import Choice
 from spacompiler.errors import SpaError, TargetError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace

@@ -19,7 +19,8 @@ from labels import Marks, Unsupported, every_choice
 from networks import Net, network, networks
 from words import OFTEN
 
-from spacompiler.axes import Atom, Choice, Expr, Sum, coordinates, keep_mask, reasons, resolve
+from spacompiler.axes import Atom, Expr, Sum, reasons, resolve
+from spacompiler.choices import Choice, coordinates, keep_mask
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.groups import Solution, solve

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
-from spacompiler.axes import Choice
+from spacompiler.choices import Choice
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import trace

@@ -29,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spacompiler.allocation import step as step_of
-from spacompiler.axes import Choices, is_frozen
+from spacompiler.axes import is_frozen
+from spacompiler.choices import Choices
 from spacompiler.cost import cost
 from spacompiler.emit.program import run_pruned
 from spacompiler.frontends.aten import TABLE

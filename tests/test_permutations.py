@@ -14,24 +14,15 @@ from hypothesis import strategies as st
 from networks import network
 
 from spacompiler import models_zoo
-from spacompiler.axes import (
-    Choice,
-    Clash,
-    Space,
-    atoms,
-    concat,
-    deal,
-    keep_mask,
-    kept_size,
-    product,
-    show,
-)
+from spacompiler.axes import atoms, concat, deal, product, show
+from spacompiler.choices import Choice, keep_mask, kept_size
 from spacompiler.emit.module import operate, runs_like
 from spacompiler.emit.program import Rewritten, rewrite, run_pruned
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import trace
 from spacompiler.groups import Solution, solve
 from spacompiler.proof import TOLERANCE, prove
+from spacompiler.space import Clash, Space
 
 # name: (network, groups of the first layer's rows with gathers, and as views do them)
 FLAT = "x: 2x4\na = linear(x, out={})\n"

@@ -12,7 +12,7 @@ import torch
 
 from spacompiler import models_zoo, proof, shapes
 from spacompiler import primitives as p
-from spacompiler.axes import Choice, Choices, kept_size
+from spacompiler.choices import Choice, Choices, kept_size
 from spacompiler.emit.program import run_pruned
 from spacompiler.errors import ProofError
 from spacompiler.frontends.aten import TABLE

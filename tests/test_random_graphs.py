@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from networks import Net, network, networks
 from words import WORDS
 
-from spacompiler.axes import Choice
+from spacompiler.choices import Choice
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.groups import Solution, solve

@@ -9,7 +9,7 @@ from commuting import quick_trace
 from networks import network
 from torch import nn
 
-from spacompiler.axes import Choice
+from spacompiler.choices import Choice
 from spacompiler.frontends.aten import TABLE
 from spacompiler.groups import solve
 from spacompiler.slicing import Slicer, gather_indices, norm_changes

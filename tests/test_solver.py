@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from spacompiler import primitives as p
-from spacompiler.axes import Clash, atoms, product, reasons, show
+from spacompiler.axes import atoms, product, reasons, show
 from spacompiler.graph import Graph, Node, Ref, Tensor
 from spacompiler.groups import Solution, solve
 from spacompiler.solver import OUTSIDE, Read, Row, Solver
+from spacompiler.space import Clash
 
 
 def first_only(s: Solver, n: Node) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..axes import indices
+from ..choices import indices
 from ..errors import ProofError, SpaError
 from ..proof import relative_error
 from ..slicing import Slicer

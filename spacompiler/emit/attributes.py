@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..axes import Choices
+from ..choices import Choices
 from ..errors import SpaError
 from ..frontends.running import follow, innermost_forward
 from ..frontends.torch_export import Trace

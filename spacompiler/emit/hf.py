@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ..allocation import Unit, join
-from ..axes import Choice, Choices, Expr, Prod, atoms, kept_size, product, resolve
+from ..axes import Expr, Prod, atoms, product, resolve
+from ..choices import Choice, Choices, kept_size
 from ..errors import SpaError
 from ..groups import Solution
 from ..slicing import norm_changes

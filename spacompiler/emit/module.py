@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..axes import Choices
+from ..choices import Choices
 from ..errors import SpaError
 from ..frontends.torch_export import Trace
 from ..frontends.untouched import untouched

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ..axes import Choices, take
+from ..choices import Choices, take
 from ..cost import cost
 from ..errors import ProofError, SpaError
 from ..frontends.onnx_file import release

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from ..axes import Choices, atoms, keep_mask, kept_size, take
+from ..axes import atoms
+from ..choices import Choices, keep_mask, kept_size, take
 from ..errors import ProofError
 from ..frontends.onnx_file import release
 from ..frontends.onnx_lower import OnnxTrace, Place

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from ..axes import Choices, kept_size
+from ..choices import Choices, kept_size
 from ..frontends.torch_export import Trace, copied
 from ..groups import Solution
 from ..runner import Runner

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from .. import primitives as p
 from .. import reductions as r
 from .. import shapes as sh
-from ..axes import ONE, Clash, Expr, is_frozen, product
+from ..axes import ONE, Expr, is_frozen, product
 from ..graph import Node, Ref
 from ..solver import Contraction, Row, Solver
+from ..space import Clash
 
 
 def name(n: Node, index: int) -> str | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from spacompiler.axes import Atom, Choice, Choices
+from spacompiler.axes import Atom
+from spacompiler.choices import Choice, Choices
 from spacompiler.errors import SpaError
 from spacompiler.groups import Group, Solution
 

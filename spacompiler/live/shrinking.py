@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spacompiler.axes import Choices
+from spacompiler.choices import Choices
 from spacompiler.emit.attributes import Use, assign, resized, watch
 from spacompiler.emit.module import named_arrays, runs_like
 from spacompiler.errors import ProofError, SpaError

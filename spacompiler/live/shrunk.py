@@ -13,17 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from spacompiler.axes import (
-    Atom,
-    Choices,
-    Expr,
-    Prod,
-    concat,
-    deal,
-    keep_mask,
-    product,
-    resolve,
-)
+from spacompiler.axes import Atom, Expr, Prod, concat, deal, product, resolve
+from spacompiler.choices import Choices, keep_mask
 from spacompiler.emit.program import edited
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.graph import Graph

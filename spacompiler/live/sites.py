@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from spacompiler.axes import Choices, atoms, keep_mask
+from spacompiler.axes import atoms
+from spacompiler.choices import Choices, keep_mask
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.frontends.untouched import untouched
 from spacompiler.groups import Group, Solution

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spacompiler.axes import ONE, Choices, Expr, atoms, kept_size
+from spacompiler.axes import ONE, Expr, atoms
+from spacompiler.choices import Choices, kept_size
 from spacompiler.emit.attributes import Change, assign
 from spacompiler.emit.module import attribute_changes, named_arrays
 from spacompiler.errors import SpaError
