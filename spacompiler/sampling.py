@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .emit.hf import is_encoder_decoder
 from .errors import UsageError
 from .frontends.torch_export import Inputs, as_call
 from .frontends.untouched import untouched
@@ -56,18 +57,13 @@ def continued(module: nn.Module, batches: Sequence[Any], seed: int) -> Batches:
              if not args and set(kwargs) == {"input_ids"}]
     lengths = {ids.shape[1] for ids in found if ids.ndim == 2}
     if not callable(getattr(module, "generate", None)) or len(lengths) != 1 \
-            or len(found) != len(batches) or _is_encoder_decoder(module):
+            or len(found) != len(batches) or is_encoder_decoder(module):
         raise refusal
     length = lengths.pop()
     prompts = torch.cat(found)[:, -max(1, min(PROMPT, length // 4)):]
     made = torch.cat([_written(module, part, length, seed + i)
                       for i, part in enumerate(prompts.split(AT_ONCE))])
     return [((), {"input_ids": part}) for part in made.split([len(ids) for ids in found])]
-
-
-def _is_encoder_decoder(module: nn.Module) -> bool:
-    """True if what a language model writes is another sequence than what it is given."""
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def _start(module: Any, tokenizer: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .emit.hf import is_encoder_decoder
 from .errors import SpaError, UsageError, did_you_mean
 from .frontends.torch_export import Inputs
 
@@ -160,7 +161,7 @@ def example_inputs(module: Any) -> Inputs:
         else module.config
     if module.main_input_name == "input_ids":
         ids = torch.randint(0, config.vocab_size, (2, 9), generator=generator)
-        if getattr(config, "is_encoder_decoder", False):
+        if is_encoder_decoder(module):
             return {"input_ids": ids, "decoder_input_ids": ids[:, :7].clone(), **fixed}
         return {"input_ids": ids, **fixed}
     if module.main_input_name == "pixel_values":

@@ -28,6 +28,7 @@ from ..errors import SpaError
 from ..frontends.torch_export import drop_asserts
 from ..frontends.untouched import quiet
 from ..runtime import PAST, PRESENT
+from .hf import is_encoder_decoder
 from .onnx_file import export_onnx
 
 _BATCH, _SEQUENCE, _PAST_LENGTH = 2, 3, 5
@@ -40,7 +41,7 @@ def check_causal_lm(module: Any) -> None:
     what = "this model cannot be exported as a decoder with a cache"
     accepts = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
     missing = [n for n in ("input_ids", "attention_mask", "past_key_values") if n not in accepts]
-    if missing or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+    if missing or is_encoder_decoder(module):
         why = f"its forward takes no {missing[0]}" if missing else "it has an encoder as well"
         raise SpaError(what, where=type(module).__name__, why=why,
                        fix="leave --decoder out, or give a causal language model of transformers")

@@ -33,6 +33,11 @@ def is_hf(module: nn.Module) -> bool:
         hasattr(type(module), "config_class")
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """True if what a language model writes is another sequence than what it is given."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def uniform_config(module: Any, solution: Solution, choices: Choices,
                    shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the config of the pruned model.
