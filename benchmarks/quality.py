@@ -180,8 +180,8 @@ def _write_on(bench: Bench, groups: list[Any]) -> tuple[list[torch.Tensor], dict
     text = continued(bench.module, bench.batches, bench.seed)
     wrote = time.perf_counter() - start
     context = Scores(bench.trace, bench.solution, bench.seed)
-    context.calibrate({"covariance"}, bench.batches, pipeline.default_loss, groups=groups,
-                      beside=text)
+    context.calibrate({"covariance"}, bench.batches, pipeline.default_loss, groups=groups)
+    context.widen(text, groups)
     bench.done["continued"] = {"seconds": round(time.perf_counter() - start),
                                "seconds_writing": round(wrote)}
     return [kwargs["input_ids"] for _, kwargs in text], _taken(context)

@@ -113,8 +113,8 @@ class Measure:
         groups = [g for u in problem.units for g in u.groups]
         found, _ = sites(self.solution, self.plan(problem, problem.least()))
         if not all("covariance" in self.context.inputs(site.consumer) for site in found):
-            self.context.calibrate({"covariance"}, self.batches, self.loss, groups=groups,
-                                   beside=self.beside)
+            self.context.calibrate({"covariance"}, self.batches, self.loss, groups=groups)
+            self.context.widen(self.beside, groups)
         return self.context
 
 

@@ -80,8 +80,7 @@ class FileScores(Scores):
         return found if found.is_floating_point() else found.float()
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Any, *,
-                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None,
-                  beside: Iterable[Any] = ()) -> None:
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
         """Run the file on batches, exposing what consumers read, a few tensors at a time.
 
         Raises UsageError for a statistic of gradients.

@@ -213,10 +213,10 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
     if forward_only(needs) and "covariance" in needs and hasattr(context, "stream"):
         job.progress("calibrating", 0, total)
         return context.stream(needs, job.calibration.for_repair, job.candidates)
-    beside = {"beside": job.calibration.beside} \
-        if job.calibration.beside and "covariance" in needs else {}
-    context.calibrate(needs, batches, job.loss, groups=job.candidates, **beside,
+    context.calibrate(needs, batches, job.loss, groups=job.candidates,
                       tick=lambda: job.progress("calibrating", next(done), total))
+    if job.calibration.beside and "covariance" in needs:
+        context.widen(job.calibration.beside, job.candidates)
     return job.candidates
 
 

@@ -153,11 +153,8 @@ class Scores:
         return at.inputs(marks).amax(1).long() - 1
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
-                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None,
-                  beside: Iterable[Any] = ()) -> None:
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
         """Run over batches of (args, kwargs) once, gathering what is needed for all groups.
-
-        Covariances, which repair is fit to, are taken over the batches `beside` them as well.
 
         Without statistics of gradients there is no backward pass, and forward stops at the last
         consumer. Raises UsageError for a statistic that there is not.
@@ -177,10 +174,15 @@ class Scores:
                                     partial(self._see, watched),
                                     _by_node(watched))
             tick()
+
+    def widen(self, batches: Iterable[Any], groups: Sequence[Group]) -> None:
+        """Take covariances, which repair is fit to, over further batches as well."""
+        watched = self._places(groups)
+        stops = {node for node, _ in watched}
         held = self._inputs
         self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
                         for key, found in held.items()}
-        for args, kwargs in beside:
+        for args, kwargs in batches:
             for _ in self._steps(args, kwargs, watched, stops):
                 pass
         self._inputs = held
@@ -217,17 +219,23 @@ class Scores:
 
     def _watch(self, wanted: set[str],
                groups: Sequence[Group]) -> dict[tuple[str, str], Consumer]:
-        """The first consumer of every input that statistics are wanted of."""
+        """Make the statistics that are wanted; return where their inputs are read."""
         for name in wanted - KINDS - OF_INPUTS.keys():
             raise UsageError(f"there is no statistic {name!r}",
                              fix=did_you_mean(name, sorted(KINDS | OF_INPUTS.keys())))
         kinds = [kind for kind in OF_INPUTS if kind in wanted]
+        found = self._places(groups if kinds else ())
+        self._inputs.update({at.key: {kind: OF_INPUTS[kind]() for kind in kinds}
+                             for at in found.values()})
+        return found
+
+    def _places(self, groups: Sequence[Group]) -> dict[tuple[str, str], Consumer]:
+        """The first consumer of every input that groups are read from, in order."""
         found: dict[str, Consumer] = {}
-        for group in groups if kinds else ():
+        for group in groups:
             for at in self._consumers_of(group):
                 found.setdefault(at.key, at)
         order = {node.name: i for i, node in enumerate(self.solution.graph.nodes)}
-        self._inputs.update({key: {kind: OF_INPUTS[kind]() for kind in kinds} for key in found})
         return {(at.node.name, at.tensor): at
                 for at in sorted(found.values(), key=lambda c: order[c.node.name])}
 

@@ -30,8 +30,7 @@ class Probe(Watch):
         self._attached: Attached | None = None
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
-                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None,
-                  beside: Iterable[Any] = ()) -> None:
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
         """Put adapters on, and sum their gradients over batches of (args, kwargs)."""
         self._attached = Attached(self._module, adaptable(self._module, groups),
                                   r=RANK, lora_alpha=ALPHA)
