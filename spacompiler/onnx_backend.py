@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, cast
@@ -98,6 +98,12 @@ class FileScores(Scores):
             self._expose(tensors[at:at + EXPOSED], watched, feeds)
         for _ in feeds:
             tick()
+
+    def stream(self, needs: Iterable[str], batches: Iterable[Any],
+               groups: Sequence[Group]) -> Iterator[Group]:
+        """Gather statistics of inputs, then yield the groups: those of the whole file are held."""
+        self.calibrate(needs, batches, None, groups=groups)
+        yield from groups
 
     def _expose(self, names: list[str], watched: dict[tuple[str, str], Consumer],
                 feeds: Iterable[dict[str, np.ndarray]]) -> None:
