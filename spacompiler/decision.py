@@ -17,7 +17,6 @@ from .groups import Solution
 from .job import Job
 from .plan import make_plan
 from .recipe import METRICS, parse_target
-from .scores import Scores
 
 
 def decide(job: Job) -> None:
@@ -90,7 +89,7 @@ def _measure(job: Job) -> Any:
 
 def statistics_of(job: Job) -> Any:
     """The context of the importance pass, for what it still holds, or a fresh one."""
-    return job.context if isinstance(job.context, Scores) else job.backend.context(job)
+    return job.context or job.backend.context(job)
 
 
 def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:

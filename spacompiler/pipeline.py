@@ -169,7 +169,7 @@ def score(job: Job) -> None:
     if job.schedule is not None:
         job.schedule.run(job)
         return
-    context = job.context = _context(job)
+    context = _context(job)
     try:
         _score(job, context)
     finally:
@@ -177,15 +177,19 @@ def score(job: Job) -> None:
 
 
 def _context(job: Job) -> Any:
-    """What importance passes see: adapters' gradients come from the module itself."""
+    """What importance passes see; it is kept for what it still holds.
+
+    Adapters' gradients come from the module itself, and nothing is left of them.
+    """
     if "adapter_steps" not in job.importance.needs:
-        return job.backend.context(job)
+        job.context = job.backend.context(job)
+        return job.context
     from .live.probe import Probe
 
     if job.backend is not TORCH:
         raise UsageError(f"{job.importance.name!r} needs a torch module",
                          fix="use a criterion without gradients")
-    return Probe(job.module, job.trace, job.solution, job.recipe.seed)
+    return Probe(job.module, job.trace, job.solution, job.importance.needs, job.recipe.seed)
 
 
 def _score(job: Job, context: Any) -> None:

@@ -172,6 +172,28 @@ def test_in_a_compile_it_leaves_no_trace():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_what_comes_after_it_looks_at_the_plain_module():
+    """An allocation that measures, and the repair, gather covariances when adapters are off."""
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    result = spacompiler.compile(
+        model, {"input_ids": tokens(0), "use_cache": False}, target="body=70%", align=1,
+        importance=LoraGradient(), allocation="measured(rounds=1)", repair="refit",
+        continued=True, calibration=[{"input_ids": tokens(k)} for k in range(3)])
+    assert result.job.proof.holds
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_nothing_else_is_gathered_with_adapters_on():
+    class Both(LoraGradient):
+        needs = ("adapter_steps", "covariance")
+
+    with pytest.raises(UsageError, match="'covariance' cannot be had beside adapter_steps"):
+        spacompiler.compile(
+            llama(), {"input_ids": tokens(0), "use_cache": False}, target="body=70%", align=1,
+            importance=Both(), calibration=[{"input_ids": tokens(0)}])
+
+
 def test_exact_taylor_of_frozen_weights_is_streamed(analysed):
     """Reduced layer by layer in the user's backward: the same numbers, no gradient held."""
     model, traced, solution = analysed

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from spacompiler.distillation import blocks
+from spacompiler.errors import UsageError
 from spacompiler.frontends.torch_export import Trace
 from spacompiler.frontends.untouched import untouched
 from spacompiler.groups import Group, Solution
@@ -23,10 +24,19 @@ RANK, ALPHA = 8, 16
 
 
 class Probe(Watch):
-    """A context whose adapters have seen all calibration batches; `close` takes them off."""
+    """A context whose adapters have seen all calibration batches; `close` takes them off.
 
-    def __init__(self, module: nn.Module, trace: Trace, solution: Solution, seed: int = 0) -> None:
+    Raises UsageError if anything but their gradients is needed.
+    """
+
+    def __init__(self, module: nn.Module, trace: Trace, solution: Solution, needs: Iterable[str],
+                 seed: int = 0) -> None:
         super().__init__(module, trace, solution, (), ("adapter_steps",), seed)
+        other = sorted(set(needs) - {"adapter_steps"})
+        if other:
+            raise UsageError(f"statistic {other[0]!r} cannot be had beside adapter_steps",
+                             why="with adapters on, nothing but their gradients is gathered",
+                             fix="use an importance pass that needs only one of them")
         self._attached: Attached | None = None
 
     def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
