@@ -107,7 +107,7 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
         job.notes.extend(notes)
         if not found and r.layout == "uniform":
             raise TargetError("no group can shrink in the uniform layout",
-                              why=next(iter(notes), "the configuration has no size for any"),
+                              why=next(iter(notes), "there is none"),
                               fix="use --layout any")
         if found:
             job.uniform = True

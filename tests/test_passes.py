@@ -10,6 +10,7 @@ import spacompiler
 from spacompiler import allocation, registry
 from spacompiler.calibration import default_loss
 from spacompiler.cost import cost
+from spacompiler.decision import allocate_counts
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.frontends.aten import TABLE
 from spacompiler.frontends.torch_export import trace
@@ -185,6 +186,30 @@ def test_unreachable_target_names_what_binds():
         spacompiler.compile(module, inputs, target="params=5%", importance="magnitude",
                             floor=0.8, dry_run=True)
     assert "floor" in caught.value.why and "remain" in caught.value.why
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeps:
+    """A schedule that leaves nothing that may go, and allocates all the same."""
+
+    name = "keeps"
+
+    def run(self, job):
+        job.candidates = []
+        job.counts = allocate_counts(job)
+
+
+@pytest.mark.parametrize("options, why", [
+    ({"only": ("model.layers.0.mlp.gate_proj.weight:0",)},
+     "no stock config of LlamaConfig can say fewer"),
+    ({"schedule": Keeps()}, "there is none"),
+])
+def test_a_uniform_layout_in_which_nothing_can_shrink_says_why(options, why):
+    module, inputs = load("llama-gqa").build()
+    with pytest.raises(TargetError, match="no group can shrink in the uniform layout") as caught:
+        spacompiler.compile(module, inputs, target="body=85%", importance="magnitude", align=1,
+                            layout="uniform", dry_run=True, **options)
+    assert why in caught.value.why
 
 
 def test_nothing_to_prune_is_an_error():
