@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from math import ceil
 from typing import Any, ClassVar
 
@@ -23,6 +24,10 @@ from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
 from spacompiler.live.sites import MASKED, Masks, sites
 from spacompiler.live.watch import Watch
+
+LETS_GO: dict[str, Any] = {"protect_first": 0, "protect_last": 0, "targets": ""}
+"""Options that keep groups, and what they are where they keep none."""
+ONE_SHOT = "score in one shot (no --schedule)"
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,13 @@ class LoraPrune:
         Raises SpaError if training diverges; TargetError if nothing may go.
         """
         criterion = registry.find("importance", self.criterion)
-        reachable = adaptable(job.module, job.candidates, self.targets)
-        job.candidates = self._free(job, reachable, criterion)
+        asked = job.candidates
+        reachable = adaptable(job.module, asked, self.targets)
+        job.candidates = self._free(job, criterion)
         places = sites(job.module, job.trace, job.solution, job.candidates)
-        job.candidates = _seen(job, places)
+        job.candidates = _seen(job, places, asked)
+        if not reachable:
+            raise self._nothing(job, asked, criterion)
         job.scores = {g.name: np.ones(g.shape) for g in job.candidates}
         job.counts = allocate_counts(job)
         attached = Attached(job.module, reachable, adapter=self.adapter, dtype=self.dtype,
@@ -167,19 +175,40 @@ class LoraPrune:
 
     # --- what may go --------------------------------------------------------------------------
 
-    def _free(self, job: Job, reachable: list[str], criterion: Any) -> list[Group]:
-        """Candidates outside of protected layers that the criterion can judge."""
+    def _free(self, job: Job, criterion: Any) -> list[Group]:
+        """Candidates that may go; a note counts those of protected layers."""
+        free = self._judged(job, job.candidates, criterion)
         protected = self._protected(job.candidates)
-        adapted = {f"{path}.weight" for path in reachable}
-        free = [g for g in job.candidates if g.name not in protected and (
-            "adapter_steps" not in criterion.needs or any(m.weight in adapted for m in g.members))]
         if protected:
             job.notes.append(f"{len(protected)} groups of the first and last layers stay whole")
         if not free:
-            raise TargetError("nothing to prune", where=job.name,
-                              why="all groups are protected, or no adapter fits on them",
-                              fix="lora-prune(protect_first=0, protect_last=0)")
+            raise self._nothing(job, job.candidates, criterion)
         return free
+
+    def _judged(self, job: Job, groups: Sequence[Group], criterion: Any) -> list[Group]:
+        """Groups outside of protected layers that the criterion can judge."""
+        protected, adapted = self._protected(groups), self._adapted(job, groups)
+        return [g for g in groups if g.name not in protected and (
+            "adapter_steps" not in criterion.needs or g.name in adapted)]
+
+    def _adapted(self, job: Job, groups: Sequence[Group]) -> set[str]:
+        """Groups that pass through a layer that an adapter fits on."""
+        arrays = {f"{path}.weight" for path in adaptable(job.module, groups, self.targets)}
+        return {g.name for g in groups if any(m.weight in arrays for m in g.members)}
+
+    def _nothing(self, job: Job, groups: Sequence[Group], criterion: Any) -> TargetError:
+        """Why none of the groups may go, and the fewest options that would let some, by trial."""
+        helps = (names for count in range(1, len(LETS_GO) + 1)
+                 for names in combinations(LETS_GO, count)
+                 for other in [replace(self, **{name: LETS_GO[name] for name in names})]
+                 if other._adapted(job, groups) and other._judged(job, groups, criterion))
+        names = next(helps, ())
+        return TargetError(
+            "nothing to prune", where=job.name,
+            why=f"of {len(groups)} groups adapters fit on {len(self._adapted(job, groups))}, and "
+                f"{len(self._protected(groups))} of the first and last layers stay whole",
+            fix=f"lora-prune({', '.join(f'{name}={LETS_GO[name]!r}' for name in names)})"
+                if names else ONE_SHOT)
 
     def _protected(self, groups: Sequence[Group]) -> set[str]:
         """Groups of the first and last of repeated layers (three or more of a kind)."""
@@ -191,20 +220,33 @@ class LoraPrune:
             if len(rows) >= 3:
                 rows = sorted(rows, key=lambda g: [int(n) for n in re.findall(r"\d+", g.name)])
                 first = int(self.protect_first * len(rows))
-                found |= {g.name for g in (*rows[:first], *rows[len(rows) - self.protect_last:])}
+                last = max(0, len(rows) - self.protect_last)
+                found |= {g.name for g in (*rows[:first], *rows[last:])}
         return found
 
 
-def _seen(job: Job, places: Sequence[Any]) -> list[Group]:
-    """Candidates that can be masked where they are read; a note names the others."""
+def _unmasked(groups: Sequence[Group], places: Sequence[Any]) -> dict[str, str]:
+    """Why each group cannot be masked where it is read, or ""."""
     read = {name for site in places for name, _ in site.reads}
-    why = {g.name: MASKED if any(r.how == "score" for r in g.reads) else
-           "no module reads it as its first argument" if g.name not in read else ""
-           for g in job.candidates}
+    return {g.name: MASKED if any(r.how == "score" for r in g.reads) else
+            "no module reads it as its first argument" if g.name not in read else ""
+            for g in groups}
+
+
+def _seen(job: Job, places: Sequence[Any], asked: Sequence[Group]) -> list[Group]:
+    """Candidates that can be masked where they are read; a note names the others.
+
+    Raises TargetError if there is none; `asked` are all that the user would let go.
+    """
+    why = _unmasked(job.candidates, places)
     job.notes.extend(f"{name} stays: {reason}" for name, reason in why.items() if reason)
     if all(why.values()):
+        names = {g.name for g in asked}
+        others = [g for g in job.solution.groups.values() if g.name not in names]
+        more = _unmasked(others, sites(job.module, job.trace, job.solution, others))
         raise TargetError("nothing to prune", where=job.name, why=job.notes[-1],
-                          fix="let more go with --role or --only, or score in one shot")
+                          fix=ONE_SHOT if all(more.values()) else
+                          f"let more go with --role or --only, or {ONE_SHOT}")
     return [g for g in job.candidates if not why[g.name]]
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -181,6 +181,22 @@ def candidates(solution: Solution, *, roles: Sequence[str], only: Sequence[str] 
                 continue
             chosen.append(group)
     return chosen
+
+
+def openings(solution: Solution, *, roles: Sequence[str], only: Sequence[str],
+             ignore: Sequence[str], approximate: bool) -> list[str]:
+    """Return the options of the command line that could each let more go than `candidates`."""
+    if not solution.groups:
+        return []
+    asked: dict[str, Any] = {"roles": roles, "only": only, "ignore": ignore,
+                             "approximate": approximate}
+    widest: dict[str, dict[str, Any]] = {
+        "--role": {"roles": {g.role for g in solution.groups.values()}},
+        "--only": {"only": ["*"]}, "--approximate": {"approximate": True},
+        "fewer --ignore": {"ignore": ()}}
+    now = len(candidates(solution, **asked))
+    return [name for name, change in widest.items()
+            if len(candidates(solution, **{**asked, **change})) > now]
 
 
 def _match(name: str, patterns: Iterable[str]) -> bool:

@@ -99,11 +99,13 @@ def analyse(job: Job) -> None:
         return
     if not job.candidates:
         roles = sorted({g.role for g in job.solution.groups.values()})
+        more = allocation.openings(job.solution, **_asked(job))
         raise TargetError(
             "nothing to prune", where=job.name,
             why=f"no group has a role in {list(job.recipe.roles)}; groups found: "
                 f"{len(job.solution.groups)} ({', '.join(roles) or 'none'})",
-            fix="see `spacompiler inspect`; let more go with --role, --only or --approximate")
+            fix="see `spacompiler inspect`" + (f"; let more go with {' or '.join(more)}"
+                                               if more else ""))
 
 
 def trace_whole_or_parts(job: Job) -> None:
@@ -140,9 +142,13 @@ def _is_quick(job: Job) -> bool:
 
 
 def _candidates(job: Job) -> list[Group]:
+    return allocation.candidates(job.solution, **_asked(job))
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """What the recipe says of groups that may go."""
     r = job.recipe
-    return allocation.candidates(job.solution, roles=r.roles, only=r.only, ignore=r.ignore,
-                                 approximate=r.approximate)
+    return {"roles": r.roles, "only": r.only, "ignore": r.ignore, "approximate": r.approximate}
 
 
 def _add_biases(job: Job) -> None:

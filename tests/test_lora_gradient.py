@@ -1,6 +1,7 @@
 """LoRAPrune: the criterion and the loop against a direct re-derivation; adapters of other types."""
 
 import copy
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -393,6 +394,38 @@ def test_first_and_last_layers_stay_whole():
     widths = [layer.mlp.gate_proj.out_features for layer in result.module.model.layers]
     assert widths[0] == widths[3] == 24 and max(widths[1:3]) < 24
     assert any("stay whole" in note for note in result.job.notes)
+
+
+def rows(depth=3):
+    """Blocks of a repeated kind."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(depth)]
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*blocks)))
+
+
+def grouped():
+    return nn.Sequential(nn.Conv1d(2, 8, 3, groups=2), nn.ReLU(), nn.Conv1d(8, 4, 1, groups=2))
+
+
+@pytest.mark.parametrize("make, options, fix", [
+    (rows, {"protect_first": 0, "protect_last": 3}, "lora-prune(protect_last=0)"),
+    (rows, {"protect_first": 0, "protect_last": 5}, "lora-prune(protect_last=0)"),
+    (rows, {"protect_first": 1.0, "protect_last": 0}, "lora-prune(protect_first=0)"),
+    (rows, {"protect_first": 1.0, "protect_last": 3},
+     "lora-prune(protect_first=0, protect_last=0)"),
+    (rows, {"targets": "nothing"}, "lora-prune(targets='')"),
+    (rows, {"targets": "nothing", "criterion": "taylor"}, "lora-prune(targets='')"),
+    (rows, {"targets": "nothing", "protect_last": 3}, "lora-prune(protect_last=0, targets='')"),
+    (grouped, {}, "score in one shot (no --schedule)"),
+    (grouped, {"criterion": "taylor"}, "score in one shot (no --schedule)"),
+])
+def test_nothing_to_prune_names_the_options_that_help(make, options, fix):
+    x, only = (torch.randn(4, 2, 6), "*") if make is grouped else \
+        (torch.randn(4, 6), "layers.?.0.weight:0")
+    with pytest.raises(TargetError, match="nothing to prune") as caught:
+        spacompiler.compile(make(), (x,), target="params=80%", align=1, only=(only,), dry_run=True,
+                            schedule=LoraPrune(steps=1, **options), calibration=[(x,)])
+    assert caught.value.fix == fix
 
 
 @pytest.mark.parametrize("schedule, error", [

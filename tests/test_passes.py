@@ -212,10 +212,25 @@ def test_a_uniform_layout_in_which_nothing_can_shrink_says_why(options, why):
     assert why in caught.value.why
 
 
-def test_nothing_to_prune_is_an_error():
-    with pytest.raises(TargetError, match="nothing to prune"):
-        spacompiler.compile(nn.Linear(4, 4), (torch.randn(2, 4),), target="params=50%",
-                            importance="magnitude", dry_run=True)
+def normed():
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+
+
+def pair():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("make, options, more", [
+    (lambda: nn.Linear(4, 4), {}, ""), (lambda: nn.Linear(4, 4), {"roles": ("head",)}, ""),
+    (pair, {"roles": ("head",)}, "--role or --only"), (pair, {"ignore": ("*",)}, "fewer --ignore"),
+    (normed, {}, "--only"), (normed, {"roles": ("hidden",)}, "--only or --approximate"),
+    (normed, {"roles": ("head",), "approximate": True}, "--role or --only"),
+])
+def test_nothing_to_prune_is_an_error_that_names_what_could_help(make, options, more):
+    with pytest.raises(TargetError, match="nothing to prune") as caught:
+        spacompiler.compile(make(), (torch.randn(2, 4),), target="params=50%",
+                            importance="magnitude", dry_run=True, **options)
+    assert caught.value.fix.partition("; let more go with ")[2] == more
 
 
 @pytest.mark.parametrize("patterns, gone", [
