@@ -153,38 +153,51 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
         if held["inputs"]:
             _give(bench.context, held["inputs"])
         held["inputs"] = _taken(bench.context)
-        bench.context._gradients.curvature.update(held.get("curvature", {}))
-        if any(m.continued for m in missing.values()) and "wider" not in held:
-            held["text"], held["wider"] = _write_on(bench, groups)
+        held["curvature"] = {**held.get("curvature", {}), **bench.context._gradients.curvature}
+        if any(m.continued for m in missing.values()) and "own" not in held:
+            held["own"] = _write_on(bench, groups)
+        sums = _sums(held)
         every: dict[Any, dict[str, torch.Tensor]] = {}
         for name, importance in passes.items():
             wider = missing[name].continued
-            _give(bench.context, held["wider" if wider else "inputs"])
+            _give(bench.context, sums[wider]["inputs"])
+            bench.context._gradients.curvature.update(sums[wider]["curvature"])
             own = every.setdefault((importance, wider), {})
             for group in bench.candidates(missing[name]):
                 if group.name not in own:
                     own[group.name] = importance.score(group, bench.context).double()
             held["scores"][name] = dict(own)
             print(f"scored {name}", file=sys.stderr, flush=True)
-        held["curvature"] = bench.context._gradients.curvature
         torch.save(held, place)
         bench.save()
-    bench.inputs_of = {False: held["inputs"], True: held.get("wider", {})}
-    bench.beside = [((), {"input_ids": ids}) for ids in held.get("text", ())]
+    bench.inputs_of = {wider: each["inputs"] for wider, each in _sums(held).items()}
+    bench.beside = [((), {"input_ids": ids}) for ids in held.get("own", {}).get("text", ())]
     bench.scores = held["scores"]
 
 
-def _write_on(bench: Bench, groups: list[Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Let the model continue the windows; return its text and the covariances with it."""
+def _write_on(bench: Bench, groups: list[Any]) -> dict[str, Any]:
+    """Let the model continue the windows; return its text, and what is gathered over it."""
     start = time.perf_counter()
     text = continued(bench.module, bench.batches, bench.seed)
     wrote = time.perf_counter() - start
     context = Scores(bench.trace, bench.solution, bench.seed)
-    context.calibrate({"covariance"}, bench.batches, pipeline.default_loss, groups=groups)
-    context.widen(text, groups)
+    context.calibrate({"covariance", "curvature"}, text, pipeline.default_loss, groups=groups)
     bench.done["continued"] = {"seconds": round(time.perf_counter() - start),
                                "seconds_writing": round(wrote)}
-    return [kwargs["input_ids"] for _, kwargs in text], _taken(context)
+    return {"text": [kwargs["input_ids"] for _, kwargs in text], "inputs": _taken(context),
+            "curvature": context._gradients.curvature}
+
+
+def _sums(held: Mapping[str, Any]) -> dict[bool, dict[str, Any]]:
+    """Covariances and curvature of the calibration (False), and of it with the model's own text."""
+    found = {False: {"inputs": held["inputs"], "curvature": held["curvature"]}}
+    if "own" in held:
+        own = held["own"]
+        found[True] = {
+            "inputs": {key: {k: v + own["inputs"][key][k] for k, v in sums.items()}
+                       for key, sums in held["inputs"].items()},
+            "curvature": {k: v + own["curvature"][k] for k, v in held["curvature"].items()}}
+    return found
 
 
 def _taken(context: Scores) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Calibration:
     """Batches of (args, kwargs) and where they came from.
 
     `beside` is what the model itself wrote on (see `sampling.continued`): repair is fit to it
-    too, scores are not.
+    too, and so are scores by covariance and curvature.
     """
 
     origin: str

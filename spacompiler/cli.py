@@ -51,8 +51,8 @@ def compile(
         help="A text file, sampled (what the model makes up) or none (example inputs only). "
              "Default: the model's own data, or text that Python carries.")] = None,
     continued: Annotated[bool, typer.Option(
-        "--continued", help="Let the model write on from each calibration window; repair is fit "
-                            "to that text too.")] = False,
+        "--continued", help="Let the model write on from each calibration window; repair, and "
+                            "scores by covariance and curvature, see that text too.")] = False,
     role: Annotated[list[str] | None, typer.Option(
         help="What may go: channel, head, 'head dim', hidden, expert. Repeatable. "
              "Default: channel and head.")] = None,

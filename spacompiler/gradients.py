@@ -187,6 +187,13 @@ class Gradients:
             self._count = count
             self._run(batch, largest, {"relevance"}, override=rules(self.solution.graph))
 
+    def curve(self, batch: Batch, loss: Callable[..., torch.Tensor],
+              observe: Callable[[str, str, torch.Tensor, int], Any],
+              observed: Mapping[str, set[str]]) -> None:
+        """Add a batch to the curvature, and to nothing else that is gathered here."""
+        self._count = examples(*batch)
+        self._run(batch, loss, {"curvature"}, observe=observe, observed=observed)
+
     def _varies(self) -> bool:
         graph = self.solution.graph
         return any(graph.tensors[name].dynamic for name in graph.inputs)

@@ -114,7 +114,7 @@ class Measure:
         found, _ = sites(self.solution, self.plan(problem, problem.least()))
         if not all("covariance" in self.context.inputs(site.consumer) for site in found):
             self.context.calibrate({"covariance"}, self.batches, self.loss, groups=groups)
-            self.context.widen(self.beside, groups)
+            self.context.widen({"covariance"}, self.beside, self.loss, groups)
         return self.context
 
 

@@ -225,8 +225,8 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
         return context.stream(needs, job.calibration.for_repair, job.candidates)
     context.calibrate(needs, batches, job.loss, groups=job.candidates,
                       tick=lambda: job.progress("calibrating", next(done), total))
-    if job.calibration.beside and "covariance" in needs:
-        context.widen(job.calibration.beside, job.candidates)
+    if job.calibration.beside and {"covariance", "curvature"} & set(needs):
+        context.widen(needs, job.calibration.beside, job.loss, job.candidates)
     return job.candidates
 
 

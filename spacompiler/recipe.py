@@ -27,8 +27,8 @@ class Recipe:
     go (a number, `auto`, or their paths with commas between); `align` is a multiple for widths
     (None: what the CPU wants); `floor` the least share of each group. `repair` auto is `refit`
     where scoring reads real calibration data anyway, else none; with `continued` it is fit to what
-    the model itself writes on from each calibration window, too; `adapters` are directories, `DIR`
-    or `DIR=weight`.
+    the model itself writes on from each calibration window, too, and so are scores by covariance
+    and curvature; `adapters` are directories, `DIR` or `DIR=weight`.
     """
 
     target: str

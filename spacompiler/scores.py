@@ -175,14 +175,23 @@ class Scores:
                                     _by_node(watched))
             tick()
 
-    def widen(self, batches: Iterable[Any], groups: Sequence[Group]) -> None:
-        """Take covariances, which repair is fit to, over further batches as well."""
-        watched = self._places(groups)
+    def widen(self, kinds: Iterable[str], batches: Iterable[Any], loss: Loss,
+              groups: Sequence[Group]) -> None:
+        """Take covariances and curvature, those of `kinds`, over further batches as well.
+
+        They are second moments of what the network meets; other statistics stay as they are.
+        """
+        wanted = set(kinds) & {"covariance", "curvature"}
+        watched = self._places(groups if "covariance" in wanted else ())
         stops = {node for node, _ in watched}
         held = self._inputs
         self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
                         for key, found in held.items()}
         for args, kwargs in batches:
+            if "curvature" in wanted:
+                self._gradients.curve(self.trace.match(args, kwargs), loss,
+                                      partial(self._see, watched), _by_node(watched))
+                continue
             for _ in self._steps(args, kwargs, watched, stops):
                 pass
         self._inputs = held
