@@ -33,7 +33,8 @@ class Tensor:
 
     `weight` is the name of the stored array behind it (tied names share one), `shape` concrete,
     `dynamic` the dimensions whose size varies between calls. `static` values follow from stored
-    arrays alone (a transposed weight): they are no activations.
+    arrays alone (a transposed weight), `looked` ones are such a value at positions that the
+    network computes (the array of a token's expert): they are no activations.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Tensor:
     weight: str | None = None
     dynamic: frozenset[int] = frozenset()
     static: bool = False
+    looked: bool = False
+
+    @property
+    def array(self) -> bool:
+        """True if its values are those of stored arrays alone."""
+        return self.static or self.looked
 
 
 @dataclass(slots=True)

@@ -171,7 +171,7 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], known: Fit, made: Sequen
         return
     macs = (*made, *[bound[c] for c in known.consumed]) if known.consumed else ()
     s.contractions.append(Contraction(n.name, bound, known.letters, macs, factor))
-    if known.consumed and not any([s.graph.tensors[ref].static for ref in refs if ref]):
+    if known.consumed and not any([s.graph.tensors[ref].array for ref in refs if ref]):
         for letter, e in bound.items():
             s.roles.append((e, "head" if letter in known.shared else "head dim"))
 

@@ -182,6 +182,9 @@ class Solver:
         if refs and tensors[refs[0]].static and all([tensors[ref].static for ref in refs]):
             for out in node.outputs:
                 tensors[out].static = True
+        elif self._looks_up(refs):
+            for out in node.outputs:
+                tensors[out].looked = True
         row = self.table.get(node.op)
         bare = self.bare.issuperset(refs)
         if bare:
@@ -204,6 +207,20 @@ class Solver:
         for out in node.outputs:
             if tensors[out].dynamic:
                 self._freeze_dynamic(out)
+
+    def _looks_up(self, refs: Sequence[str]) -> bool:
+        """True of an array at positions that the network computes, and of that moved or copied.
+
+        What the caller's numbers look up (an embedding) is an activation.
+        """
+        tensors = self.graph.tensors
+        floats = [ref for ref in refs if "float" in tensors[ref].dtype]
+        if len(floats) != 1 or not tensors[floats[0]].array:
+            return False
+        others = [ref for ref in refs if ref != floats[0]]
+        if tensors[floats[0]].looked or not others:
+            return not others
+        return all("int" in tensors[ref].dtype and ref not in self.bare for ref in others)
 
     def _dealt(self, deal: Deal, node: Node) -> bool:
         """Take a chain as one gather, unless its axis is frozen or a nest (which views suit)."""

@@ -170,6 +170,18 @@ def test_a_wrong_index_is_one_that_tokens_reach() -> None:
     assert prove(found, solution, keeping(group, [0, 2, 3, 4])).holds
 
 
+def test_channels_of_experts_are_channels_however_they_are_computed() -> None:
+    """Arrays that are looked up are weights: their products are not those of attention."""
+    module, inputs = built()
+    module.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    found = trace(module, inputs)
+    looked_up = solve(found.graph, TABLE).groups
+    assert {n: g.role for n, g in looked_up.items()} == {
+        n: g.role for n, g in traced()[1].groups.items()}
+    assert looked_up["model.layers.0.mlp.experts.gate_up_proj:1"].role == "channel"
+    assert looked_up["model.layers.0.self_attn.q_proj.weight:0.2"].role == "head dim"
+
+
 # --- scores -----------------------------------------------------------------------------------
 
 
