@@ -29,7 +29,7 @@ class Job:
 
     `module` is a torch module, or what another front end reads: then it brings its `backend`. Where
     whole blocks were dropped it is the network without them; `dense` is the one with them, and
-    `whole` are its costs by metric (and bytes).
+    `whole` are its costs by metric (and bytes). `idle` says that repair changed nothing.
     """
 
     recipe: Recipe
@@ -48,6 +48,7 @@ class Job:
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     compensation: Any = None
     must_repair: bool = True
+    idle: bool = False
     context: Any = None
     plan: Plan = None  # type: ignore[assignment]
     choices: Choices = field(default_factory=dict)

@@ -231,14 +231,21 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
 
 
 def mend(job: Job) -> None:
-    """Let the compensation pass repair what stays, in the traced program."""
-    if not job.choices:
-        return
-    if job.backend.repair is None:
-        raise SpaError(f"repair {job.compensation.name!r} needs a torch module", where=job.name,
-                       fix="use --repair none")
-    job.notes.extend(job.backend.repair(job))
-    job.context = None
+    """Let the compensation pass repair what stays, in the traced program.
+
+    Where that changes nothing, the report says so.
+    """
+    why = "no width changed"
+    if job.choices:
+        if job.backend.repair is None:
+            raise SpaError(f"repair {job.compensation.name!r} needs a torch module",
+                           where=job.name, fix="use --repair none")
+        job.notes.extend(job.backend.repair(job))
+        job.context = None
+        why = "" if job.trace.repaired else "no stored weights read what the plan removes"
+    if why:
+        job.idle = True
+        job.notes.append(f"{job.compensation.name} repaired nothing: {why}")
 
 
 def prove_plan(job: Job) -> None:

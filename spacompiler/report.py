@@ -25,7 +25,7 @@ def facts(job: Job) -> dict[str, Any]:
         "costs": plan.costs,
         "importance": repr(job.importance),
         "allocation": repr(job.allocation),
-        "repair": "none" if job.compensation is None else repr(job.compensation),
+        "repair": "none" if job.compensation is None or job.idle else repr(job.compensation),
         "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
                         "batches": len(job.calibration.batches) if job.importance.needs else 0},
         "layout": job.layout,

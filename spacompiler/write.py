@@ -48,7 +48,8 @@ def write(job: Job, out: Path) -> dict[str, Any]:
             job.kept.save(folder / "adapter")
         artifact.write_json(folder / "recipe.json", {
             "model": job.name, **job.recipe.as_dict(), "importance": repr(job.importance),
-            "allocation": repr(job.allocation), "repair": data["repair"],
+            "allocation": repr(job.allocation),
+            "repair": "none" if job.compensation is None else repr(job.compensation),
             "calibration": job.calibration.origin})
         artifact.write_json(folder / "report.json", data)
         (folder / "report.md").write_text(report.markdown(data), encoding="utf-8")

@@ -248,6 +248,18 @@ def test_compile_without_blocks(tmp_path, target: str, width: bool) -> None:
     assert result.report["bytes"]["dense"] == report.pruned_bytes(widths.job)["dense"]
 
 
+@pytest.mark.parametrize(("target", "repair"), [("body=75%", "none"), ("body=50%", "Refit")])
+def test_a_repair_is_reported_where_there_was_one(tmp_path, target: str, repair: str) -> None:
+    """Nothing lost a slice where blocks alone meet the target; the recipe says what was asked."""
+    result = spacompiler.compile(tiny(), inputs(), target=target, blocks="1", repair="refit",
+                                 importance="magnitude", calibration=[((), inputs())],
+                                 out=tmp_path / "out", **QUICK)
+    assert result.report["repair"].startswith(repair)
+    said = "refit repaired nothing: no width changed" in result.report["notes"]
+    assert said == (repair == "none") == (not result.job.trace.repaired)
+    assert "Refit" in (tmp_path / "out" / "recipe.json").read_text()
+
+
 @pytest.mark.parametrize("layout", ["module", "program"])
 def test_blocks_of_a_plain_module(tmp_path, layout: str, monkeypatch) -> None:
     from spacompiler import torch_backend

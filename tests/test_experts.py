@@ -25,6 +25,7 @@ from spacompiler.frontends.torch_export import Trace, trace
 from spacompiler.groups import Group, Solution, solve
 from spacompiler.passes.taylor import Taylor
 from spacompiler.proof import prove
+from spacompiler.report import facts
 from spacompiler.scores import Scores
 
 TWO_OF_FIVE = "params=56.5%"
@@ -96,6 +97,17 @@ def test_what_stays_is_the_dense_model_with_scores_of_minus_infinity(tmp_path: P
         want = dense.eval()(**inputs).logits
         got = result.module.eval()(**inputs).logits
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_where_only_experts_go_no_repair_is_reported() -> None:
+    """What scores read is data, so that a repair is tried unasked: no feature goes."""
+    data = [{"input_ids": torch.randint(60, (4, 9), generator=torch.Generator().manual_seed(3))}]
+    result = compiled(importance="taylor", repair="auto", calibration=data)
+    said = facts(result.job)
+    assert said["repair"] == "none" and not result.job.trace.repaired
+    assert any("refit repaired nothing" in note for note in said["notes"])
+    with pytest.raises(SpaError, match="finds nothing to repair"):
+        compiled(repair="refit", calibration=data)
 
 
 def test_without_being_asked_no_expert_goes() -> None:
