@@ -5,7 +5,8 @@ is brought into that form by cutting its input into patches. Letters that both o
 result carry are *shared* (the groups of a convolution, the batch of a product), those that only
 the operands carry are *features*, the others *samples* (of X) and *outputs* (of W). Statistics,
 scores and repairs then speak of X (shared, samples, features) and W (shared, outputs, features),
-and never of layers.
+and never of layers. Where data says which of several arrays a sample meets (experts of a mixture),
+these are the shared index, and a `Route` deals the samples out to them.
 """
 
 from __future__ import annotations
@@ -16,31 +17,77 @@ from math import prod
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from .graph import Graph, Node, Ref
+from .idioms import moved
 from .notation import Pattern, align, parse
 
 Shaper = Callable[[torch.Tensor], torch.Tensor]
+Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
     """Two operands by name, the pattern that multiplies them, and how they get to its rank.
 
-    `patch` shapes the first operand; `kernel` is the shape that the second one is given.
+    `patch` shapes the first operand; `kernel` is the shape that the second one is given; `ends`
+    names the tensor that says where rows of the first one end that meet each array of the second.
     """
 
     operands: tuple[str, str]
     pattern: str
     patch: Shaper | None = None
     kernel: tuple[int, ...] | None = None
+    ends: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which index along dimension `dim` of a stored array each sample meets, out of `count`.
+
+    `tensor`, as `node` reads it, holds one for each sample; with `ends`, samples are in order and
+    it says where those of each index end.
+    """
+
+    node: str
+    tensor: str
+    dim: int
+    count: int
+    ends: bool = False
+
+    def deal(self, rows: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Deal rows (samples, n) out: (count, most samples, n), zeros after the last one of each,
+        and how many there are (count,)."""
+        if self.ends:
+            seen = value.diff(prepend=value.new_zeros(1))
+        else:
+            index = value.flatten() % self.count
+            index = index.repeat_interleave(len(rows) // max(len(index), 1))
+            seen, rows = index.bincount(minlength=self.count), rows[index.argsort(stable=True)]
+        parts = rows[: int(seen.sum())].split(seen.tolist())
+        return pad_sequence(parts, batch_first=True), seen
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The stored array `weight` behind an operand: which of its dimensions each one is.
+
+    `views` are the tensors between them.
+    """
+
+    weight: str
+    dims: Dims
+    views: tuple[str, ...] = ()
+    route: Route | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
     """A node that multiplies the activation `tensor` by the stored (or static) array `weight`.
 
-    Consumers with equal `key` see the same X.
+    What it reads of the array may be a view, the last of `views`. Consumers with equal `key` see
+    the same X. With a `route`, X has all samples, in one, until they are dealt out.
     """
 
     node: Node
@@ -52,10 +99,24 @@ class Consumer:
     x_order: tuple[tuple[int, ...], ...]
     w_order: tuple[tuple[int, ...], ...]
     y_order: tuple[tuple[int, ...], ...]
+    views: tuple[str, ...] = ()
+    route: Route | None = None
+
+    @property
+    def operand(self) -> str:
+        """The array as the node reads it."""
+        return self.views[-1] if self.views else self.weight
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Where to look, as (node, tensor): at the activation, and at where samples go."""
+        own = (self.node.name, self.tensor)
+        return (own,) if self.route is None else (own, (self.route.node, self.route.tensor))
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return X (shared, samples, features) of an activation; samples go by example first."""
-        return _ordered(self.patch(x) if self.patch else x, self.x_order)
+        made = _ordered(self.patch(x) if self.patch else x, self.x_order)
+        return made if self.route is None else made.expand(self.route.count, -1, -1)
 
     def matrix(self, w: torch.Tensor) -> torch.Tensor:
         """Return W (shared, outputs, features) of the stored array."""
@@ -90,6 +151,11 @@ def _names(node: Node, *at: int) -> tuple[str, str]:
 
 def _product(one: int, two: int, pattern: str) -> Callable[[Graph, Node], Form]:
     return lambda graph, node: Form(_names(node, one, two), pattern)
+
+
+def _grouped(graph: Graph, node: Node) -> Form:
+    """grouped_mm(x, weights, ends)."""
+    return Form(_names(node, 0, 1), "n i, e i o -> n o", ends=node.args[2].name)
 
 
 def _matmul(graph: Graph, node: Node) -> Form:
@@ -165,7 +231,7 @@ FORMS: dict[str, Callable[[Graph, Node], Form]] = {
     "aten.bmm": _product(0, 1, "b n i, b i m -> b n m"),
     "aten.baddbmm": _product(1, 2, "b n i, b i m -> b n m"),
     "aten.matmul": _matmul,
-    "aten.einsum": _einsum,
+    "aten.einsum": _einsum, "transformers.grouped_mm_fallback": _grouped,
     **dict.fromkeys("aten.conv1d aten.conv2d aten.conv3d".split(), _CONV),
     **dict.fromkeys("aten.conv_transpose1d aten.conv_transpose2d aten.conv_transpose3d".split(),
                     _TRANSPOSED),
@@ -181,25 +247,69 @@ def consumer(graph: Graph, node: Node) -> Consumer | None:
     if row is None:
         return None
     form = row(graph, node)
-    static = [graph.tensors[name].static for name in form.operands]
-    if static[0] == static[1] or (form.patch and static[0]):
+    tensors = [graph.tensors[name] for name in form.operands]
+    fixed = [t.static for t in tensors]
+    arrays = fixed if any(fixed) else [t.looked for t in tensors]
+    if arrays[0] == arrays[1] or (form.patch and arrays[0]):
         return None
-    w = static.index(True)
-    shared, features, samples, outputs, result = _roles(graph, node, form, w)
+    w = arrays.index(True)
+    known = _origin(graph, form.operands[w]) if form.kernel is None else None
+    if tensors[w].looked and known is None:
+        return None
+    behind = known or Origin(form.operands[w], tuple(range(len(form.kernel or tensors[w].shape))))
+    route = behind.route if form.ends is None else Route(
+        node.name, form.ends, behind.dims[0], tensors[w].shape[0], ends=True)
+    dealt = tuple(d for d, own in enumerate(behind.dims) if route and own == route.dim)
+    roles = _roles(graph, node, form, w, dealt)
+    if roles is None:
+        return None
+    x_order, w_order, result = roles
+    own = [tuple(behind.dims[d] for d in dims) for dims in w_order]
     key = f"{form.operands[1 - w]} {form.pattern if not form.patch else _window(node, form)} {w}"
-    return Consumer(node, form.operands[1 - w], form.operands[w], key, form.patch, form.kernel,
-                    (shared[1 - w], samples, features[1 - w]), (shared[w], outputs, features[w]),
-                    result)
+    return Consumer(node, form.operands[1 - w], behind.weight,
+                    key if route is None else f"{key} {route.tensor}", form.patch, form.kernel,
+                    x_order, (own[0] if route is None else (route.dim,), own[1], own[2]), result,
+                    behind.views, route)
 
 
-Dims = tuple[int, ...]
+# views that keep every dimension, as functions of the dimensions that they are given
+_VIEWS: dict[str, Callable[[Node, Dims], Iterable[int]]] = {
+    **dict.fromkeys("aten.to aten._to_copy aten.clone aten.contiguous".split(), lambda n, d: d),
+    **dict.fromkeys("aten.permute aten.transpose aten.swapaxes".split(), moved),
+    **dict.fromkeys("aten.t aten.numpy_T".split(), lambda n, d: d[::-1]),
+}
 
 
-def _roles(graph: Graph, node: Node, form: Form, w: int) -> tuple[
-        tuple[Dims, Dims], tuple[Dims, Dims],
-                                                      Dims, Dims, tuple[Dims, Dims, Dims]]:
-    """Dimensions of the operands that are shared and features (of both), samples, outputs; and
-    those of the result that are shared, samples and outputs."""
+def _origin(graph: Graph, name: str) -> Origin | None:
+    """Return the stored array that an operand is a view of, or looked up in."""
+    tensor = graph.tensors[name]
+    if tensor.weight is not None:
+        return Origin(name, tuple(range(len(tensor.shape))))
+    node = next((n for n in graph.nodes if name in n.outputs), None)
+    op = node.op.rsplit(".", 1)[0] if node is not None else ""
+    if node is None or op not in (*_VIEWS, "aten.index"):
+        return None
+    behind = _origin(graph, node.args[0].name)
+    if behind is None:
+        return None
+    dims, route, views = behind.dims, behind.route, (*behind.views, name)
+    if op in _VIEWS:
+        return Origin(behind.weight, tuple(_VIEWS[op](node, dims)), views, route)
+    if not tensor.looked or len(node.args[1]) != 1:
+        return None
+    at = node.args[1][0].name
+    count = graph.tensors[node.args[0].name].shape[0]
+    return Origin(behind.weight, dims[:1] * len(graph.tensors[at].shape) + dims[1:], views,
+                  Route(node.name, at, dims[0], count))
+
+
+def _roles(graph: Graph, node: Node, form: Form, w: int, dealt: Dims) -> tuple[
+        tuple[Dims, Dims, Dims], tuple[Dims, Dims, Dims], tuple[Dims, Dims, Dims]] | None:
+    """Dimensions that are shared, samples (outputs) and features: of the activation, the array;
+    and those of the result that are shared, samples and outputs.
+
+    Samples are dealt out by the dimensions `dealt` of the array: None if they are none of X's.
+    """
     pattern = parse(form.pattern)
     shapes = [graph.tensors[name].shape for name in form.operands]
     if form.patch:  # the pattern speaks of patches, whose letters have no shape in the graph
@@ -209,22 +319,24 @@ def _roles(graph: Graph, node: Node, form: Form, w: int) -> tuple[
                for terms, shape in zip(pattern.inputs, shapes, strict=True)]
     one, two = letters
     common = [a for a in one if a in two]
-    summed = {a for a in common if a in pattern.consumed}
+    kept = [a for a in common if a in pattern.consumed]
+    first = [letters[w][d] for d in dealt]
+    if form.ends is None and not set(first) <= set(common):
+        return None
     # a run's dimension of size one stretches: it belongs to the other operand alone
-    both = [a for a in common if a not in summed and (form.patch or 1 not in (
+    both = [a for a in common if a not in (*kept, *first) and (form.patch or 1 not in (
         shapes[0][one.index(a)], shapes[1][two.index(a)]))]
 
-    def dims(i: int, wanted: Iterable[str]) -> Dims:
-        return tuple(letters[i].index(a) for a in wanted)
+    def dims(side: list[str], wanted: Iterable[str]) -> Dims:
+        return tuple(side.index(a) for a in wanted if a in side)
 
-    kept = [a for a in common if a in summed]
-    rest = [tuple(d for d, a in enumerate(side) if a not in both and a not in summed)
-            for side in letters]
+    left = [[a for a in side if a not in (*both, *kept, *first)] for side in letters]
+    x, y = letters[1 - w], letters[w]
+    samples = [*(a for a in first if a in x), *left[1 - w]]
     made = ["".join(term) for term in align(pattern.outputs[0], _rank(graph, node, form, pattern))]
-    named = (both, [letters[1 - w][d] for d in rest[1 - w]], [letters[w][d] for d in rest[w]])
-    result = [tuple(made.index(a) for a in part if a in made) for part in named]
-    return ((dims(0, both), dims(1, both)), (dims(0, kept), dims(1, kept)), rest[1 - w], rest[w],
-            (result[0], result[1], result[2]))
+    return ((dims(x, both), dims(x, samples), dims(x, kept)),
+            (dims(y, both), dims(y, left[w]), dims(y, kept)),
+            (dims(made, both), dims(made, samples), dims(made, left[w])))
 
 
 def _rank(graph: Graph, node: Node, form: Form, pattern: Pattern) -> int:

@@ -84,6 +84,7 @@ class Gradients:
     _part: float = 1.0
     _running: set[str] = field(default_factory=set)
     _outputs: dict[str, Consumer] = field(default_factory=dict)
+    _routes: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def prepare(self, kinds: set[str], groups: Sequence[Group],
                 consumers: Iterable[Consumer] = ()) -> None:
@@ -225,6 +226,8 @@ class Gradients:
         def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
             if observe and name in observed.get(node.name, ()) and not runner.again:
                 observe(node.name, name, value, self._count)
+            if (node.name, name) in routes:
+                self._routes[node.name, name] = value
             return value * self._gate((node.name, name), value) if (node.name, name) in gated \
                 else value
 
@@ -243,6 +246,9 @@ class Gradients:
             touched.setdefault(node, set()).add(name)
         traced = (self.trace.args, self.trace.kwargs)
         probed = self._probes() if "curvature" in kinds else {}
+        routes = {place for name in probed for place in self._outputs[name].places[1:]}
+        for node, name in routes:
+            touched.setdefault(node, set()).add(name)
         runner = OverridingRunner(self.trace.program, weights, touched=touched, touch=touch,
                                   override={**probed, **(override or {})},
                                   held=None if kinds & {"hessian", "relevance"} else budget(
@@ -272,6 +278,8 @@ class Gradients:
 
     def _curve(self, at: Consumer, gradient: torch.Tensor) -> None:
         g = at.outputs(gradient * self._count)
+        if at.route is not None:
+            g, _ = at.route.deal(g[0], self._routes[at.places[1]])
         product = (g.mT @ g).double()
         have = self.curvature.get(at.node.name)
         self.curvature[at.node.name] = product if have is None else have.add_(product)

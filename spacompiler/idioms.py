@@ -11,7 +11,7 @@ al., ConvNeXt V2, 2023), where a channel's response is divided by the mean of al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -284,15 +284,16 @@ def _deal(uses: _Uses, first: Node) -> tuple[list[str], Deal | None]:
             if np.array_equal(order, np.arange(old[dim])):  # plain views say more
                 return [], None
             return chain, Deal(source, dim, order, first.name, node.name)
-        axes = _moved(node, axes)
+        axes = moved(node, axes)
     return [], None
 
 
-def _moved(node: Node, axes: list[int]) -> list[int]:
+def moved(node: Node, axes: Sequence[int]) -> list[int]:
+    """Return the axes in the order that a transposition or permutation gives them."""
     if base(node.op) == "permute":
         return [axes[d] for d in node.args[1]]
     if base(node.op) in ("transpose", "swapaxes"):
         a, b = node.args[1:3]
         axes = list(axes)
         axes[a], axes[b] = axes[b], axes[a]
-    return axes
+    return list(axes)

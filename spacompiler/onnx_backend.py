@@ -105,7 +105,7 @@ class FileScores(Scores):
         self.calibrate(needs, batches, None, groups=groups)
         yield from groups
 
-    def _expose(self, names: list[str], watched: dict[tuple[str, str], Consumer],
+    def _expose(self, names: list[str], watched: dict[tuple[str, str], list[Consumer]],
                 feeds: Iterable[dict[str, np.ndarray]]) -> None:
         session = Session(cast(Any, self.trace).model, names)
         for feed in feeds:
@@ -113,7 +113,7 @@ class FileScores(Scores):
             values = dict(zip(names, session.run(feed, names), strict=True))
             for node, name in watched:
                 if name in values:
-                    self._see(watched, node, name, torch.from_numpy(values[name]), count)
+                    self._see(watched, {}, node, name, torch.from_numpy(values[name]), count)
 
     def _view(self, at: Consumer, group: Group) -> View:
         tensor = self.solution.graph.tensors[at.weight]

@@ -40,8 +40,8 @@ def rules(graph: Graph) -> dict[str, Override]:
         name = node.op.removeprefix("aten.").rsplit(".", 1)[0]
         operator = _operator(node)
         at = consumer(graph, node)
-        if at is not None and operator is not None:
-            found[node.name] = _positive(node, at.tensor, at.weight, operator)
+        if at is not None and at.route is None and operator is not None:
+            found[node.name] = _positive(node, at.tensor, at.operand, operator)
         elif name in _PASS and operator is not None:
             found[node.name] = _through(operator)
         elif name == "mul" and all(

@@ -81,7 +81,7 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     """
     graph = solution.graph
     nodes = {node.name: node for node in graph.nodes}
-    readers = Counter(graph.tensors[name].weight for node in graph.nodes
+    readers = Counter(graph.tensors[name].weight or name for node in graph.nodes
                       for name in dict.fromkeys(node.refs()))
     wanted = {read.node for group in solution.groups.values() if group.atom in choices
               for read in group.reads}
@@ -90,20 +90,23 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     left: list[str] = []
     for node in (n for n in graph.nodes if n.name in wanted or (every and found)):
         at = consumer(graph, nodes[node.name])
+        if at is None and node.name in wanted and any(
+                graph.tensors[ref].looked for ref in node.refs()):
+            left.append(node.title())
         if at is None or 0 in graph.tensors[at.tensor].shape:
             continue
         weight = graph.tensors[at.weight].weight
         kept = _kept(solution, at, choices)
         if kept.all() and not (every and found):
             continue
-        if weight is None or readers[weight] > 1:
+        if weight is None or any(readers[name] > 1 for name in (weight, *at.views)):
             left.extend([] if kept.all() else [node.title()])
             continue
         found.append(Site(at, weight, _bias(solution, at, readers), kept))
     return found, left
 
 
-def _bias(solution: Solution, at: Consumer, readers: Counter[str | None]) -> str | None:
+def _bias(solution: Solution, at: Consumer, readers: Counter[str]) -> str | None:
     position = _BIAS.get(at.node.op.rsplit(".", 1)[0], _BIAS.get(at.node.op))
     ref = at.node.arg(position, "bias", None) if position is not None else None
     name = solution.graph.tensors[ref.name].weight if isinstance(ref, Ref) else None
@@ -159,8 +162,9 @@ class Repairer:
     def one_shot(self, context: Any, batches: Sequence[Any], found: Sequence[Site]) -> None:
         """Repair every site from statistics of the dense network."""
         by_node = {site.consumer.node.name: site for site in found}
+        places = {(site.consumer.node.name, site.consumer.tensor) for site in found}
         groups = [g for g in self.solution.groups.values() if g.atom in self.choices
-                  and any(r.node in by_node for r in g.reads)]
+                  and any((r.node, r.tensor) in places for r in g.reads)]
         for group in _with_covariance(context, batches, groups):
             for view in context.consumers(group):
                 site = by_node.pop(view.consumer.node.name, None)
@@ -174,11 +178,13 @@ class Repairer:
 
         The product is fit to the dense one; with `residual`, to the dense sum that it is added
         into, so that what earlier blocks left wrong is made good where it can be. The weights
-        that a ridge leads back to are those of the one-shot repair.
+        that a ridge leads back to are those of the one-shot repair; where data says which samples
+        an array meets, others would meet it in the pruned network, and that is the repair.
         """
         dense = Lockstep(self.trace, self.solution, {}, batches, self.stored)
+        self.one_shot(context, batches, [s for s in found if s.consumer.route is not None])
         pruned = Lockstep(self.trace, self.solution, self.choices, batches, self.stored)
-        for site in found:
+        for site in (s for s in found if s.consumer.route is None):
             at = site.consumer
             dense.advance(at.node.name)
             pruned.advance(at.node.name)
@@ -300,7 +306,8 @@ def _with_covariance(context: Any, batches: Sequence[Any],
 def _of_dense(covariance: Any, weight: torch.Tensor, shared: int) -> Evidence:
     x, gram, w = covariance.total[shared], covariance.gram[shared], weight.double()
     cross = gram @ w.T
-    return Evidence(covariance.count, x, w @ x, gram, cross, float((w.T * cross).sum()))
+    seen = max(int(covariance.seen[shared]), 1)
+    return Evidence(seen, x, w @ x, gram, cross, float((w.T * cross).sum()))
 
 
 def _of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
@@ -364,7 +371,9 @@ def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any
     renewed = worker.batch_norms(batches) if getattr(compensation, "batch_norm", False) else None
     if must and not found and not renewed:
         raise SpaError(f"repair {compensation.name!r} finds nothing to repair",
-                       why="no stored weights read what the plan removes" if renewed is None
-                           else "the network has no batch norms", fix="use --repair none")
+                       why="the network has no batch norms" if renewed is not None else
+                           f"only {left[0]} reads it, whose weights are computed or used twice"
+                           if left else "no stored weights read what the plan removes",
+                       fix="use --repair none")
     return [f"not repaired: {where}, whose weights are computed or used twice"
             for where in left[:3]]

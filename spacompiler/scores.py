@@ -163,7 +163,7 @@ class Scores:
         watched = self._watch(wanted, groups)
         self._gradients.prepare(wanted, groups, (
             c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
-        stops = {node for node, _ in watched}
+        stops = {at.node.name for own in watched.values() for at in own}
         for args, kwargs in batches:
             args, kwargs = self.trace.match(args, kwargs)
             if wanted <= OF_INPUTS.keys():
@@ -171,7 +171,7 @@ class Scores:
                     pass
             else:
                 self._gradients.add((args, kwargs), loss,
-                                    partial(self._see, watched),
+                                    partial(self._see, watched, {}),
                                     _by_node(watched))
             tick()
 
@@ -183,14 +183,14 @@ class Scores:
         """
         wanted = set(kinds) & {"covariance", "curvature"}
         watched = self._places(groups if "covariance" in wanted else ())
-        stops = {node for node, _ in watched}
+        stops = {at.node.name for own in watched.values() for at in own}
         held = self._inputs
         self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
                         for key, found in held.items()}
         for args, kwargs in batches:
             if "curvature" in wanted:
                 self._gradients.curve(self.trace.match(args, kwargs), loss,
-                                      partial(self._see, watched), _by_node(watched))
+                                      partial(self._see, watched, {}), _by_node(watched))
                 continue
             for _ in self._steps(args, kwargs, watched, stops):
                 pass
@@ -205,9 +205,9 @@ class Scores:
         """
         watched = self._watch(set(needs), groups)
         waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
-        stops = {node for node, _ in watched}
+        keys = {at.node.name: at.key for own in watched.values() for at in own}
+        stops = set(keys)
         runs = [self._steps(args, kwargs, watched, stops) for args, kwargs in batches]
-        keys = {node: at.key for (node, _), at in watched.items()}
         done: set[str] = set()
         for node in [n.name for n in self.solution.graph.nodes if n.name in stops]:
             for run in runs:
@@ -227,7 +227,7 @@ class Scores:
             self._inputs.pop(key, None)
 
     def _watch(self, wanted: set[str],
-               groups: Sequence[Group]) -> dict[tuple[str, str], Consumer]:
+               groups: Sequence[Group]) -> dict[tuple[str, str], list[Consumer]]:
         """Make the statistics that are wanted; return where their inputs are read."""
         for name in wanted - KINDS - OF_INPUTS.keys():
             raise UsageError(f"there is no statistic {name!r}",
@@ -235,26 +235,31 @@ class Scores:
         kinds = [kind for kind in OF_INPUTS if kind in wanted]
         found = self._places(groups if kinds else ())
         self._inputs.update({at.key: {kind: OF_INPUTS[kind]() for kind in kinds}
-                             for at in found.values()})
+                             for own in found.values() for at in own})
         return found
 
-    def _places(self, groups: Sequence[Group]) -> dict[tuple[str, str], Consumer]:
-        """The first consumer of every input that groups are read from, in order."""
+    def _places(self, groups: Sequence[Group]) -> dict[tuple[str, str], list[Consumer]]:
+        """The first consumer of every input that groups are read from, by its places."""
         found: dict[str, Consumer] = {}
         for group in groups:
             for at in self._consumers_of(group):
                 found.setdefault(at.key, at)
         order = {node.name: i for i, node in enumerate(self.solution.graph.nodes)}
-        return {(at.node.name, at.tensor): at
-                for at in sorted(found.values(), key=lambda c: order[c.node.name])}
+        watched: dict[tuple[str, str], list[Consumer]] = {}
+        for at in sorted(found.values(), key=lambda c: order[c.node.name]):
+            for place in at.places:
+                watched.setdefault(place, []).append(at)
+        return watched
 
     def _steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
-               watched: dict[tuple[str, str], Consumer], stops: set[str]) -> Iterator[str]:
+               watched: dict[tuple[str, str], list[Consumer]],
+               stops: set[str]) -> Iterator[str]:
         """Run one batch without gradients, pausing at `stops`."""
         args, kwargs = self.trace.match(args, kwargs)
+        held: dict[str, dict[str, torch.Tensor]] = {}
         runner = Runner(self.trace.program, self.stored, touched=_by_node(watched),
                         touch=lambda node, name, value: self._see(
-                            watched, node.name, name, value, examples(args, kwargs)))
+                            watched, held, node.name, name, value, examples(args, kwargs)))
         steps = runner.steps(args, kwargs, stops)
         while True:
             with torch.no_grad():
@@ -263,13 +268,23 @@ class Scores:
                 return
             yield node
 
-    def _see(self, watched: dict[tuple[str, str], Consumer], node: str, name: str,
-             value: torch.Tensor, count: int) -> torch.Tensor:
-        """Show statistics what a node reads; `count` examples, unless it reads them mixed."""
-        at = watched[node, name]
-        x = at.inputs(value.detach())
-        for statistic in self._inputs[at.key].values():
-            statistic.add(x, count if x.shape[1] % count == 0 else 1)
+    def _see(self, watched: dict[tuple[str, str], list[Consumer]],
+             held: dict[str, dict[str, torch.Tensor]], node: str, name: str, value: torch.Tensor,
+             count: int) -> torch.Tensor:
+        """Show statistics what a node reads; `count` examples, unless it reads them mixed.
+
+        What is read at one place of a consumer is `held` until its other place is reached.
+        """
+        for at in watched[node, name]:
+            found = held.setdefault(at.key, {})
+            found[name] = value.detach()
+            if len(found) < len(at.places):
+                continue
+            x, seen = at.inputs(held.pop(at.key)[at.tensor]), None
+            if at.route is not None:
+                x, seen = at.route.deal(x[0], found[at.route.tensor])
+            for statistic in self._inputs[at.key].values():
+                statistic.add(x, count if seen is None and x.shape[1] % count == 0 else 1, seen)
         return value
 
 

@@ -105,7 +105,8 @@ class Sensitivity:
     def _places(self, problem: Problem) -> dict[str, Site]:
         """Every consumer that some plan of these units could take features from."""
         found, _ = sites(self._solution, self._plan(problem, problem.least()))
-        return {site.consumer.node.name: site for site in found}
+        return {site.consumer.node.name: site for site in found
+                if site.consumer.route is None and not site.consumer.views}
 
     def _arrays(self, choices: Choices, among: set[str]) -> dict[str, Arrays]:
         """Repaired weights and biases of the consumers that a plan takes features from."""

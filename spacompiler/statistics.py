@@ -1,8 +1,10 @@
 """What calibration gathers of a consumer's input X, streaming: moments, covariance, fluctuation.
 
-Every statistic is an accumulator with `add(x, examples)`, x: (shared, samples, features); sums are
-kept in float64. A back end feeds the X of each consumer, batch after batch; who runs the network
-(torch, ONNX Runtime) does not matter here.
+Every statistic is an accumulator with `add(x, examples, seen)`, x: (shared, samples, features);
+sums are kept in float64. Where samples are dealt out (to experts), `seen` (shared,) says how many
+each index has; every sample that another one has counts as zeros, so that what goes from an expert
+matters as often as the expert is taken. A back end feeds the X of each consumer, batch after batch;
+who runs the network (torch, ONNX Runtime) does not matter here.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from .consumers import Consumer
 class Accumulator(Protocol):
     """A statistic of X under way."""
 
-    def add(self, x: torch.Tensor, examples: int) -> None:
+    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
         """Take in one batch: x (shared, samples, features), samples example by example."""
+
+
+def _samples(x: torch.Tensor, seen: torch.Tensor | None) -> int:
+    return x.shape[1] if seen is None else int(seen.sum())
 
 
 @dataclass
@@ -32,9 +38,9 @@ class Moments:
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, x: torch.Tensor, examples: int) -> None:
+    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
         x = x.double()
-        self.count += x.shape[1]
+        self.count += _samples(x, seen)
         self.total = self.total + x.sum(1)
         self.squares = self.squares + x.square().sum(1)
 
@@ -54,16 +60,21 @@ class Moments:
 
 @dataclass
 class Covariance:
-    """Count, sums (shared, features) and X^T X (shared, features, features)."""
+    """Count, sums (shared, features) and X^T X (shared, features, features).
+
+    `seen` (shared,) is the count without the samples that are dealt out to other indices.
+    """
 
     count: int = 0
+    seen: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     gram: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, x: torch.Tensor, examples: int) -> None:
+    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
         x = x if x.dtype == torch.float64 else x.float()
         product = x.mT @ x
-        self.count += x.shape[1]
+        self.count += _samples(x, seen)
+        self.seen = self.seen + (torch.full((len(x),), x.shape[1]) if seen is None else seen)
         self.total = self.total + x.sum(1, dtype=torch.float64)
         self.gram = product.double() if self.gram.ndim == 0 else self.gram.add_(product)
 
@@ -95,11 +106,13 @@ class Fluctuation:
     mean: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     value: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, x: torch.Tensor, examples: int) -> None:
+    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
+        samples = _samples(x, seen) // examples
         for one in x.double().unflatten(1, (examples, -1)).unbind(1):
             n = self.count
-            self.mean = (n * self.mean + one.mean(1)) / (n + 1)
-            spread = (one - self.mean.unsqueeze(1)).square().sum(1) / (n + 1)
+            self.mean = (n * self.mean + one.sum(1) / samples) / (n + 1)
+            zeros = (samples - one.shape[1]) * self.mean.square()
+            spread = ((one - self.mean.unsqueeze(1)).square().sum(1) + zeros) / (n + 1)
             self.value = self.value * (n - 1) / n + spread if n else torch.zeros_like(spread)
             self.count += 1
 
