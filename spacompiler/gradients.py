@@ -109,10 +109,10 @@ class Gradients:
         for group in groups:
             last = self._last_choices(group)
             for read in dict.fromkeys(group.reads):
-                static = self.solution.graph.tensors[read.tensor].static
+                array = self.solution.graph.tensors[read.tensor].array
                 chosen = read.how == "chosen"
-                if read.node in last if chosen and static else not (
-                        chosen or static or read.how == "score"):
+                if read.node in last if chosen and array else not (
+                        chosen or array or read.how == "score"):
                     sites = found.setdefault((read.node, read.tensor), [])
                     if (group, read.dim) not in sites:
                         sites.append((group, read.dim))

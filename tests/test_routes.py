@@ -166,7 +166,8 @@ def test_experts_that_no_token_reaches_keep_their_weights() -> None:
 
 
 @pytest.mark.parametrize("importance", [
-    "wanda", "fluctuation", "fluctuation(published=True)", "obs", "curvature", "gblm", "cfsp"])
+    "wanda", "fluctuation", "fluctuation(published=True)", "obs", "curvature", "gblm", "cfsp",
+    "taylor", "taylor(per='batch')", "relevance"])
 def test_channels_of_experts_score_alike_however_they_are_computed(importance: str) -> None:
     one, two = (compiled(way, importance=importance, dry_run=True).job.scores for way in WAYS)
     for name, scores in one.items():
