@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from .axes import is_frozen
-from .consumers import Consumer
+from .consumers import Consumer, consumer
 from .errors import SpaError
 from .frontends.torch_export import Trace
 from .groups import Group, Member, Solution
@@ -144,18 +144,28 @@ class Gradients:
         return last
 
     def _check_apart(self, groups: Sequence[Group]) -> None:
-        """Raise SpaError where single examples are to be told apart, and arrays are read whole."""
+        """Raise SpaError where single examples are to be told apart, and are not."""
         for kind in sorted(self._kinds & {"fisher", "relevance"}):
             for group in groups:
                 places = [at for at, found in self._sites.items()
                           if any(g is group for g, _ in found)]
-                if any(self.solution.graph.tensors[at[1]].static for at in places):
+                why = next(filter(None, (self._mixed(kind, *at) for at in places)), "")
+                if why:
                     raise SpaError(
                         f"{kind} of {group.name} cannot be gathered",
-                        why="its slices are arrays that data chooses, so that examples are not "
-                            "told apart",
+                        why=f"{why}, so that examples are not told apart",
                         fix="use a criterion that sums over a batch (taylor, magnitude), or keep "
                             f"the group: --ignore '{group.name}'")
+
+    def _mixed(self, kind: str, node: str, tensor: str) -> str:
+        """Why examples are mixed in what a node reads, or nothing."""
+        graph = self.solution.graph
+        if graph.tensors[tensor].static:
+            return "its slices are arrays that data chooses"
+        at = consumer(graph, next(n for n in graph.nodes if n.name == node))
+        if kind == "fisher" and at is not None and at.route is not None and at.route.ends:
+            return f"{at.node.title()} reads it in the order of experts"
+        return ""
 
     def add(self, batch: Batch, loss: Callable[..., torch.Tensor],
             observe: Callable[[str, str, torch.Tensor, int], Any],
