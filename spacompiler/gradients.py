@@ -14,6 +14,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import networkx as nx
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -22,6 +23,7 @@ from .axes import is_frozen
 from .consumers import Consumer, consumer
 from .errors import SpaError
 from .frontends.torch_export import Trace
+from .graph import Node
 from .groups import Group, Member, Solution
 from .idioms import base
 from .recompute import budget
@@ -119,29 +121,25 @@ class Gradients:
         return found
 
     def _last_choices(self, group: Group) -> set[str]:
-        """Nodes that read arrays at chosen positions and whose values no product with such an
-        array follows: an expert whose last arrays are zero gives nothing."""
-        tensors = self.solution.graph.tensors
-        reads = {r.node for r in group.reads if r.how == "chosen" and tensors[r.tensor].static}
-        looked: dict[str, set[str]] = {}  # what holds values of arrays alone: nodes that read them
-        meets: dict[str, set[str]] = {}  # nodes where such meet activations
-        for node in self.solution.graph.nodes if reads else ():
-            found = set().union({node.name} & reads, *(looked.get(r, ()) for r in node.refs()))
-            alone = all(ref in looked or tensors[ref].static or "float" not in tensors[ref].dtype
-                        for ref in node.refs())
-            if found and alone:
-                looked |= dict.fromkeys(node.outputs, found)
-            elif found:
-                meets[node.name] = found
-        before: set[str] = set()  # tensors that a product follows from
-        last: set[str] = set()
-        for node in reversed(self.solution.graph.nodes) if reads else ():
-            follows = not before.isdisjoint(node.outputs)
-            if not follows:
-                last |= meets.get(node.name, set())
-            if follows or (node.name in meets and base(node.op) not in ("add", "sub")):
-                before.update(node.refs())
-        return last
+        """Nodes that look up the last arrays of experts: no product with another one follows.
+
+        An expert whose last arrays are zero gives nothing.
+        """
+        graph = self.solution.graph
+        chosen = {r.node for r in group.reads
+                  if r.how == "chosen" and graph.tensors[r.tensor].static}
+        meet = {node.name: self._meet(node) for node in graph.nodes if node.name in chosen}
+        products = {("op", n.name) for nodes in meet.values() for n in nodes
+                    if base(n.op) not in ("add", "sub")}
+        flow = graph.to_networkx() if meet else None
+        return {name for name, nodes in meet.items() if all(
+            products.isdisjoint(nx.descendants(flow, ("op", n.name))) for n in nodes)}
+
+    def _meet(self, node: Node) -> list[Node]:
+        """Where an array that a node looks up meets activations: there, or where it is read."""
+        graph, (out, *_) = self.solution.graph, node.outputs
+        return [n for user in graph.nodes if out in user.refs() for n in self._meet(user)] \
+            if graph.tensors[out].looked else [node]
 
     def _check_apart(self, groups: Sequence[Group]) -> None:
         """Raise SpaError where single examples are to be told apart, and are not."""
