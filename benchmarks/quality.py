@@ -78,6 +78,9 @@ METHODS: dict[str, Method] = {
     "ours": Method("curvature", "measured",
                    "refit(sequential=True, residual=True, every=True)", (), 0.02,
                    continued=True),
+    "ours, scored by given text": Method(
+        "curvature(continued=False)", "measured",
+        "refit(sequential=True, residual=True, every=True)", (), 0.02, continued=True),
     "OBS refit, continued": Method("obs(bias=False)",
                                    repair="refit(bias=False, damping=0.01)", continued=True),
 }
@@ -161,7 +164,8 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
         for name, importance in passes.items():
             wider = missing[name].continued
             _give(bench.context, sums[wider]["inputs"])
-            bench.context._gradients.curvature.update(sums[wider]["curvature"])
+            bench.context._gradients.curvature.update(
+                sums[wider and getattr(importance, "continued", True)]["curvature"])
             own = every.setdefault((importance, wider), {})
             for group in bench.candidates(missing[name]):
                 if group.name not in own:

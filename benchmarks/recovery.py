@@ -47,7 +47,7 @@ BASES: dict[str, dict[str, Any]] = {
                  "repair": "refit"},
     # heads too; slices are chosen on more of the tokens that are trained on, and what stays is
     # repaired beside text that the model writes on from them
-    "ours": {"importance": "curvature", "allocation": "measured", "floor": 0.02,
+    "ours": {"importance": "curvature(continued=False)", "allocation": "measured", "floor": 0.02,
              "repair": "refit(sequential=True, residual=True, every=True, create_biases=True)",
              "roles": ("channel", "head"), "samples": 128, "continued": True},
 }

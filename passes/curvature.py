@@ -22,12 +22,15 @@ class Curvature(Obs):
     growth of the loss, with inputs and gradients taken as independent and the mean of g e as zero
     (Kronecker-factored Fisher: OBS of `obs` with outputs weighed as in LLM Surgeon, ICLR 2024).
     Scores of different groups are in one unit, so that a global allocation may compare them.
+    With `continued`, G is taken over what a model writes on from the calibration, too, if it does
+    (E always is).
     """
 
     name: ClassVar[str] = "curvature"
     needs: ClassVar[tuple[str, ...]] = ("covariance", "curvature")
     absolute: ClassVar[bool] = True
     rounds: int = 48
+    continued: bool = True
 
     def _blocks(self, group: Group, ctx: Context) -> list[Block]:
         made = super()._blocks(group, ctx)

@@ -225,8 +225,11 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
         return context.stream(needs, job.calibration.for_repair, job.candidates)
     context.calibrate(needs, batches, job.loss, groups=job.candidates,
                       tick=lambda: job.progress("calibrating", next(done), total))
-    if job.calibration.beside and {"covariance", "curvature"} & set(needs):
-        context.widen(needs, job.calibration.beside, job.loss, job.candidates)
+    wider = {"covariance", "curvature"} & set(needs)
+    if not getattr(job.importance, "continued", True):
+        wider -= {"curvature"}
+    if job.calibration.beside and wider:
+        context.widen(wider, job.calibration.beside, job.loss, job.candidates)
     return job.candidates
 
 

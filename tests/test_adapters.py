@@ -40,7 +40,7 @@ VARIANTS = {
     "c3a": ("C3A", {"block_size": 8}),
     "deft": ("DEFT", {"r": 4}),
     "delora": ("DELORA", {"r": 4}),
-    "fourierft": ("FOURIERFT", {"n_frequency": 20}),
+    "fourierft": ("FOURIERFT", {"n_frequency": 20, "scaling": 50.0}),
     "frod": ("FROD", {}),
     "glora": ("GLORA", {"r": 4}),
     "gralora": ("GRALORA", {"r": 4, "gralora_k": 2}),
