@@ -205,8 +205,7 @@ def _sums(held: Mapping[str, Any]) -> dict[bool, dict[str, Any]]:
 
 
 def _taken(context: Scores) -> dict[str, Any]:
-    return {key: {"count": s["covariance"].count, "total": s["covariance"].total,
-                  "gram": s["covariance"].gram} for key, s in context._inputs.items()}
+    return {key: vars(s["covariance"]) for key, s in context._inputs.items()}
 
 
 def _give(context: Scores, inputs: Mapping[str, Any]) -> None:
