@@ -159,7 +159,8 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
         held["curvature"] = {**held.get("curvature", {}), **bench.context._gradients.curvature}
         if any(m.continued for m in missing.values()) and "own" not in held:
             held["own"] = _write_on(bench, groups)
-        sums = _sums(held)
+    sums = _sums(held)
+    if missing:
         every: dict[Any, dict[str, torch.Tensor]] = {}
         for name, importance in passes.items():
             wider = missing[name].continued
@@ -174,7 +175,7 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
             print(f"scored {name}", file=sys.stderr, flush=True)
         torch.save(held, place)
         bench.save()
-    bench.inputs_of = {wider: each["inputs"] for wider, each in _sums(held).items()}
+    bench.inputs_of = {wider: each["inputs"] for wider, each in sums.items()}
     bench.beside = [((), {"input_ids": ids}) for ids in held.get("own", {}).get("text", ())]
     bench.scores = held["scores"]
 

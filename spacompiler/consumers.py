@@ -12,7 +12,7 @@ these are the shared index, and a `Route` deals the samples out to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -272,11 +272,30 @@ def consumer(graph: Graph, node: Node) -> Consumer | None:
                     behind.views, route)
 
 
-# views that keep every dimension, as functions of the dimensions that they are given
-_VIEWS: dict[str, Callable[[Node, Dims], Iterable[int]]] = {
-    **dict.fromkeys("aten.to aten._to_copy aten.clone aten.contiguous".split(), lambda n, d: d),
-    **dict.fromkeys("aten.permute aten.transpose aten.swapaxes".split(), moved),
-    **dict.fromkeys("aten.t aten.numpy_T".split(), lambda n, d: d[::-1]),
+# --- which operators give back a stored array as another one ----------------------------------
+
+
+def _view(dims: Callable[[Node, Dims], Iterable[int]]) -> Callable[..., Origin]:
+    """A view that keeps every dimension, by a function of the dimensions that it is given."""
+    return lambda graph, node, behind: replace(behind, dims=tuple(dims(node, behind.dims)))
+
+
+def _lookup(graph: Graph, node: Node, behind: Origin) -> Origin | None:
+    """index(array, [which]) along the first dimension, where data says which."""
+    if not graph.tensors[node.outputs[0]].looked or len(node.args[1]) != 1:
+        return None
+    at, dims = node.args[1][0].name, behind.dims
+    count = graph.tensors[node.args[0].name].shape[0]
+    return replace(behind, dims=dims[:1] * len(graph.tensors[at].shape) + dims[1:],
+                   route=Route(node.name, at, dims[0], count))
+
+
+ORIGINS: dict[str, Callable[[Graph, Node, Origin], Origin | None]] = {
+    **dict.fromkeys("aten.to aten._to_copy aten.clone aten.contiguous".split(),
+                    _view(lambda n, d: d)),
+    **dict.fromkeys("aten.permute aten.transpose aten.swapaxes".split(), _view(moved)),
+    **dict.fromkeys("aten.t aten.numpy_T".split(), _view(lambda n, d: d[::-1])),
+    "aten.index": _lookup,
 }
 
 
@@ -286,21 +305,12 @@ def _origin(graph: Graph, name: str) -> Origin | None:
     if tensor.weight is not None:
         return Origin(name, tuple(range(len(tensor.shape))))
     node = next((n for n in graph.nodes if name in n.outputs), None)
-    op = node.op.rsplit(".", 1)[0] if node is not None else ""
-    if node is None or op not in (*_VIEWS, "aten.index"):
+    row = ORIGINS.get(node.op.rsplit(".", 1)[0]) if node is not None else None
+    if node is None or row is None:
         return None
     behind = _origin(graph, node.args[0].name)
-    if behind is None:
-        return None
-    dims, route, views = behind.dims, behind.route, (*behind.views, name)
-    if op in _VIEWS:
-        return Origin(behind.weight, tuple(_VIEWS[op](node, dims)), views, route)
-    if not tensor.looked or len(node.args[1]) != 1:
-        return None
-    at = node.args[1][0].name
-    count = graph.tensors[node.args[0].name].shape[0]
-    return Origin(behind.weight, dims[:1] * len(graph.tensors[at].shape) + dims[1:], views,
-                  Route(node.name, at, dims[0], count))
+    found = row(graph, node, behind) if behind is not None else None
+    return None if found is None else replace(found, views=(*found.views, name))
 
 
 def _roles(graph: Graph, node: Node, form: Form, w: int, dealt: Dims) -> tuple[

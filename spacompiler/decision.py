@@ -103,12 +103,15 @@ def _units(job: Job) -> Iterator[tuple[allocation.Unit, ...]]:
 
     stock = hf.is_hf(job.module) and not job.biased and r.layout in ("auto", "uniform")
     if stock:
-        found, notes = hf.expressible(job.module, job.trace.tied, job.solution, units(True))
+        every = units(True)
+        found, notes = hf.expressible(job.module, job.trace.tied, job.solution, every)
         job.notes.extend(notes)
         if not found and r.layout == "uniform":
-            raise TargetError("no group can shrink in the uniform layout",
-                              why=next(iter(notes), "there is none"),
-                              fix="use --layout any")
+            why, fix = (notes[0], "use --layout any") if notes else \
+                ("the floor and the steps leave every group its full size",
+                 "lower --floor or --align") if every else \
+                ("there is none", "let more go: --role, --only, --ignore")
+            raise TargetError("no group can shrink in the uniform layout", why=why, fix=fix)
         if found:
             job.uniform = True
             yield tuple(found)

@@ -62,7 +62,8 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
     _weights(job, folder)
     job.progress("checking the reload", 1, 4)
     data["reload"] = _reload(job, folder)
-    job.progress("exporting ONNX", 2, 4)
+    if job.recipe.decoder or job.recipe.onnx:
+        job.progress("exporting ONNX", 2, 4)
     if job.recipe.decoder:
         from .deploy import write_decoder
 

@@ -428,6 +428,32 @@ def test_nothing_to_prune_names_the_options_that_help(make, options, fix):
     assert caught.value.fix == fix
 
 
+class Raw(nn.Module):
+    """No module is given what `first` gives; those of `others` are."""
+
+    def __init__(self, others):
+        super().__init__()
+        self.others = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) if others else None
+        self.first, self.last = nn.Linear(6, 8), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x):
+        x = x if self.others is None else self.others(x)
+        return torch.nn.functional.linear(self.first(x).relu(), self.last)
+
+
+@pytest.mark.parametrize("others, fix", [
+    (False, "score in one shot (no --schedule)"),
+    (True, "let more go with --role or --only, or score in one shot (no --schedule)"),
+])
+def test_groups_that_no_module_reads_are_named_with_what_helps(others, fix):
+    x = torch.randn(4, 6)
+    with pytest.raises(TargetError, match="nothing to prune") as caught:
+        spacompiler.compile(Raw(others), (x,), target="params=90%", align=1, dry_run=True,
+                            only=("last:1",), calibration=[(x,)],
+                            schedule=LoraPrune(steps=1, criterion="taylor"))
+    assert "no module reads it" in caught.value.why and caught.value.fix == fix
+
+
 @pytest.mark.parametrize("schedule, error", [
     ("lora-prun", UsageError), ("lora-prune(dtype='int4')", UsageError),
     ("lora-prune(adapter='lorra', steps=1)", UsageError),

@@ -199,17 +199,18 @@ class Keeps:
         job.counts = allocate_counts(job)
 
 
-@pytest.mark.parametrize("options, why", [
+@pytest.mark.parametrize("options, why, fix", [
     ({"only": ("model.layers.0.mlp.gate_proj.weight:0",)},
-     "no stock config of LlamaConfig can say fewer"),
-    ({"schedule": Keeps()}, "there is none"),
+     "no stock config of LlamaConfig can say fewer", "--layout any"),
+    ({"floor": 0.99}, "leave every group its full size", "lower --floor"),
+    ({"schedule": Keeps()}, "there is none", "let more go"),
 ])
-def test_a_uniform_layout_in_which_nothing_can_shrink_says_why(options, why):
+def test_a_uniform_layout_in_which_nothing_can_shrink_says_why(options, why, fix):
     module, inputs = load("llama-gqa").build()
     with pytest.raises(TargetError, match="no group can shrink in the uniform layout") as caught:
         spacompiler.compile(module, inputs, target="body=85%", importance="magnitude", align=1,
                             layout="uniform", dry_run=True, **options)
-    assert why in caught.value.why
+    assert why in caught.value.why and fix in caught.value.fix
 
 
 def normed():

@@ -98,8 +98,8 @@ def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
                 units: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
     """Return the units (with the counts) that some stock config can express, and what is left out.
 
-    Each unit is tried on its own; units of one role and size that only work together (encoder
-    and decoder sharing an entry) are joined into one.
+    Units that have no choice are passed over. Each of the others is tried on its own; those of one
+    role and size that only work together (encoder and decoder sharing an entry) are joined.
     """
 
     def legal(unit: Unit) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
 
     found: list[Unit] = []
     failed: list[Unit] = []
-    for unit in units:
+    for unit in (u for u in units if len(u.legal) > 1):
         counts = legal(unit)
         (found if len(counts) > 1 else failed).append(replace(unit, legal=counts))
     groups: dict[tuple[str, int], list[Unit]] = {}
