@@ -85,25 +85,45 @@ class FileScores(Scores):
 
         Raises UsageError for a statistic of gradients.
         """
-        wanted, feeds = set(needs), [_feed(cast(Any, self.trace), b) for b in batches]
+        watched, feeds = self._ready(needs, batches, groups)
+        for _ in self._runs(watched, feeds):
+            pass
+        for _ in feeds:
+            tick()
+
+    def stream(self, needs: Iterable[str], batches: Iterable[Any],
+               groups: Sequence[Group]) -> Iterator[Group]:
+        """Gather statistics of inputs and yield each group when its own are complete.
+
+        What no later group needs is dropped after each run over the batches.
+        """
+        watched, feeds = self._ready(needs, batches, groups)
+        waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
+        done: set[str] = set()
+        for names in self._runs(watched, feeds):
+            done |= {at.key for (_, name), own in watched.items() if name in names for at in own}
+            yield from self._complete(waiting, done, groups)
+        yield from (g for g in groups if not self._consumers_of(g))
+
+    def _ready(self, needs: Iterable[str], batches: Iterable[Any], groups: Sequence[Group],
+               ) -> tuple[dict[tuple[str, str], list[Consumer]], list[dict[str, np.ndarray]]]:
+        wanted = set(needs)
         if not forward_only(wanted):
             names = [e.name for k, e in available() if k == "importance" and _is_forward(e)]
             raise UsageError(
                 f"an ONNX file has no gradients: {', '.join(sorted(wanted))} cannot be gathered",
                 why="ONNX Runtime computes forward only",
                 fix=f"use --importance with one that needs none: {', '.join(sorted(names))}")
-        watched = self._watch(wanted, groups)
+        return self._watch(wanted, groups), [_feed(cast(Any, self.trace), b) for b in batches]
+
+    def _runs(self, watched: dict[tuple[str, str], list[Consumer]],
+              feeds: list[dict[str, np.ndarray]]) -> Iterator[list[str]]:
+        """Run over all batches with a few tensors exposed, yield their names, and so on."""
         tensors = list(dict.fromkeys(name for _, name in watched))
         for at in range(0, len(tensors), EXPOSED):
-            self._expose(tensors[at:at + EXPOSED], watched, feeds)
-        for _ in feeds:
-            tick()
-
-    def stream(self, needs: Iterable[str], batches: Iterable[Any],
-               groups: Sequence[Group]) -> Iterator[Group]:
-        """Gather statistics of inputs, then yield the groups: those of the whole file are held."""
-        self.calibrate(needs, batches, None, groups=groups)
-        yield from groups
+            names = tensors[at:at + EXPOSED]
+            self._expose(names, watched, feeds)
+            yield names
 
     def _expose(self, names: list[str], watched: dict[tuple[str, str], list[Consumer]],
                 feeds: Iterable[dict[str, np.ndarray]]) -> None:

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .calibration import Calibration
 from .emit.module import named_arrays, results, runs_like
 from .emit.program import Rewritten, rewrite
 from .errors import ProofError, SpaError, UsageError, did_you_mean
@@ -170,9 +169,8 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     job.whole_inputs = job.inputs
     job.module, job.inputs = of(whole, paths, job.inputs)
     batches, beside = ([as_call(_inputs(whole, paths, kwargs or args)) for args, kwargs in given]
-                       if job.importance.needs else []
                        for given in (job.calibration.batches, job.calibration.beside))
-    job.calibration = Calibration(job.calibration.origin, batches, beside=beside)
+    job.calibration = replace(job.calibration, batches=batches, beside=beside)
     job.notes.append(f"compiled in parts: {', '.join(paths)}")
 
 

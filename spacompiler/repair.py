@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from .choices import Choices, keep_mask
-from .consumers import Consumer, consumer
+from .consumers import Consumer, consumer, gain
 from .errors import SpaError
 from .frontends.torch_export import Trace
 from .graph import Ref
 from .groups import Group, Solution
 from .lockstep import Lockstep
 
-_BIAS = {"aten.addmm": 0, **dict.fromkeys(
+_BIAS = {"aten.addmm": 0, "aten.layer_norm": 3, **dict.fromkeys(
     "aten.linear aten.conv1d aten.conv2d aten.conv3d aten.conv_transpose1d aten.convolution "
     "aten.conv_transpose2d aten.conv_transpose3d".split(), 2)}
 
@@ -77,7 +77,8 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
 
     Arrays that several operators read (tied ones), products with computed arrays and products of
     nothing (no samples) stay as they are. `among` names the nodes to look at; with `every`,
-    consumers that keep all features are sites too, from the first that loses some.
+    consumers that keep all features are sites too, from the first that loses some; for one that
+    must stay as it is, the gain of the norm before it is (a head that is tied to an embedding).
     """
     graph = solution.graph
     nodes = {node.name: node for node in graph.nodes}
@@ -88,6 +89,7 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     wanted = wanted if among is None else wanted & among
     found: list[Site] = []
     left: list[str] = []
+    gains: dict[str, Consumer] = {}
     for node in (n for n in graph.nodes if n.name in wanted or (every and found)):
         at = consumer(graph, nodes[node.name])
         if at is None and node.name in wanted and any(
@@ -101,9 +103,17 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
             continue
         if weight is None or any(readers[name] > 1 for name in (weight, *at.views)):
             left.extend([] if kept.all() else [node.title()])
+            before = gain(graph, at.tensor) if kept.all() else None
+            gains |= {} if before is None else {before.node.name: before}
             continue
         found.append(Site(at, weight, _bias(solution, at, readers), kept))
-    return found, left
+    for at in gains.values():
+        tensor, whole = graph.tensors[at.weight], keep_mask(solution.dims(at.tensor), choices)
+        if tensor.weight is not None and whole.all() and readers[tensor.weight] == 1:
+            found.append(Site(at, tensor.weight, _bias(solution, at, readers),
+                              torch.ones(*tensor.shape, 1, dtype=torch.bool)))
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda site: order[site.consumer.node.name]), left
 
 
 def _bias(solution: Solution, at: Consumer, readers: Counter[str]) -> str | None:
@@ -196,7 +206,8 @@ class Repairer:
                 first = self.of_dense(context, site) if "covariance" in context.inputs(at) else \
                     _of_pair(at, weight, reads, reads, None)
                 weight = self._solved(site, weight.double(), first)[0]
-            self._repair(site, weight, evidence, again=True)
+            # one feature by itself stands in for no other: it needs no leash
+            self._repair(site, weight, evidence, again=site.kept.shape[1] > 1)
             for name in filter(None, (site.weight, site.bias)):
                 pruned.put(name, self.stored(name))
 

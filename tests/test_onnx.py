@@ -20,7 +20,7 @@ from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
 import spacompiler
-from spacompiler import api, models_zoo
+from spacompiler import api, models_zoo, onnx_backend
 from spacompiler.cli import app
 from spacompiler.emit import onnx_double
 from spacompiler.emit.onnx_file import export_onnx
@@ -357,6 +357,25 @@ def test_statistics_are_those_of_torch(importance: str, tmp_path: Path) -> None:
     assert one.job.scores.keys() == other.job.scores.keys()
     for name, scores in one.job.scores.items():
         np.testing.assert_allclose(other.job.scores[name], scores, rtol=1e-3)
+
+
+def test_streaming_gives_the_same_statistics_and_drops_them(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_backend, "EXPOSED", 1)
+    module, inputs = models_zoo.load("vgg").build()
+    export_onnx(torch_export.trace(module, inputs).program, tmp_path / "m.onnx",
+                input_names=["x"], axes={})
+    traced, solution = onnx_backend.analyse(open_model(tmp_path / "m.onnx"), None)
+    whole, streamed = (onnx_backend.FileScores(traced, solution) for _ in range(2))
+    groups, batches = list(solution.groups.values()), [((), {})]
+    whole.calibrate(("covariance",), batches, None, groups=groups)
+    held = []
+    for group in streamed.stream(("covariance",), batches, groups):
+        held.append(len(streamed._inputs))
+        for a, b in zip(whole.consumers(group), streamed.consumers(group), strict=True):
+            assert torch.equal(a.covariance.gram, b.covariance.gram)
+    assert len(held) == len(groups) > 2
+    assert held == sorted(held, reverse=True) and held[-1] == 1 and not streamed._inputs
 
 
 # --- errors -----------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Tied(Picky):
 
 def compiled(module, **options):
     with torch.random.fork_rng():
-        return spacompiler.compile(module, INPUTS, target="params=60%", **FAST, **options)
+        return spacompiler.compile(module, INPUTS, target="params=60%", **{**FAST, **options})
 
 
 def widths(result):
@@ -121,6 +121,20 @@ def test_parts_are_found_where_the_whole_cannot_be_traced():
     result = compiled(Picky())
     assert list(widths(result)) == ["blocks.0.up.weight:0", "blocks.1.up.weight:0"]
     assert "compiled in parts: blocks.0, blocks.1" in result.job.notes
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "wanda"])
+def test_parts_are_repaired(importance):
+    """From what they read as the calibration passes through the whole."""
+    torch.manual_seed(0)
+    dense, data = Picky(), [(torch.randn_like(INPUTS[0]),) for _ in range(8)]
+    plain, mended = (compiled(dense, importance=importance, repair=repair, calibration=data)
+                     for repair in ("none", "refit"))
+    assert mended.plan.kept == plain.plan.kept and mended.job.proof.holds
+    with torch.no_grad():
+        errors = [sum((result.module(*x) - dense(*x)).square().sum() for x in data)
+                  for result in (plain, mended)]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_inspecting_parts():

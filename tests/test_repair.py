@@ -202,6 +202,59 @@ def test_biases_that_repair_created_load_again(importance: str, tmp_path: Any) -
     assert "repaired" in found["plan identity"].detail
 
 
+class Head(nn.Module):
+    """A head that is tied to an embedding, behind a norm; `norm` makes it of a width."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.table, self.block, self.norm = nn.Embedding(40, 8), Block(), norm(8)
+        with torch.no_grad():
+            self.norm.weight.uniform_(0.5, 2)
+            self.block.down.weight *= 4
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.block(self.table(ids)))[:, 0:]
+        return hidden @ self.table.weight.T
+
+
+class Scaled(nn.Module):
+    """RMSNorm in operators."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+
+
+@pytest.mark.parametrize("norm", [Scaled, nn.RMSNorm, nn.LayerNorm], ids=lambda n: n.__name__)
+def test_before_a_head_that_must_stay_the_gain_is_refit(norm: Any) -> None:
+    """By least squares, channel by channel, toward what the dense norm gives."""
+    torch.manual_seed(0)
+    net, ids = Head(norm), torch.randint(0, 40, (16, 4, 6))
+    before = copy.deepcopy(net.state_dict())
+    result = spacompiler.compile(
+        net, (ids[0],), target="params=60%", importance="magnitude", align=1, latency=False,
+        only=("block.up.weight:0",), calibration=[(batch,) for batch in ids], onnx=False,
+        repair="refit(damping=0, sequential=True, residual=True, every=True)")
+    made, job = result.module, result.job
+    assert job.proof.error < 1e-10 < job.proof.control
+    assert torch.equal(made.table.weight, before["table.weight"])
+    assert "norm.weight" in job.trace.repaired
+    flat = ids.flatten(0, 1)
+    with torch.no_grad():
+        want = net.norm(net.block(net.table(flat))).double().flatten(0, 1)
+        plain = norm(8)
+        x = plain(made.block(made.table(flat))).double().flatten(0, 1)
+    if norm is nn.LayerNorm:
+        x, want = x - x.mean(0), want - want.mean(0)
+        assert "norm.bias" in job.trace.repaired
+    torch.testing.assert_close(made.norm.weight.double(), (x * want).sum(0) / x.square().sum(0),
+                               rtol=1e-4, atol=0)
+    assert not torch.allclose(made.norm.weight, before["norm.weight"], rtol=1e-2)
+
+
 def test_repair_without_data_is_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
     with pytest.raises(spacompiler.UsageError, match="needs calibration data"):
