@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from spacompiler.allocation import Problem, Unit, refine
@@ -23,39 +24,73 @@ class Measured:
     A curve foresees a group's loss with all else whole; losses of many groups do not add. In each
     round the network is pruned and repaired in memory, and what other counts near by would do to
     its divergence from the dense one is measured on the first `batches` (two backward passes, see
-    `spacompiler.sensitivity`). The moves with the least sum of slope + `caution` · curvature under
-    the target are taken; a round that turns out worse is taken back and tried with more caution.
+    `spacompiler.sensitivity`; half of them are the model's own text where it wrote some). The moves
+    with the least sum of slope + `caution` · curvature under the target are tried, and, as moves
+    act on each other, so are those of less caution while that is better, or of more until it is,
+    without large steps down if these do harm.
     """
 
     name: ClassVar[str] = "measured"
     rounds: int = 4
     batches: int = 6
-    caution: float = 2.0
+    caution: float = 4.0
+    tries: int = 5
     reach: tuple[float, ...] = (1 / 48, 1 / 24, 1 / 12, 1 / 6)
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.batches) < 1 or self.caution <= 0 or not self.reach:
-            raise TypeError("rounds, batches at least 1; caution above 0; some reach")
+        if min(self.rounds, self.batches, self.tries) < 1 or self.caution <= 0 or not self.reach:
+            raise TypeError("rounds, batches, tries at least 1; caution above 0; some reach")
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit."""
         if problem.measure is None:
             raise SpaError("measured allocation needs a torch module and calibration data",
                            fix="use --allocation global")
-        kept, caution = GlobalRanking().allocate(problem), self.caution
-        best, least, found = kept, float("inf"), {}
-        for i in range(self.rounds + 1):
-            moves = {u.name: self._near(u, kept[u.name]) for u in problem.units} \
-                if i < self.rounds else {}
-            changes, lost = problem.measure.changes(problem, kept, moves, self.batches)
-            if lost < least:
-                best, least, found = kept, lost, changes
-            else:
-                caution *= 2
-            kept = _moved(problem, best, found, caution) if found else best
-            if kept == best:
+        changed = partial(problem.measure.changes, problem, batches=self.batches)
+        kept, caution, bold = GlobalRanking().allocate(problem), self.caution, True
+        for _ in range(self.rounds):
+            moves = {u.name: self._near(u, kept[u.name]) for u in problem.units}
+            changes, lost = changed(kept, moves)
+            made, caution, bold = self._best(
+                problem, lambda plan: changed(plan, {})[1], kept, changes, lost, caution, bold)
+            if made == kept:
                 break
-        return best
+            kept = made
+        return kept
+
+    def _best(self, problem: Problem, measured: Callable[[dict[str, int]], float],
+              kept: dict[str, int], changes: Changes, least: float, caution: float,
+              bold: bool) -> tuple[dict[str, int], float, bool]:
+        """The least divergence among some plans, each measured; its caution and boldness.
+
+        Half of the caution as long as that is better. If the first one is not: without the steps
+        down that go beyond `reach` (there is no smaller one), then with more caution until it is.
+        """
+        near = self._trusted(problem, kept, changes)
+        best, found, step = kept, caution, 0.5
+        for _ in range(self.tries):
+            made = _moved(problem, kept, changes if bold else near, caution)
+            lost = measured(made)
+            if lost < least:
+                best, least, found = made, lost, caution
+                if step > 1:
+                    break
+            elif best is not kept:
+                break
+            elif bold and near:
+                bold = False
+                continue
+            else:
+                step = 2.0
+            caution *= step
+        return best, found, bold
+
+    def _trusted(self, problem: Problem, kept: Mapping[str, int], changes: Changes) -> Changes:
+        """Moves but for steps down beyond reach; none at all if no step down is left."""
+        sizes = {u.name: u.size for u in problem.units}
+        near = {(unit, k): change for (unit, k), change in changes.items()
+                if kept[unit] - k <= max(self.reach) * sizes[unit]}
+        return near if any(k < kept[unit] for unit, k in near) else {}
 
     def _near(self, unit: Unit, kept: int) -> list[int]:
         """Legal counts within reach, on both sides; the next one at least."""

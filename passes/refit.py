@@ -27,7 +27,8 @@ class Refit:
     the ridge (`leash` times the mean diagonal: what is seen is one kind of data, so that more
     than noise has to be feared) leads back to the weights of the first. With `residual` y also
     makes good what is wrong in the sum that the product is added into; with `every`, layers that
-    lose nothing are fit to what they read now, too. `batch_norm` takes the
+    lose nothing are fit to what they read now, too, and, before one that must stay as it is (a
+    head that is tied to an embedding), the gain of the norm, by itself. `batch_norm` takes the
     statistics of batch norms anew afterwards.
     """
 

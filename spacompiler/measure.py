@@ -103,11 +103,16 @@ class Measure:
                 moves: Mapping[str, Sequence[int]],
                 batches: int) -> tuple[dict[tuple[str, int], Change], float]:
         """Return what each move (a unit to another count) does to the divergence of the pruned
-        and repaired network from the dense one, and the divergence itself (see `sensitivity`)."""
+        and repaired network from the dense one, and the divergence itself (see `sensitivity`).
+
+        `batches` is how many count: half of them are the model's own text where it wrote some.
+        """
         if self._sensitivity is None:
             self._sensitivity = Sensitivity(self.trace, self.solution, self._covariances(problem),
                                             draft(self.compensation), self.plan)
-        return self._sensitivity.changes(problem, kept, moves, self.batches[:batches])
+        own = self.beside[: batches // 2]
+        some = [*self.batches[: batches - len(own)], *own]
+        return self._sensitivity.changes(problem, kept, moves, some)
 
     def _covariances(self, problem: Problem) -> Any:
         groups = [g for u in problem.units for g in u.groups]

@@ -330,9 +330,27 @@ def carry_out(job: Job, steps: Iterable[tuple[str, Callable[[Job], None]]]) -> J
     asked = [(stage, step) for stage, step in steps if stage not in ASKED or ASKED[stage](job)]
     for i, (stage, step) in enumerate(asked):
         job.progress(stage, i, len(asked))
-        with _settings(job.recipe.seed):
+        with _settings(job.recipe.seed), _fitting(job):
             step(job)
     return job
+
+
+@contextmanager
+def _fitting(job: Job) -> Iterator[None]:
+    """Say it plainly where a step fails on batches of other shapes than the program was traced at.
+
+    Which ones it serves beside them is not always known before.
+    """
+    try:
+        yield
+    except RuntimeError as problem:
+        misfit = getattr(job.trace, "misfit", lambda *call: "")
+        shapes = next(filter(None, (misfit(*call) for call in job.calibration.for_repair)), "")
+        if not shapes:
+            raise
+        raise SpaError("calibration inputs do not fit the example inputs", where=job.name,
+                       why=f"{shapes}: {str(problem).splitlines()[0]}",
+                       fix="give batches of the example's shapes") from problem
 
 
 @contextmanager

@@ -262,6 +262,29 @@ def test_repair_without_data_is_refused() -> None:
                             calibration="none", importance="magnitude")
 
 
+class Fixed(nn.Module):
+    """Serves four rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)).reshape(4, 16))
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "wanda", "taylor"])
+def test_batches_that_the_network_does_not_take_are_named(importance: str) -> None:
+    options: dict[str, Any] = {"target": "params=70%", "importance": importance, "align": 1,
+                               "repair": "refit", "onnx": False, "latency": False}
+    with pytest.raises(SpaError, match="do not fit the example inputs") as caught:
+        spacompiler.compile(Fixed(), (torch.randn(4, 6),), calibration=[(torch.randn(5, 6),)],
+                            **options)
+    assert "(5, 6) for (4, 6)" in caught.value.why
+    assert spacompiler.compile(Fixed(), (torch.randn(4, 6),), calibration=[
+        (torch.randn(4, 6),) for _ in range(3)], **options).job.proof.holds
+
+
 def test_batch_norms_see_the_statistics_of_the_pruned_network() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3),

@@ -79,6 +79,13 @@ class Trace:
                 fix="give the same arguments as the example inputs")
         return args, {k: kwargs.get(k, v) for k, v in self.kwargs.items()}
 
+    def misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Name a tensor of a call that has another shape than the one that was traced."""
+        given, traced = ([x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor)]
+                         for call in (self.match(args, kwargs), (self.args, self.kwargs)))
+        return next((f"a tensor of shape {tuple(x.shape)} for {tuple(held.shape)}"
+                     for x, held in zip(given, traced, strict=False) if x.shape != held.shape), "")
+
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (args, kwargs) of inputs given as a tuple, a dict of keywords, or (tuple, dict)."""
