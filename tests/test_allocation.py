@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from spacompiler.passes.standardised import Standardised
 from spacompiler.plan import make_plan
 from spacompiler.repair import Repairer, sites
 from spacompiler.scores import Scores
-from spacompiler.sensitivity import Sensitivity
+from spacompiler.sensitivity import Change, Sensitivity
 from spacompiler.torch_backend import TORCH
 
 
@@ -235,6 +236,42 @@ def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any, roun
     kept = Measured(rounds=rounds).allocate(p)
     after, before = (p.measure.changes(p, k, {}, 6)[1] for k in (kept, first))
     assert p.met(kept) and after < before
+
+
+@pytest.mark.parametrize(("lost", "plan", "bold"), [
+    ({(2, 2.0): 0.5, (2, 1.0): 0.4, (2, 0.5): 0.45}, (2, 1.0), True),
+    ({(1, 2.0): 0.5, (1, 1.0): 0.6}, (1, 2.0), False),
+    ({(1, 8.0): 0.5, (1, 16.0): 0.4, (2, 1.0): 0.1}, (1, 8.0), False),
+    ({(1, 32.0): 0.5}, None, False),
+    ({}, None, False),
+], ids=["less caution", "no large steps", "more caution", "tries run out", "none"])
+def test_measured_tries_plans_until_the_next_is_no_better(
+        lost: Any, plan: Any, bold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is (moves to choose from, caution) here; u cannot go down without leaving reach."""
+    monkeypatch.setattr("spacompiler.passes.measured._moved", lambda problem, kept, changes,
+                        caution: {"plan": (len(changes), caution)})
+    p: Any = SimpleNamespace(units=[SimpleNamespace(name="u", size=3),
+                                    SimpleNamespace(name="v", size=100)])
+    kept, changes = {"u": 3, "v": 100}, {("u", 2): Change(0, 0), ("v", 90): Change(0, 0)}
+    best, caution, left = Measured()._best(
+        p, lambda made: lost.get(made["plan"], 1.0), kept, changes, 0.9, 2.0, True)
+    assert best == ({"plan": plan} if plan else kept) and left is bold
+    assert caution == (plan[1] if plan else 2.0)
+    if not bold:  # where no step down is within reach, all of them stay
+        del changes["v", 90]
+        assert Measured()._best(p, lambda made: 1.0, kept, changes, 0.9, 2.0, True)[2]
+
+
+def test_half_of_what_is_measured_on_is_the_models_own_text(
+        network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sensitivity, "changes", lambda self, p, kept, moves, batches: batches)
+    p = problem(network, measure=measured(network))
+    given, own = p.measure.batches, [((torch.randn(32, 8),), {}) for _ in range(3)]
+    for beside, count, want in (([], 2, given[:2]), (own, 2, [given[0], own[0]]),
+                                (own, 3, [*given[:2], own[0]]), (own[:1], 6, [*given, own[0]])):
+        p.measure.beside = beside
+        found = p.measure.changes(p, {u.name: u.size for u in p.units}, {}, count)
+        assert [id(b) for b in found] == [id(b) for b in want]
 
 
 @pytest.mark.parametrize("name", ["global", "dynamic", "measured", "standardised", "cfsp-layers",
