@@ -33,7 +33,7 @@ class Measured:
     name: ClassVar[str] = "measured"
     rounds: int = 4
     batches: int = 6
-    caution: float = 2.0
+    caution: float = 4.0
     tries: int = 5
     reach: tuple[float, ...] = (1 / 48, 1 / 24, 1 / 12, 1 / 6)
 

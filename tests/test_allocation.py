@@ -233,7 +233,7 @@ def test_divergence_is_that_of_the_pruned_network(network: Any) -> None:
 def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any, rounds: int) -> None:
     p = problem(network, 2, measure=measured(network, Refit()))
     first = GlobalRanking().allocate(problem(network, 2))
-    kept = Measured(rounds=rounds).allocate(p)
+    kept = Measured(rounds=rounds, caution=2.0).allocate(p)
     after, before = (p.measure.changes(p, k, {}, 6)[1] for k in (kept, first))
     assert p.met(kept) and after < before
 
