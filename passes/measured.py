@@ -68,9 +68,11 @@ class Measured:
         """
         near = self._trusted(problem, kept, changes)
         best, found, step = kept, caution, 0.5
+        known = {tuple(sorted(kept.items())): least}
         for _ in range(self.tries):
             made = _moved(problem, kept, changes if bold else near, caution)
-            lost = measured(made)
+            plan = tuple(sorted(made.items()))
+            lost = known[plan] = known[plan] if plan in known else measured(made)
             if lost < least:
                 best, least, found = made, lost, caution
                 if step > 1:
