@@ -109,7 +109,8 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
         found.append(Site(at, weight, _bias(solution, at, readers), kept))
     for at in gains.values():
         tensor, whole = graph.tensors[at.weight], keep_mask(solution.dims(at.tensor), choices)
-        if tensor.weight is not None and whole.all() and readers[tensor.weight] == 1:
+        if tensor.weight is not None and tensor.kind == "parameter" and whole.all() \
+                and readers[tensor.weight] == 1:
             found.append(Site(at, tensor.weight, _bias(solution, at, readers),
                               torch.ones(*tensor.shape, 1, dtype=torch.bool)))
     order = {node.name: i for i, node in enumerate(graph.nodes)}

@@ -262,6 +262,25 @@ def test_repair_without_data_is_refused() -> None:
                             calibration="none", importance="magnitude")
 
 
+class Buffered(Scaled):
+    """Its gain is no parameter."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        del self.weight
+        self.register_buffer("weight", torch.ones(size), persistent=False)
+
+
+def test_a_gain_that_is_no_parameter_stays() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 40, (16, 4, 6))
+    job = spacompiler.compile(
+        Head(Buffered), (ids[0],), target="params=60%", importance="magnitude", align=1,
+        only=("block.up.weight:0",), calibration=[(batch,) for batch in ids], onnx=False,
+        latency=False, repair="refit(sequential=True, residual=True, every=True)").job
+    assert job.trace.repaired == {"block.down.weight"}
+
+
 class Fixed(nn.Module):
     """Serves four rows alone."""
 
