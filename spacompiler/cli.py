@@ -85,6 +85,9 @@ def compile(
     int8: Annotated[bool, typer.Option(
         "--int8", help="Write model.int8.onnx too: int8 weights, the difference measured.")]
     = False,
+    int8_bits: Annotated[int, typer.Option(
+        help="Bits of int8 weights: 7 is right on every processor, 8 on those with VNNI alone.")]
+    = 7,
     latency: Annotated[bool, typer.Option(help="Time dense against pruned in ONNX Runtime.")]
     = True,
     adapter: Annotated[list[str] | None, typer.Option(
@@ -118,7 +121,8 @@ def compile(
             "blocks": blocks, "continued": continued, "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples,
             "length": length, "batch": batch, "seed": seed, "prove": prove, "onnx": onnx,
-            "decoder": decoder, "int8": int8, "latency": latency,
+            "decoder": decoder, "int8": int8,
+            "int8_bits": int8_bits, "latency": latency,
             "combine": combine, "keep_adapter": keep_adapter, "recover_samples": recover_samples}
         _check_early(target, out, importance, allocation, recover,
                      {**options, "repair": repair, "adapters": tuple(adapter or ()),

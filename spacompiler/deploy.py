@@ -12,7 +12,7 @@ from . import artifact, bench
 from .emit.decoder import export_decoder
 from .emit.decoder_parity import decoder_parity
 from .emit.genai import genai_config
-from .emit.int8 import difference, quantize
+from .emit.int8 import difference, integer_kernels, quantize
 from .emit.latency import compare_cases
 from .errors import ProofError, SpaError
 from .job import Job
@@ -76,7 +76,7 @@ def write_int8(job: Job, folder: Path) -> dict[str, Any]:
         SpaError: the file cannot be quantised.
     """
     path, made = folder / "model.onnx", folder / "model.int8.onnx"
-    quantize(path, made)
+    quantize(path, made, job.recipe.int8_bits)
     inputs = bench.synthetic(path, bench.Sizes(2, 16))
     given = _calibration_batch(job, list(inputs))
     if given:
@@ -84,7 +84,8 @@ def write_int8(job: Job, folder: Path) -> dict[str, Any]:
         inputs = bench.synthetic(path, bench.Sizes(shape[0], shape[-1]))
         given = {n: a for n, a in given.items() if a.shape == inputs[n].shape}
     on = job.calibration.origin if given else "made-up inputs"
-    return {"int8": {**difference(path, made, {**inputs, **given}), "on": on}}
+    return {"int8": {**difference(path, made, {**inputs, **given}), "on": on,
+                     "bits": job.recipe.int8_bits, "kernels": integer_kernels()}}
 
 
 def _calibration_batch(job: Job, names: list[str]) -> dict[str, np.ndarray]:

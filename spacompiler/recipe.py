@@ -55,6 +55,7 @@ class Recipe:
     onnx: bool = True
     decoder: bool = False
     int8: bool = False
+    int8_bits: int = 7
     latency: bool = True
     adapters: tuple[str, ...] = ()
     combine: str = "cat"
@@ -87,6 +88,9 @@ class Recipe:
         for name in ("decoder", "int8"):
             if getattr(self, name) and not self.onnx:
                 raise UsageError(f"--{name} is about model.onnx, which --no-onnx leaves out")
+        if self.int8_bits not in (7, 8):
+            raise UsageError(f"int8 weights have 7 or 8 bits, not {self.int8_bits}",
+                             fix="7 is right on every processor, 8 on those with VNNI alone")
         if self.blocks:
             parse_blocks(self.blocks)
             for option in ("modules", "keep_adapter"):

@@ -183,7 +183,8 @@ def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:
             for check in data.get("decoder", ())]
     if int8 := data.get("int8"):
         rows.append((f"int8 against float on {int8['on']}: likeliest answers that agree, results' "
-                     "relative difference (root mean square), bytes",
+                     "relative difference (root mean square), bytes "
+                     f"({int8['bits']} bits; this processor's products: {int8['kernels']})",
                      f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
                      f"{int8['float_bytes']:,}"))
     return rows

@@ -20,12 +20,13 @@ from spacompiler.cli import app
 from spacompiler.emit import decoder as decoders
 from spacompiler.emit import int8
 from spacompiler.emit.decoder_parity import DecoderParity, decoder_parity
-from spacompiler.emit.int8 import difference, quantize
+from spacompiler.emit.int8 import difference, integer_kernels, quantize
 from spacompiler.emit.latency import Latency, compare_cases, open_session, ratio, run_session
 from spacompiler.emit.onnx_file import export_onnx
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.frontends.torch_export import trace
 from spacompiler.models_zoo import load
+from spacompiler.recipe import Recipe
 from spacompiler.runtime import Decoder
 from spacompiler.write import write
 
@@ -195,11 +196,38 @@ def test_int8_is_smaller_and_its_difference_is_measured(llama, tmp_path):
     facts = result.report["int8"]
     assert facts["bytes"] == (out / "model.int8.onnx").stat().st_size < facts["float_bytes"]
     assert 0 < facts["rms_rel"] < 0.2 and facts["same"] > 0.8
+    assert (facts["bits"], facts["kernels"]) == (7, integer_kernels())
     ids = prompt(2, 5)
     assert Decoder(out / "model.int8.onnx").generate(ids, 3).shape == (2, 3)
     inputs = bench.synthetic(out / "model.onnx", bench.Sizes(2, 4))
     same = difference(out / "model.onnx", out / "model.onnx", inputs)
     assert (same["same"], same["rms_rel"]) == (1.0, 0.0)
+
+
+def _pair_sums(path):
+    """The largest sum of two products that a kernel adds in 16 bits, over all weights of a file.
+
+    Activations are at their largest, 255; a product's weights are (reduced, columns).
+    """
+    values = [v.const_value.numpy().astype(np.int64)
+              for v in ir.load(path).graph.initializers.values()
+              if v.const_value is not None and v.const_value.dtype == ir.DataType.INT8]
+    tables = [v for v in values if v.ndim == 2 and v.shape[0] > 1]
+    assert tables
+    return max(int(np.abs(255 * (v[0:-1:2] + v[1::2])).max())
+               for v in (t[:len(t) // 2 * 2] for t in tables))
+
+
+@pytest.mark.parametrize(("bits", "fits"), [(7, True), (8, False)])
+def test_products_of_seven_bits_fit_where_sums_of_two_are_kept_in_sixteen(bits, fits, llama,
+                                                                          tmp_path):
+    quantize(llama[1] / "model.onnx", tmp_path / "q.onnx", bits)
+    assert (_pair_sums(tmp_path / "q.onnx") <= np.iinfo(np.int16).max) is fits
+
+
+def test_int8_of_other_widths_is_refused():
+    with pytest.raises(UsageError, match="7 or 8 bits"):
+        Recipe("params=50%", int8=True, int8_bits=4)
 
 
 def test_large_int8_weights_go_beside_the_file(llama, tmp_path, monkeypatch):

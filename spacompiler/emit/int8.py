@@ -17,12 +17,18 @@ from ..errors import SpaError
 from .latency import Arrays, open_session, run_session
 
 INLINE_BYTES = 2**30
+BITS = (7, 8)
+EXACT = {"avx_vnni", "avx512_vnni", "asimddp", "i8mm"}
+"""Features of processors that add products of int8 without saturation."""
 
 
-def quantize(path: Path, made: Path) -> None:
+def quantize(path: Path, made: Path, bits: int = 7) -> None:
     """Write a file with int8 weights: one scale a column for products, one for a table of rows.
 
-    Activations are quantised when the file runs, so no calibration is needed.
+    Activations are quantised when the file runs, so no calibration is needed. With 7 `bits` weights
+    lie in -64..64: processors without VNNI add two products of an unsigned activation and a
+    weight in 16 bits, and 255 × 64 × 2 still fits, where 255 × 127 × 2 saturates, silently. With 8
+    bits weights are finer, and right on processors with VNNI (or Arm's dot products) alone.
 
     Raises:
         SpaError: onnxruntime cannot quantise the file, or found nothing to quantise in it.
@@ -33,7 +39,7 @@ def quantize(path: Path, made: Path) -> None:
         try:
             with _quiet():
                 quantize_dynamic(plain, rough, per_channel=True, weight_type=QuantType.QInt8,
-                                 use_external_data_format=True)
+                                 reduce_range=bits < 8, use_external_data_format=True)
         except Exception as problem:  # it raises its own kinds
             raise SpaError("the ONNX file cannot be quantised", where=str(path),
                            why=str(problem), fix="leave --int8 out") from problem
@@ -92,6 +98,24 @@ def _with_plain_weights(path: Path, made: Path) -> None:
             if not weight.uses():
                 del model.graph.initializers[str(weight.name)]
     ir.save(model, made, external_data=made.name + ".data")
+
+
+def integer_kernels() -> str:
+    """Say how this processor multiplies int8, as far as the system tells it.
+
+    `exact`: products are added in 32 bits (VNNI, Arm's dot products); `saturating`: two at a time
+    in 16 bits; `unknown` where nothing says which.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown"
+    lines = (line.partition(":") for line in text.splitlines())
+    known = {flag for key, _, flags in lines if key.strip() in ("flags", "Features")
+             for flag in flags.split()}
+    if known & EXACT:
+        return "exact"
+    return "saturating" if known & {"avx2", "ssse3"} else "unknown"
 
 
 def difference(path: Path, made: Path, inputs: Arrays) -> dict[str, Any]:
