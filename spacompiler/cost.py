@@ -71,6 +71,8 @@ class Cost:
 def heads(solution: Solution) -> set[str]:
     """Stored arrays of embeddings and of the output layer: what `body` leaves out."""
     graph = solution.graph
+    if graph.heads is not None:
+        return set(graph.heads)
     makers = {out: node for node in graph.nodes for out in node.outputs}
     found = {graph.tensors[name].weight for name in solution.solver.tables}
     contracted = {c.node for c in solution.solver.contractions}
@@ -91,12 +93,13 @@ def _params(solution: Solution, skip: set[str], *kinds: str) -> list[Term]:
 
 
 def _macs(solution: Solution) -> list[Term]:
-    return [Term(c.macs, c.factor) for c in solution.solver.contractions if c.macs]
+    outside = [Term((), solution.graph.outside_macs)]
+    return [*(Term(c.macs, c.factor) for c in solution.solver.contractions if c.macs), *outside]
 
 
 _TERMS: dict[str, Callable[[Solution], list[Term]]] = {
     "params": lambda s: _params(s, set(), "outside"),
-    "body": lambda s: _params(s, heads(s)),
+    "body": lambda s: _params(s, heads(s), "outside"),
     "macs": _macs,
 }
 
@@ -105,6 +108,7 @@ def cost(solution: Solution, metric: str) -> Cost:
     """Return the cost of a network: parameters, parameters of the body, or MACs.
 
     MACs count multiply-accumulates of one forward pass at the traced sizes, per contraction
-    (linear, convolution, attention); element-wise work is not counted.
+    (linear, convolution, attention); element-wise work is not counted. All three are those of the
+    whole network where parts of it are compiled.
     """
     return Cost(_TERMS[metric](solution))

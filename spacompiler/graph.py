@@ -106,6 +106,8 @@ class Graph:
     """Nodes in topological order over named tensors.
 
     `written` are values that a call writes back into stored arrays, with these arrays' tensors.
+    Where the graph holds parts of a network, `outside_macs` is the work of the others in one call,
+    and `heads` names the arrays of the whole network's embeddings and output layer.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -113,6 +115,8 @@ class Graph:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     written: dict[str, str] = field(default_factory=dict)
+    outside_macs: int = 0
+    heads: frozenset[str] | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """Return one tensor for each stored array (parameters and buffers), by array name."""

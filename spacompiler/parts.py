@@ -30,6 +30,7 @@ from .frontends.untouched import untouched
 from .graph import Tensor
 from .groups import Solution, solve
 from .job import Job
+from .outside import Outside, left_out, outside
 from .plan import Plan
 from .torch_backend import TORCH, weights_hash
 
@@ -49,9 +50,10 @@ class _Kept:
 class Parts(nn.Module):
     """Sub-modules of a network at their own paths, called side by side: one call for each."""
 
-    def __init__(self, whole: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, whole: nn.Module, paths: Sequence[str],
+                 beyond: Outside | None = None) -> None:
         super().__init__()
-        self.paths, self._kept = tuple(paths), _Kept(whole)
+        self.paths, self._kept, self.beyond = tuple(paths), _Kept(whole), beyond or Outside()
         for path in paths:
             _place(self, path, whole.get_submodule(path))
 
@@ -171,13 +173,15 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     batches, beside = ([as_call(_inputs(whole, paths, kwargs or args)) for args, kwargs in given]
                        for given in (job.calibration.batches, job.calibration.beside))
     job.calibration = replace(job.calibration, batches=batches, beside=beside)
-    job.notes.append(f"compiled in parts: {', '.join(paths)}")
+    job.notes += [f"compiled in parts: {', '.join(paths)}",
+                  *filter(None, (left_out(whole, paths),))]
 
 
 def of(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Parts, tuple[Call, ...]]:
     """Return parts of a network and their inputs; raises as `enter` does."""
     paths = _checked(whole, paths)
-    return Parts(whole, paths), _inputs(whole, paths, inputs)
+    calls = _inputs(whole, paths, inputs)
+    return Parts(whole, paths, outside(whole, paths, *as_call(inputs))), calls
 
 
 def _inputs(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Call, ...]:
@@ -209,6 +213,8 @@ def _mark_outside(traced: Trace, parts: Parts) -> None:
     for name, tensor in parts.whole.named_parameters(remove_duplicate=False):
         if name not in inside and id(tensor) in ids:
             shared.add(id(tensor))
+    traced.graph.outside_macs = parts.beyond.macs
+    traced.graph.heads = frozenset(traced.tied.get(n, n) for n in parts.beyond.heads)
     names = {traced.tied.get(name) for name, t in inside.items() if id(t) in shared}
     for held in traced.graph.tensors.values():
         if held.weight in names:

@@ -79,7 +79,7 @@ class Tied(Picky):
 
 def compiled(module, **options):
     with torch.random.fork_rng():
-        return spacompiler.compile(module, INPUTS, target="params=60%", **{**FAST, **options})
+        return spacompiler.compile(module, INPUTS, **{"target": "params=60%", **FAST, **options})
 
 
 def widths(result):
@@ -121,6 +121,24 @@ def test_parts_are_found_where_the_whole_cannot_be_traced():
     result = compiled(Picky())
     assert list(widths(result)) == ["blocks.0.up.weight:0", "blocks.1.up.weight:0"]
     assert "compiled in parts: blocks.0, blocks.1" in result.job.notes
+
+
+def test_a_target_of_parts_counts_the_whole_network():
+    """Whatever its metric; the output layer, which no part holds, is no part of the body."""
+    dense = Picky()
+    result = compiled(dense, modules=("blocks.1",), floor=0.01, target="body=80%")
+    costs = result.plan.costs
+    layers = [m for m in dense.modules() if isinstance(m, nn.Linear)]
+    assert costs["body"]["dense"] == sum(p.numel() for p in dense.blocks.parameters())
+    assert costs["macs"]["dense"] == len(INPUTS[0]) * sum(m.weight.numel() for m in layers)
+    gone = sum(p.numel() for p in dense.parameters()) - \
+        sum(p.numel() for p in result.module.parameters())
+    assert costs["body"]["dense"] - costs["body"]["pruned"] == gone
+    assert abs(costs["body"]["pruned"] / costs["body"]["dense"] - 0.8) < 0.01
+    kept = sum(p.numel() for part in (dense.blocks[0], dense.head) for p in part.parameters())
+    share = kept / sum(p.numel() for p in dense.parameters())
+    assert f"not entered, so that {share:.1%} of the parameters stay as they are: blocks.0, head" \
+        in result.job.notes
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "wanda"])

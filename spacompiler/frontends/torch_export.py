@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from ..caches import cacheless
 from ..errors import SpaError, TraceError
 from ..graph import Graph, Node, Ref, Tensor, Unknown
 from ..runner import Runner
@@ -107,6 +108,7 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     place in the user's code, where it cannot be traced.
     """
     args, kwargs = as_call(inputs)
+    kwargs = cacheless(module, kwargs)
     with untouched(module):
         program = _record(module, args, kwargs) if quick else None
         program = program or _export(module, args, kwargs)

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..caches import caches_off
+
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript",
             "onnx_ir")
 
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Run in eval mode and put every attribute of every sub-module back afterwards.
+    """Run in eval mode without caches, and put back every attribute of every sub-module after it.
 
     Modes, registered arrays, the values of buffers and caches (fake tensors among them) return to
     what they were; of lists and dicts in attributes, their entries do. A module that writes into
@@ -30,7 +32,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     values = [(b, _version(b), b.detach().clone()) for b in module.buffers()]
     module.eval()
     try:
-        yield
+        with caches_off(module):
+            yield
     finally:
         changed = any(_version(parameter) != version for parameter, _, version in flags)
         for part, attributes in before:
