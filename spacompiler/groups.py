@@ -118,7 +118,7 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
     mentions = _Once(atoms)
     weights = graph.weights()
     carried = _members(solver, weights, mentions)
-    roles = _roles(solver, mentions)
+    roles = _roles(solver, weights, mentions)
     reads = _reads(solver, carried, mentions)
     approximate = _approximate(solver)
     fibres = _fibres(solver, weights, carried, mentions)
@@ -169,14 +169,31 @@ def _named(weight: str, dim: int, atom: Atom, mentioned: list[Atom]) -> str:
     return f"{weight}:{dim}{factor}"
 
 
-def _roles(solver: Solver, mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, str]:
+ROLE_OF = {"expert": "expert", "head dim": "head dim", "head": "head", "normalised": "hidden"}
+"""What the tags that rows give an atom make of it; the first that it has counts."""
+
+
+def _roles(solver: Solver, weights: Mapping[str, Tensor],
+           mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, str]:
+    """Roles by tag. What one operand brings into a product of activations and the result keeps
+    (`open`) is a head if dims of heads stand inside it in a stored array, such a dim if heads
+    stand outside it, and a channel (of values that are mixed, of a state) if it stands alone."""
     tags: dict[Atom, set[str]] = {}
     for e, tag in solver.roles:
         for atom in mentions[e]:
             tags.setdefault(atom, set()).add(tag)
-    order = {"expert": "expert", "head dim": "head dim", "head": "head", "normalised": "hidden"}
-    return {atom: next(role for tag, role in order.items() if tag in found)
-            for atom, found in tags.items()}
+    if any("open" in found for found in tags.values()):
+        of_heads = {atom for atom, found in tags.items() if found != {"normalised"}}
+        stored = set().union(*[solver.dims[tensor.name] for tensor in weights.values()])
+        for atom, outside, inside in (found for e in stored for found in beside(e)):
+            if "open" in tags.get(atom, ()):
+                tags[atom] |= {"head"} if inside & of_heads else \
+                    {"inner"} if outside & of_heads else set()
+    for found in tags.values():
+        if "inner" in found and "head" not in found:
+            found.add("head dim")
+    return {atom: role for atom, found in tags.items()
+            if (role := next((r for tag, r in ROLE_OF.items() if tag in found), ""))}
 
 
 def _reads(solver: Solver, carried: Iterable[Atom],

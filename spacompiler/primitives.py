@@ -173,7 +173,8 @@ def _finish(s: Solver, n: Node, bound: dict[str, Expr], known: Fit, made: Sequen
     s.contractions.append(Contraction(n.name, bound, known.letters, macs, factor))
     if known.consumed and not any([s.graph.tensors[ref].array for ref in refs if ref]):
         for letter, e in bound.items():
-            s.roles.append((e, "head" if letter in known.shared else "head dim"))
+            s.roles.append((e, "head" if letter in known.shared else
+                            "head dim" if letter in known.consumed else "open"))
 
 
 def einsum(s: Solver, n: Node) -> None:
@@ -275,6 +276,7 @@ def attention(s: Solver, n: Node) -> None:
     relate_pattern(s, n, text, [q, k, v], sizes=sizes)
     both = s.contractions.pop()
     letters, rows = both.letters, s.dims[n.outputs[0]][:-1]
+    s.roles.append((letters["e"], "head dim"))
     for dims in "de":  # every query meets every key, then every value
         s.contractions.append(both._replace(macs=(*rows, letters["k"], letters[dims])))
     for letter in ("q", "k"):

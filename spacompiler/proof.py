@@ -137,11 +137,13 @@ def touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
 
 
 def _norms(solution: Solution, choices: Choices) -> dict[str, Override]:
-    """Norms whose statistics are to be taken over kept slices only."""
+    """Norms whose statistics are to be taken over kept slices only (those of an RMSNorm with a
+    gain are not: its gain and eps make up for the change)."""
     made: dict[str, Override] = {}
     nodes = {node.name: node for node in solution.graph.nodes}
     for read in solution.solver.reads:
-        masked = _MASKED.get(base(nodes[read.node].op)) if read.how == "norm" else None
+        inexact = read.how == "norm" and read.node not in solution.solver.norms
+        masked = _MASKED.get(base(nodes[read.node].op)) if inexact else None
         e = solution.solver.dims[read.tensor][read.dim]
         if masked is not None and set(atoms(e)) & set(choices):
             made[read.node] = masked(torch.from_numpy(keep_mask([e], choices)))
@@ -183,7 +185,19 @@ def _masked_group_norm(mask: torch.Tensor) -> Override:
     return run
 
 
-_MASKED = {"layer_norm": _masked_layer_norm, "group_norm": _masked_group_norm}
+def _masked_rms_norm(mask: torch.Tensor) -> Override:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x, _, gain, eps = (*args, None, None)[:4]
+        kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        y = kept * torch.rsqrt(kept.square().sum(-1, keepdim=True) / mask.sum() + eps)
+        return y if gain is None else y * gain
+
+    return run
+
+
+_MASKED = {"layer_norm": _masked_layer_norm, "group_norm": _masked_group_norm,
+           "rms_norm": _masked_rms_norm}
 
 
 def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) -> Proof:

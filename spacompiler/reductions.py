@@ -115,18 +115,22 @@ def layer_norm(s: Solver, n: Node) -> None:
 
 
 def rms_norm(s: Solver, n: Node) -> None:
-    """aten.rms_norm(x, shape, gain, eps): exact once gain and eps are corrected."""
+    """aten.rms_norm(x, shape, gain, eps): exact once gain and eps are corrected; without a gain
+    its statistics change with the width."""
     x = n.args[0].name
     e = s.dims[x][-1]
     for ref in filter(None, operands(n)[2:]):
         for i, other in enumerate(reversed(s.dims[ref])):
             s.relate(s.dims[x][-1 - i], other, n)
-    if n.name in s.norms:
+    alone = len(n.args[1]) == 1 and len(n.args) > 2 and n.args[2] is None
+    if n.name in s.norms or alone:
         s.read(n, x, -1, "norm")
         s.roles.append((e, "normalised"))
         s.edit(n, ("args", 1, 0), e)
     else:
         s.freeze(s.dims[x][-len(n.args[1]):], f"{n.op} has no gain and eps to correct")
+    if alone:
+        s.approximate.append((e, f"statistics of {n.title()} change with the width"))
     s.put(n.outputs[0], s.dims[x])
 
 

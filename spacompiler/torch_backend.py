@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.export import ExportedProgram
 
 from .decision import statistics_of
 from .emit import hf
-from .emit.attributes import resized, watch
+from .emit.attributes import assign, resized, unmet, watch
 from .emit.module import operate, runs_like
 from .emit.program import Rewritten, rewrite, run_pruned
 from .errors import ProofError, SpaError
@@ -129,11 +130,18 @@ def _surgery(job: Job) -> Any:
     return operate(job.trace, job.module, job.solution, job.choices)
 
 
-def _watched(job: Job) -> Any:
-    """Surgery, with the sizes that the module's code was seen to read brought in step too."""
-    uses = watch(job.module, job.trace.args, job.trace.kwargs)
-    sizes = resized(uses, job.trace, job.solution, job.choices)
+def _watched(job: Job, distinct: bool = False) -> Any:
+    """Surgery, with the sizes that the module's code was seen to read brought in step too.
+
+    Functions with caches return what plain sizes gave them before: `distinct` ones they don't
+    know.
+    """
+    args, kwargs = job.trace.args, job.trace.kwargs
+    seen = watch(job.module, args, kwargs, distinct=distinct)
+    sizes = resized(seen.uses, job.trace, job.solution, job.choices)
     model = operate(job.trace, job.module, job.solution, job.choices, sizes=sizes.changes)
+    for path, name, value in unmet(model, args, kwargs, seen):
+        assign(model.get_submodule(path), name, value)
     job.obstacles = sizes.problems
     return model
 
@@ -146,6 +154,7 @@ EMITTERS: tuple[tuple[str, str, Callable[[Job], Any]], ...] = (
     ("uniform", "module", _uniform),
     ("any", "module", _surgery),
     ("any", "module", _watched),
+    ("any", "module", partial(_watched, distinct=True)),
     ("any", "program", _rewritten),
 )
 

@@ -19,8 +19,9 @@ def norm_cases() -> Iterator[Case]:
     yield Case("layer_norm", normed, ((4, 4), (4,), (4,)), "** * *", least=2)
     yield Case("layer_norm", op("layer_norm", [4, 5]), ((3, 4, 5),), "*..")
     yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w, 1e-3), ((4, 4), (4,)), "** *")
-    yield Case("rms_norm", lambda x: aten.rms_norm(x, [4], None, 1e-3), ((3, 4),), "*.")
-    yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w), ((3, 4), (4,)), "*. .")
+    yield Case("rms_norm", lambda x: aten.rms_norm(x, [4], None, 1e-3) * 2, ((3, 4),), "**")
+    yield Case("rms_norm", lambda x: aten.rms_norm(x, [4]) * 2, ((3, 4),), "**")
+    yield Case("rms_norm", lambda x, w: aten.rms_norm(x, [4], w), ((3, 4), (4,)), "** *")
     yield Case("group_norm", op("group_norm", 2), ((2, 4, 4),), "**.")
     yield Case("group_norm", op("group_norm", 1), ((2, 4, 4),), "**.")
     yield Case("group_norm", lambda x, w, b: aten.group_norm(x, 3, w, b),

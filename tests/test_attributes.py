@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
-from spacompiler.emit.attributes import Sized, assign, differing, held
+from spacompiler.emit.attributes import assign, differing, held
+from spacompiler.emit.sized import Sized
 
 FAST = {"importance": "magnitude", "align": 1, "onnx": False, "latency": False}
 
@@ -205,9 +209,9 @@ def test_numbers_are_found_in_containers_and_set_without_touching_what_is_shared
     module = nn.Module()
     module.window, module.config, module._hidden, module.many = (7, 5), shared, 9, [1, 2]
     assert dict(held(module)) == {"window.0": 7, "window.1": 5, "config.width": 8,
-                                  "config.deep.size": 3, "many.0": 1, "many.1": 2}
+                                  "config.deep.size": 3, "_hidden": 9, "many.0": 1, "many.1": 2}
     other = nn.Module()
-    other.window, other.config, other.many = (7, 5), shared, [1, 2]
+    other.window, other.config, other._hidden, other.many = (7, 5), shared, 9, [1, 2]
     for name, value in (("window.1", 4), ("config.deep.size", 2), ("config.width", 6)):
         assign(other, name, value)
     assert (other.window, other.config.deep.size, other.config.width) == ((7, 4), 2, 6)
@@ -222,3 +226,95 @@ def test_marks_survive_arithmetic():
     assert made == 10
     assert made.value({("", "a"): 2, ("m", "b"): 10}) == 7
     assert made.keys == {("", "a"), ("m", "b")}
+
+
+class Widths(NamedTuple):
+    """Sizes by name."""
+
+    heads: int
+    dims: int
+
+
+@dataclass(slots=True)
+class Slots:
+    """Sizes without a dict."""
+
+    heads: int
+    dims: int
+
+
+class InNamedTuple(InTuple):
+    def keep(self, heads, dims):
+        self.shape = Widths(heads, dims)
+
+
+class InDict(Attention):
+    def keep(self, heads, dims):
+        self.shape = {"heads": heads, "dims": dims}
+
+    def sizes(self):
+        return self.shape["heads"], self.shape["dims"]
+
+
+class InSlots(Attention):
+    def keep(self, heads, dims):
+        self._shape = Slots(heads, dims)
+
+    def sizes(self):
+        return self._shape.heads, self._shape.dims
+
+
+@cache
+def cached(heads, dims):
+    return [heads, dims]
+
+
+class InCache(InTuple):
+    """A function that returns what it gave for equal numbers before."""
+
+    def split(self, x, heads, dims):
+        return x.view(*x.shape[:-1], *cached(heads, dims)).transpose(1, 2)
+
+
+class Compared(nn.Module):
+    """Sizes that only comparisons read; the second is a list of what may come."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(24, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+        self.width, self.also = 16, [12, 5]
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        assert y.shape[-1] == self.width
+        z = self.b(y).relu()
+        if z.shape[-1] not in self.also:
+            raise ValueError("unexpected width")
+        return self.c(z)
+
+
+@pytest.mark.parametrize("kind", [InNamedTuple, InDict, InSlots, InCache, Compared])
+def test_sizes_in_containers_caches_and_comparisons_are_brought_in_step(kind, tmp_path):
+    torch.manual_seed(1)
+    result = compiled(kind())
+    assert (result.job.emission, result.job.notes) == ("module", [])
+    assert type(result.module) is kind
+    result.save(tmp_path / "out")
+    again = spacompiler.load(tmp_path / "out", model=kind())
+    x = torch.randn(3, 7, 24)
+    with torch.no_grad():
+        assert torch.equal(again(x), result.module.eval()(x))
+
+
+def test_a_bare_assert_is_named_by_its_line():
+    class Literal(Compared):
+        def forward(self, x):
+            y = self.a(x).relu()
+            if y.shape[-1] != 16:
+                raise AssertionError
+            return self.c(self.b(y).relu())
+
+    result = compiled(Literal())
+    assert result.job.emission == "program"
+    assert "AssertionError: raise AssertionError (tests/test_attributes.py" \
+        in result.job.notes[0]

@@ -94,9 +94,14 @@ NORMS: dict[str, tuple[Call, float | None]] = {
     "mean used twice": (mean_used_twice, None),
     "root used twice": (root_used_twice, None),
     "fused, no gain": (lambda x, g: torch.rms_norm(x, [6], None, 1e-3), None),
-    "fused, no eps": (lambda x, g: torch.rms_norm(x, [6], g), None),
     "fused, two dimensions": (lambda x, g: torch.rms_norm(x, [3, 6], g.expand(3, 6), 1e-3), None),
 }
+
+
+def test_an_eps_that_is_left_out_is_that_of_the_type() -> None:
+    call = Calls(lambda x, g: torch.rms_norm(x, [6], g))
+    (norm,) = rms_norms(quick_trace(call, torch.rand(3, 6)).graph).values()
+    assert (norm.gain, norm.eps) == ("gain", torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("name", NORMS)

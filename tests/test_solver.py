@@ -204,7 +204,7 @@ def test_groups_of_a_nest_have_names_of_their_own() -> None:
                            "k 2x2x3 = heads h\n s 2x2 = pairs k k\n out"), table)
     assert {name: g.size for name, g in solution.groups.items()} == {"a:0.0": 2, "a:0.1": 3}
     heads, dims = solution.groups.values()
-    assert (heads.role, dims.role) == ("head dim", "head dim")
+    assert (heads.role, dims.role) == ("head", "head dim")
     assert [(r.node, r.dim, r.how) for r in dims.reads] == [("s", 2, "contract")] * 2
 
 

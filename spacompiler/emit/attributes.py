@@ -6,20 +6,18 @@ holds marked by where it came from. Marks survive arithmetic, so that each torch
 attributes its sizes follow from, and the re-written program tells what these sizes must be. No
 class is named here.
 
->>> heads, dims = Sized.held(4, ("attn", "num_heads")), Sized.held(8, ("attn", "head_dim"))
->>> width = heads * dims
->>> width == 32, width.value({("attn", "num_heads"): 2})
-(True, 16)
+A size that code only compares (`assert x.shape[1] == self.channels`) reaches no call. What was
+equal in the dense module must be equal in the pruned one, so that this is run marked, too.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,12 +31,13 @@ from ..frontends.torch_export import Trace
 from ..groups import Solution
 from ..solver import Path
 from .program import edits
+from .sized import Key, Sized, comparing
 
-Key = tuple[str, str]
 Change = tuple[str, str, Any]
 DEPTH = 2
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Tensor, nn.Module, torch.dtype,
           torch.device, type, type(sys))
+_OWN = frozenset(vars(nn.Module()))
 
 
 # --- integers that modules hold ---------------------------------------------------------------
@@ -47,11 +46,11 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Tensor, nn.Mo
 def held(module: nn.Module, kinds: Any = int) -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of the integers that a module holds, sub-modules aside.
 
-    They may lie in tuples and lists (`window_size.0`) and in objects with attributes of their
-    own (`config.hidden_size`).
+    They may lie in tuples and lists (`window_size.0`), in dicts (`sizes.heads`) and in objects
+    with attributes of their own (`config.hidden_size`).
     """
     for name, value in vars(module).items():
-        if not name.startswith("_"):
+        if name not in _OWN:
             yield from _held(name, value, DEPTH, kinds)
 
 
@@ -66,9 +65,21 @@ def _held(name: str, value: Any, depth: int, kinds: Any) -> Iterator[tuple[str, 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (tuple, list)):
         yield from ((str(i), part) for i, part in enumerate(value[:64]))
+    elif isinstance(value, dict):
+        yield from ((k, v) for k, v in islice(value.items(), 64)
+                    if isinstance(k, str) and "." not in k)
     elif not isinstance(value, _PLAIN) and not callable(value):
-        yield from ((k, v) for k, v in getattr(value, "__dict__", {}).items()
-                    if not k.startswith("_"))
+        yield from ((k, v) for k, v in _attributes(value) if not k.startswith("__"))
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes that an object holds itself, in its dict or in slots."""
+    yield from getattr(value, "__dict__", {}).items()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name != "__dict__" and hasattr(value, name):
+                yield name, getattr(value, name)
 
 
 def assign(module: nn.Module, name: str, value: Any) -> None:
@@ -82,9 +93,17 @@ def _replaced(holder: Any, name: str, value: Any) -> Any:
     if isinstance(holder, (tuple, list)):
         parts = list(holder)
         parts[int(first)] = _replaced(parts[int(first)], rest, value) if rest else value
-        return type(holder)(parts)
+        make = getattr(type(holder), "_make", type(holder))  # a named tuple takes its fields apart
+        return make(parts)
     made = copy.copy(holder)
-    vars(made)[first] = _replaced(vars(made)[first], rest, value) if rest else value
+    old = made[first] if isinstance(made, dict) else getattr(made, first)
+    new = _replaced(old, rest, value) if rest else value
+    if isinstance(made, dict):
+        dict.__setitem__(made, first, new)
+    if first in getattr(made, "__dict__", {}):
+        vars(made)[first] = new
+    elif not isinstance(made, dict):
+        object.__setattr__(made, first, new)
     return made
 
 
@@ -92,62 +111,10 @@ def differing(dense: nn.Module, pruned: nn.Module) -> Iterator[Change]:
     """Yield (path, dotted name, value) of every number in which two modules differ."""
     others = dict(dense.named_modules(remove_duplicate=False))
     for path, module in pruned.named_modules(remove_duplicate=False):
-        old = dict(held(others[path], (int, float))) if path in others else {}
+        old = dict(held(others[path], (int, float, type(None)))) if path in others else {}
         for name, value in held(module, (int, float)):
             if name in old and old[name] != value:
                 yield path, name, value
-
-
-# --- marked integers --------------------------------------------------------------------------
-
-
-class Sized(int):
-    """An integer that knows which attributes it was computed from, and how."""
-
-    keys: frozenset[Key]
-    value: Callable[[Mapping[Key, int]], int]
-    plain: bool
-
-    @staticmethod
-    def held(number: int, key: Key) -> Sized:
-        """Mark an integer held at `key` = (module path, dotted name)."""
-        return Sized._made(number, frozenset((key,)), lambda env: env.get(key, number), True)
-
-    @staticmethod
-    def _made(number: int, keys: frozenset[Key], value: Callable[[Mapping[Key, int]], int],
-              plain: bool = False) -> Sized:
-        made = int.__new__(Sized, number)
-        made.keys, made.value, made.plain = keys, value, plain
-        return made
-
-    def __deepcopy__(self, memo: Any) -> Sized:
-        return self
-
-    def __reduce__(self) -> Any:
-        return int, (int(self),)
-
-
-def _value(x: Any, env: Mapping[Key, int]) -> int:
-    return x.value(env) if isinstance(x, Sized) else x
-
-
-def _arithmetic(name: str, swapped: bool) -> Callable[[Sized, Any], Any]:
-    function = getattr(operator, name)
-
-    def method(self: Sized, other: Any) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        a, b = (other, self) if swapped else (self, other)
-        keys = self.keys | (other.keys if isinstance(other, Sized) else frozenset())
-        return Sized._made(function(int(a), int(b)), keys,
-                           lambda env: function(_value(a, env), _value(b, env)))
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(Sized, f"__{_name}__", _arithmetic(_name, False))
-    setattr(Sized, f"__r{_name}__", _arithmetic(_name, True))
 
 
 # --- watching a run ---------------------------------------------------------------------------
@@ -163,16 +130,39 @@ class Use:
     size: Sized
 
 
+Place = tuple[Key, str]
+
+
 @dataclass
 class Watch(TorchFunctionMode):
-    """Note every marked size that reaches a torch call."""
+    """Note every marked size that reaches a torch call, and those that plain ones equal.
+
+    `equal` are held sizes by the lines that compare them; where one of `expected` is unequal, it
+    is noted in `unmet` as what it is compared with, and the code goes on as if it were equal.
+    """
 
     names: Mapping[int, str]
+    expected: frozenset[Place] = frozenset()
     uses: list[Use] = field(default_factory=list)
+    equal: set[Place] = field(default_factory=set)
+    unmet: dict[Key, int] = field(default_factory=dict)
     stack: list[str] = field(default_factory=lambda: [""])
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def compare(self, size: Sized, other: int) -> bool:
+        """Return whether a marked size equals a plain number, or should."""
+        same = int(size) == other
+        (key,) = size.keys
+        if same or self.expected:
+            place = key, _line(sys._getframe(2))
+            if same:
+                self.equal.add(place)
+            elif place in self.expected:
+                self.unmet.setdefault(key, other)
+                return True
+        return same
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -216,24 +206,53 @@ def _line(frame: Any) -> str:
     return f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno}"
 
 
-def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Use]:
+@dataclass(frozen=True)
+class Seen:
+    """Sizes that a module's code uses, and where it compares held ones with equal numbers."""
+
+    uses: tuple[Use, ...] = ()
+    equal: frozenset[Place] = frozenset()
+
+
+def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
+          distinct: bool = False) -> Seen:
     """Run a marked copy of a module (its parameters are shared) and return the sizes it uses.
 
-    Raises SpaError where its code refuses marked integers.
+    With `distinct`, no cache knows the marked integers. Raises SpaError where the module's code
+    refuses them.
     """
+    watching, problem = _watched(module, args, kwargs, distinct=distinct)
+    if problem is not None:
+        raise SpaError("the sizes that the module's code reads cannot be watched",
+                       why=f"{type(problem).__name__}: {problem}".splitlines()[0]) from problem
+    return Seen(tuple(watching.uses), frozenset(watching.equal))
+
+
+def unmet(pruned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+          seen: Seen) -> tuple[Change, ...]:
+    """Return held sizes that differ from what the dense module's code finds them equal to."""
+    if not seen.equal:
+        return ()
+    watching, _ = _watched(pruned, args, kwargs, expected=seen.equal)
+    return tuple((*key, value) for key, value in watching.unmet.items())
+
+
+def _watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
+             expected: frozenset[Place] = frozenset(),
+             distinct: bool = False) -> tuple[Watch, Exception | None]:
     memo: dict[int, Any] = {id(p): p for p in module.parameters()}
     marked = copy.deepcopy(module, memo).eval()
     for path, part in marked.named_modules():
         for name, value in list(held(part)):
             assign(part, name, Sized.held(value, (path, name)))
-    watching = Watch({id(part): path for path, part in marked.named_modules()})
+    watching = Watch({id(part): path for path, part in marked.named_modules()}, expected)
     try:
-        with torch.no_grad(), watching.modules(), watching:
+        with torch.no_grad(), watching.modules(), watching, \
+                comparing(watching.compare, distinct):
             marked(*args, **kwargs)
     except Exception as problem:  # any code may run here
-        raise SpaError("the sizes that the module's code reads cannot be watched",
-                       why=f"{type(problem).__name__}: {problem}".splitlines()[0]) from problem
-    return watching.uses
+        return watching, problem
+    return watching, None
 
 
 # --- what the attributes must be --------------------------------------------------------------

@@ -8,6 +8,7 @@ stock modules stand in one table; those that a module's own code reads are found
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ def _eps_changes(module: nn.Module, solution: Solution,
         path = change.norm.gain.rpartition(".")[0]
         part = module.get_submodule(path)
         for attribute in EPS:
-            if isinstance(getattr(part, attribute, None), float):
+            if isinstance(getattr(part, attribute, ""), (float, type(None))):
                 yield path, attribute, change.eps
 
 
@@ -161,12 +162,19 @@ def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     try:
         got = results(module, args, kwargs)
     except Exception as problem:  # any code may run here
-        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+        return f"{type(problem).__name__}: {problem}".splitlines()[0] + (
+            "" if str(problem).strip() else _line(problem))
     want = [x for x in want if isinstance(x, torch.Tensor)]
     if len(got) != len(want):
         return f"{len(got)} results for {len(want)}"
     error = relative_error(got, want)
     return "" if error <= tolerance else f"results differ by {error:.1e}"
+
+
+def _line(problem: Exception) -> str:
+    """The line that raised an error without words (a bare assert)."""
+    last = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{last.line} ({'/'.join(last.filename.split('/')[-2:])}:{last.lineno})"
 
 
 def results(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

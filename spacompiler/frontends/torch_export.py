@@ -239,12 +239,24 @@ def _explicit_split(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     return sizes and (torch.ops.aten.split_with_sizes.default, (node.args[0], sizes, dim))  # type: ignore[return-value]
 
 
+def _explicit_eps(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """rms_norm(x, shape, gain=None, eps=None): an eps that is left out is that of the type."""
+    given = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False))
+    x, shape, gain, eps = map((given | node.kwargs).get,
+                              ("input", "normalized_shape", "weight", "eps"))
+    if eps is None:
+        eps = torch.finfo(x.meta["val"].dtype).eps  # type: ignore[union-attr]
+    return torch.ops.aten.rms_norm.default, (x, shape, gain, eps)
+
+
 # operators whose sizes are implied by their operands' -> the same with sizes said, so that axes
-# may shrink independently (pieces of a split) or down to one slice (squeeze)
+# may shrink independently (pieces of a split) or down to one slice (squeeze); rms_norm's eps,
+# which follows from the type, and proofs run in another one
 _CANONICAL = {
     torch.ops.aten.squeeze.default: _explicit_squeeze,
     torch.ops.aten.split.Tensor: _explicit_split,
     torch.ops.aten.chunk.default: _explicit_split,
+    torch.ops.aten.rms_norm.default: _explicit_eps,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spacompiler.choices import Choices
-from spacompiler.emit.attributes import Use, assign, resized, watch
+from spacompiler.emit.attributes import Seen, assign, resized, unmet, watch
 from spacompiler.emit.module import named_arrays, runs_like
 from spacompiler.errors import ProofError, SpaError
 from spacompiler.frontends.aten import TABLE
@@ -36,19 +36,21 @@ class Shrinking:
                  seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):
             self.trace = self.dense_trace = trace(model, inputs)
-            self._uses = self._watched(model) if check else []
+            self._seen = self._watched(model) if check else Seen()
         self.model, self._check, self._seed = model, check, seed
         self.solution = self.dense = solve(self.trace.graph, TABLE)
         self.kept = Kept(self.dense, {})
         self.attributes: dict[tuple[str, str], Any] = {}
         self.proof: Proof | None = None
 
-    def _watched(self, model: nn.Module) -> list[Use]:
+    def _watched(self, model: nn.Module) -> Seen:
         """Sizes that the dense module's own code reads; empty if they cannot be watched."""
-        try:
-            return watch(model, self.trace.args, self.trace.kwargs)
-        except (SpaError, RuntimeError, TypeError):  # a module that cannot be copied, or refuses
-            return []
+        for distinct in (True, False):
+            try:
+                return watch(model, self.trace.args, self.trace.kwargs, distinct=distinct)
+            except (SpaError, RuntimeError, TypeError):  # one that can't be copied, or refuses
+                continue
+        return Seen()
 
     def to(self, later: Kept, optimizers: Iterable[torch.optim.Optimizer] = ()) -> bool:
         """Shrink to what is kept later; True if anything went.
@@ -99,8 +101,10 @@ class Shrinking:
                              self._tolerance())
 
         problem = differs()
-        if problem and self._uses:
-            undo.set(self.model, resized(self._uses, self.dense_trace, self.dense, whole).changes)
+        if problem and (self._seen.uses or self._seen.equal):
+            undo.set(self.model, resized(
+                self._seen.uses, self.dense_trace, self.dense, whole).changes)
+            undo.set(self.model, unmet(self.model, self.trace.args, self.trace.kwargs, self._seen))
             problem = differs()
         return problem
 
