@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,9 +11,16 @@ import torch
 from torch import nn
 
 from spacompiler.adapters.merging import fold, library
-from spacompiler.distillation import call
-from spacompiler.errors import SpaError
+from spacompiler.distillation import Objective, call
+from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.training import Schedule, Training, train, vectors
+
+INITS = ("default", "gaussian", "eva", "olora", "orthogonal", "mica", "pissa", "pissa_niter_N",
+         "lora_ga")
+REFUSED = {
+    "corda": "it needs covariances that peft gathers on a network of its own",
+    "loftq": "it is for weights that are quantised"}
+GRADIENT_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,8 @@ class Lora(Schedule):
     """Train W + (alpha / rank) B A on linear layers and convolutions (Hu et al. 2021), and merge.
 
     `init` is one of peft's `init_lora_weights`; `eva` takes A from the training data's activations
-    (Paischer et al. 2024). With `norms`, gains of norms and biases are trained too.
+    (Paischer et al. 2024), `lora_ga` takes both factors from the gradient of the objective on the
+    first batches (Wang et al. 2024). With `norms`, gains of norms and biases are trained too.
     """
 
     name: ClassVar[str] = "lora"
@@ -31,6 +40,13 @@ class Lora(Schedule):
     init: str = "default"
     dora: bool = False
     norms: bool = True
+
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"pissa_niter_\d+", self.init) or self.init in INITS[:-2] + INITS[-1:]:
+            return
+        why = REFUSED.get(self.init, "")
+        raise UsageError(f"LoRA cannot be started by {self.init!r}", why=why,
+                         fix=did_you_mean(self.init, INITS))
 
     def run(self, task: Training) -> dict[str, Any]:
         """Train and merge in place; raises SpaError if there is no layer to adapt."""
@@ -65,15 +81,46 @@ class Lora(Schedule):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                if self.init == "lora_ga":
+                    self._gradients(peft, task, config, paths)
                 tuned = peft.PeftModel(task.module, config)
                 if self.init == "eva":
                     peft.initialize_lora_eva_weights(
                         tuned, [k or {"x": a[0]} for a, k in task.batches],
                         show_progress_bar=False)
+        except SpaError:
+            raise
         except Exception as problem:  # peft refuses in many ways
             raise SpaError("adapters cannot be put on the pruned network", why=str(problem),
                            fix="use another init, or --recover norms or full") from problem
         return tuned
+
+
+    def _gradients(self, peft: Any, task: Training, config: Any, paths: list[str]) -> None:
+        """Leave on each layer the mean gradient that peft starts its factors from.
+
+        Raises SpaError for a layer that has none: peft would start it at random, unsaid.
+        """
+        objective = Objective(task.module, task.dense, task.loss, self)
+
+        def step() -> None:
+            for batch in task.batches[:GRADIENT_BATCHES]:
+                objective(batch).total.backward()
+
+        config.lora_ga_config = peft.LoraGAConfig()
+        for path in paths:  # the factors are two halves of the gradient's singular directions
+            half = min(task.module.get_parameter(f"{path}.weight").shape[:2]) // 2
+            if 0 < half < self.rank:
+                config.rank_pattern[re.escape(path)] = half
+                config.alpha_pattern[re.escape(path)] = self.alpha * half / self.rank
+        peft.preprocess_loraga(task.module, config, step)
+        without = [p for p in paths
+                   if not hasattr(task.module.get_submodule(p), "_peft_loraga_grad")]
+        if without:
+            raise SpaError("LoRA cannot be started from gradients here", where=without[0],
+                           why="only linear layers that the data reaches have one that peft "
+                               f"takes ({len(without)} of {len(paths)} layers have none)",
+                           fix="use init='eva' or another, or --recover norms or full")
 
 
 # classes that peft adapts as they stand; a subclass may use its weight in a way of its own

@@ -95,7 +95,8 @@ def compile(
                                      "Repeatable.")] = None,
     combine: Annotated[str, typer.Option(help="How several adapters become one: cat (exact "
                                               "weighted sum), linear, svd, ties, dare_linear, "
-                                              "dare_ties.")] = "cat",
+                                              "dare_ties, dare, lego, fair; with options, "
+                                              "dare(density=0.1, q='auto').")] = "cat",
     keep_adapter: Annotated[bool, typer.Option(
         "--keep-adapter", help="Keep the adapter beside the pruned base, cut to its size.")]
     = False,

@@ -32,10 +32,11 @@ from .torch_backend import TORCH, weights_hash
 def merge_adapters(job: Job) -> None:
     """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
     from . import recovery
-    from .adapters import files, keeping, merging
+    from .adapters import combining, files, keeping, merging
 
     if job.recovery is not None:
         recovery.check(job)
+    combining.check(len(job.recipe.adapters), job.recipe.combine, merging.is_adapted(job.module))
     if job.backend is not TORCH and job.recipe.adapters:
         raise SpaError("adapters need a torch module", where=job.name,
                        fix="merge them before exporting to ONNX, or give the module itself")

@@ -7,15 +7,48 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import UsageError, did_you_mean
+from .registry import parse
 
 METRICS = ("params", "body", "macs")
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
 LAYOUTS = ("auto", "uniform", "any")
-COMBINATIONS = ("cat", "linear", "svd", "ties", "dare_linear", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A way to make one adapter of several: its options with their defaults.
+
+    `alone` says, from the options given, whether it acts on one adapter too.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    alone: Callable[[Mapping[str, Any]], Any] = lambda options: False
+
+
+def _always(options: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _to_rank(options: Mapping[str, Any]) -> bool:
+    return bool(options["rank"])
+
+
+COMBINATIONS: Mapping[str, Combination] = {
+    "cat": Combination(alone=_always),
+    "linear": Combination(),
+    "svd": Combination({"rank": 0}, _to_rank),
+    "ties": Combination({"density": 0.5, "sign": "total"}, _always),
+    "dare_linear": Combination({"density": 0.5}, _always),
+    "dare_ties": Combination({"density": 0.5, "sign": "total"}, _always),
+    "dare": Combination({"density": 0.5, "q": 0.0}, _always),
+    "lego": Combination({"rank": 0, "output": False}, _to_rank),
+    "fair": Combination({"ridge": 1e-2}),
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +113,7 @@ class Recipe:
         for name in ("samples", "batch", "recover_samples", "recover_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        if self.combine not in COMBINATIONS:
-            raise UsageError(f"unknown combination {self.combine!r}",
-                             fix=did_you_mean(self.combine, COMBINATIONS))
+        parse_combination(self.combine)
         if self.keep_adapter and not self.adapters:
             raise UsageError("there is no adapter to keep", fix="give --adapter DIR")
         for name in ("decoder", "int8"):
@@ -102,6 +133,41 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "density": (lambda v: _number(v) and 0 < v < 1, "a share between 0 and 1: what stays"),
+    "q": (lambda v: v == "auto" or (_number(v) and v >= 0), "a number above 0, or 'auto'"),
+    "rank": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 1"),
+    "ridge": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "sign": (lambda v: v in ("total", "frequency"), "'total' or 'frequency'"),
+    "output": (lambda v: isinstance(v, bool), "True or False"),
+}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def parse_combination(text: str) -> tuple[str, dict[str, Any]]:
+    """Return (name, options) of a combination; raises UsageError for what does not exist.
+
+    >>> parse_combination("dare_ties(density=0.2)")
+    ('dare_ties', {'density': 0.2, 'sign': 'total'})
+    """
+    name, given = parse(text)
+    if name not in COMBINATIONS:
+        raise UsageError(f"unknown combination {name!r}", fix=did_you_mean(name, COMBINATIONS))
+    options = COMBINATIONS[name].options
+    for key, value in given.items():
+        if key not in options:
+            raise UsageError(f"combination {name!r} has no option {key!r}",
+                             fix=f"options: {', '.join(options) or 'none'}")
+        fits, form = OPTION_RANGES[key]
+        if not fits(value):
+            raise UsageError(f"{key}={value!r} cannot be in combination {name!r}",
+                             fix=f"{key} is {form}")
+    return name, {**options, **given}
 
 
 def parse_blocks(text: str) -> int | tuple[str, ...] | None:

@@ -285,15 +285,20 @@ def test_cat_is_the_weighted_sum(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["linear", "svd", "ties", "dare_linear", "dare_ties"])
-def test_other_combinations_are_those_of_peft(how, tmp_path):
+def test_other_combinations_are_those_of_peft(how, tmp_path, monkeypatch):
     module, inputs = llama()
     paths = [stored(tmp_path / str(i), seed=i)[0] for i in (1, 2)]
     torch.manual_seed(5)
     merged, _ = merging.merge(module, [files.read(p, 0.5) for p in paths], inputs, combine=how)
-    base = llama()[0]
-    torch.manual_seed(5)  # DARE drops at random
-    want = peft.PeftModel.from_pretrained(base, paths[0], adapter_name="a")
+    want = peft.PeftModel.from_pretrained(llama()[0], paths[0], adapter_name="a")
     want.load_adapter(paths[1], "b")
+    inject = want.base_model.inject_adapter
+
+    def seeded(*args, **kwargs):  # DARE drops at random, after a new adapter was made at random
+        inject(*args, **kwargs)
+        torch.manual_seed(5)
+
+    monkeypatch.setattr(want.base_model, "inject_adapter", seeded)
     want.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c", how,
                               density=None if how in ("linear", "svd") else 0.5)
     want.set_adapter("c")
@@ -509,3 +514,118 @@ def test_lift_of_an_adapter_of_the_dense_model_is_refused(beside, tmp_path):
     path, _ = stored(tmp_path / "wide")
     with pytest.raises(SpaError, match="cannot be sliced"):
         spacompiler.lift(path, beside[0], tmp_path / "full")
+
+
+# --- experts, tied layers, odd files ----------------------------------------------------------
+
+EXPERTS = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+
+
+def test_adapters_of_experts_merge_and_are_not_sliced(tmp_path):
+    base = load("moe").build()
+    path, want = stored(tmp_path / "a", ("LORA", EXPERTS), base)
+    merged, _ = merging.merge(copy.deepcopy(base[0]), [files.read(path)], base[1])
+    assert (run(merged, base[1]) - want).abs().max() <= 1e-5
+    with pytest.raises(SpaError, match="whole parameters cannot be sliced") as error:
+        spacompiler.compile(*base, adapter=path, keep_adapter=True, **FAST)
+    assert "--keep-adapter" in error.value.fix
+
+
+def tied():
+    module, inputs = llama()
+    module.config.tie_word_embeddings = True
+    module.lm_head.weight = module.model.embed_tokens.weight
+    return module, inputs
+
+
+TIED = {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"],
+        "ensure_weight_tying": True}
+
+
+def of_tied(path):
+    """A PeftModel whose factors of the embedding are those of the output layer, saved too."""
+    module, inputs = tied()
+    model = tuned(copy.deepcopy(module), "LORA", TIED)
+    part = model.base_model.model
+    a, b = part.model.embed_tokens.lora_embedding_A, part.model.embed_tokens.lora_embedding_B
+    part.lm_head.lora_A["default"].weight.data = b["default"].data.T
+    part.lm_head.lora_B["default"].weight.data = a["default"].data.T
+    model.save_pretrained(path)
+    return model, run(model, inputs)
+
+
+@pytest.mark.parametrize("given", ["directory", "without the second", "live"])
+def test_tied_layers_with_tied_factors_stay_tied(given, tmp_path):
+    """The embedding's factors are the output layer's: both change alike, once."""
+    from safetensors.torch import load_file, save_file
+
+    model, want = of_tied(tmp_path / "a")
+    module, inputs = tied()
+    if given == "without the second":
+        file = tmp_path / "a" / files.WEIGHTS
+        save_file({k: v for k, v in load_file(file).items() if "lm_head" not in k}, file)
+    merged, _ = merging.merge_adapted(model, inputs) if given == "live" else \
+        merging.merge(module, [files.read(tmp_path / "a")], inputs)
+    assert (run(merged, inputs) - want).abs().max() <= 1e-5
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("key, value, refused", [
+    ("use_nlora", True, True), ("lora_gate", 1, True), ("kernel", {"p": 2}, True),
+    ("later_option", None, False), ("another", [], False)])
+def test_unknown_keys_of_a_configuration(key, value, refused, tmp_path):
+    path, _ = stored(tmp_path / "a")
+    adapter = files.read(edited(path, **{key: value}))
+    if not refused:
+        return merging.attach(llama()[0], [adapter])
+    with pytest.raises(SpaError, match=f"not understood: {key}"):
+        merging.attach(llama()[0], [adapter])
+
+
+def misshaped(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / files.WEIGHTS)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key][:, 1:].contiguous()}, path / files.WEIGHTS)
+
+
+WHOLE = {"0 missing": (lambda path: None, ""), "1 missing": (without, "1 are missing"),
+         "1 extra": (surplus, "1 of its arrays belong to no module"),
+         "1 mis-shaped": (misshaped, "size mismatch"), "1 NaN": (not_finite, "NaN or infinity")}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_compile_verify_and_load_with_an_adapter(case, tmp_path):
+    """A whole adapter gives a model that verifies and loads; any other an error, and no files."""
+    breaks, words = WHOLE[case]
+    module, inputs = llama()
+    module.save_pretrained(tmp_path / "dense")
+    path, _ = stored(tmp_path / "a")
+    breaks(path)
+
+    def compiled():
+        return spacompiler.compile(str(tmp_path / "dense"), inputs, adapter=path, onnx=False,
+                                   out=tmp_path / "out", **FAST)
+
+    if not words:
+        result = compiled()
+        assert all(c.passed is not False for c in spacompiler.verify(tmp_path / "out"))
+        assert torch.equal(run(spacompiler.load(tmp_path / "out"), inputs),
+                           run(result.module, inputs))
+        return
+    with pytest.raises(SpaError) as error:
+        compiled()
+    assert words in str(error.value) and error.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [("LORA", {"r": 2, "use_dora": True}), ("LOHA", {"r": 2})])
+def test_only_linear_layers_are_sliced_by_these_types(kind, tmp_path):
+    """On a 3 x 3 convolution their arrays are laid out in another way: merge."""
+    base = conv()
+    path, _ = stored(tmp_path / "a", (kind[0], {**kind[1], "target_modules": ["first"]}), base)
+    with pytest.raises(SpaError, match="cannot be sliced"):
+        spacompiler.compile(*base, adapter=path, keep_adapter=True,
+                            **{**FAST, "target": "params=63%"})

@@ -144,6 +144,40 @@ def test_lora_on_transposed_linear_layers():
     assert facts["parameters"] > sum(p.numel() for p in module.parameters() if p.ndim < 2)
 
 
+def test_lora_that_starts_from_gradients_does(pruned):
+    """The network is the same at first; the first step goes where the full gradient points."""
+    t = task(pruned)
+    facts = {}
+    for init in ("default", "lora_ga"):
+        torch.manual_seed(0)
+        t = task(pruned)
+        facts[init] = Lora(lr=1e-2, init=init, evaluations=2).run(t)
+    first = [f["history"][0]["objective"] for f in facts.values()]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    assert facts["default"]["history"][1:] != facts["lora_ga"]["history"][1:]
+    assert not any(hasattr(m, "_peft_loraga_grad") for m in t.module.modules())
+
+
+def test_what_has_no_gradient_cannot_start_from_it():
+    """peft starts convolutions at random without a word."""
+    g = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    calls = [((torch.randn(2, 3, 8, 8, generator=g),), {}) for _ in range(6)]
+    t = Training(net, copy.deepcopy(net), calls[:-1], calls[-1:],
+                 lambda r, a, k: r[0].square().mean())
+    with pytest.raises(SpaError, match="cannot be started from gradients") as error:
+        Lora(init="lora_ga").run(t)
+    assert error.value.where == "0"
+
+
+@pytest.mark.parametrize("init, words", [("lora-ga", "did you mean 'lora_ga'"),
+                                         ("corda", "known:"), ("pissa_niter_x", "known:")])
+def test_a_start_that_does_not_exist(init, words):
+    with pytest.raises(UsageError, match="cannot be started by") as error:
+        Lora(init=init)
+    assert words in error.value.fix
+
+
 def test_no_linear_layer_no_lora(pruned):
     t = task(pruned)
     t.module = nn.Sequential(nn.Embedding(61, 4))

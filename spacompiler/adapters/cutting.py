@@ -108,12 +108,21 @@ class Sliced:
 
 
 def check_sliceable(adapter: Adapter) -> None:
-    """Raise SpaError for a type that must be merged first."""
+    """Raise SpaError for an adapter that must be merged first."""
+    _check_whole_parameters(adapter, "sliced", "merge it: leave out --keep-adapter")
     if not adapter.kind.axes and not adapter.kind.as_lora:
         raise SpaError(f"adapters of type {adapter.type} cannot be sliced",
                        where=str(adapter.path),
                        why="each of their parameters acts on all rows or columns of a weight",
                        fix="merge it: leave out --keep-adapter")
+
+
+def _check_whole_parameters(adapter: Adapter, done: str, fix: str) -> None:
+    names = adapter.config.get("target_parameters") or ()
+    if names:
+        raise SpaError(f"adapters of whole parameters cannot be {done}", where=str(adapter.path),
+                       why=f"peft lays out the factors of all experts of {', '.join(names)} in "
+                           "one array, of which no axis is an expert's", fix=fix)
 
 
 def sliced(adapter: Adapter, cuts: Mapping[str, Cut], merged: Mapping[str, torch.Tensor],
@@ -221,6 +230,7 @@ def lifted(adapter: Adapter, cuts: Mapping[str, Cut]) -> Sliced:
 
     Raises SpaError for a type whose arrays depend on weights that the pruned model lacks.
     """
+    _check_whole_parameters(adapter, "lifted", "train LoRA on layers of the pruned model")
     known = {part.key: part for part in parts(adapter)}
     made = {}
     for key, tensor in adapter.tensors.items():

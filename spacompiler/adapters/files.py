@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,22 @@ def check_type(where: str, config: Mapping[str, Any]) -> None:
         if name in trap.kinds and trap.when(config):
             raise SpaError(f"this {name} adapter cannot be merged", where=where,
                            why=trap.why, fix=trap.fix)
+
+
+def check_keys(where: str, config: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise SpaError for a key of a configuration that is not known and says something.
+
+    Empty values (null, false, [], {}) are what writers of other versions leave for what they do
+    not use; `runtime_config` says where an adapter was, not what it is.
+    """
+    said = sorted(key for key, value in config.items() if key not in known
+                  and key != "runtime_config" and value not in (None, False, [], {}, ""))
+    if said:
+        raise SpaError(f"{CONFIG} says what is not understood: {', '.join(said)}", where=where,
+                       why=f"adapters of type {config.get('peft_type')} are not known to have it, "
+                           "and without it they may be others",
+                       fix="merge it with the library that wrote it, save the model, and prune "
+                           "that")
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,8 @@ class Kind:
     """One adapter type.
 
     `refused` says why it cannot be merged ("" if it can). `fill` is what a lifted array holds
-    where the pruned model had nothing. `biases` are endings of array names that need a bias in
+    where the pruned model had nothing. What `adds` changes a weight linearly in its arrays, from
+    `fill` on. `biases` are endings of array names that need a bias in
     the module that they belong to.
     """
 
@@ -31,6 +32,7 @@ class Kind:
     axes: Mapping[str, str] = field(default_factory=dict)
     as_lora: bool = False
     fill: float = 0.0
+    adds: bool = False
     biases: tuple[str, ...] = ()
 
 
@@ -46,9 +48,9 @@ KINDS: Mapping[str, Kind] = {
                        "hira_embedding_A": "- in", "hira_embedding_B": "out -"}),
     "LOHA": Kind(axes={"hada_w1_a": "out -", "hada_w1_b": "- in",
                        "hada_w2_a": "out -", "hada_w2_b": "- in"}),
-    "IA3": Kind(axes={"ia3_l": "out in"}, fill=1.0),
+    "IA3": Kind(axes={"ia3_l": "out in"}, fill=1.0, adds=True),
     "LN_TUNING": Kind(axes={"ln_tuning_layers.weight": "out", "ln_tuning_layers.bias": "out"}),
-    "BEFT": Kind(axes={"beft_bias": "- out"}, biases=(".beft_bias",)),
+    "BEFT": Kind(axes={"beft_bias": "- out"}, adds=True, biases=(".beft_bias",)),
     **dict.fromkeys(("DELORA", "MISS", "VERA", "VBLORA", "UNILORA", "TINYLORA"), LOW_RANK),
     **dict.fromkeys(("ADAMSS", "BOFT", "C3A", "DEFT", "FOURIERFT", "FROD", "GLORA", "GRALORA",
                      "HRA", "LOKR", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD",
@@ -104,4 +106,5 @@ COMBINATION_TRAPS: tuple[tuple[Callable[[Mapping[str, Any]], Any], str], ...] = 
     (lambda c: _init(c) in ("pissa", "olora", "mica"), "each was trained on a changed base"),
     (lambda c: c.get("kasa_config"), "each was trained on a changed base"),
     (lambda c: c.get("modules_to_save"), "whole modules that it brings do not add"),
+    (lambda c: c.get("target_parameters"), "factors of whole parameters are not combined"),
 )

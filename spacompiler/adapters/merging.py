@@ -6,10 +6,9 @@ ignore or invent, and compares the merged network with the adapted one on a prob
 
 from __future__ import annotations
 
-import copy
-import inspect
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,13 +21,13 @@ from ..biases import add_bias
 from ..errors import ProofError, SpaError
 from ..frontends.torch_export import Inputs, as_call
 from ..proof import relative_error
-from .files import ORIGIN, PREFIX, Adapter, check_type
-from .kinds import COMBINATION_TRAPS, KINDS, LAYER_TRAPS
+from . import combining, tying
+from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type
+from .kinds import KINDS, LAYER_TRAPS
 
 PROBE = 1e-4  # largest relative difference of results, adapter against merged, in float32
 ROUNDING = 1e-5  # below this, a difference is rounding ...
 OF_EFFECT = 1e-2  # ... above it, it must be small beside what the adapter changes
-TUNER = "combined"
 
 
 def library() -> Any:
@@ -51,8 +50,8 @@ def merge(module: nn.Module, adapters: Sequence[Adapter], inputs: Inputs, *,
           ) -> tuple[nn.Module, list[str]]:
     """Return the module with adapters merged into its weights, and notes for the report.
 
-    The module is changed. Several adapters, or one with a weight, are combined by peft first:
-    `cat` is the exact weighted sum. `base` takes copies of the arrays that merging changes.
+    The module is changed. Several adapters, or one with a weight, are made one first: `cat` is
+    the exact weighted sum. `base` takes copies of the arrays that merging changes.
 
     Raises:
         SpaError: an adapter of another base, or one that can't be merged or combined.
@@ -60,16 +59,18 @@ def merge(module: nn.Module, adapters: Sequence[Adapter], inputs: Inputs, *,
     """
     for adapter in adapters:
         _check_origin(module, adapter)
-    notes = prepare(module, adapters)
+    where = ", ".join(str(a.path) for a in adapters)
+    adapters = combining.combined(adapters, combine, [p for p, _ in module.named_modules()],
+                                  partial(_seen, module, inputs))
+    adapters = [tying.own_factors(module, adapter) for adapter in adapters]
+    notes, shared = prepare(module, adapters)
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     before = results(module, inputs)
     tuned = attach(module, adapters)
-    if len(adapters) > 1 or adapters[0].weight != 1.0:
-        _combine(tuned, adapters, combine)
     if base is not None:
         base.update(_before_merging(tuned))
-    merged, found = fold(tuned, partial(results, inputs=inputs), before,
-                         where=", ".join(str(a.path) for a in adapters))
+    merged, found = fold(tuned, partial(results, inputs=inputs), before, where=where)
+    found += tying.tied_again(merged, shared)
     for name, p in merged.named_parameters():
         p.requires_grad_(trainable.get(name, True))
     for name, tensor in merged.state_dict().items():
@@ -89,7 +90,7 @@ def _before_merging(tuned: Any) -> dict[str, torch.Tensor]:
 
 def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
     """Return a merged copy of a PeftModel of the user's, which stays as it is, and notes."""
-    tuned = copy.deepcopy(tuned)
+    tuned = tying.copied(tuned)
     active = tuned.active_adapters if hasattr(tuned, "active_adapters") else ()
     for name in active:
         config = _plain(tuned.peft_config[name])
@@ -103,7 +104,10 @@ def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
     with _quiet(), tuned.disable_adapter():
         before = results(tuned, inputs)
     _check_layers(tuned)
+    layers = {path for path, part in tuned.named_modules() if hasattr(part, "base_layer")}
+    shared = tying.untied(tuned, {f"{path}.base_layer" for path in layers})
     merged, found = fold(tuned, partial(results, inputs=inputs), before, where="the PeftModel")
+    found += tying.tied_again(merged, [pair.stripped() for pair in shared])
     for p in merged.parameters():
         p.requires_grad_(p.is_floating_point())
     return merged, [*notes, *found]
@@ -141,8 +145,12 @@ def fold(tuned: Any, probe: Callable[[nn.Module], list[Any]], before: Sequence[A
 # --- the base ---------------------------------------------------------------------------------
 
 
-def prepare(module: nn.Module, adapters: Sequence[Adapter]) -> list[str]:
-    """Give the base what its adapters need: float32 weights, biases, untied arrays."""
+def prepare(module: nn.Module, adapters: Sequence[Adapter]
+            ) -> tuple[list[str], list[tying.Pair]]:
+    """Give the base what its adapters need: float32 weights, biases, untied arrays.
+
+    Returns notes, and the layers that shared an array.
+    """
     notes = master(module)
     touched = {path for a in adapters for path in targets(module, a)}
     wanted = sorted({key.removeprefix(PREFIX).removesuffix(ending) for a in adapters
@@ -151,8 +159,7 @@ def prepare(module: nn.Module, adapters: Sequence[Adapter]) -> list[str]:
     if added:
         notes.append(f"zero biases were added to {len(added)} layers for the adapter "
                      f"({added[0]}, ...)")
-    return notes + [f"{path} was untied from {other}: an adapter changes only one of them"
-                    for path, other in _untie(module, touched)]
+    return notes, tying.untied(module, touched)
 
 
 def master(module: nn.Module) -> list[str]:
@@ -174,20 +181,6 @@ def targets(module: nn.Module, adapter: Adapter) -> set[str]:
             path = path.rpartition(".")[0]
         found.add(path)
     return found
-
-
-def _untie(module: nn.Module, touched: Set[str]) -> Iterator[tuple[str, str]]:
-    """Give a touched module its own copy of an array that it shares; yields (path, other)."""
-    owners: dict[int, str] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        path, _, leaf = name.rpartition(".")
-        other = owners.setdefault(id(p), path)
-        if other == path or not {path, other} & touched:
-            continue
-        setattr(module.get_submodule(path), leaf, nn.Parameter(p.detach().clone()))
-        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
-            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
-        yield path, other
 
 
 # --- attaching --------------------------------------------------------------------------------
@@ -225,10 +218,12 @@ def _name(index: int) -> str:
 
 def _config(peft: Any, adapter: Adapter) -> Any:
     """The stored configuration; without a task, so that any torch module will do as base."""
+    found = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.type)]
+    known = {f.name for f in dataclasses.fields(found)}
+    check_keys(str(adapter.path), adapter.config, known)
     try:
         with _quiet():
-            known = {k: v for k, v in adapter.config.items() if k != "runtime_config"}
-            config = peft.PeftConfig.from_peft_type(**known)
+            config = found(**{k: v for k, v in adapter.config.items() if k in known})
     except Exception as problem:
         raise SpaError("adapter_config.json cannot be used", where=str(adapter.path),
                        why=_line(problem)) from problem
@@ -282,30 +277,6 @@ def _check_layers(tuned: Any) -> None:
                                fix="prune the base without it")
 
 
-def _combine(tuned: Any, adapters: Sequence[Adapter], how: str) -> None:
-    """Replace the adapters by their weighted combination, made by peft."""
-    add: Any = getattr(tuned.base_model, "add_weighted_adapter", None)
-    for adapter in adapters:
-        reasons = [why for when, why in COMBINATION_TRAPS if when(adapter.config)]
-        if add is None or adapter.type != adapters[0].type:
-            reasons.append(f"peft does not combine {adapter.type} with {adapters[0].type}")
-        if reasons:
-            raise SpaError("adapters cannot be combined or weighted", where=str(adapter.path),
-                           why=reasons[0], fix="merge one of them, and give the result as MODEL")
-    known = inspect.signature(add).parameters
-    options: dict[str, Any] = {"combination_type": how} if "combination_type" in known else {}
-    if how.startswith(("ties", "dare")):
-        options["density"] = 0.5
-    try:
-        with _quiet():
-            add([_name(i) for i in range(len(adapters))], [a.weight for a in adapters], TUNER,
-                **options)
-            tuned.set_adapter(TUNER)
-    except Exception as problem:
-        raise SpaError(f"adapters cannot be combined by {how!r}", why=_line(problem),
-                       fix="use cat (the exact weighted sum) or svd") from problem
-
-
 # --- running ----------------------------------------------------------------------------------
 
 
@@ -318,6 +289,30 @@ def results(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         result = module(*args, **kwargs)
     module.train(was)
     return [x.clone() for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+
+
+def _seen(module: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The inputs of layers on a call, (n, i), by path."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(part: nn.Module, args: Any) -> None:
+            found[path] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+
+        return hook
+
+    handles = [module.get_submodule(path).register_forward_pre_hook(keep(path))
+               for path in paths]
+    try:
+        results(module, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = next((path for path in paths if path not in found), None)
+    if missing is not None:
+        raise SpaError("the example inputs do not reach a layer of the adapter", where=missing,
+                       why="q='auto' is measured there", fix="give q as a number")
+    return found
 
 
 def _line(problem: Exception) -> str:
