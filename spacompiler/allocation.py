@@ -15,6 +15,7 @@ from .axes import Atom, walk
 from .cost import Cost
 from .errors import TargetError, UsageError
 from .groups import Group, Solution, beside
+from .settling import settle
 
 if TYPE_CHECKING:
     from .measure import Measure
@@ -87,7 +88,7 @@ def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
     Where single steps get stuck short of the tolerance, a coarse unit is moved first and the
     others settle around it.
     """
-    kept = _settle(problem, kept)
+    kept = settle(problem, kept)
     coarse = sorted((u for u in problem.units if len(u.legal) > 1),
                     key=lambda u: -abs(problem.cost.change(u.counts(u.legal[-2]))))[:8]
     for unit in coarse:
@@ -96,7 +97,7 @@ def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
         for by in (1, -1):
             at = unit.legal.index(kept[unit.name]) + by
             if 0 <= at < len(unit.legal):
-                other = _settle(problem, {**kept, unit.name: unit.legal[at]}, but=unit.name)
+                other = settle(problem, {**kept, unit.name: unit.legal[at]}, but=unit.name)
                 if _miss(problem, other) < _miss(problem, kept):
                     kept = other
     problem.price(kept)
@@ -105,25 +106,6 @@ def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
 
 def _miss(problem: Problem, kept: Mapping[str, int]) -> float:
     return abs(problem.price(kept) - problem.target)
-
-
-def _settle(problem: Problem, kept: dict[str, int], but: str = "") -> dict[str, int]:
-    """Take the single step that helps most until none does (`but` names a unit to leave)."""
-    kept = dict(kept)
-    for _ in range(10 * sum(len(u.legal) for u in problem.units)):
-        miss = problem.price(kept) - problem.target
-        best, move = abs(miss), None
-        for unit in problem.units:
-            at = unit.legal.index(kept[unit.name])
-            for step in (at - 1, at + 1):
-                if unit.name != but and 0 <= step < len(unit.legal):
-                    change = problem.cost.change(unit.counts(unit.legal[step]))
-                    if abs(miss + change) < best:
-                        best, move = abs(miss + change), (unit.name, unit.legal[step])
-        if move is None:
-            break
-        kept[move[0]] = move[1]
-    return kept
 
 
 def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False) -> None:

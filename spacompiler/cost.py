@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -35,9 +35,11 @@ class Cost:
     counts: dict[Atom, int] = field(default_factory=dict)
     _by_atom: dict[Atom, list[int]] = field(default_factory=dict)
     _values: list[int] = field(default_factory=list)
+    total: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._values = [self._value(t) for t in self.terms]
+        self.total = sum(self._values)
         for i, term in enumerate(self.terms):
             for atom in {a for e in term.exprs for a in atoms(e)}:
                 self._by_atom.setdefault(atom, []).append(i)
@@ -45,17 +47,20 @@ class Cost:
     def _value(self, term: Term) -> int:
         return term.factor * prod(size_under(e, self.counts) for e in term.exprs)
 
-    @property
-    def total(self) -> int:
-        return sum(self._values)
-
     def set(self, counts: Mapping[Atom, int]) -> int:
         """Change some counts and return the new total."""
         changed = {a: n for a, n in counts.items() if self.counts.get(a, a.size) != n}
         self.counts.update(changed)
         for i in {i for a in changed for i in self._by_atom.get(a, ())}:
-            self._values[i] = self._value(self.terms[i])
+            value = self._value(self.terms[i])
+            self.total += value - self._values[i]
+            self._values[i] = value
         return self.total
+
+    def beside(self, changed: Iterable[Atom]) -> frozenset[Atom]:
+        """Return the atoms that stand in a term with any of these (themselves included)."""
+        touched = {i for a in changed for i in self._by_atom.get(a, ())}
+        return frozenset(a for i in touched for e in self.terms[i].exprs for a in atoms(e))
 
     def change(self, counts: Mapping[Atom, int]) -> int:
         """Return by how much the total would change, without changing it."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from .consumers import Consumer
 from .emit import onnx_proof
 from .emit.onnx_rewrite import rewrite
-from .emit.onnx_run import Session, run
+from .emit.onnx_run import Session, alone, run
 from .errors import SpaError, UsageError
 from .frontends.onnx_file import OnnxFile, checked_feed, release
 from .frontends.onnx_lower import OnnxTrace, trace
@@ -25,8 +27,8 @@ from .registry import available
 from .scores import Scores
 from .statistics import View, forward_only
 
-EXPOSED = 8
-"""Tensors that one run returns: more would be held in memory at once."""
+EXPOSED = 2**28
+"""Bytes of tensors (and of their statistics) that one run returns: more would be held at once."""
 
 
 def analyse(file: OnnxFile, inputs: Any, quick: bool = False) -> tuple[OnnxTrace, Solution]:
@@ -59,8 +61,7 @@ def check_weights(job: Job) -> None:
         if tensor is not None and tensor.dtype.is_floating_point() and not _sound(tensor.numpy()):
             raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
                            fix="use a model with finite weights")
-        if isinstance(tensor, ir.ExternalTensor):
-            release(file.model)
+        release(file.model, name)
 
 
 def _sound(array: np.ndarray) -> bool:
@@ -73,9 +74,13 @@ def _sound(array: np.ndarray) -> bool:
 class FileScores(Scores):
     """The context that importance passes see: a file's arrays, and what ONNX Runtime computes."""
 
+    _mapped: tuple[str, ...] = ()
+    _made: Mapping[str | None, ir.Value] = MappingProxyType({})
+
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array as it lies; integers (quantised weights) as floats."""
-        release(cast(Any, self.trace).model)
+        model = cast(Any, self.trace).model
+        self._mapped = (*(n for n in self._mapped if not release(model, n)), name)
         found = _tensor(cast(Any, self.trace).stored(name))
         return found if found.is_floating_point() else found.float()
 
@@ -118,12 +123,29 @@ class FileScores(Scores):
 
     def _runs(self, watched: dict[tuple[str, str], list[Consumer]],
               feeds: list[dict[str, np.ndarray]]) -> Iterator[list[str]]:
-        """Run over all batches with a few tensors exposed, yield their names, and so on."""
-        tensors = list(dict.fromkeys(name for _, name in watched))
-        for at in range(0, len(tensors), EXPOSED):
-            names = tensors[at:at + EXPOSED]
-            self._expose(names, watched, feeds)
-            yield names
+        """Run over all batches with as many tensors exposed as fit, yield their names, and so on.
+        """
+        grow = max((_elements(feed) for feed in feeds), default=1) / \
+            max(_elements(cast(Any, self.trace).feeds), 1)
+        held, total = list[str](), 0.0
+        for name, cost in (*self._costs(watched, max(grow, 1.0)).items(), ("", EXPOSED)):
+            total += cost
+            if held and total > EXPOSED:
+                self._expose(held, watched, feeds)
+                yield held
+                held, total = [], cost
+            held.append(name)
+
+    def _costs(self, watched: dict[tuple[str, str], list[Consumer]],
+               grow: float) -> dict[str, float]:
+        """Bytes of each watched tensor, `grow` times the traced one, and of its covariances."""
+        tensors, found = self.solution.graph.tensors, dict[str, float]()
+        for (_, name), own in watched.items():
+            if name not in found:
+                found[name] = 4.0 * prod(tensors[name].shape) * grow
+            if any("covariance" in self._inputs.get(at.key, {}) for at in own):
+                found[name] += sum(8.0 * _features(tensors[at.weight].shape) ** 2 for at in own)
+        return found
 
     def _expose(self, names: list[str], watched: dict[tuple[str, str], list[Consumer]],
                 feeds: Iterable[dict[str, np.ndarray]]) -> None:
@@ -144,8 +166,19 @@ class FileScores(Scores):
 
     def _computed(self, name: str) -> np.ndarray:
         """Return what follows from stored arrays alone (a transposed weight)."""
-        trace = cast(Any, self.trace)
-        return run(trace.model, trace.feeds, [name])[name]
+        model = cast(Any, self.trace).model
+        if not self._made:
+            self._made = {o.name: o for node in model.graph for o in node.outputs}
+        return run(alone(model, self._made[name]), {}, [name])[name]
+
+
+def _elements(feed: dict[str, np.ndarray]) -> int:
+    return sum(array.size for array in feed.values())
+
+
+def _features(shape: tuple[int, ...]) -> int:
+    """No consumer with a weight of this shape reads more features at once."""
+    return max(prod(shape[1:]), shape[0] if shape else 1)
 
 
 def _is_forward(entry: EntryPoint) -> bool:

@@ -19,6 +19,7 @@ from .consumers import Consumer, consumer
 from .errors import SpaError, UsageError, did_you_mean
 from .frontends.torch_export import Trace
 from .gradients import KINDS, Gradients, examples
+from .graph import Node
 from .groups import Group, Member, Solution
 from .runner import Runner
 from .slots import by_channel, onto, rows, slots
@@ -39,6 +40,7 @@ class Scores:
     _gradients: Gradients = None  # type: ignore[assignment]
     _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
+    _nodes: dict[str, Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._gradients = Gradients(self.trace, self.solution, self.stored)
@@ -125,7 +127,9 @@ class Scores:
 
     def _consumers_of(self, group: Group) -> list[Consumer]:
         if group.name not in self._consumers:
-            nodes = {node.name: node for node in self.solution.graph.nodes}
+            if not self._nodes:
+                self._nodes.update((node.name, node) for node in self.solution.graph.nodes)
+            nodes = self._nodes
             reads = dict.fromkeys((r.node, r.tensor) for r in group.reads)
             found = {node: consumer(self.solution.graph, nodes[node]) for node, _ in reads}
             self._consumers[group.name] = [

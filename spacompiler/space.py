@@ -41,6 +41,10 @@ from .axes import (
     walk,
 )
 
+REASONS = 8
+"""An atom keeps the first few reasons why it is frozen: an axis that runs through a whole network
+would gather one from each operator."""
+
 
 class Clash(Exception):
     """Two structures have no common refinement; callers freeze both sides with this text."""
@@ -60,7 +64,7 @@ class Space:
     def freeze(self, e: Expr, why: str) -> None:
         """Forbid the removal of any slice of `e`, keeping the reason for the user."""
         for atom in (e,) if isinstance(e, Atom) and e.bound is None else walk(e):
-            if why not in atom.reasons:
+            if len(atom.reasons) < REASONS and why not in atom.reasons:
                 atom.reasons = (*atom.reasons, why)
 
     def bind(self, atom: Atom, e: Expr) -> None:
@@ -73,7 +77,7 @@ class Space:
         if isinstance(e, Atom):
             keep, drop = (e, atom) if e.serial < atom.serial else (atom, e)
             if drop.reasons:
-                keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))
+                keep.reasons = tuple(dict.fromkeys(keep.reasons + drop.reasons))[:REASONS]
             drop.bound = keep
             return
         if isinstance(e, Sum) and e.order is not None and e.parts == (atom,):

@@ -156,7 +156,7 @@ def slices(job: Job) -> dict[str, Any]:
     corrected besides (gains of RMSNorms) are listed with their factor, repaired ones by name.
     `weights_hash` is that of the dense model, without the adapter if one was kept.
     """
-    lists: dict[str, list[int]] = {}
+    lists: dict[tuple[int, ...], str] = {}
     arrays: dict[str, Any] = {}
     for name, dims in job.solution.weights().items():
         per_axis = indices(dims, job.choices)
@@ -169,17 +169,13 @@ def slices(job: Job) -> dict[str, Any]:
     shapes = {n: [e.size for e in dims] for n, dims in job.solution.weights().items()
               if n in arrays}
     repaired = [name for name, first in job.trace.tied.items() if first in job.trace.repaired]
-    return {"indices": lists, "arrays": arrays, "shapes": shapes, "corrected": gains,
-            "repaired": repaired, "weights_hash": job.base_hash or job.plan.weights_hash}
+    return {"indices": {key: list(index) for index, key in lists.items()}, "arrays": arrays,
+            "shapes": shapes, "corrected": gains, "repaired": repaired,
+            "weights_hash": job.base_hash or job.plan.weights_hash}
 
 
-def _shared(lists: dict[str, list[int]], index: np.ndarray) -> str:
-    values = index.tolist()
-    for key, have in lists.items():
-        if have == values:
-            return key
-    lists[str(len(lists))] = values
-    return str(len(lists) - 1)
+def _shared(lists: dict[tuple[int, ...], str], index: np.ndarray) -> str:
+    return lists.setdefault(tuple(index.tolist()), str(len(lists)))
 
 
 # --- ONNX -------------------------------------------------------------------------------------

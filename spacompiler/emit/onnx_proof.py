@@ -158,7 +158,7 @@ def _control(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Eng
              want: list[torch.Tensor], seed: int, needed: float) -> tuple[str, float]:
     weight, control = "", 0.0
     for attempt in range(CONTROLS):
-        weight, wrong = swap(lambda n: torch.from_numpy(np.asarray(trace.stored(n), np.float32)),
+        weight, wrong = swap(lambda n: torch.from_numpy(np.array(trace.stored(n), np.float32)),
                              solution, choices, seed + attempt, attempt)
         model = rewrite(trace, solution, choices, wrong, double=engine.double)
         control = _error(engine, model, trace, want)

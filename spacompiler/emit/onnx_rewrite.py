@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..groups import Solution
 from ..proof import touched
 from ..slicing import NormChange, norm_changes
 from ..solver import Path
+from .onnx_constants import Constants, constant
 
 MaybeWrong = Mapping[str, Choices]
 
@@ -59,7 +61,7 @@ class Arrays:
         """Return the kept part of a stored array, gains of RMSNorms corrected."""
         array = take(self._trace.stored(name), self._dims[name],
                      self._wrong.get(name, self._choices))
-        release(self._trace.model)
+        release(self._trace.model, name)
         change = self._gains.get(name)
         if change is not None:
             offset = change.norm.offset
@@ -151,7 +153,7 @@ class _Sizes:
         wanted = self._wanted()
         for name, edits in wanted.items():
             for place, changes in edits.items():
-                self._direct(self.nodes[name], place, changes)
+                self._direct(name, place, changes)
         by_node = {id(self.nodes[n]): edits for n, edits in wanted.items()}
         live = {id(node) for node in self.nodes.values()}
 
@@ -185,62 +187,42 @@ class _Sizes:
 
     # --- attributes and constants -------------------------------------------------------------
 
-    def _direct(self, node: ir.Node, place: Place, changes: Mapping[int | None, Any]) -> None:
+    def _direct(self, name: str, place: Place, changes: Mapping[int | None, Any]) -> None:
+        node = self.nodes[name]
         if place.kind == "attr":
-            _set_attribute(node, place.key, changes, self._dense(node, place))
+            _set_attribute(node, place.key, changes, self._dense[name, place])
             return
         value = node.inputs[place.key] if place.key < len(node.inputs) else None
         if value is None:
-            self._new_input(node, place, changes)
+            self._new_input(name, place, changes)
             return
         for element, new in changes.items():
             edge = _source(self.trace.facts, node, place.key, element or 0)
             if edge is not None:
-                self._set_constant(*edge, new, follows=node.op_type == "Reshape")
+                self.constants.set(*edge, new, follows=node.op_type == "Reshape")
 
-    def _dense(self, node: ir.Node, place: Place) -> Any:
-        """The value of an argument that the file leaves out."""
-        name = next(n for n, other in self.nodes.items() if other is node)
-        at = next(i for (n, i), p in self.trace.places.items() if n == name and p == place)
-        ir_node = next(n for n in self.trace.graph.nodes if n.name == name)
-        return ir_node.arg(at, "")
+    @cached_property
+    def _dense(self) -> dict[tuple[str, Place], Any]:
+        """The dense value of each argument, of those that the file leaves out as well."""
+        made = {node.name: node for node in self.trace.graph.nodes}
+        return {(name, place): made[name].arg(at, "")
+                for (name, at), place in reversed(self.trace.places.items())}
 
-    def _new_input(self, node: ir.Node, place: Place, changes: Mapping[int | None, Any]) -> None:
-        dense = list(self._dense(node, place))
+    @cached_property
+    def constants(self) -> Constants:
+        """The constants of the model that is re-written."""
+        return Constants(self.model)
+
+    def _new_input(self, name: str, place: Place, changes: Mapping[int | None, Any]) -> None:
+        node, dense = self.nodes[name], list(self._dense[name, place])
         for element, new in changes.items():
             dense[element or 0] = new
-        made = self._constant(np.array(dense, dtype=np.int64), f"{node.outputs[0].name}_sizes")
+        made = self.constants.add(np.array(dense, dtype=np.int64),
+                                  f"{node.outputs[0].name}_sizes")
         while len(node.inputs) <= place.key:
             node.resize_inputs(len(node.inputs) + 1)
         node.replace_input_with(place.key, made)
         node.attributes.pop("num_outputs", None)
-
-    def _constant(self, array: np.ndarray, name: str) -> ir.Value:
-        while name in self.model.graph.initializers:
-            name += "_"
-        value = ir.Value(name=name, const_value=ir.Tensor(array, name=name),
-                         shape=ir.Shape(array.shape),
-                         type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
-        self.model.graph.register_initializer(value)
-        return value
-
-    def _set_constant(self, user: ir.Node, index: int, element: int, new: Any, *,
-                      follows: bool) -> None:
-        """Change one element of a constant input; other users keep the old constant.
-
-        With `follows` a 0 or -1 stays: a reshape copies or infers that size.
-        """
-        value = user.inputs[index]
-        assert value is not None and value.const_value is not None
-        array = np.array(value.const_value.numpy())
-        flat = array.reshape(-1)
-        if flat[element] == new or (follows and flat[element] in (0, -1)):
-            return
-        flat[element] = new
-        if len(list(value.uses())) > 1 or value.is_graph_output():
-            user.replace_input_with(index, self._constant(array, f"{value.name}_pruned"))
-        else:
-            value.const_value = ir.Tensor(array, name=value.name)
 
     # --- what is computed at run time ---------------------------------------------------------
 
@@ -276,7 +258,7 @@ class _Sizes:
         off = want != now
         if value.name in self.trace.facts.fixed or want.dtype.kind not in "iu" or \
                 (np.minimum(want, now)[off] <= 0).any():
-            made = self._constant(want, f"{value.name}_dense")
+            made = self.constants.add(want, f"{value.name}_dense")
         else:
             common = np.gcd(want, now)
             times, over = (np.where(off, n // np.maximum(common, 1), 1) for n in (want, now))
@@ -290,8 +272,8 @@ class _Sizes:
         assert node.graph is not None
         name = f"{value.name}_{node.outputs[0].name}"
         for op, numbers in (("Mul", times), ("Div", over)):
-            constant = self._constant(numbers, f"{name}_{op.lower()}_by")
-            step = ir.Node("", op, [value, constant], num_outputs=1, name=f"{name}_{op.lower()}")
+            by = self.constants.add(numbers, f"{name}_{op.lower()}_by")
+            step = ir.Node("", op, [value, by], num_outputs=1, name=f"{name}_{op.lower()}")
             step.outputs[0].name = f"{name}_{op.lower()}"
             node.graph.insert_before(node, step)
             value = step.outputs[0]
@@ -368,7 +350,7 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
     """Return the dense model in which every consumer of a removed slice reads zero."""
     model = trace.model.clone()
     nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
-    made: dict[str, ir.Value] = {}
+    made = _Masks(model)
     for name, tensors in touched(solution, choices).items():
         node = nodes[name]
         for tensor in sorted(tensors):
@@ -376,37 +358,34 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
                 if value is not None and value.name == tensor:
                     mask = keep_mask(solution.solver.dims[tensor], choices)
                     number = trace.facts.types[tensor]
-                    node.replace_input_with(i, _where(model, node, value, mask, number, made))
+                    node.replace_input_with(i, made.of(node, value, mask, number))
     _clean(model)
     return model
 
 
-def _where(model: ir.Model, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int,
-           made: dict[str, ir.Value]) -> ir.Value:
-    """Insert Where(mask, value, 0) once for each value."""
-    name = value.name or ""
-    if name in made:
-        return made[name]
-    graph = node.graph
-    zero = np.zeros((), ir.DataType(number).numpy())
-    parts = []
-    for label, array in (("mask", mask), ("zero", zero)):
-        title = f"{name}_{label}"
-        part = ir.Value(name=title, const_value=ir.Tensor(array, name=title),
-                        shape=ir.Shape(array.shape),
-                        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
-        model.graph.register_initializer(part)
-        parts.append(part)
-    step = ir.Node("", "Where", [parts[0], value, parts[1]], num_outputs=1, name=f"{name}_where")
-    step.outputs[0].name = f"{name}_masked"
-    first = min((user for user, _ in value.uses() if user.graph is graph and user is not step),
-                key=_position(graph), default=node)
-    graph.insert_before(first, step)  # type: ignore[union-attr]
-    if graph is model.graph:
-        made[name] = step.outputs[0]
-    return step.outputs[0]
+class _Masks:
+    """The masked values of a model: Where(mask, value, 0), once for each."""
 
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.made: dict[str, ir.Value] = {}
+        self.order = {id(n): i for i, n in enumerate(model.graph.all_nodes())}
 
-def _position(graph: Any) -> Any:
-    order = {id(n): i for i, n in enumerate(graph)}
-    return lambda node: order[id(node)]
+    def of(self, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int) -> ir.Value:
+        """Return the masked value, made before the first of its readers in the node's graph."""
+        name = value.name or ""
+        if name in self.made:
+            return self.made[name]
+        graph = node.graph
+        zero = constant(self.model, np.zeros((), ir.DataType(number).numpy()), f"{name}_zero")
+        stored = constant(self.model, mask, f"{name}_mask")
+        step = ir.Node("", "Where", [stored, value, zero],
+                       num_outputs=1, name=f"{name}_where")
+        step.outputs[0].name = f"{name}_masked"
+        readers = [user for user, _ in value.uses() if user.graph is graph and user is not step]
+        first = min(readers, key=lambda user: self.order[id(user)], default=node)
+        self.order[id(step)] = self.order[id(first)]
+        graph.insert_before(first, step)  # type: ignore[union-attr]
+        if graph is self.model.graph:
+            self.made[name] = step.outputs[0]
+        return step.outputs[0]

@@ -85,3 +85,26 @@ def _refused(what: str, problem: Exception) -> SpaError:
 def run(model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
     """Run a model once and return the named values."""
     return dict(zip(names, Session(model, names).run(feeds, names), strict=True))
+
+
+def alone(model: ir.Model, value: ir.Value) -> ir.Model:
+    """Return a model of the nodes that make a value from stored arrays, and nothing else."""
+    nodes: dict[ir.Node, None] = {}
+    stored: dict[ir.Value, None] = {}
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        maker = found.producer()
+        if maker is None:
+            stored[found] = None
+            continue
+        ahead = [v for v in maker.inputs if v is not None and v.producer() not in nodes]
+        if any(v.producer() is not None for v in ahead):
+            waiting += [found, *ahead]
+        else:
+            stored.update(dict.fromkeys(v for v in maker.inputs if v is not None and
+                                        v.producer() is None))
+            nodes[maker] = None
+    view = ir.GraphView([], [value], nodes=[*nodes], initializers=[*stored],
+                        opset_imports=model.graph.opset_imports, name="alone")
+    return ir.Model(view.clone(), ir_version=model.ir_version)

@@ -16,6 +16,7 @@ from ..errors import ProofError, SpaError
 from ..frontends.onnx_file import OnnxFile, example
 from ..frontends.onnx_lower import OnnxTrace, trace
 from ..frontends.onnx_ops import TABLE
+from ..frontends.onnx_shapes import sizes_of
 from ..groups import solve
 from ..job import Job
 from ..proof import relative_error
@@ -63,10 +64,27 @@ def save(model: ir.Model, path: Path) -> int:
     """Save a model, large ones with external data beside it; return the bytes of weights."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values()
                if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_BYTES else None)
+    large = size > EXTERNAL_BYTES
+    ir.save(model if large else _gathered(model), path,
+            external_data=f"{path.name}.data" if large else None)
     for file in path.parent.glob(f"{path.name}*"):
         file.chmod(0o644)
     return size
+
+
+def _gathered(model: ir.Model) -> ir.Model:
+    """Return the model with arrays that lie in other files read into it when it is written."""
+    found = model.clone()
+    for value in found.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _read(tensor)
+    return found
+
+
+def _read(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name),
+                         dtype=tensor.dtype, shape=ir.Shape(sizes_of(tensor)), name=tensor.name)
 
 
 def full_check(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +31,14 @@ _PLAIN = frozenset(ir.DataType[n] for n in (
 
 @dataclass(eq=False)
 class OnnxFile:
-    """A checked model and where it came from; `notes` say what was changed on reading."""
+    """A checked model and where it came from; `notes` say what was changed on reading.
+
+    `data` are the files beside it that hold arrays.
+    """
 
     path: Path
     model: ir.Model
+    data: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -49,7 +52,7 @@ class OnnxFile:
     def digest(self) -> str:
         """sha256 over the file and, in order of name, its external data files."""
         found = hashlib.sha256()
-        for place in [self.path, *sorted(_external_files(self.model))]:
+        for place in [self.path, *self.data]:
             with place.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     found.update(chunk)
@@ -75,7 +78,8 @@ def open_model(path: str | Path) -> OnnxFile:
         raise _unreadable(place, problem) from problem
     for tensor in _tensors(model):
         _check_tensor(tensor, place)
-    made = OnnxFile(place, model)
+    made = OnnxFile(place, model, tuple(sorted(_external_files(model))))
+    _take_in(model)
     _check_model(made)
     try:
         _prepare(made)
@@ -107,16 +111,43 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """Yield every stored tensor: initialisers and attributes, of functions and bodies too."""
     for graph in _graphs(model):
         yield from (v.const_value for v in graph.initializers.values() if v.const_value)
-    nodes = [*model.graph.all_nodes(),
-             *(n for f in model.functions.values() for n in f.all_nodes())]
-    for node in nodes:
+    for node in _nodes(model):
         for attribute in node.attributes.values():
             if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
                 yield attribute.as_tensor()
 
 
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield every node, those of bodies and functions too."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
 def _external_files(model: ir.Model) -> set[Path]:
     return {Path(t.path) for t in _tensors(model) if isinstance(t, ir.ExternalTensor)}
+
+
+def _take_in(model: ir.Model) -> None:
+    """Hold small external arrays, and those inside of nodes, in memory.
+
+    ONNX's checker looks for them in the current folder when it is given no file.
+    """
+    for graph in _graphs(model):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (
+                    tensor.nbytes <= INLINE or graph is not model.graph):
+                value.const_value = _held(tensor)
+    for node in _nodes(model):
+        for name, attribute in list(node.attributes.items()):
+            if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR \
+                    and isinstance(attribute.as_tensor(), ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, _held(attribute.as_tensor()))
+
+
+def _held(tensor: ir.TensorProtocol) -> ir.Tensor:
+    return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def _check_tensor(tensor: ir.TensorProtocol, place: Path) -> None:
@@ -233,7 +264,8 @@ def skeleton(model: ir.Model, *, as_inputs: bool = False,
     for graph_value in model.graph.initializers.values():
         tensor = graph_value.const_value
         lies = mapped and isinstance(tensor, ir.ExternalTensor)
-        if tensor is not None and tensor.dtype in _PLAIN and tensor.nbytes > INLINE and not lies:
+        fits = tensor is not None and (as_inputs or tensor.dtype in _PLAIN)
+        if tensor is not None and fits and tensor.nbytes > INLINE and not lies:
             held[graph_value.name or ""] = tensor
             graph_value.const_value = ir.ExternalTensor(
                 "memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(sizes_of(tensor)),
@@ -266,20 +298,19 @@ def external(model: ir.Model) -> dict[str, np.ndarray]:
             and not isinstance(value.const_value, ir.ExternalTensor)}
 
 
-_EXTERNAL = "spacompiler.external"
+def release(model: ir.Model, name: str | None = None) -> bool:
+    """Unmap an array of an external data file, or all: it is mapped again when it is asked for.
 
-
-def release(model: ir.Model) -> None:
-    """Unmap what was read of external data files: it is mapped again when it is asked for.
-
-    Called for every array that is read, so which arrays are external is looked up only once.
+    False if someone still looks at one.
     """
-    if _EXTERNAL not in model.meta:
-        model.meta[_EXTERNAL] = [v.const_value for v in model.graph.initializers.values()
-                                 if isinstance(v.const_value, ir.ExternalTensor)]
-    for tensor in model.meta[_EXTERNAL]:
-        with suppress(BufferError):  # someone still looks at it
-            tensor.release()
+    values, free = model.graph.initializers, True
+    for value in values.values() if name is None else filter(None, (values.get(name),)):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            try:
+                value.const_value.release()
+            except BufferError:
+                free = False
+    return free
 
 
 # --- example inputs ---------------------------------------------------------------------------
