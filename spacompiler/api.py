@@ -108,6 +108,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         name=name or found.name, progress=progress, owned=isinstance(model, str),
         recovery=recovery, recover_data=recover_data,
         checkpoint=Path(checkpoint) if checkpoint is not None else None, schedule=schedule)
+    job.source, job.folder = found.facts or {"kind": _kind(name)}, found.folder
+    job.notes.extend(found.notes)
     result = Result(pipeline.run(job, dry_run=dry_run))
     if out is not None and not dry_run:
         result.save(out)
@@ -129,6 +131,12 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
     return backend_of(module).trace(module, inputs, quick=True)[1]
 
 
+def _kind(name: str) -> str:
+    """Where the code of a user's module is found again: what its given name says, if it does."""
+    kind = source.kind_of(name) if name else "module"
+    return kind if kind in ("zoo", "factory", "directory") else "module"
+
+
 def _named(what: Any) -> str:
     return what if isinstance(what, str) else repr(what)
 
@@ -138,7 +146,8 @@ def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust
     if isinstance(model, str):
         if progress is not None:
             progress(f"loading {model}", 0, len(pipeline.STEPS))
-        found = source.load(model, trust_remote_code=trust)
+        found = source.load(model, trust_remote_code=trust,
+                            unused=("*",) if recipe is None else recipe.unused)
         if inputs is not None:
             found.inputs = inputs
         return found

@@ -110,6 +110,9 @@ def compile(
         metavar="DIR", help="Save the training here, and continue it if it was stopped.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan.")] = False,
     as_json: AsJson = False,
+    unused: Annotated[list[str] | None, typer.Option(
+        metavar="PATTERN", help="Arrays of the checkpoint that the network has no use for, such as "
+                                "a head of another task. Repeatable.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Prune MODEL to a target and write a smaller model that is proved right."""
@@ -122,7 +125,7 @@ def compile(
             "blocks": blocks, "continued": continued, "approximate": approximate, "align": align,
             "floor": floor, "layout": layout, "samples": samples,
             "length": length, "batch": batch, "seed": seed, "prove": prove, "onnx": onnx,
-            "decoder": decoder, "int8": int8,
+            "decoder": decoder, "int8": int8, "unused": tuple(unused or ()),
             "int8_bits": int8_bits, "latency": latency,
             "combine": combine, "keep_adapter": keep_adapter, "recover_samples": recover_samples}
         _check_early(target, out, importance, allocation, recover,
@@ -358,7 +361,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
                TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)

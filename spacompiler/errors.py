@@ -30,6 +30,10 @@ class UsageError(SpaError):
     code = 2
 
 
+class WeightsError(SpaError):
+    """Stored weights are not those of the network: missing, left over, mis-shaped, not finite."""
+
+
 class TraceError(SpaError):
     """The network cannot be traced as a whole; a part of it may be."""
 

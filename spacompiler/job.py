@@ -30,6 +30,7 @@ class Job:
     `module` is a torch module, or what another front end reads: then it brings its `backend`. Where
     whole blocks were dropped it is the network without them; `dense` is the one with them, and
     `whole` are its costs by metric (and bytes). `idle` says that repair changed nothing.
+    `source` is what is known of where the module comes from, and `folder` where its files lie.
     """
 
     recipe: Recipe
@@ -76,6 +77,8 @@ class Job:
     base: dict[str, torch.Tensor] = field(default_factory=dict)
     base_hash: str = ""
     kept: Any = None
+    source: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def reference(self) -> Any:

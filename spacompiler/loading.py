@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import artifact
+from . import artifact, completeness, pretrained, weight_files
 from .biases import with_biases
 from .blocks import without
-from .emit.module import resize
-from .errors import SpaError
+from .emit.module import named_arrays, resize
+from .errors import SpaError, WeightsError
 from .frontends.torch_export import Inputs
+from .weight_files import WEIGHTS
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -41,16 +42,55 @@ def load_folder(folder: Path, model: nn.Module | None = None) -> nn.Module:
         return _onnx(folder)
     if structure["layout"] == "uniform":
         return _stock(folder, structure["class"])
-    arrays = artifact.load_weights(folder / "model.safetensors")
-    if structure["emission"] == "program":
-        return _program(folder, structure, arrays, model)
+    arrays = artifact.load_weights(folder / WEIGHTS)
     dense = _dense(folder, structure, model)
-    return resize(dense, structure["attributes"], arrays).eval()
+    if structure["emission"] == "program":
+        made = _program(folder, structure, arrays, dense)
+    else:
+        _check_whole(folder, _shapes(folder, dense, arrays), arrays)
+        made = resize(dense, structure["attributes"], arrays)
+    return _finite(folder, made.eval())
+
+
+def _check_whole(folder: Path, network: dict[str, tuple[int, ...] | None],
+                 arrays: dict[str, torch.Tensor]) -> None:
+    """Raise WeightsError unless the stored arrays are the network's, all of them."""
+    completeness.of_arrays(network, arrays).check(
+        f"{WEIGHTS} does not hold this network", str(folder),
+        fix="pass the dense module that the artifact was made from, or compile it again")
+
+
+def _finite(folder: Path, module: nn.Module) -> nn.Module:
+    if name := completeness.unsound(module):
+        raise WeightsError(f"{WEIGHTS} holds NaN or infinity", where=str(folder), why=f"in {name}",
+                       fix="compile the model again")
+    return module
+
+
+def _shapes(folder: Path, dense: nn.Module,
+            arrays: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of each array that the pruned network has, by what the slices say of it.
+
+    They name the arrays that changed by the first of their names; None where an array is cut along
+    several dimensions at once. Buffers that a state dict leaves out are stored where they changed.
+    """
+    slices = artifact.read_json(folder / "slices.json")
+    saved, first = dense.state_dict().keys(), dict[int, str]()
+    found: dict[str, tuple[int, ...] | None] = {}
+    for name, tensor in named_arrays(dense):
+        cut = slices["arrays"].get(first.setdefault(id(tensor), name))
+        if name in saved or name in arrays:
+            found[name] = tuple(tensor.shape) if cut is None else None if cut == "joint" else \
+                tuple(n if i is None else len(slices["indices"][i])
+                      for n, i in zip(tensor.shape, cut, strict=True))
+    return found
 
 
 def _onnx(folder: Path) -> nn.Module:
     from .emit.onnx_module import OnnxModule
+    from .frontends.onnx_file import check_finite, open_model
 
+    check_finite(open_model(folder / "model.onnx"), str(folder))
     return OnnxModule(folder / "model.onnx")
 
 
@@ -60,23 +100,19 @@ def _class(path: str) -> Any:
 
 
 def _stock(folder: Path, path: str) -> nn.Module:
-    from transformers.utils import logging
-
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = _class(path).from_pretrained(folder, dtype="auto").eval()
-    finally:
-        if was:
-            logging.enable_progress_bar()
-    return model
+    cls = _class(path)
+    weight_files.check(str(folder))
+    config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
+    return pretrained.load(folder, cls, config)[0]
 
 
 def dense_module(folder: Path, structure: dict[str, Any]) -> nn.Module:
     """Build the dense network (its weights do not matter) from what the artifact recorded."""
     if (folder / "dense_config.json").exists():
-        cls = _class(structure["class"])
-        config = cls.config_class.from_dict(artifact.read_json(folder / "dense_config.json"))
+        cls, entries = _class(structure["class"]), artifact.read_json(folder / "dense_config.json")
+        arrays = weight_files.header(folder / WEIGHTS)
+        weight_files.check_layers(entries, len(arrays), str(folder))
+        config = cls.config_class.from_dict(entries)
         with torch.device("cpu"):
             return cls(config).eval()
     return _source(structure).module
@@ -95,18 +131,22 @@ def prepared(dense: nn.Module, structure: dict[str, Any], owned: bool = False) -
 
 
 def _source(structure: dict[str, Any]) -> Any:
+    """Build the network that an artifact names; nothing is asked of the hub."""
+    from .source import kind_of
     from .source import load as load_source
 
+    name, recorded = structure["model"], structure.get("source") or {}
+    kind = recorded.get("kind") or kind_of(name)
     try:
-        return load_source(structure["model"])
+        return load_source(name, kind=kind, local=True, unused=recorded.get("unused", ()))
     except SpaError as problem:
-        raise SpaError(f"the network {structure['model']!r} cannot be built",
+        raise SpaError(f"the network {name!r} cannot be built",
                        why=problem.what, fix="pass the dense module: load(dir, model=module)"
                        ) from problem
 
 
 def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Tensor],
-             model: nn.Module | None) -> nn.Module:
+             dense: nn.Module) -> nn.Module:
     """Trace the dense network again and re-write its program by the plan."""
     from .emit.program import Rewritten, rewrite
     from .frontends.aten import TABLE
@@ -114,12 +154,11 @@ def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Te
     from .groups import solve
     from .plan import Plan
 
-    dense = _dense(folder, structure, model)
     traced = trace(dense, check_inputs(folder, structure))
     solution = solve(traced.graph, TABLE, rewire=True)
     plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    program = rewrite(traced, solution, plan.choices(solution), arrays)
-    made = Rewritten(program)
+    made = Rewritten(rewrite(traced, solution, plan.choices(solution)))
+    _check_whole(folder, {n: tuple(t.shape) for n, t in made.body.state_dict().items()}, arrays)
     made.body.load_state_dict(arrays, strict=True, assign=True)
     return made
 

@@ -10,15 +10,14 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from .consumers import Consumer
 from .emit import onnx_proof
 from .emit.onnx_rewrite import rewrite
 from .emit.onnx_run import Session, alone, run
-from .errors import SpaError, UsageError
-from .frontends.onnx_file import OnnxFile, checked_feed, release
+from .errors import UsageError
+from .frontends.onnx_file import OnnxFile, check_finite, checked_feed, release
 from .frontends.onnx_lower import OnnxTrace, trace
 from .frontends.onnx_ops import TABLE
 from .groups import Group, Solution, solve
@@ -56,19 +55,7 @@ def check_weights(job: Job) -> None:
         raise UsageError("an ONNX file cannot be trained", why="ONNX Runtime computes forward only",
                          fix="leave out recovery, or train the torch model and export it")
     job.notes.extend(file.notes)
-    for name, value in file.model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype.is_floating_point() and not _sound(tensor.numpy()):
-            raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
-                           fix="use a model with finite weights")
-        release(file.model, name)
-
-
-def _sound(array: np.ndarray) -> bool:
-    """True if all is finite, or nothing but zeros and infinities (a mask, a bound)."""
-    array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-    finite = np.isfinite(array)
-    return bool(finite.all() or (not np.isnan(array).any() and not array[finite].any()))
+    check_finite(file, job.name)
 
 
 class FileScores(Scores):

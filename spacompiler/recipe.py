@@ -61,7 +61,8 @@ class Recipe:
     (None: what the CPU wants); `floor` the least share of each group. `repair` auto is `refit`
     where scoring reads real calibration data anyway, else none; with `continued` it is fit to what
     the model itself writes on from each calibration window, too, and so are scores by covariance
-    and curvature; `adapters` are directories, `DIR` or `DIR=weight`.
+    and curvature; `adapters` are directories, `DIR` or `DIR=weight`; `unused` are patterns over
+    arrays of a checkpoint that its network has no use for.
     """
 
     target: str
@@ -91,6 +92,7 @@ class Recipe:
     int8_bits: int = 7
     latency: bool = True
     adapters: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     combine: str = "cat"
     keep_adapter: bool = False
     recovery: str = ""

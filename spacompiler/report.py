@@ -22,6 +22,7 @@ def facts(job: Job) -> dict[str, Any]:
     return {
         "model": job.name,
         "target": plan.target,
+        "source": job.source,
         "costs": plan.costs,
         "importance": repr(job.importance),
         "allocation": repr(job.allocation),
@@ -91,11 +92,37 @@ def markdown(data: Mapping[str, Any]) -> str:
                       for w in data["widths"]]), "",
              "## Frozen", "",
              *_table(("why", "dimensions"), list(data["frozen"].items())), ""]
+    lines += _source(data.get("source") or {}, data.get("files") or {})
     if data["unknown_operators"]:
         lines += ["## Unknown operators", "", *(f"- {n}" for n in data["unknown_operators"]), ""]
     if data["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
     return "\n".join(lines)
+
+
+SOURCE = {"class": "class", "dtype": "type of its numbers", "bytes": "bytes of weights as stored",
+          "quantised": "quantised by", "recreated": "arrays made by the class itself",
+          "ignored": "stored arrays that the class does not read", "unused": "arrays left out",
+          "carried": "files carried over", "adapted": "files written anew",
+          "left": "files left behind"}
+"""What a page says of a source, by key; lists are counted, with the first of their names."""
+
+
+def _source(source: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+    rows = [(SOURCE[key], _some(value)) for key, value in {**source, **files}.items()
+            if key in SOURCE and value]
+    return ["## Source", "", *_table(("what", "of the model that was compiled"), rows), ""] \
+        if rows else []
+
+
+def _some(value: Any, most: int = 8) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, str):
+        return value
+    names = [f"{n} ({why})" for n, why in value.items()] if isinstance(value, Mapping) else value
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _recovery(done: Mapping[str, Any] | None) -> list[str]:

@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .report import table_rows
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
     """Return a table of strings; columns of numbers stand right."""
-    made = Table(title=title or None, title_justify="left")
+    made = Table(title=Text(title) if title else None, title_justify="left")
     for i, name in enumerate(head):
         numbers = all(str(r[i])[:1].isdigit() or not str(r[i]) for r in rows) and bool(rows)
-        made.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        made.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+        made.add_row(*(Text(str(cell)) for cell in row))
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import beside, hub, pretrained, weight_files
 from .emit.hf import is_encoder_decoder
 from .errors import SpaError, UsageError, did_you_mean
 from .frontends.torch_export import Inputs
@@ -22,7 +23,9 @@ from .frontends.torch_export import Inputs
 class Source:
     """A loaded model: the module, example inputs, and what came with it.
 
-    `calibration(n, seed)` yields example batches where the model brings its own.
+    `calibration(n, seed)` yields example batches where the model brings its own; `kind` is one of
+    `zoo`, `onnx`, `factory`, `directory`, `hub` and `module` (the user's own), `folder` where its
+    files lie, `facts` and `notes` what a report says of it.
     """
 
     name: str
@@ -30,20 +33,53 @@ class Source:
     inputs: Inputs
     tokenizer: Any = None
     calibration: Callable[[int, int], Any] | None = field(default=None)
+    kind: str = "module"
+    folder: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def load(text: str, *, trust_remote_code: bool = False) -> Source:
-    """Load a model by its name.
+def kind_of(text: str) -> str:
+    """Return what kind of model a name is of, from its form and the files that are there.
 
-    Raises UsageError for a name that cannot be right, SpaError for a model that cannot be loaded.
+    >>> kind_of("zoo:resnet"), kind_of("net.onnx"), kind_of("nets:make"), kind_of("owner/model")
+    ('zoo', 'onnx', 'factory', 'hub')
     """
     if text.startswith("zoo:"):
-        return _zoo(text)
+        return "zoo"
     if text.endswith(".onnx"):
-        return _onnx(text)
-    if not Path(text).exists() and ":" in text:
-        return _factory(text)
-    return _transformers(text, text, trust_remote_code)
+        return "onnx"
+    place = Path(text)
+    if place.exists():
+        return "directory"
+    if ":" in text:
+        return "factory"
+    looks_local = place.is_absolute() or text.startswith((".", "~")) or place.suffix != ""
+    return "directory" if looks_local or text.count("/") > 1 or not text else "hub"
+
+
+def load(text: str, *, trust_remote_code: bool = False, unused: Iterable[str] = (),
+         kind: str = "", local: bool = False) -> Source:
+    """Load a model by its name, of the kind that it has by its form if no other is said.
+
+    `unused` are patterns over arrays of a checkpoint that its network has no use for; `local` asks
+    nothing of the hub, and takes what was fetched from there before.
+    Raises UsageError for a name that cannot be right, SpaError for a model that cannot be loaded.
+    """
+    kind = kind or kind_of(text)
+    if kind == "module":
+        raise SpaError(f"{text} is a module of the user's own",
+                       why="its code is not recorded, only the name of its class",
+                       fix="pass the dense module")
+    if kind in _MAKERS:
+        found = _MAKERS[kind](text)
+    else:
+        folder = hub.fetch(text, trust=trust_remote_code, local=local) if kind == "hub" else \
+            _check_directory(text)
+        found = _transformers(text, folder, trust_remote_code, unused)
+    found.kind = kind
+    found.facts = {"kind": kind, **found.facts}
+    return found
 
 
 def _zoo(text: str) -> Source:
@@ -55,7 +91,7 @@ def _zoo(text: str) -> Source:
                          fix=did_you_mean(name, models_zoo.names()))
     found = models_zoo.load(name)
     if getattr(found, "KIND", "") == "transformers":
-        return _transformers(text, str(_fetched(text, found.fetch)), False)
+        return _transformers(text, _check_directory(str(_fetched(text, found.fetch))))
     module, inputs = _fetched(text, found.build)
     return Source(text, module, inputs, calibration=getattr(found, "calibration", None))
 
@@ -96,45 +132,32 @@ def _factory(text: str) -> Source:
     return Source(text, made[0], made[1])
 
 
-def _transformers(name: str, path: str, trust_remote_code: bool) -> Source:
-    _check_directory(path)
-    import transformers
-    from transformers.utils import logging
+_MAKERS: dict[str, Callable[[str], Source]] = {
+    "zoo": _zoo, "onnx": _onnx, "factory": _factory}
 
-    logging.disable_progress_bar()
+
+def _transformers(name: str, folder: Path, trust: bool = False,
+                  unused: Iterable[str] = ()) -> Source:
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code)
-        cls = _model_class(transformers, config)
-        module = cls.from_pretrained(path, config=config, dtype="auto",
-                                     trust_remote_code=trust_remote_code)
+            str(folder), trust_remote_code=trust, local_files_only=True)
     except Exception as problem:  # transformers raises many kinds
-        raise SpaError(f"cannot load {path!r} with transformers",
+        raise SpaError(f"cannot load {name!r} with transformers",
                        why=str(problem).strip().splitlines()[0],
                        fix="give a directory with config.json and model.safetensors, or a hub id"
                        ) from problem
-    tokenizer = _tokenizer(transformers, path)
-    return Source(name, module.eval(), example_inputs(module), tokenizer)
+    module, report = pretrained.load(folder, _model_class(transformers, config), config,
+                                     trust=trust, unused=unused)
+    facts, notes = pretrained.facts(folder, module, report)
+    tokenizer, unread = _tokenizer(transformers, folder, trust)
+    return Source(name, module, example_inputs(module), tokenizer, folder=folder, facts=facts,
+                  notes=[*notes, *unread])
 
 
-def _check_directory(path: str) -> None:
-    place = Path(path)
-    looks_local = place.is_absolute() or path.startswith((".", "~")) or place.suffix != ""
-    if not place.exists() and (looks_local or path.count("/") > 1):
-        raise SpaError(f"there is no model at {path!r}", why="no such file or directory",
-                       fix="give zoo:NAME, a transformers directory, an .onnx file, or "
-                           "package.module:factory")
-    if place.is_file():
-        raise SpaError(f"{path!r} is a file, not a model directory",
-                       why="weights alone do not say what network they belong to",
-                       fix="give the directory that holds config.json, or a factory")
-    if place.is_dir() and not (place / "config.json").exists():
-        raise SpaError(f"{path!r} holds no model", why="there is no config.json in it",
-                       fix="give a directory saved by save_pretrained, or by this compiler")
-    if place.is_dir() and not any(place.glob("*.safetensors")):
-        raise SpaError(f"{path!r} holds no safetensors weights",
-                       why="pickled weights (*.bin, *.pt) are not read",
-                       fix="save the model again with safe serialization")
+def _check_directory(path: str) -> Path:
+    return weight_files.check(path)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
@@ -145,11 +168,16 @@ def _model_class(transformers: Any, config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _tokenizer(transformers: Any, path: str) -> Any:
+def _tokenizer(transformers: Any, folder: Path, trust: bool) -> tuple[Any, list[str]]:
+    """The tokenizer beside a model, if there is one, and a note where it cannot be loaded."""
+    if not beside.has_tokenizer(folder):
+        return None, []
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except Exception:  # a model without a tokenizer is fine
-        return None
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust, local_files_only=True), []
+    except Exception as problem:  # it raises many kinds
+        why = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        return None, [f"the tokenizer cannot be loaded, so no text can be read: {why}"]
 
 
 def example_inputs(module: Any) -> Inputs:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from .completeness import unsound
 from .decision import statistics_of
 from .emit import hf
 from .emit.attributes import assign, resized, unmet, watch
@@ -29,10 +30,9 @@ from .slicing import Slicer
 
 
 def _check_module(job: Job) -> None:
-    for name, tensor in job.module.named_parameters():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
-                           fix="use a checkpoint with finite weights")
+    if name := unsound(job.module):
+        raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
+                       fix="use a checkpoint with finite weights")
 
 
 def weights_hash(module: nn.Module) -> str:

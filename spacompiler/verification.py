@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import artifact
-from .errors import SpaError
+from .errors import SpaError, WeightsError
 from .loading import check_inputs, load_folder
 
 TOLERANCE = 1e-4
@@ -51,7 +51,8 @@ def checks(folder: Path, model: nn.Module | None = None) -> Iterator[Check]:
     try:
         module = load_folder(folder, model)
     except SpaError as problem:
-        yield Check("reload", False if problem.what.startswith("model") else None,
+        yield Check("reload", False if problem.what.startswith("model")
+                    or isinstance(problem, WeightsError) else None,
                     f"{problem.what}: {problem.why}")
         return
     yield _reload(folder, structure, module)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from . import artifact, report
+from . import artifact, beside, report
 from .biases import added
 from .choices import indices
 from .emit import hf
@@ -62,6 +62,8 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
     _weights(job, folder)
     job.progress("checking the reload", 1, 4)
     data["reload"] = _reload(job, folder)
+    if job.folder is not None:
+        data["files"] = beside.carry(job.folder, folder, _widths(job)).as_dict()
     if job.recipe.decoder or job.recipe.onnx:
         job.progress("exporting ONNX", 2, 4)
     if job.recipe.decoder:
@@ -74,7 +76,7 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
 
 def _weights(job: Job, folder: Path) -> None:
     if job.layout == "uniform":
-        hf.save(job.pruned, folder, job.tokenizer)
+        hf.save(job.pruned, folder, _tokenizer(job))
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)
         return
@@ -88,8 +90,30 @@ def _weights(job: Job, folder: Path) -> None:
     if hf.is_hf(job.module):
         config = job.reference.config.to_dict()
         artifact.write_json(folder / "dense_config.json", config)
-        if job.tokenizer is not None:
+        if _tokenizer(job) is not None:
             job.tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(job: Job) -> Any:
+    """The tokenizer to save: none where its files go along as they lie."""
+    carried = job.folder is not None and beside.has_tokenizer(job.folder)
+    return None if carried else job.tokenizer
+
+
+def _widths(job: Job) -> dict[int, int]:
+    """Which width of the hidden state became which: what modules behind the network read."""
+    if not (hf.is_hf(job.reference) and hf.is_hf(job.pruned)):
+        return {}
+    found = {}
+    for width in (lambda m: m.get_input_embeddings().weight.shape[-1],
+                  lambda m: m.config.get_text_config().hidden_size):
+        try:
+            old, new = width(job.reference), width(job.pruned)
+        except (AttributeError, NotImplementedError):  # there is no such thing
+            continue
+        if old != new:
+            found[old] = new
+    return found
 
 
 def _sliced_buffers(job: Job) -> dict[str, torch.Tensor]:
@@ -116,6 +140,7 @@ def _reload(job: Job, folder: Path) -> str:
     artifact.save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
     artifact.write_json(folder / "structure.json", structure(job))
     (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
+    artifact.write_json(folder / "slices.json", slices(job))
     again = load_folder(folder, model=job.reference)
     got = _results(again, job.trace.args, job.trace.kwargs)
     if _differing_array(job.pruned, again) or relative_error(got, want) > RELOAD_TOLERANCE:
@@ -140,6 +165,7 @@ def structure(job: Job) -> dict[str, Any]:
         [list(change) for change in differing(job.module, job.pruned)]
     cls = type(job.module)
     return {"layout": job.layout, "emission": job.emission, "model": job.name,
+            "source": {"kind": job.source.get("kind", "module"), "unused": job.recipe.unused},
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
             "trained": job.trained is not None,
             "dropped": list(job.dropped.paths) if job.dropped else [],

@@ -22,6 +22,7 @@ from ..axes import Expr, Prod, atoms, product, resolve
 from ..choices import Choice, Choices, kept_size
 from ..errors import SpaError
 from ..groups import Solution
+from ..pretrained import no_progress_bars
 from ..slicing import norm_changes
 
 LIMIT = 256
@@ -238,14 +239,7 @@ def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
 
 def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
     """Write config, weights (safetensors) and tokenizer, deterministically."""
-    from transformers.utils import logging
-
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bars():
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    finally:
-        if was:
-            logging.enable_progress_bar()

@@ -14,7 +14,7 @@ import torch
 
 from .. import artifact
 from ..errors import SpaError
-from ..frontends.onnx_file import OnnxFile, open_model
+from ..frontends.onnx_file import OnnxFile, check_finite, open_model
 from ..loading import check_inputs
 from ..verification import TOLERANCE, Check
 from .latency import open_session, run_session
@@ -26,6 +26,7 @@ def checks(folder: Path, structure: dict[str, Any], model: Any = None) -> Iterat
     path = folder / "model.onnx"
     try:
         full_check(path)
+        check_finite(open_model(path), str(folder))
     except SpaError as problem:
         yield Check("onnx", False, problem.why)
         return

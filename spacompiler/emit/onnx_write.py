@@ -101,6 +101,7 @@ def structure(job: Job, traced: OnnxTrace) -> dict[str, Any]:
     """Return what a loader needs beside the file."""
     file: OnnxFile = traced.file
     return {"layout": "onnx", "emission": "graph", "model": job.name, "class": "",
+            "source": {"kind": job.source.get("kind", "onnx")},
             "attributes": [], "source_sha256": file.digest,
             "opset": dict(file.model.opset_imports),
             "inputs": {"args": 0, "kwargs": list(traced.feeds), "constants": {}}}

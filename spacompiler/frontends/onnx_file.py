@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from ..errors import SpaError, UsageError
+from ..errors import SpaError, UsageError, WeightsError
 from .onnx_shapes import LIMIT, Shape, sizes_of
 
 INLINE = 4096
@@ -191,6 +191,23 @@ def _check_bytes(tensor: ir.TensorProtocol, place: Path) -> None:
                        why=f"its bytes are not a {tensor.dtype} array of shape "
                            f"{list(sizes_of(tensor))}",
                        fix="the file is damaged; export it again")
+
+
+def check_finite(file: OnnxFile, where: str) -> None:
+    """Raise WeightsError if a stored array holds NaN or infinity, but for masks and bounds."""
+    for name, value in file.model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point() and not _sound(tensor.numpy()):
+            raise WeightsError(f"weight {name} holds NaN or infinity", where=where,
+                           fix="use a model with finite weights")
+        release(file.model, name)
+
+
+def _sound(array: np.ndarray) -> bool:
+    """True if all is finite, or nothing but zeros and infinities (a mask, a bound)."""
+    array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    finite = np.isfinite(array)
+    return bool(finite.all() or (not np.isnan(array).any() and not array[finite].any()))
 
 
 def _check_model(file: OnnxFile) -> None:
