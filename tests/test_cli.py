@@ -140,7 +140,7 @@ BAD = [
     (["compile", "no.such.module:make", *QUICK, "--out", "OUT"], 2, "cannot load model"),
     (["compile", "json:dumps", *QUICK, "--out", "OUT"], 1, "json:dumps"),
     (["compile", "FILE", *QUICK, "--out", "OUT"], 1, "is a file, not a model directory"),
-    (["compile", "TEXTWEIGHTS", *QUICK, "--out", "OUT"], 1, "cannot load"),
+    (["compile", "TEXTWEIGHTS", *QUICK, "--out", "OUT"], 1, "cannot be read"),
     (["compile", "NAN", *QUICK, "--out", "OUT"], 1, "holds NaN"),
     (["compile", "EMPTYDIR", *QUICK, "--out", "OUT"], 1, "no config.json"),
     (["compile", "zoo:mlp", "--target", "params=0%", "--out", "OUT"], 2, "out of range"),
