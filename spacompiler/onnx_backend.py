@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from .consumers import Consumer
