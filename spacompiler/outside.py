@@ -45,7 +45,8 @@ def outside(whole: nn.Module, paths: Sequence[str], args: tuple[Any, ...],
             hooks.callback(part.register_forward_pre_hook(enter).remove)
             hooks.callback(part.register_forward_hook(leave).remove)
         for layer in whole.modules():
-            if layer._parameters and not layer._modules:
+            script = isinstance(layer, torch.jit.ScriptModule)  # it takes no hooks
+            if not script and layer._parameters and not layer._modules:
                 hooks.callback(layer.register_forward_hook(made).remove)
         with FlopCounterMode(display=False) as counter:
             results = whole(*args, **kwargs)

@@ -12,6 +12,7 @@ to use nothing of them but their results.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -106,6 +107,9 @@ def _checked(whole: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
         if path not in known:
             raise UsageError(f"the network has no sub-module {path!r}",
                              fix=did_you_mean(path, known[:200]))
+        if isinstance(whole.get_submodule(path), torch.jit.ScriptModule):
+            raise UsageError(f"part {path!r} is TorchScript, which cannot be traced",
+                             fix="give the Python module that it was made from")
         outer = next((p for p in paths if path.startswith(p + ".")), None)
         if outer or paths.count(path) > 1:
             raise UsageError(f"part {path!r} is given twice",
@@ -138,8 +142,10 @@ def traceable(whole: nn.Module, inputs: Inputs) -> tuple[str, ...]:
 
 def _children(path: str, part: nn.Module) -> dict[str, nn.Module]:
     """Sub-modules with several layers of their own, by path."""
-    return {f"{path}.{name}".lstrip("."): child for name, child in part.named_children()
-            if sum(bool(m._parameters) for m in child.modules()) > 1}
+    return {} if isinstance(part, torch.jit.ScriptModule) else {
+        f"{path}.{name}".lstrip("."): child for name, child in part.named_children()
+        if not isinstance(child, torch.jit.ScriptModule)
+        and sum(bool(m._parameters) for m in child.modules()) > 1}
 
 
 def _verdict(part: nn.Module, call: Call, verdicts: dict[Any, bool]) -> bool:
@@ -274,9 +280,18 @@ def rewritten(parts: Parts, calls: Sequence[Call], plan: Plan) -> dict[str, nn.M
         traced, solution = _trace(alone, (call,))
         kept = {k: v for k, v in plan.kept.items() if k in solution.groups}
         choices = replace(plan, kept=kept).choices(solution)
-        made[path] = Rebuilt(rewrite(traced, solution, choices),
-                             parts.whole.get_submodule(path), path)
+        part = parts.whole.get_submodule(path)
+        made[path] = _called_like(part)(rewrite(traced, solution, choices), part, path)
     return made
+
+
+def _called_like(part: nn.Module) -> type[Rebuilt]:
+    """Rebuilt with the signature of a part: other code may ask which arguments it takes."""
+    def forward(self: Rebuilt, *args: Any, **kwargs: Any) -> Any:
+        return self.body((args, kwargs))[0]
+
+    forward.__signature__ = inspect.signature(type(part).forward)  # type: ignore[attr-defined]
+    return type("Rebuilt", (Rebuilt,), {"forward": forward, "__doc__": Rebuilt.__doc__})
 
 
 def put_back(whole: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:

@@ -92,6 +92,7 @@ def analyse(job: Job) -> None:
         job.module, job.owned = copy.deepcopy(job.module), True
     trace_whole_or_parts(job)
     _note_folded(job)
+    _note_fixed(job)
     job.candidates = _candidates(job)
     if job.compensation is not None and job.compensation.create_biases:
         _add_biases(job)
@@ -132,6 +133,16 @@ def _note_folded(job: Job) -> None:
     if folded:
         job.notes.append(f"{len(folded)} arrays are read through statistics of themselves alone "
                          f"({folded[0]}, ...): what follows from them was computed once")
+
+
+def _note_fixed(job: Job) -> None:
+    """Say that what is written as a program serves the example's batch alone."""
+    whole = job.backend is TORCH and not _is_quick(job)
+    fixed: list[tuple[str, int]] = job.trace.fixed() if whole else []
+    if fixed:
+        sizes = ", ".join(f"{size} of {name}" for name, size in fixed[:4])
+        job.notes.append(f"the module's code fixes the first dimension of its inputs ({sizes}): "
+                         "its traced program and model.onnx serve no other batch")
 
 
 def _is_quick(job: Job) -> bool:

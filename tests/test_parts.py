@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -250,3 +252,55 @@ def test_an_array_that_the_example_does_not_reach_stays():
     solved = compiled(Optional()).solution
     frozen = {(w, d): why for w, d, why in solved.frozen()}
     assert frozen["other.weight", 0] == ["not used on the example inputs"]
+
+
+class Batched(nn.Module):
+    """Computes with one example at a time, batched by torch itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.out = nn.Parameter(torch.randn(32, 12)), nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.out(torch.vmap(lambda row: torch.relu(self.w @ row))(x))
+
+
+def test_what_torch_batches_by_itself_is_traced():
+    torch.manual_seed(0)
+    dense = Batched()
+    result = spacompiler.compile(dense, INPUTS, target="body=50%", **FAST)
+    assert result.job.emission == "module" and result.module.w.shape[0] < 32
+    assert all(p.requires_grad for p in dense.parameters())
+
+
+def test_torchscript_is_left_alone_or_named():
+    script = torch.jit.script(Mlp())
+    network = Picky()
+    network.blocks[0] = script
+    assert traceable(network, INPUTS) == ("blocks.1",)
+    result = spacompiler.compile(network, INPUTS, target="body=80%", **FAST)
+    assert result.module.blocks[1].up.out_features < 32
+    for module, options, kind in ((script, {}, TraceError),
+                                  (network, {"modules": ("blocks.0",)}, UsageError)):
+        with pytest.raises(kind, match="TorchScript"):
+            spacompiler.compile(module, INPUTS, target="body=80%", **FAST, **options)
+
+
+class Asking(Picky):
+    """Gives a block what its signature takes."""
+
+    def forward(self, x):
+        given = {"x": x, "scale": 2}
+        for block in self.blocks:
+            names = inspect.signature(block.forward).parameters
+            x = given["x"] = block(**{k: v for k, v in given.items() if k in names})
+        while x.abs().max() > 1:
+            x = x / 2
+        return self.head(x)
+
+
+def test_a_part_as_a_program_has_the_signature_of_the_part():
+    torch.manual_seed(0)
+    result = spacompiler.compile(Asking(Sized), INPUTS, target="body=67%", **FAST)
+    assert result.job.emission == "program"
+    assert list(inspect.signature(result.module.blocks[0].forward).parameters) == ["x"]

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
+from spacompiler.emit.onnx_sizes import settle
 from spacompiler.emit.refresh import drop_metadata_asserts, memory, rebuild
 from spacompiler.emit.safetensors_weights import refer_to_safetensors
 from spacompiler.errors import SpaError
@@ -81,6 +82,7 @@ def export_onnx(
     path = Path(path)
     names = _check_names(ep, input_names, output_names)
     model = _to_ir(_without_idle_nodes(ep), names, output_names, opset)
+    settle(model)
     _name_axes(model, axes or {})
     _share_tied(model, [*ep.state_dict, *ep.constants])
     limit = min(external_bytes, _INLINE_LIMIT)

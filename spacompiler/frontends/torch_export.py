@@ -64,6 +64,12 @@ class Trace:
                        why="it was recorded with the sizes of the example inputs",
                        fix="trace without quick")
 
+    def fixed(self) -> list[tuple[str, int]]:
+        """Inputs of several examples that the program takes at the traced number of them alone."""
+        tensors = (self.graph.tensors[name] for name in self.graph.inputs)
+        return [(t.name, t.shape[0]) for t in tensors
+                if t.shape and t.shape[0] > 1 and 0 not in t.dynamic]
+
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Bring another call into the traced form: keywords in order, constants filled in.
 
@@ -107,6 +113,9 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     was; one whose first call changes its parameters is called first. Raises TraceError, with the
     place in the user's code, where it cannot be traced.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(f"{type(module).__name__} is TorchScript, which cannot be traced",
+                         fix="give the Python module that it was made from")
     args, kwargs = as_call(inputs)
     kwargs = cacheless(module, kwargs)
     with untouched(module):
@@ -138,6 +147,11 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export, with dynamic sizes if that can be.
+
+    What runs batched by itself (`torch.vmap`, flex_attention) shows no operators before they are
+    dispatched: there, those after that are taken.
+    """
     problems = []
     for shapes in (_dynamic(args, kwargs), None):
         try:
@@ -147,6 +161,12 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 return program if make_functional(program) else program.run_decompositions({})
         except Exception as problem:  # the tracer raises many kinds
             problems.append(problem)
+    if any(word in str(problems[-1]) for word in _BATCHED):
+        for shapes in (_dynamic(args, kwargs), None):
+            try:
+                return _export_dispatched(module, args, kwargs, shapes)
+            except Exception:  # what it said first counts
+                continue
     reason = str(problems[-1]).strip().splitlines()
     raise TraceError(
         f"{type(module).__name__} cannot be traced by torch.export",
@@ -154,6 +174,22 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         why=reason[0] if reason else type(problems[-1]).__name__,
         fix="compile a part of it: --module PATH of a sub-module that does not contain that line",
     ) from problems[-1]
+
+
+_BATCHED = ("BatchedTensor", "fake tensor in the exported program")
+
+
+def _export_dispatched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                       shapes: Any) -> ExportedProgram:
+    """Export the operators that a module's own ones are made of; no gradient is wanted."""
+    from torch.export._trace import _export as export
+
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    with quiet(), torch.no_grad():
+        program = export(module, args, kwargs, dynamic_shapes=shapes, strict=False,
+                         pre_dispatch=False)
+    return program if make_functional(program) else program.run_decompositions({})
 
 
 def _place(module: nn.Module, problem: Exception) -> str:
@@ -382,9 +418,14 @@ def _hint(value: Any) -> Any:
     return value
 
 
+def _varies(size: Any) -> bool:
+    """Whether a size is a symbol still: one that the module's code needed to know is a number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
 def _tensor(name: str, value: torch.Tensor, kind: str, weight: str | None,
             seen: tuple[int, ...] | None = None) -> Tensor:
-    dynamic = frozenset(i for i, n in enumerate(value.shape) if isinstance(n, torch.SymInt))
+    dynamic = frozenset(i for i, n in enumerate(value.shape) if _varies(n))
     sizes = seen or [_hint(n) for n in value.shape]
     if any(isinstance(n, torch.SymInt) for n in sizes):
         raise SpaError(f"the size of {name} depends on data", why=f"its shape is {value.shape}",
