@@ -113,6 +113,25 @@ def _ignored(module: Any, stored: Iterable[str]) -> list[str]:
     return [n for n in stored if n not in have and any(re.search(rule, n) for rule in rules)]
 
 
+def untied(module: Any) -> dict[str, str]:
+    """Return {array: the one that the configuration ties it to}, where these are two arrays.
+
+    Empty where only some of what the configuration ties lies apart: no entry says that.
+    """
+    ask = getattr(module, "get_expanded_tied_weights_keys", None)
+    pairs: dict[str, str] = ask(all_submodels=True) if ask is not None else {}
+    try:
+        apart = all(_place(module, one) != _place(module, other) for one, other in pairs.items())
+    except (AttributeError, RuntimeError):  # a name of no array, an array without data
+        return {}
+    return pairs if apart else {}
+
+
+def _place(module: Any, name: str) -> tuple[int, tuple[int, ...]]:
+    array = module.get_parameter_or_buffer(name)
+    return array.data_ptr(), tuple(array.shape)
+
+
 def of_arrays(network: Mapping[str, tuple[int, ...] | None],
               arrays: Mapping[str, torch.Tensor]) -> Report:
     """Return the report of arrays against a network's names and shapes (None: any shape)."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import weight_files
-from .completeness import Report, listed, of_transformers, unsound
+from .completeness import Report, listed, of_transformers, unsound, untied
 from .errors import WeightsError
 from .weight_files import Stored
 
@@ -129,6 +129,9 @@ def facts(folder: Path, module: Any, report: Report) -> tuple[dict[str, Any], li
     elif floats and loaded not in kinds:
         notes.append(f"the checkpoint is stored in {listed(sorted(floats))} and loaded in "
                      f"{loaded}, as its configuration says")
+    if apart := untied(module):
+        notes.append(f"the configuration ties {listed(sorted(apart))} to another array, and the "
+                     "checkpoint holds two: the pruned model's says that they are not tied")
     if report.unused:
         notes.append(f"arrays of the checkpoint left out as of no use: {listed(report.unused)}")
     weighing = [n for n in report.ignored if stored[n].weighs]

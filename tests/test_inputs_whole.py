@@ -231,3 +231,24 @@ def test_a_configuration_far_beyond_the_weights_is_refused_at_once(tmp_path, che
     with pytest.raises(SpaError) as caught:
         source.load(str(folder))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": "model.layers.1", "target": "body=50%"}])
+def test_a_head_of_its_own_stays_uniform_though_the_configuration_ties_it(tmp_path, options):
+    """Stock transformers loads the result, and computes what the module in memory does."""
+    folder = saved(tmp_path / "tied", tie_word_embeddings=True, num_hidden_layers=2)
+    torch.manual_seed(1)
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.randn(40, 16)}, file)
+    result = spacompiler.compile(str(folder), out=tmp_path / "out",
+                                 **{"target": "body=70%", "layout": "uniform", **QUICK, **options})
+    assert any("ties lm_head.weight" in note for note in result.job.notes)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = result.job.trace.kwargs["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, result.module(ids).logits)
+    assert again.config.tie_word_embeddings is False
+    live = transformers.LlamaForCausalLM.from_pretrained(folder)
+    made = spacompiler.compile(live, {"input_ids": ids}, **{
+        "target": "body=70%", "layout": "uniform", **QUICK, **options}).module
+    assert made.config.tie_word_embeddings is False and live.config.tie_word_embeddings

@@ -20,6 +20,7 @@ from torch import nn
 from ..allocation import Unit, join
 from ..axes import Expr, Prod, atoms, product, resolve
 from ..choices import Choice, Choices, kept_size
+from ..completeness import untied
 from ..errors import SpaError
 from ..groups import Solution
 from ..pretrained import no_progress_bars
@@ -51,7 +52,8 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
     for changes in _candidates(module.config, solution, choices):
         problem = mismatch(module, _changed(module.config, changes), shapes)
         if not problem:
-            return _changed(module.config, {**_least(module, changes, shapes), **floats})
+            least = _least(module, changes, shapes)
+            return _changed(module.config, {**least, **floats, **ties(module)})
         problems.append(problem)
     raise SpaError(
         "no stock configuration describes the pruned shapes",
@@ -59,6 +61,11 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
         why=problems[0] if problems else "no config entry has a size that changed",
         fix="prune the same number of slices in every layer (layout uniform), prune other roles, "
             "or save in layout any")
+
+
+def ties(module: Any) -> dict[str, bool]:
+    """What a config must say besides, where it ties arrays that are two in the module."""
+    return {"tie_word_embeddings": False} if untied(module) else {}
 
 
 def _least(module: Any, changes: dict[str, Any],

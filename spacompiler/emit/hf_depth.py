@@ -38,6 +38,8 @@ def _without(module: Any, parent: str, gone: Sequence[int]) -> Any:
     for config in _configs(module.config, size, gone):
         problem = hf.mismatch(module, config, shapes)
         if not problem:
+            for key, value in hf.ties(module).items():
+                setattr(config, key, value)
             return hf.build(module, config, {new: state[name] for new, name in old.items()})
     raise SpaError(f"no configuration describes {parent} without {len(gone)} of its {size} blocks",
                    where=type(module.config).__name__, why=problem,
