@@ -71,7 +71,7 @@ def carry(source: Path, out: Path, widths: dict[int, int]) -> Beside:
         why = unfit if _matches(name, PIPELINE) else ""
         if not why and (out / RENAMED.get(name, name)).exists():
             found.adapted.append(name)
-        elif why or not _matches(name, CARRIED) or _matches(name, NEVER):
+        elif why or not _matches(name, CARRIED) or _runs(name):
             if not _matches(name, WRITTEN) or _matches(name, PIPELINE):
                 found.left[name] = why or _why_left(name)
         elif not _stays_inside(source, source / name):
@@ -83,12 +83,17 @@ def carry(source: Path, out: Path, widths: dict[int, int]) -> Beside:
 
 
 def _why_left(name: str) -> str:
-    return "code and pickles are not carried" if _matches(name, NEVER) else \
+    return "code and pickles are not carried" if _runs(name) else \
         "nothing is known of it"
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, p) and name.count("/") <= p.count("/") for p in patterns)
+
+
+def _runs(name: str) -> bool:
+    """True for code and pickles, wherever they lie."""
+    return _matches(name.rpartition("/")[2].lower(), NEVER)
 
 
 def _files(source: Path) -> Iterator[str]:

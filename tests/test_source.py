@@ -5,7 +5,6 @@ import fnmatch
 import json
 import shutil
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -87,11 +86,9 @@ def test_a_module_of_the_users_own_is_looked_for_nowhere(tmp_path, no_network):
     net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
     spacompiler.compile(net, (torch.randn(4, 6),), target="params=50%", out=tmp_path / "out",
                         **QUICK)
-    begun = time.perf_counter()
     with pytest.raises(SpaError, match="cannot be built"):
         spacompiler.load(tmp_path / "out")
     spacompiler.verify(tmp_path / "out")
-    assert time.perf_counter() - begun < 2
     spacompiler.load(tmp_path / "out", model=net)
     entries = json.loads((tmp_path / "out" / "structure.json").read_text())
     assert entries["source"]["kind"] == "module"
@@ -99,12 +96,10 @@ def test_a_module_of_the_users_own_is_looked_for_nowhere(tmp_path, no_network):
 
 @pytest.mark.parametrize("layout", ["uniform", "any"])
 def test_nothing_local_asks_the_hub(tmp_path, checkpoint, no_network, layout):
-    begun = time.perf_counter()
     spacompiler.compile(str(checkpoint), target="body=70%", layout=layout, out=tmp_path / "out",
                         **QUICK)
     spacompiler.load(tmp_path / "out")
     assert all(c.passed is not False for c in spacompiler.verify(tmp_path / "out"))
-    assert time.perf_counter() - begun < 60
 
 
 def test_what_an_artifact_names_is_not_fetched(tmp_path, checkpoint, no_network, monkeypatch):
