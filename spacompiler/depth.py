@@ -75,7 +75,7 @@ def _drop(job: Job, chosen: Sequence[str], known: Sequence[str]) -> None:
     paths = sorted(chosen, key=places.__getitem__)
     made, dropped = blocks.drop(job.module, job.inputs, paths, known)
     job.whole = {metric: pair["dense"] for metric, pair in costs(solution, {}).items()}
-    job.whole["bytes"] = pruned_bytes(replace(job, solution=solution, choices={}))["dense"]
+    job.whole["bytes"] = pruned_bytes(solution, {})["dense"]
     job.dense, job.module, job.dropped = job.module, made, dropped
     job.notes.append(f"blocks dropped: {', '.join(paths)}; names below are those of the network "
                      "without them")

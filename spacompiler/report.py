@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .choices import kept_size
+from .choices import Choices, kept_size
 from .groups import Solution
 from .job import Job
 from .plan import widths
@@ -188,18 +188,18 @@ def _written(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def pruned_bytes(job: Job) -> dict[str, int]:
+def pruned_bytes(solution: Solution, choices: Choices) -> dict[str, int]:
     """Return bytes of all stored arrays, dense and pruned."""
     total = {"dense": 0, "pruned": 0}
-    kinds = {w: t.dtype for w, t in job.solution.graph.weights().items()}
-    for name, dims in job.solution.weights().items():
+    kinds = {w: t.dtype for w, t in solution.graph.weights().items()}
+    for name, dims in solution.weights().items():
         item = ITEM_BYTES.get(kinds[name], 4)
         dense = pruned = item
         for e in dims:
-            dense, pruned = dense * e.size, pruned * kept_size(e, job.choices)
+            dense, pruned = dense * e.size, pruned * kept_size(e, choices)
         total["dense"] += dense
         total["pruned"] += pruned
-    return {**total, "dense": job.whole.get("bytes", total["dense"])}
+    return total
 
 
 def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:

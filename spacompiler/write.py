@@ -33,7 +33,8 @@ def write(job: Job, out: Path) -> dict[str, Any]:
     Raises SpaError, leaving nothing behind, if any file cannot be written or a check fails.
     """
     data = report.facts(job)
-    data["bytes"] = report.pruned_bytes(job)
+    data["bytes"] = report.pruned_bytes(job.solution, job.choices)
+    data["bytes"]["dense"] = job.whole.get("bytes", data["bytes"]["dense"])
     with artifact.whole(out) as folder:
         job.progress("writing weights", 0, 4)
         job.backend.write(job, folder, data)
