@@ -36,7 +36,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         norms = torch.empty(len(logits), dtype=wide)
-        for part in _parts(logits):
+        for part in _pieces(logits):
             norms[part] = logits[part].to(wide).logsumexp(-1)
         counted = targets >= 0
         picked = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -53,13 +53,13 @@ class _CrossEntropy(torch.autograd.Function):
             chosen = torch.zeros_like(logits).scatter_(1, index, 1.0)
             return (logits.softmax(-1) - chosen) * share.unsqueeze(1), None
         made = torch.empty_like(logits)
-        for part in _parts(logits):
+        for part in _pieces(logits):
             torch.sub(logits[part], norms[part].unsqueeze(1), out=made[part])
             made[part].exp_().mul_(share[part].unsqueeze(1))
         made.scatter_add_(1, index, -share.to(made.dtype).unsqueeze(1))
         return made, None
 
 
-def _parts(logits: torch.Tensor) -> Iterator[slice]:
+def _pieces(logits: torch.Tensor) -> Iterator[slice]:
     rows = max(1, CHUNK // max(1, logits.shape[-1]))
     return (slice(at, at + rows) for at in range(0, len(logits), rows))
