@@ -17,7 +17,7 @@ help:
 	@echo "make clean   remove .venv, builds and caches"
 
 demo: $(STAMP)
-	@$(BIN)/python -m spacompiler.demo
+	@$(BIN)/python -m spacompiler.cli.demo
 
 test: lint
 	@echo "==> pytest"

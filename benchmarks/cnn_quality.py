@@ -23,10 +23,14 @@ import torch
 from small_images import MODELS, accuracy, digits, trained
 from torch.nn import functional
 
-from spacompiler import pipeline, registry
-from spacompiler.emit.program import Rewritten, rewrite
 from spacompiler.errors import SpaError
-from spacompiler.recipe import Recipe
+from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline.decide import decide
+from spacompiler.pipeline.request import make_job
+from spacompiler.request import registry
+from spacompiler.request.recipe import Recipe
+from spacompiler.stages.records import Job
+from spacompiler.torch_backend.emit.program import Rewritten, rewrite
 
 SHARES = (80, 60, 40)
 CRITERIA = ("random", "magnitude", "geometric-median", "batch-norm-scale", "wanda", "fluctuation",
@@ -77,7 +81,7 @@ def prunings(name: str, criteria: Sequence[str], repairs: Sequence[str], seed: i
                     except SpaError:  # a criterion that this model has no use for
                         break
                     scores = job.scores
-                pipeline.decide(job)
+                decide(job)
                 if repair != "none":
                     pipeline.mend(job)
                 pruned = Rewritten(rewrite(job.trace, job.solution, job.choices, {}))
@@ -96,11 +100,11 @@ def _where(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _job(module: Any, batches: Any, loss: Callable[..., torch.Tensor], criterion: str,
-         repair: str, share: int, seed: int) -> pipeline.Job:
+         repair: str, share: int, seed: int) -> Job:
     options: dict[str, Any] = {"repair": repair}
     recipe = Recipe(f"macs={share}%", importance=criterion, align=1, layout="any", seed=seed,
                     floor=0.05)
-    return pipeline.make_job(module, batches[0][0], recipe, importance=criterion,
+    return make_job(module, batches[0][0], recipe, importance=criterion,
                              calibration=batches, loss=loss, **options)
 
 

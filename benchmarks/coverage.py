@@ -36,19 +36,24 @@ import torch
 from coverage_report import TARGET, Row, report, summary, table
 from torch import nn
 
-from spacompiler import pipeline
-from spacompiler.allocation import candidates
-from spacompiler.axes import reasons, walk
-from spacompiler.cost import heads
-from spacompiler.emit.program import run_pruned
+from spacompiler.artifact.write import write
+from spacompiler.axes.expressions import reasons, walk
 from spacompiler.errors import ProofError, SpaError, TargetError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Inputs, trace
-from spacompiler.groups import Solution, solve
-from spacompiler.parts import Parts
-from spacompiler.proof import masked_dense, relative_error
-from spacompiler.recipe import ROLES, Recipe
-from spacompiler.write import write
+from spacompiler.evidence.calls import Inputs
+from spacompiler.groups.cost import heads
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.run import STEPS, carry_out
+from spacompiler.plan.legal import candidates
+from spacompiler.request.recipe import ROLES, Recipe
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import relative_error
+from spacompiler.stages.records import Job
+from spacompiler.torch_backend.emit.program import run_pruned
+from spacompiler.torch_backend.parts import Parts
+from spacompiler.torch_backend.prove import masked_dense
+from spacompiler.torch_backend.read.export import trace
 
 SUITES = {"transformers": "tiny_transformers", "torchvision": "tiny_torchvision",
           "timm": "tiny_timm"}
@@ -90,9 +95,9 @@ def _told(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"
 
 
-def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> pipeline.Job:
+def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> Job:
     recipe = Recipe(TARGET, **DEFAULT)
-    job = pipeline.make_job(module, inputs, recipe, calibration="none", name=row.model)
+    job = make_job(module, inputs, recipe, calibration="none", name=row.model)
     pipeline.check_weights(job)
     pipeline.trace_whole_or_parts(job)
     row.traced = not isinstance(job.module, Parts)
@@ -126,18 +131,18 @@ def _share(solution: Solution) -> tuple[float, dict[str, int]]:
     return prunable / max(total, 1), dict(stuck.most_common())
 
 
-def _attempt(first: pipeline.Job, **options: Any) -> pipeline.Job:
+def _attempt(first: Job, **options: Any) -> Job:
     """The steps after the analysis, under another recipe."""
     job = replace(first, recipe=replace(first.recipe, **options), scores={}, notes=[])
     r = job.recipe
     job.candidates = candidates(job.solution, roles=r.roles, approximate=r.approximate)
     if not job.candidates:
         raise TargetError(f"no group of {len(job.solution.groups)} may shrink")
-    done = [step for _, step in pipeline.STEPS].index(pipeline.analyse) + 1
-    return pipeline.carry_out(job, pipeline.STEPS[done:])
+    done = [step for _, step in STEPS].index(pipeline.analyse) + 1
+    return carry_out(job, STEPS[done:])
 
 
-def _compile(row: Row, first: pipeline.Job) -> pipeline.Job:
+def _compile(row: Row, first: Job) -> Job:
     try:
         job = _attempt(first)
     except TargetError as short:
@@ -151,7 +156,7 @@ def _compile(row: Row, first: pipeline.Job) -> pipeline.Job:
     return job
 
 
-def _check(row: Row, job: pipeline.Job, first: pipeline.Job) -> None:
+def _check(row: Row, job: Job, first: Job) -> None:
     """Compare what was emitted (of parts: the parts) with the masked dense program."""
     row.kind = row.result = "ok"
     model = job.pruned if row.traced else Parts(job.pruned, first.module.paths)
@@ -163,7 +168,7 @@ def _check(row: Row, job: pipeline.Job, first: pipeline.Job) -> None:
             return
 
 
-def _noise(first: pipeline.Job, job: pipeline.Job, call: tuple[Any, Any], error: float) -> float:
+def _noise(first: Job, job: Job, call: tuple[Any, Any], error: float) -> float:
     """How far float32 itself is from float64 on the pruned program, asked if it may matter."""
     if error <= NEAR:
         return 0.0
@@ -172,7 +177,7 @@ def _noise(first: pipeline.Job, job: pipeline.Job, call: tuple[Any, Any], error:
     return relative_error(single, double)
 
 
-def _error(model: nn.Module, job: pipeline.Job, call: tuple[Any, Any]) -> float:
+def _error(model: nn.Module, job: Job, call: tuple[Any, Any]) -> float:
     """How far the emitted model is from the masked dense one in float64."""
     args, kwargs = call
     want = masked_dense(replace(job.trace, args=args, kwargs=kwargs), job.solution, job.choices)
@@ -182,7 +187,7 @@ def _error(model: nn.Module, job: pipeline.Job, call: tuple[Any, Any]) -> float:
     return relative_error(*tensors)
 
 
-def _reloads(job: pipeline.Job) -> str:
+def _reloads(job: Job) -> str:
     """Whether the artifact of a module loads again with the same arrays and results."""
     if job.emission != "module":
         return ""
@@ -193,7 +198,7 @@ def _reloads(job: pipeline.Job) -> str:
             return f"{problem.what} ({problem.why})"
 
 
-def _generates(job: pipeline.Job) -> str:
+def _generates(job: Job) -> str:
     """Whether a pruned module generates; the first token must be that of one forward pass."""
     module, ids = job.pruned, job.trace.kwargs.get("input_ids")
     if job.emission != "module" or ids is None or not getattr(
@@ -216,7 +221,7 @@ def _generates(job: pipeline.Job) -> str:
     return "yes" if torch.equal(made[:, length], logits[:, -1].argmax(-1)) else "another token"
 
 
-def _others(job: pipeline.Job) -> tuple[Any, Any]:
+def _others(job: Job) -> tuple[Any, Any]:
     """Inputs that were not traced, of the same sizes."""
     def other(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.ndim:
@@ -346,7 +351,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for module in (SUITES[options.suite], "torch._dynamo", "torch.export",
                    "transformers.modeling_utils", "transformers.generation",
-                   "transformers.models.auto.modeling_auto", "spacompiler.emit.onnx_file"):
+                   "transformers.models.auto.modeling_auto", "spacompiler.deploy.export"):
         importlib.import_module(module)  # once, before the processes fork
     torch.set_num_threads(1)
     trace(nn.Linear(2, 2), (torch.zeros(2, 2),))

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import bench
+from spacompiler.artifact.report import deployed
+from spacompiler.cli import bench
+from spacompiler.deploy.cases import LENGTH
 from spacompiler.errors import SpaError
-from spacompiler.report import deployed
-from spacompiler.runtime import Decoder
+from spacompiler.runtime.decoder import Decoder
 
 OUT = Path("out/benchmark-deploy")
 PROMPT = "The Python programming language is"
@@ -117,9 +118,9 @@ def _mac_share(out: Path) -> float:
     """MACs of the pruned over the dense model for one prompt of 128 tokens, counted by torch."""
     from transformers import AutoModelForCausalLM
 
-    from spacompiler.source import load
+    from spacompiler.sources.named import load
 
-    ids = torch.zeros(1, bench.LENGTH, dtype=torch.long)
+    ids = torch.zeros(1, LENGTH, dtype=torch.long)
     models = (AutoModelForCausalLM.from_pretrained(out), load("zoo:smollm2-135m").module)
     pruned, dense = (_operations(model, input_ids=ids) for model in models)
     return pruned / dense

@@ -26,9 +26,9 @@ def measure(depth: int) -> dict[str, float]:
     """Trace and solve one depth of the 70B shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spacompiler.frontends.aten import TABLE
-    from spacompiler.frontends.torch_export import trace
-    from spacompiler.groups import solve
+    from spacompiler.groups.solution import solve
+    from spacompiler.rows.aten_table import TABLE
+    from spacompiler.torch_backend.read.export import trace
 
     torch.set_num_threads(1)
     with torch.device("meta"):

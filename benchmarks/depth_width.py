@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import spacompiler
-from spacompiler.calibration import perplexity, windows
+from spacompiler.evidence.calibration import windows
+from spacompiler.evidence.losses import perplexity
 
 MODEL = "zoo:smollm2-135m"
 

@@ -63,7 +63,7 @@ def source(synthetic: bool) -> Any:
             vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=14,
             num_attention_heads=12, num_key_value_heads=4))
     else:
-        from spacompiler.source import load
+        from spacompiler.sources.named import load
 
         module = load("zoo:smollm2-135m").module
     for p in module.parameters():
@@ -75,20 +75,22 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
     """Score once and return bytes and CPU seconds."""
     import torch
 
-    from spacompiler import pipeline
-    from spacompiler.recipe import Recipe
+    from spacompiler.evidence.losses import default_loss
+    from spacompiler.pipeline import steps as pipeline
+    from spacompiler.pipeline.request import make_job
+    from spacompiler.request.recipe import Recipe
 
     module = source(synthetic)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, module.config.vocab_size, (batch, length), generator=generator)
     example = {"input_ids": ids[:, :8].repeat(2, 1)[:2], "use_cache": False}
     call = {"input_ids": ids, "use_cache": False}
-    job = pipeline.make_job(module, example, Recipe(target="body=70%"), owned=True,
+    job = make_job(module, example, Recipe(target="body=70%"), owned=True,
                             importance=WAYS[way] or "taylor-element", calibration=[call])
     pipeline.analyse(job)
 
     def plain() -> None:
-        pipeline.default_loss([module(**call).logits], (), call).backward()
+        default_loss([module(**call).logits], (), call).backward()
 
     start = time.process_time()
     found = above(plain if not WAYS[way] else lambda: pipeline.score(job))

@@ -28,8 +28,8 @@ import onnx
 import onnx_ir as ir
 
 from spacompiler import api
-from spacompiler.emit.onnx_run import Session
 from spacompiler.errors import ControlError, ProofError, SpaError
+from spacompiler.onnx_backend.run.session import Session
 
 PACKAGES = ("rapidocr-onnxruntime==1.4.4", "magika==1.0.3", "silero-vad==6.2.3")
 SPREAD = np.float32(3)

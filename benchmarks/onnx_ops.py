@@ -22,15 +22,15 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from spacompiler.axes import reasons
-from spacompiler.choices import Choice, take
-from spacompiler.emit.onnx_rewrite import masked, rewrite
-from spacompiler.emit.onnx_run import Session
+from spacompiler.axes.choices import Choice, take
+from spacompiler.axes.expressions import reasons
 from spacompiler.errors import SpaError
-from spacompiler.frontends.onnx_file import OnnxFile, checked_feed, open_model
-from spacompiler.frontends.onnx_lower import trace
-from spacompiler.frontends.onnx_ops import OPS, TABLE
-from spacompiler.groups import solve
+from spacompiler.groups.solution import solve
+from spacompiler.onnx_backend.emit import masked, rewrite
+from spacompiler.onnx_backend.read.file import OnnxFile, checked_feed, open_model
+from spacompiler.onnx_backend.read.lower import trace
+from spacompiler.onnx_backend.run.session import Session
+from spacompiler.rows.onnx_table import OPS, TABLE
 
 # what CNNs, transformers, recurrent networks and their exporters emit, and what ONNX Runtime fuses
 LISTED = """

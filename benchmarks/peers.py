@@ -26,13 +26,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from spacompiler import allocation, pipeline
-from spacompiler.emit.module import operate
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import trace
-from spacompiler.groups import solve
-from spacompiler.plan import make_plan
-from spacompiler.recipe import ROLES, Recipe
+from spacompiler.groups.solution import solve
+from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline.request import make_job
+from spacompiler.plan import legal as allocation
+from spacompiler.plan.plan import make_plan
+from spacompiler.request.recipe import ROLES, Recipe
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.emit.module import operate
+from spacompiler.torch_backend.read.export import trace
 
 SHARE = 0.5
 REPEATS = 3
@@ -109,7 +111,7 @@ def ours(suite: str, model: str) -> Timing:
         recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
                         layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
                         approximate=True)
-        job = pipeline.make_job(module, inputs, recipe, calibration="none", name=model)
+        job = make_job(module, inputs, recipe, calibration="none", name=model)
         job.trace = trace(module, inputs, quick=True)
         traced = time.process_time()
         graphs = [job.trace.graph, *(copy.deepcopy(job.trace.graph) for _ in range(REPEATS - 1))]

@@ -26,17 +26,22 @@ from typing import Any
 
 import torch
 
-from spacompiler import allocation, pipeline, registry, source
-from spacompiler import measure as measurements
-from spacompiler.biases import with_biases
-from spacompiler.calibration import perplexity, python_text, windows
-from spacompiler.decision import allocate_counts
-from spacompiler.recipe import Recipe
-from spacompiler.repair import unbiased
-from spacompiler.sampling import continued
-from spacompiler.scores import Scores
-from spacompiler.statistics import Covariance
-from spacompiler.torch_backend import TORCH
+from spacompiler.evidence.calibration import python_text, windows
+from spacompiler.evidence.losses import default_loss, perplexity
+from spacompiler.evidence.scores import Scores
+from spacompiler.evidence.statistics import Covariance
+from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline.decide import allocate_counts, decide
+from spacompiler.pipeline.request import make_job
+from spacompiler.plan import legal as allocation
+from spacompiler.repair.sites import unbiased
+from spacompiler.request import registry
+from spacompiler.request.recipe import Recipe
+from spacompiler.sources import named as source
+from spacompiler.torch_backend.backend import TORCH
+from spacompiler.torch_backend.emit.biases import with_biases
+from spacompiler.torch_backend.gather.sampling import continued
+from spacompiler.trials import measure as measurements
 
 SHARES = ("80%", "65%", "50%")
 LENGTH = 512
@@ -147,7 +152,7 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
             needs -= {"curvature"}
         start = time.perf_counter()
         with peak() as memory:
-            bench.context.calibrate(needs, bench.batches if needs else [], pipeline.default_loss,
+            bench.context.calibrate(needs, bench.batches if needs else [], default_loss,
                                     groups=groups, tick=lambda: print(
                                         ".", end="", file=sys.stderr, flush=True))
         bench.done.setdefault("calibration", []).append(
@@ -186,7 +191,7 @@ def _write_on(bench: Bench, groups: list[Any]) -> dict[str, Any]:
     text = continued(bench.module, bench.batches, bench.seed)
     wrote = time.perf_counter() - start
     context = Scores(bench.trace, bench.solution, bench.seed)
-    context.calibrate({"covariance", "curvature"}, text, pipeline.default_loss, groups=groups)
+    context.calibrate({"covariance", "curvature"}, text, default_loss, groups=groups)
     bench.done["continued"] = {"seconds": round(time.perf_counter() - start),
                                "seconds_writing": round(wrote)}
     return {"text": [kwargs["input_ids"] for _, kwargs in text], "inputs": _taken(context),
@@ -251,7 +256,7 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
         f"{method.only} {method.floor}" + " continued" * method.continued
     known = bench.done.setdefault("counts", {})
     with peak() as memory:
-        job = pipeline.make_job(bench.module, bench.inputs, recipe, importance=method.importance,
+        job = make_job(bench.module, bench.inputs, recipe, importance=method.importance,
                                 allocator=method.allocation, repair=method.repair,
                                 calibration=[kwargs for _, kwargs in bench.batches])
         job.trace, job.solution, job.context = bench.trace, bench.solution, bench.context
@@ -264,7 +269,7 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
             known[key] = {"kept": allocate_counts(job), "seconds": time.process_time() - start}
             start = time.process_time()
         job.counts = known[key]["kept"]
-        pipeline.decide(job)
+        decide(job)
         if job.compensation is not None:
             pipeline.mend(job)
         pipeline.emit(job)

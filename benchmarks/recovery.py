@@ -23,10 +23,12 @@ import torch
 from rich.console import Console
 
 import spacompiler
-from spacompiler import registry, source
-from spacompiler.calibration import default_loss, from_text, perplexity, windows
-from spacompiler.report_tables import table
-from spacompiler.training import Training
+from spacompiler.cli.tables import table
+from spacompiler.evidence.calibration import from_text, windows
+from spacompiler.evidence.losses import default_loss, perplexity
+from spacompiler.request import registry
+from spacompiler.sources import named as source
+from spacompiler.train.loop import Training
 
 MODEL = "zoo:smollm2-135m"
 CALIBRATION = {"samples": 32, "length": 128, "batch": 4, "seed": 0}

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from ._seeded import images, randomise, seeded, tokens
+from spacompiler.models_zoo._seeded import images, randomise, seeded, tokens
 
 VOCABULARY = 61
 LABELS = 7

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForMaskedLM, BertConfig
 
-from ._seeded import seeded, tokens
-from ._tiny_transformers import INITIALIZER_RANGE, VOCABULARY, Built, from_config
+from spacompiler.models_zoo._seeded import seeded, tokens
+from spacompiler.models_zoo._tiny_transformers import (
+    INITIALIZER_RANGE,
+    VOCABULARY,
+    Built,
+    from_config,
+)
 
 
 def build(seed: int = 0) -> Built:

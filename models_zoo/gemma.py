@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from transformers import Gemma2Config
 
-from ._tiny_transformers import INITIALIZER_RANGE, VOCABULARY, Built, causal_lm
+from spacompiler.models_zoo._tiny_transformers import (
+    INITIALIZER_RANGE,
+    VOCABULARY,
+    Built,
+    causal_lm,
+)
 
 
 def build(seed: int = 0) -> Built:

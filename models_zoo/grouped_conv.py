@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ._seeded import images, randomise_all, seeded
+from spacompiler.models_zoo._seeded import images, randomise_all, seeded
 
 GROUPS = 4
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from ._wheels import Wheel, cached
+from spacompiler.models_zoo._wheels import Wheel, cached
 
 KIND = "transformers"
 

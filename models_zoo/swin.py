@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import SwinConfig
 
-from ._tiny_transformers import INITIALIZER_RANGE, Built, image_classifier
+from spacompiler.models_zoo._tiny_transformers import INITIALIZER_RANGE, Built, image_classifier
 
 
 def build(seed: int = 0) -> Built:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
-from ._seeded import seeded, tokens
-from ._tiny_transformers import VOCABULARY, Built, from_config
+from spacompiler.models_zoo._seeded import seeded, tokens
+from spacompiler.models_zoo._tiny_transformers import VOCABULARY, Built, from_config
 
 
 def build(seed: int = 0) -> Built:

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler import coupling
 from spacompiler.errors import SpaError
-from spacompiler.groups import Group
-from spacompiler.protocols import Context
+from spacompiler.evidence import members as coupling
+from spacompiler.evidence.protocol import Context
+from spacompiler.groups.solution import Group
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.groups import Group
-from spacompiler.protocols import Context
-from spacompiler.surgeon import Block
-
-from .obs import Obs
+from spacompiler.evidence.protocol import Context
+from spacompiler.evidence.surgeon import Block
+from spacompiler.groups.solution import Group
+from spacompiler.passes.obs import Obs
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spacompiler.allocation import Problem, Unit, refine
+from spacompiler.plan.problem import Problem, Unit, refine
 
 
 @dataclass(frozen=True)

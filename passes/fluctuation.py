@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.groups import Group
-from spacompiler.protocols import Context
-from spacompiler.statistics import View
+from spacompiler.evidence.protocol import Context
+from spacompiler.evidence.statistics import View
+from spacompiler.groups.solution import Group
 
 METRICS = ("IFV", "WIFV", "WIFN")
 

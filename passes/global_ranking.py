@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spacompiler.allocation import Problem, Unit, refine
+from spacompiler.plan.problem import Problem, Unit, refine
 
 
 @dataclass(frozen=True)

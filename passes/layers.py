@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.allocation import Problem, refine
 from spacompiler.errors import SpaError
+from spacompiler.plan.problem import Problem, refine
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from spacompiler.adapters.merging import fold, library
-from spacompiler.distillation import Objective, call
 from spacompiler.errors import SpaError, UsageError, did_you_mean
-from spacompiler.training import Schedule, Training, train, vectors
+from spacompiler.train.loop import Training, train, vectors
+from spacompiler.train.objective import Objective, call
+from spacompiler.train.options import Schedule
 
 INITS = ("default", "gaussian", "eva", "olora", "orthogonal", "mica", "pissa", "pissa_niter_N",
          "lora_ga")

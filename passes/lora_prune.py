@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from spacompiler import registry
-from spacompiler.allocation import family
-from spacompiler.decision import allocate_counts
 from spacompiler.errors import SpaError, TargetError
-from spacompiler.groups import Group
-from spacompiler.job import Job
+from spacompiler.groups.solution import Group
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
 from spacompiler.live.sites import MASKED, Masks, sites
 from spacompiler.live.watch import Watch
+from spacompiler.pipeline.decide import allocate_counts
+from spacompiler.plan.legal import family
+from spacompiler.request import registry
+from spacompiler.stages.records import Job
 
 LETS_GO: dict[str, Any] = {"protect_first": 0, "protect_last": 0, "targets": ""}
 """Options that keep groups, and what they are where they keep none."""

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.coupling import REDUCTIONS, reduced
-from spacompiler.groups import Group, Member
-from spacompiler.protocols import Context
-from spacompiler.slots import powers
+from spacompiler.evidence.members import REDUCTIONS, reduced
+from spacompiler.evidence.protocol import Context
+from spacompiler.evidence.slots import powers
+from spacompiler.groups.solution import Group, Member
 
 
 @dataclass(frozen=True)

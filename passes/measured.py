@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from spacompiler.allocation import Problem, Unit, refine
 from spacompiler.errors import SpaError
-from spacompiler.sensitivity import Change
-
-from .global_ranking import GlobalRanking
+from spacompiler.passes.global_ranking import GlobalRanking
+from spacompiler.plan.problem import Problem, Unit, refine
+from spacompiler.trials.sensitivity import Change
 
 ATTEMPTS = 12
 Changes = Mapping[tuple[str, int], Change]

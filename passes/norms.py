@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from spacompiler.training import Schedule, Training, train, vectors
+from spacompiler.train.loop import Training, train, vectors
+from spacompiler.train.options import Schedule
 
 
 @dataclass(frozen=True)

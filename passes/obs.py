@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.groups import Group
-from spacompiler.protocols import Context
-from spacompiler.surgeon import DAMPING, Block, blocks, removals
+from spacompiler.evidence.protocol import Context
+from spacompiler.evidence.surgeon import DAMPING, Block, blocks, removals
+from spacompiler.groups.solution import Group
 
 
 @dataclass(frozen=True)

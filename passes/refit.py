@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.repair import Evidence
+from spacompiler.repair.evidence import Evidence
 
 GRID = tuple(10.0 ** (i / 2) for i in range(-6, 5))
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.groups import Group
-from spacompiler.protocols import Context
+from spacompiler.evidence.protocol import Context
+from spacompiler.groups.solution import Group
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spacompiler.allocation import Problem, Unit
+from spacompiler.plan.problem import Problem, Unit
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from spacompiler.coupling import check_reduction, reduced
-from spacompiler.groups import Group
-from spacompiler.protocols import Context
+from spacompiler.evidence.members import check_reduction, reduced
+from spacompiler.evidence.protocol import Context
+from spacompiler.groups.solution import Group
 
 
 @dataclass(frozen=True)

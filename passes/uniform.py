@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spacompiler.allocation import Problem, refine
+from spacompiler.plan.problem import Problem, refine
 
 
 @dataclass(frozen=True)

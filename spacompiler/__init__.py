@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-_HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "loading",
+_HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "artifact.load",
           "lift": "adapters.lifting",
-          "verify": "verification", "SpaError": "errors", "UsageError": "errors",
+          "verify": "artifact.verify", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner"}
 __all__ = ["ProofError", "Pruner", "Result", "SpaError", "TargetError", "UsageError", "__version__",
            "compile", "inspect", "lift", "load", "verify"]
@@ -22,10 +22,10 @@ __all__ = ["ProofError", "Pruner", "Result", "SpaError", "TargetError", "UsageEr
 if TYPE_CHECKING:
     from .adapters.lifting import lift
     from .api import Result, compile, inspect
+    from .artifact.load import load
+    from .artifact.verify import verify
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .live.pruner import Pruner
-    from .loading import load
-    from .verification import verify
 
 
 def __getattr__(name: str) -> Any:

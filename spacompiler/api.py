@@ -9,13 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from . import pipeline, source
-from .artifact_path import check_out
-from .frontends.torch_export import Inputs
-from .groups import Solution
-from .job import Job, Progress, backend_of
-from .plan import Plan
-from .recipe import Recipe
+from .evidence.calls import Inputs
+from .groups.solution import Solution
+from .pipeline.request import make_job
+from .pipeline.run import STEPS, run
+from .plan.plan import Plan
+from .request.recipe import Recipe
+from .sources import named as source
+from .sources.checkpoints import example_inputs
+from .sources.source import Source
+from .stages.records import Job, Progress, backend_of
+from .store.place import check_out
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Result:
 
     def save(self, out: str | Path) -> Path:
         """Write the artifact to a new directory (whole or not at all) and return its path."""
-        from .write import write
+        from .artifact.write import write
 
         self.report = write(self.job, Path(out))
         self.path = Path(out)
@@ -98,10 +102,10 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
                     **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
     if recipe.decoder:
-        from .emit.decoder import check_causal_lm
+        from .deploy.decoder import check_causal_lm
 
         check_causal_lm(found.module)
-    job = pipeline.make_job(
+    job = make_job(
         found.module, found.inputs, recipe, importance=importance, allocator=allocation,
         repair=repair,
         calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
@@ -110,7 +114,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         checkpoint=Path(checkpoint) if checkpoint is not None else None, schedule=schedule)
     job.source, job.folder = found.facts or {"kind": _kind(name)}, found.folder
     job.notes.extend(found.notes)
-    result = Result(pipeline.run(job, dry_run=dry_run))
+    result = Result(run(job, dry_run=dry_run))
     if out is not None and not dry_run:
         result.save(out)
     return result
@@ -125,7 +129,7 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
     found = _source(model, example_inputs, None, trust_remote_code, None, None)
     module, inputs = found.module, found.inputs
     if modules:
-        from . import parts
+        from .torch_backend import parts
 
         module, inputs = parts.of(module, modules, inputs)
     return backend_of(module).trace(module, inputs, quick=True)[1]
@@ -142,15 +146,15 @@ def _named(what: Any) -> str:
 
 
 def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust: bool,
-            recipe: Recipe | None, progress: Progress | None) -> source.Source:
+            recipe: Recipe | None, progress: Progress | None) -> Source:
     if isinstance(model, str):
         if progress is not None:
-            progress(f"loading {model}", 0, len(pipeline.STEPS))
+            progress(f"loading {model}", 0, len(STEPS))
         found = source.load(model, trust_remote_code=trust,
                             unused=("*",) if recipe is None else recipe.unused)
         if inputs is not None:
             found.inputs = inputs
         return found
     if inputs is None:
-        inputs = source.example_inputs(model)
-    return source.Source(type(model).__name__, model, inputs, tokenizer)
+        inputs = example_inputs(model)
+    return Source(type(model).__name__, model, inputs, tokenizer)

@@ -17,14 +17,16 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from spacompiler.axes import Atom, walk
-from spacompiler.choices import Choice, Choices
-from spacompiler.emit.program import run_pruned
-from spacompiler.frontends import torch_export
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.groups import Solution
-from spacompiler.proof import masked_dense, relative_error, rescaled
-from spacompiler.slicing import kept
+from spacompiler.axes.choices import Choice, Choices
+from spacompiler.axes.expressions import Atom, walk
+from spacompiler.groups.solution import Solution
+from spacompiler.plan.effects import rescaled
+from spacompiler.stages.proof import relative_error
+from spacompiler.torch_backend.emit.program import run_pruned
+from spacompiler.torch_backend.emit.slicer import kept
+from spacompiler.torch_backend.prove import masked_dense
+from spacompiler.torch_backend.read import export as torch_export
+from spacompiler.torch_backend.trace import Trace
 
 
 def table_of(rng: np.random.Generator, shape: tuple[int, ...], count: int) -> np.ndarray:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.idioms import base
+from spacompiler.graph.idioms import base
+from spacompiler.torch_backend.trace import Trace
 
 MOST_BITS = 13
 

@@ -11,10 +11,11 @@ from ops_chosen import top
 from ops_norms import normed
 from ops_products import attend
 
-from spacompiler import chosen, reductions, shapes, writes
-from spacompiler import primitives as p
-from spacompiler.frontends.aten import TABLE
-from spacompiler.solver import Row
+from spacompiler.axes.expressions import concat, product
+from spacompiler.rows import chosen, reductions, shapes, writes
+from spacompiler.rows import primitives as p
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.rows.solver import Row
 
 
 def same_order(s: Any, n: Any) -> None:
@@ -23,19 +24,19 @@ def same_order(s: Any, n: Any) -> None:
 
 def flat_inside_out(s: Any, n: Any) -> None:
     a, b, c = s.dims[next(n.refs())]
-    s.put(n.outputs[0], [shapes.product((b, a)), c])
+    s.put(n.outputs[0], [product((b, a)), c])
 
 
 def replicas_inside(s: Any, n: Any) -> None:
     (e,), count = s.dims[next(n.refs())], s.space.atom(n.args[1][0])
     s.edit(n, ("args", 1, 0), count)
-    s.put(n.outputs[0], [shapes.product((e, count))])
+    s.put(n.outputs[0], [product((e, count))])
 
 
 def last_first(s: Any, n: Any) -> None:
     (a, b), (_, c) = (s.dims[ref.name] for ref in n.args[0])
     s.relate(a, s.dims[n.args[0][1].name][0], n)
-    s.put(n.outputs[0], [a, shapes.concat((c, b))])
+    s.put(n.outputs[0], [a, concat((c, b))])
 
 
 def right_part(s: Any, n: Any) -> None:
@@ -102,7 +103,7 @@ def gates_inside(s: Any, n: Any) -> None:
     TABLE["gru_cell"](s, n)
     for ref in n.args[2:6]:
         gates, hidden = s.space.factor(s.dims[ref.name][0], s.dims[n.args[1].name][1].size)
-        s.dims[ref.name] = (shapes.product((hidden, gates)), *s.dims[ref.name][1:])
+        s.dims[ref.name] = (product((hidden, gates)), *s.dims[ref.name][1:])
 
 
 def pattern(text: str, **sizes: Any) -> Row:

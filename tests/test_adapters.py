@@ -11,9 +11,9 @@ from torch import nn
 import spacompiler
 from spacompiler.adapters import cutting, files, lifting, merging
 from spacompiler.adapters.kinds import KINDS
-from spacompiler.emit.program import run_pruned
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.models_zoo import load
+from spacompiler.torch_backend.emit.program import run_pruned
 
 peft = pytest.importorskip("peft")
 LINEARS = ["q_proj", "up_proj", "down_proj"]

@@ -13,23 +13,24 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import allocation
-from spacompiler.calibration import default_loss
-from spacompiler.cost import cost
-from spacompiler.distillation import divergence
 from spacompiler.errors import SpaError
-from spacompiler.measure import Measure, angles
+from spacompiler.evidence.losses import default_loss, divergence
+from spacompiler.evidence.scores import Scores
+from spacompiler.groups.cost import cost
 from spacompiler.passes.dynamic import Dynamic
 from spacompiler.passes.global_ranking import GlobalRanking
 from spacompiler.passes.layers import AdaptLayers, CfspLayers
 from spacompiler.passes.measured import Measured
 from spacompiler.passes.refit import Refit
 from spacompiler.passes.standardised import Standardised
-from spacompiler.plan import make_plan
-from spacompiler.repair import Repairer, sites
-from spacompiler.scores import Scores
-from spacompiler.sensitivity import Change, Sensitivity
-from spacompiler.torch_backend import TORCH
+from spacompiler.plan import legal as allocation
+from spacompiler.plan.plan import make_plan
+from spacompiler.plan.problem import Problem
+from spacompiler.repair.repairer import Repairer
+from spacompiler.repair.sites import sites
+from spacompiler.torch_backend.backend import TORCH
+from spacompiler.trials.measure import Measure, angles
+from spacompiler.trials.sensitivity import Change, Sensitivity
 
 
 class Block(nn.Module):
@@ -65,7 +66,7 @@ def network() -> tuple[nn.Module, Any, Any]:
     return net, *TORCH.trace(net, (torch.randn(16, 8),))
 
 
-def problem(network: Any, seed: int = 0, share: float = 0.6, **more: Any) -> allocation.Problem:
+def problem(network: Any, seed: int = 0, share: float = 0.6, **more: Any) -> Problem:
     """A problem over random curves; `scores` may be given by group."""
     solution = network[2]
     groups = allocation.candidates(solution, roles=("channel",))
@@ -74,11 +75,11 @@ def problem(network: Any, seed: int = 0, share: float = 0.6, **more: Any) -> all
     found = allocation.units(solution, groups, scores, uniform=False, align=1, lanes=8, floor=0,
                              absolute=True)
     price = cost(solution, "params")
-    return allocation.Problem(found, price, share * price.total, price.total, tolerance=0.05,
+    return Problem(found, price, share * price.total, price.total, tolerance=0.05,
                               **more)
 
 
-def lost(p: allocation.Problem, kept: dict[str, int]) -> float:
+def lost(p: Problem, kept: dict[str, int]) -> float:
     return sum(float(u.losses[kept[u.name]]) for u in p.units)
 
 
@@ -124,7 +125,7 @@ def measured(network: Any, compensation: Any = None) -> Measure:
     groups = allocation.candidates(solution, roles=("channel",))
     scores = {g.name: np.arange(g.size, dtype=float) for g in groups}
 
-    def plan(p: allocation.Problem, kept: Any) -> Any:
+    def plan(p: Problem, kept: Any) -> Any:
         counts = {g.name: kept[u.name] for u in p.units for g in u.groups}
         return make_plan(groups, scores, counts).choices(solution)
 

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import artifact, proof, write
+from spacompiler.artifact import torch_files
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.models_zoo import load
+from spacompiler.stages import proof as judged
+from spacompiler.store import folder as artifact
 
 FAST = {"importance": "magnitude", "latency": False}
 
@@ -203,9 +205,9 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch, stage):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    homes = {"export_onnx": "spacompiler.emit.onnx_file.export_onnx",
-             "save_check": "spacompiler.artifact.save_check",
-             "write_manifest": "spacompiler.artifact.write_manifest",
+    homes = {"export_onnx": "spacompiler.deploy.export.export_onnx",
+             "save_check": "spacompiler.artifact.torch_files.save_check",
+             "write_manifest": "spacompiler.store.folder.write_manifest",
              "rename": "pathlib.Path.rename"}
     monkeypatch.setattr(homes[stage], fail)
     with pytest.raises(OSError, match="disk full"):
@@ -222,14 +224,14 @@ def test_existing_output_is_kept(tmp_path):
 
 
 def test_wrong_onnx_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "ONNX_TOLERANCE", -1.0)
+    monkeypatch.setattr(torch_files, "ONNX_TOLERANCE", -1.0)
     with pytest.raises(ProofError, match="ONNX Runtime differs"):
         compiled("mlp", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_control_that_is_not_caught_stops_the_compile(tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "CONTROL", 1e9)
+    monkeypatch.setattr(judged, "CONTROL", 1e9)
     with pytest.raises(ProofError, match="negative control"):
         compiled("mlp", tmp_path / "out")
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
-from spacompiler.emit.attributes import assign, differing, held
-from spacompiler.emit.sized import Sized
+from spacompiler.torch_backend.emit.attributes import assign, differing, held
+from spacompiler.torch_backend.emit.sized import Sized
 
 FAST = {"importance": "magnitude", "align": 1, "onnx": False, "latency": False}
 

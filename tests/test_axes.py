@@ -11,8 +11,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from spacompiler import slicing
-from spacompiler.axes import (
+from spacompiler.axes.choices import (
+    Choice,
+    Choices,
+    coordinates,
+    indices,
+    keep_mask,
+    kept_size,
+    take,
+)
+from spacompiler.axes.expressions import (
     Atom,
     Expr,
     Prod,
@@ -27,8 +35,8 @@ from spacompiler.axes import (
     resolve,
     show,
 )
-from spacompiler.choices import Choice, Choices, coordinates, indices, keep_mask, kept_size, take
-from spacompiler.space import Clash, Space
+from spacompiler.axes.space import Clash, Space
+from spacompiler.torch_backend.emit import slicer as slicing
 
 # --- random expressions -------------------------------------------------------------------------
 

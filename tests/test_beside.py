@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spacompiler
-from spacompiler import beside
+from spacompiler.store import beside
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import blocks, depth, models_zoo, pipeline, report, source
-from spacompiler.blocks import bypassed, drop, removable, without
-from spacompiler.emit.hf_depth import renumbered
-from spacompiler.emit.module import results
+from spacompiler import models_zoo
 from spacompiler.errors import ControlError, ProofError, SpaError, TargetError, UsageError
-from spacompiler.recipe import Recipe
+from spacompiler.pipeline.request import make_job
+from spacompiler.plan.plan import pruned_bytes
+from spacompiler.request.recipe import Recipe
+from spacompiler.sources import named as source
+from spacompiler.stages.records import Job
+from spacompiler.torch_backend.weights import results
+from spacompiler.trials import blocks, depth
+from spacompiler.trials.blocks import bypassed, drop, removable, without
+from spacompiler.trials.shorter import renumbered
 
 QUICK = {"align": 1, "latency": False, "onnx": False}
 WHOLE = {  # blocks of each zoo model
@@ -205,9 +210,9 @@ def test_names_are_numbered_anew() -> None:
 # --- the step ---------------------------------------------------------------------------------
 
 
-def job(module: nn.Module, **options: object) -> pipeline.Job:
+def job(module: nn.Module, **options: object) -> Job:
     recipe = Recipe("body=50%", importance="magnitude", **{**QUICK, **options})
-    return pipeline.make_job(module, inputs(), recipe, calibration=[((), inputs())])
+    return make_job(module, inputs(), recipe, calibration=[((), inputs())])
 
 
 def test_blocks_that_do_least_go_first() -> None:
@@ -245,7 +250,7 @@ def test_compile_without_blocks(tmp_path, target: str, width: bool) -> None:
     checks = {c.name: c for c in spacompiler.verify(out)}
     assert all(c.passed for c in checks.values()), checks
     assert "bypasses 1 blocks" in (out / "report.md").read_text()
-    assert result.report["bytes"]["dense"] == report.pruned_bytes(widths.solution, {})["dense"]
+    assert result.report["bytes"]["dense"] == pruned_bytes(widths.solution, {})["dense"]
 
 
 @pytest.mark.parametrize(("target", "repair"), [("body=75%", "none"), ("body=50%", "Refit")])
@@ -262,7 +267,7 @@ def test_a_repair_is_reported_where_there_was_one(tmp_path, target: str, repair:
 
 @pytest.mark.parametrize("layout", ["module", "program"])
 def test_blocks_of_a_plain_module(tmp_path, layout: str, monkeypatch) -> None:
-    from spacompiler import torch_backend
+    from spacompiler.torch_backend import backend as torch_backend
 
     chosen = [e for e in torch_backend.EMITTERS if e[1] == layout]
     monkeypatch.setattr(torch_backend, "EMITTERS", tuple(chosen))

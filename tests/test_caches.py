@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import spacompiler
-from spacompiler.caches import cacheless, caches_off
+from spacompiler.torch_backend.caches import cacheless, caches_off
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 PAIR = {"vocab_size": 64, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

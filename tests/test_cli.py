@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from spacompiler.cli import app
+from spacompiler.cli.main import app
 
 RUN = CliRunner()
 QUICK = ["--target", "macs=60%", "--importance", "magnitude", "--align", "1", "--no-onnx"]
@@ -37,7 +37,7 @@ def test_help_is_quick_and_imports_no_torch():
     times = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "spacompiler.cli", "--help"],
+        done = subprocess.run([sys.executable, "-m", "spacompiler.cli.main", "--help"],
                               capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -198,8 +198,8 @@ def test_bad_input_is_one_clear_error(tmp_path, checkpoint, command, code, says)
     ("", "is empty"), ("too short", "shorter than one window"), (None, "no calibration file"),
     (b"\xff\xfe\x00\x9f", "cannot be read as text")])
 def test_bad_calibration_text(tmp_path, content, says):
-    from spacompiler.calibration import from_text
     from spacompiler.errors import SpaError
+    from spacompiler.evidence.calibration import from_text
 
     class Words:
         def __call__(self, text, **_):

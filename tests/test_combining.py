@@ -10,7 +10,7 @@ import spacompiler
 from spacompiler.adapters import combining, files, merging
 from spacompiler.adapters.clusters import clustered
 from spacompiler.errors import SpaError, UsageError
-from spacompiler.recipe import COMBINATIONS, Recipe, parse_combination
+from spacompiler.request.recipe import COMBINATIONS, Recipe, parse_combination
 
 pytest.importorskip("peft")
 

@@ -10,18 +10,18 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spacompiler
-from spacompiler import registry
-from spacompiler.calibration import default_loss
-from spacompiler.cli import app
+from spacompiler.cli.main import app
 from spacompiler.errors import SpaError, UsageError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import trace
-from spacompiler.gradients import KINDS
-from spacompiler.groups import solve
+from spacompiler.evidence.losses import default_loss
+from spacompiler.evidence.scores import Scores
+from spacompiler.evidence.statistics import OF_INPUTS
+from spacompiler.evidence.surgeon import blocks, removals
+from spacompiler.groups.solution import solve
 from spacompiler.models_zoo import load
-from spacompiler.scores import Scores
-from spacompiler.statistics import OF_INPUTS
-from spacompiler.surgeon import blocks, removals
+from spacompiler.request import registry
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.gather.gradients import KINDS
+from spacompiler.torch_backend.read.export import trace
 
 BATCHES = 3
 

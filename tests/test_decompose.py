@@ -10,11 +10,12 @@ import torch
 from commuting import choose, differences
 from torch import nn
 
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.groups import solve
-from spacompiler.proof import TOLERANCE
-from spacompiler.runner import Runner
+from spacompiler.groups.solution import solve
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import TOLERANCE
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.run.runner import Runner
+from spacompiler.torch_backend.trace import Trace
 
 
 class Two(nn.Module):

@@ -15,20 +15,22 @@ from torch import nn
 from typer.testing import CliRunner
 
 import spacompiler
-from spacompiler import bench, deploy
-from spacompiler.cli import app
-from spacompiler.emit import decoder as decoders
-from spacompiler.emit import int8
-from spacompiler.emit.decoder_parity import DecoderParity, decoder_parity
-from spacompiler.emit.int8 import difference, integer_kernels, quantize
-from spacompiler.emit.latency import Latency, compare_cases, open_session, ratio, run_session
-from spacompiler.emit.onnx_file import export_onnx
+from spacompiler.artifact import deployed as deploy
+from spacompiler.artifact.write import write
+from spacompiler.cli.main import app
+from spacompiler.deploy import decoder as decoders
+from spacompiler.deploy import int8
+from spacompiler.deploy.cases import Sizes, declared, synthetic
+from spacompiler.deploy.decoder_parity import DecoderParity, decoder_parity
+from spacompiler.deploy.export import export_onnx
+from spacompiler.deploy.int8 import difference, integer_kernels, quantize
 from spacompiler.errors import ProofError, SpaError, UsageError
-from spacompiler.frontends.torch_export import trace
 from spacompiler.models_zoo import load
-from spacompiler.recipe import Recipe
-from spacompiler.runtime import Decoder
-from spacompiler.write import write
+from spacompiler.request.recipe import Recipe
+from spacompiler.runtime.decoder import Decoder
+from spacompiler.runtime.latency import Latency, compare_cases, ratio
+from spacompiler.runtime.session import open_session, run_session
+from spacompiler.torch_backend.read.export import trace
 
 FAST = {"importance": "magnitude", "latency": False, "align": 1}
 
@@ -133,7 +135,7 @@ def test_another_models_file_is_caught(llama, tmp_path):
 
 def test_a_wrong_decoder_is_not_written(llama, tmp_path, monkeypatch):
     result, out = llama
-    honest = deploy.decoder_parity
+    honest = decoder_parity
     monkeypatch.setattr(deploy, "export_decoder",
                         lambda model, path, **options: shutil.copy(out / "model.onnx", path))
     monkeypatch.setattr(deploy, "decoder_parity", lambda *args: [
@@ -166,7 +168,7 @@ def test_genai_config_has_the_files_own_sizes(llama):
     result, out = llama
     config = json.loads((out / "genai_config.json").read_text())["model"]
     decoder = config["decoder"]
-    inputs = bench.declared(out / decoder["filename"])
+    inputs = declared(out / decoder["filename"])
     for layer in range(decoder["num_hidden_layers"]):
         for kind in ("past_key_names", "past_value_names"):
             _, shape = inputs[decoder["inputs"][kind] % layer]
@@ -199,7 +201,7 @@ def test_int8_is_smaller_and_its_difference_is_measured(llama, tmp_path):
     assert (facts["bits"], facts["kernels"]) == (7, integer_kernels())
     ids = prompt(2, 5)
     assert Decoder(out / "model.int8.onnx").generate(ids, 3).shape == (2, 3)
-    inputs = bench.synthetic(out / "model.onnx", bench.Sizes(2, 4))
+    inputs = synthetic(out / "model.onnx", Sizes(2, 4))
     same = difference(out / "model.onnx", out / "model.onnx", inputs)
     assert (same["same"], same["rms_rel"]) == (1.0, 0.0)
 
@@ -235,7 +237,7 @@ def test_large_int8_weights_go_beside_the_file(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "INLINE_BYTES", 1000)
     quantize(out / "model.onnx", tmp_path / "q.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.onnx", "q.onnx.data"]
-    inputs = bench.synthetic(out / "model.onnx", bench.Sizes(2, 4))
+    inputs = synthetic(out / "model.onnx", Sizes(2, 4))
     same = difference(out / "model.int8.onnx", tmp_path / "q.onnx", inputs)
     assert (same["same"], same["rms_rel"]) == (1.0, 0.0)
     assert same["bytes"] > 0.8 * same["float_bytes"]
@@ -307,7 +309,7 @@ def test_ratios_are_taken_turn_by_turn():
 
 def test_time_budget_stops_after_five_turns(llama):
     file = llama[1] / "model.onnx"
-    inputs = bench.synthetic(file, bench.Sizes(1, 2))
+    inputs = synthetic(file, Sizes(1, 2))
     found = compare_cases({"m": file}, {"c": {"m": inputs}}, repeats=50, seconds=0.0,
                           isolate=False)
     assert found["c", 1]["m"].repeats == 5
@@ -335,4 +337,4 @@ def test_large_files_read_weights_from_equal_safetensors_beside_them(tmp_path, s
 
 
 def bench_input(path):
-    return next(iter(bench.declared(path)))
+    return next(iter(declared(path)))

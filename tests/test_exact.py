@@ -9,11 +9,12 @@ from commuting import quick_trace, table_of
 from networks import network
 from torch import nn
 
-from spacompiler.axes import atoms, reasons, show
-from spacompiler.choices import Choice
-from spacompiler.frontends.aten import TABLE
-from spacompiler.groups import solve
-from spacompiler.proof import masked_dense, relative_error
+from spacompiler.axes.choices import Choice
+from spacompiler.axes.expressions import atoms, reasons, show
+from spacompiler.groups.solution import solve
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import relative_error
+from spacompiler.torch_backend.prove import masked_dense
 
 ROW = "x: 2x4\na = linear(x, out=6)\n"
 TOKENS = "x: 2x5x8\na = linear(x, out=6)\n"

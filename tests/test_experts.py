@@ -17,16 +17,17 @@ from transformers import AutoModelForCausalLM
 import spacompiler
 from spacompiler import models_zoo
 from spacompiler.api import Result
-from spacompiler.axes import reasons
-from spacompiler.choices import Choice
+from spacompiler.artifact.report import facts
+from spacompiler.axes.choices import Choice
+from spacompiler.axes.expressions import reasons
 from spacompiler.errors import SpaError, TargetError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.groups import Group, Solution, solve
+from spacompiler.evidence.scores import Scores
+from spacompiler.groups.solution import Group, Solution, solve
 from spacompiler.passes.taylor import Taylor
-from spacompiler.proof import prove
-from spacompiler.report import facts
-from spacompiler.scores import Scores
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.prove import prove
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 TWO_OF_FIVE = "params=56.5%"
 ROUTER = "model.layers.{}.mlp.gate.weight:0"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler.frontends.torch_export import trace
+from spacompiler.torch_backend.read.export import trace
 
 
 class Expands(nn.Module):

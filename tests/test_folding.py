@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import spacompiler
-from spacompiler.frontends.torch_export import trace
+from spacompiler.torch_backend.read.export import trace
 
 
 class Standardised(nn.Conv2d):

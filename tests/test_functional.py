@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler.emit.program import rewrite
 from spacompiler.errors import ProofError
-from spacompiler.frontends import functional
-from spacompiler.frontends.functional import make_functional
+from spacompiler.torch_backend.emit.program import rewrite
+from spacompiler.torch_backend.read import functional
+from spacompiler.torch_backend.read.functional import make_functional
 
 
 def _chain(x):

@@ -14,11 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spacompiler import models_zoo
-from spacompiler.axes import Atom, atoms, concat, product, reasons, show
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.graph import Node
-from spacompiler.groups import Group, Solution, beside, solve, why
+from spacompiler.axes.expressions import Atom, atoms, concat, product, reasons, show
+from spacompiler.graph.ir import Node
+from spacompiler.groups.fibres import beside
+from spacompiler.groups.solution import Group, Solution, solve
+from spacompiler.groups.why import why
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 GOLDEN = Path(__file__).parent / "golden"
 REAL = {"smollm2-135m", "efficientnet-lite0"}

@@ -10,7 +10,7 @@ import torch
 from commuting import quick_trace
 from torch import Tensor, nn
 
-from spacompiler.idioms import deals, rms_norms
+from spacompiler.graph.idioms import deals, rms_norms
 
 Call = Callable[[Tensor, Tensor], Tensor]
 

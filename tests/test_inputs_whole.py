@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spacompiler
-from spacompiler import artifact, source
 from spacompiler.errors import SpaError
+from spacompiler.sources import named as source
+from spacompiler.store import folder as artifact
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,11 +19,11 @@ from labels import Marks, Unsupported, every_choice
 from networks import Net, network, networks
 from words import OFTEN
 
-from spacompiler.axes import Atom, Expr, Sum, reasons, resolve
-from spacompiler.choices import Choice, coordinates, keep_mask
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.groups import Solution, solve
+from spacompiler.axes.choices import Choice, coordinates, keep_mask
+from spacompiler.axes.expressions import Atom, Expr, Sum, reasons, resolve
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.trace import Trace
 
 NETWORKS = 150
 SHAPES = ((2, 4), (2, 2, 4), (2, 4, 3), (2, 4, 2, 2), (2, 3, 2, 3))

@@ -11,12 +11,13 @@ from torch.nn import functional
 
 import spacompiler
 from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import trace
-from spacompiler.groups import solve
+from spacompiler.evidence.scores import Scores
+from spacompiler.groups.solution import solve
 from spacompiler.live import ramp, shrinking
+from spacompiler.live.surgery import operate_in_place
 from spacompiler.models_zoo import load
-from spacompiler.scores import Scores
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.read.export import trace
 
 
 def mlp(seed=0):
@@ -244,7 +245,7 @@ def test_a_wrong_shrink_is_undone_and_refused():
 def test_a_wrong_slice_is_caught(monkeypatch):
     """The check can fail: slices taken from the wrong place are no masked model."""
     model, _, pruner = start(mlp, importance="magnitude")
-    right = shrinking.operate_in_place
+    right = operate_in_place
 
     def wrong(*args):
         undo = right(*args)

@@ -10,11 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
-from spacompiler.choices import Choice
+from spacompiler.axes.choices import Choice
 from spacompiler.errors import SpaError, TargetError, UsageError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import trace
-from spacompiler.groups import solve
+from spacompiler.groups.solution import solve
 from spacompiler.live.adapter_step import adapted, layer_of, merged
 from spacompiler.live.attached import Attached
 from spacompiler.live.sites import Masks, sites
@@ -23,7 +21,10 @@ from spacompiler.models_zoo import load
 from spacompiler.passes import lora_prune
 from spacompiler.passes.lora_gradient import LoraGradient
 from spacompiler.passes.lora_prune import LoraPrune
-from spacompiler.proof import masked_dense, relative_error
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import relative_error
+from spacompiler.torch_backend.prove import masked_dense
+from spacompiler.torch_backend.read.export import trace
 
 
 def lines(seed=0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spacompiler.notation import align, parse
+from spacompiler.axes.notation import align, parse
 
 
 @pytest.mark.parametrize(("text", "inputs", "outputs", "consumed"), [

@@ -20,18 +20,23 @@ from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
 import spacompiler
-from spacompiler import api, models_zoo, onnx_backend
-from spacompiler.cli import app
-from spacompiler.emit import onnx_double
-from spacompiler.emit.onnx_file import export_onnx
-from spacompiler.emit.onnx_run import Session
-from spacompiler.emit.program import rewrite as rewrite_program
+from spacompiler import api, models_zoo
+from spacompiler.cli.main import app
+from spacompiler.deploy.export import export_onnx
+from spacompiler.deploy.inputs import axis_names
 from spacompiler.errors import ControlError, ProofError, SpaError, TargetError, UsageError
-from spacompiler.frontends import aten, onnx_ops, torch_export
-from spacompiler.frontends.onnx_file import open_model
-from spacompiler.frontends.onnx_lower import trace
-from spacompiler.groups import Solution, solve
-from spacompiler.write import axis_names
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.onnx_backend import backend as onnx_backend
+from spacompiler.onnx_backend.read.file import open_model
+from spacompiler.onnx_backend.read.lower import trace
+from spacompiler.onnx_backend.run import double as onnx_double
+from spacompiler.onnx_backend.run import observe
+from spacompiler.onnx_backend.run.observe import FileScores
+from spacompiler.onnx_backend.run.session import Session
+from spacompiler.rows import aten_table as aten
+from spacompiler.rows import onnx_table as onnx_ops
+from spacompiler.torch_backend.emit.program import rewrite as rewrite_program
+from spacompiler.torch_backend.read import export as torch_export
 
 RNG = np.random.default_rng(0)
 
@@ -234,9 +239,9 @@ def test_sizes_that_vary_stay_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_wrong_index_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spacompiler.emit import onnx_proof
-    from spacompiler.emit.onnx_rewrite import rewrite
-    from spacompiler.proof import swap
+    from spacompiler.onnx_backend import prove as onnx_proof
+    from spacompiler.onnx_backend.emit import rewrite
+    from spacompiler.stages.proof import swap
 
     def wrong(trace: Any, solution: Solution, choices: Any, given: Any = None,
               **options: Any) -> ir.Model:
@@ -361,12 +366,12 @@ def test_statistics_are_those_of_torch(importance: str, tmp_path: Path) -> None:
 
 def test_streaming_gives_the_same_statistics_and_drops_them(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_backend, "EXPOSED", 1)
+    monkeypatch.setattr(observe, "EXPOSED", 1)
     module, inputs = models_zoo.load("vgg").build()
     export_onnx(torch_export.trace(module, inputs).program, tmp_path / "m.onnx",
                 input_names=["x"], axes={})
     traced, solution = onnx_backend.analyse(open_model(tmp_path / "m.onnx"), None)
-    whole, streamed = (onnx_backend.FileScores(traced, solution) for _ in range(2))
+    whole, streamed = (FileScores(traced, solution) for _ in range(2))
     groups, batches = list(solution.groups.values()), [((), {})]
     whole.calibrate(("covariance",), batches, None, groups=groups)
     held = []

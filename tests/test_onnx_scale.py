@@ -14,11 +14,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import spacompiler
-from spacompiler import onnx_backend
-from spacompiler.frontends.onnx_file import open_model
-from spacompiler.frontends.onnx_lower import trace
-from spacompiler.frontends.onnx_ops import TABLE
-from spacompiler.groups import Solution, solve
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.onnx_backend import backend as onnx_backend
+from spacompiler.onnx_backend.read.file import open_model
+from spacompiler.onnx_backend.read.lower import trace
+from spacompiler.onnx_backend.run.observe import FileScores
+from spacompiler.rows.onnx_table import TABLE
 
 WIDTH, INNER = 96, 12
 
@@ -142,13 +143,13 @@ def test_one_run_shows_as_many_tensors_as_fit(tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     onnx.save(blocks(12), tmp_path / "m.onnx")
     runs: list[int] = []
-    expose = onnx_backend.FileScores._expose
+    expose = FileScores._expose
 
     def seen(self: Any, names: list[str], *rest: Any) -> None:
         runs.append(len(names))
         expose(self, names, *rest)
 
-    monkeypatch.setattr(onnx_backend.FileScores, "_expose", seen)
+    monkeypatch.setattr(FileScores, "_expose", seen)
     for limit, want in ((None, [12]), (1, [1] * 12)):
         if limit is not None:
             monkeypatch.setattr(onnx_backend, "EXPOSED", limit)

@@ -28,16 +28,17 @@ from ops_wrong import FAULTS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spacompiler.allocation import step as step_of
-from spacompiler.axes import is_frozen
-from spacompiler.choices import Choices
-from spacompiler.cost import cost
-from spacompiler.emit.program import run_pruned
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.groups import Solution, solve
-from spacompiler.proof import TOLERANCE
-from spacompiler.solver import Row
+from spacompiler.axes.choices import Choices
+from spacompiler.axes.expressions import is_frozen
+from spacompiler.groups.cost import cost
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.plan.legal import step as step_of
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.rows.solver import Row
+from spacompiler.stages.proof import TOLERANCE
+from spacompiler.torch_backend.emit.program import run_pruned
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 
 @cache

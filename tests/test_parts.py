@@ -10,8 +10,8 @@ from torch import nn
 
 import spacompiler
 from spacompiler.errors import ProofError, SpaError, TraceError, UsageError
-from spacompiler.frontends.torch_export import trace
-from spacompiler.parts import Parts, traceable
+from spacompiler.torch_backend.parts import Parts, traceable
+from spacompiler.torch_backend.read.export import trace
 
 FAST = {"importance": "magnitude", "align": 1, "onnx": False, "latency": False}
 INPUTS = (torch.randn(4, 12, generator=torch.Generator().manual_seed(3)),)

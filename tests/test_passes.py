@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import allocation, registry
-from spacompiler.calibration import default_loss
-from spacompiler.cost import cost
-from spacompiler.decision import allocate_counts
 from spacompiler.errors import SpaError, TargetError, UsageError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import trace
-from spacompiler.groups import solve
+from spacompiler.evidence.losses import default_loss
+from spacompiler.evidence.scores import Scores
+from spacompiler.groups.cost import cost
+from spacompiler.groups.solution import solve
 from spacompiler.models_zoo import load
-from spacompiler.scores import Scores
+from spacompiler.pipeline.decide import allocate_counts
+from spacompiler.plan import legal as allocation
+from spacompiler.request import registry
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.read.export import trace
 
 
 def context(name, seed=0):

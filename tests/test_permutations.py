@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 from networks import network
 
 from spacompiler import models_zoo
-from spacompiler.axes import atoms, concat, deal, product, show
-from spacompiler.choices import Choice, keep_mask, kept_size
-from spacompiler.emit.module import operate, runs_like
-from spacompiler.emit.program import Rewritten, rewrite, run_pruned
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import trace
-from spacompiler.groups import Solution, solve
-from spacompiler.proof import TOLERANCE, prove
-from spacompiler.space import Clash, Space
+from spacompiler.axes.choices import Choice, keep_mask, kept_size
+from spacompiler.axes.expressions import atoms, concat, deal, product, show
+from spacompiler.axes.space import Clash, Space
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import TOLERANCE
+from spacompiler.torch_backend.emit.module import operate
+from spacompiler.torch_backend.emit.program import Rewritten, rewrite, run_pruned
+from spacompiler.torch_backend.prove import prove
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.weights import runs_like
 
 # name: (network, groups of the first layer's rows with gathers, and as views do them)
 FLAT = "x: 2x4\na = linear(x, out={})\n"

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from spacompiler import models_zoo, proof, shapes
-from spacompiler import primitives as p
-from spacompiler.choices import Choice, Choices, kept_size
-from spacompiler.emit.program import run_pruned
+from spacompiler import models_zoo
+from spacompiler.axes.choices import Choice, Choices, kept_size
+from spacompiler.axes.expressions import concat, product
 from spacompiler.errors import ProofError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.groups import Group, Solution, solve
-from spacompiler.proof import CONTROL, TOLERANCE, masked_dense, prove, relative_error, swap
-from spacompiler.solver import Row
+from spacompiler.groups.solution import Group, Solution, solve
+from spacompiler.rows import primitives as p
+from spacompiler.rows import shapes
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.rows.solver import Row
+from spacompiler.stages.proof import CONTROL, TOLERANCE, relative_error, swap
+from spacompiler.torch_backend import prove as proof
+from spacompiler.torch_backend.emit.program import run_pruned
+from spacompiler.torch_backend.prove import masked_dense, prove
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 REAL = {"smollm2-135m", "efficientnet-lite0"}
 SMALL = [name for name in models_zoo.names() if name not in REAL]
@@ -132,7 +137,7 @@ def reversed_cat(s: Any, n: Any) -> None:
     shapes.cat(s, n)
     dims = list(s.dims[n.outputs[0]])
     at = n.arg(1, "dim", 0)
-    dims[at] = shapes.concat(s.dims[ref.name][at] for ref in reversed(n.args[0]))
+    dims[at] = concat(s.dims[ref.name][at] for ref in reversed(n.args[0]))
     s.put(n.outputs[0], dims)
 
 
@@ -144,7 +149,7 @@ def another_scale(s: Any, n: Any) -> None:
 
 def channels_inside(s: Any, n: Any) -> None:
     batch, channels, *rest = s.dims[next(n.refs())]
-    s.put(n.outputs[0], [batch, shapes.product((*rest, channels))])
+    s.put(n.outputs[0], [batch, product((*rest, channels))])
 
 
 def silent_linear(s: Any, n: Any) -> None:

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from networks import Net, network, networks
 from words import WORDS
 
-from spacompiler.choices import Choice
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.groups import Solution, solve
-from spacompiler.proof import TOLERANCE
+from spacompiler.axes.choices import Choice
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import TOLERANCE
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 GRAPHS, EXPORTED = 600, 40
 

@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spacompiler import gradients, pipeline, recompute, registry, runner, source
-from spacompiler.cross_entropy import CHUNK, cross_entropy, next_token
+from spacompiler.evidence.losses import CHUNK, cross_entropy, next_token
 from spacompiler.live import probe
-from spacompiler.recipe import Recipe
-from spacompiler.recompute import LEAST, Budget, borders, budget, segments
+from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline.request import make_job
+from spacompiler.request import registry
+from spacompiler.request.recipe import Recipe
+from spacompiler.sources import named as source
+from spacompiler.stages.records import Job
+from spacompiler.torch_backend.gather import gradients
+from spacompiler.torch_backend.run import recompute, runner
+from spacompiler.torch_backend.run.recompute import LEAST, Budget, borders, budget, segments
+from spacompiler.torch_backend.run.runner import OverridingRunner
 
 CASES = [("zoo:llama-gqa", "taylor"), ("zoo:llama-gqa", "taylor-element(per='batch')"),
          ("zoo:llama-gqa", "curvature"), ("zoo:llama-gqa", "gblm"), ("zoo:resnet", "taylor"),
@@ -21,15 +28,15 @@ CASES = [("zoo:llama-gqa", "taylor"), ("zoo:llama-gqa", "taylor-element(per='bat
 
 
 @lru_cache
-def analysed(model: str) -> pipeline.Job:
+def analysed(model: str) -> Job:
     found = source.load(model)
-    job = pipeline.make_job(found.module, found.inputs, Recipe("params=80%"),
+    job = make_job(found.module, found.inputs, Recipe("params=80%"),
                             calibration=[found.inputs], tokenizer=found.tokenizer, owned=True)
     pipeline.analyse(job)
     return job
 
 
-def scored(model: str, criterion: str) -> pipeline.Job:
+def scored(model: str, criterion: str) -> Job:
     torch.manual_seed(0)  # of the adapters
     job = replace(analysed(model), importance=registry.find("importance", criterion), scores={})
     pipeline.score(job)
@@ -110,7 +117,7 @@ def test_a_batch_leaves_nothing_behind(criterion: str, monkeypatch: pytest.Monke
 
     held: list[weakref.ref[torch.Tensor]] = []
 
-    class Watched(gradients.OverridingRunner):
+    class Watched(OverridingRunner):
         def _execute(self, n: torch.fx.Node) -> object:
             result = super()._execute(n)
             if isinstance(result, torch.Tensor) and n.op == "call_function":
@@ -133,7 +140,7 @@ def test_backward_gives_memory_back_segment_by_segment(monkeypatch: pytest.Monke
     ended: list[int] = []
     before_the_head: list[bool] = []
 
-    class Watched(gradients.OverridingRunner):
+    class Watched(OverridingRunner):
         def call(self, *inputs: tuple[object, ...]) -> list[object]:
             found = super().call(*inputs)
             ended.append(len(self.env))

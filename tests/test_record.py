@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import source
-from spacompiler.frontends import record, torch_export
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.record import Recorded
-from spacompiler.frontends.torch_export import as_call, quiet, trace
-from spacompiler.frontends.untouched import untouched
-from spacompiler.groups import solve
-from spacompiler.runner import Runner
+from spacompiler.evidence.calls import as_call
+from spacompiler.groups.solution import solve
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.sources import named as source
+from spacompiler.torch_backend.read import export as torch_export
+from spacompiler.torch_backend.read import record
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.run.runner import Runner
+from spacompiler.torch_backend.trace import Recorded
+from spacompiler.torch_backend.untouched import quiet, untouched
 
 _LAYOUT = ("aten._assert_tensor_metadata", "aten.contiguous")
 ZOO = "mobilenet swin moe t5".split()

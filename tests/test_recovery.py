@@ -8,16 +8,18 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
-from spacompiler import loading, verification
-from spacompiler.calibration import default_loss
-from spacompiler.checkpoint import FILE
-from spacompiler.distillation import Objective, divergence, labelled
+from spacompiler.artifact import load as loading
+from spacompiler.artifact.verify import verify
 from spacompiler.errors import SpaError, UsageError
+from spacompiler.evidence.losses import default_loss, divergence, labelled
 from spacompiler.models_zoo import load
 from spacompiler.passes.full import Full
 from spacompiler.passes.lora import Lora
 from spacompiler.passes.norms import Norms
-from spacompiler.training import Schedule, Training
+from spacompiler.train.checkpoint import FILE
+from spacompiler.train.loop import Training
+from spacompiler.train.objective import Objective
+from spacompiler.train.options import Schedule
 
 FAST = {"importance": "magnitude", "latency": False, "align": 1}
 
@@ -221,14 +223,14 @@ def test_compile_recovers_and_the_artifact_holds_what_was_trained(tmp_path):
     assert torch.equal(again(**ids).logits, result.module(**ids).logits)
     assert all(torch.equal(v, dense[k]) for k, v in module.state_dict().items())
     assert "before training" in " ".join((out / "report.md").read_text().split())
-    checks = {c.name: c.passed for c in verification.verify(out)}
+    checks = {c.name: c.passed for c in verify(out)}
     assert checks == {"hashes": True, "reload": True, "plan identity": None, "onnx": True}
 
 
 @pytest.mark.parametrize("emission, recipe", [
     ("module", Lora(lr=1e-2, epochs=3)), ("program", Full(lr=1e-2, epochs=3))])
 def test_a_convolutional_network_with_its_own_labels(emission, recipe, tmp_path, monkeypatch):
-    from spacompiler import torch_backend
+    from spacompiler.torch_backend import backend as torch_backend
 
     if emission == "program":
         monkeypatch.setattr(torch_backend, "EMITTERS", torch_backend.EMITTERS[-1:])

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import spacompiler
+from spacompiler.artifact.verify import verify
 from spacompiler.errors import SpaError
 from spacompiler.models_zoo import load
 from spacompiler.passes.refit import Bias, Refit
-from spacompiler.repair import Evidence
-from spacompiler.sampling import continued
-from spacompiler.verification import verify
+from spacompiler.repair.evidence import Evidence
+from spacompiler.torch_backend.gather.sampling import continued
 
 
 def correlated(n: int, size: int) -> torch.Tensor:
@@ -341,7 +341,7 @@ def test_noise_is_calibration_for_a_network_without_data() -> None:
 
 
 def test_a_language_model_writes_its_own_calibration_text() -> None:
-    from spacompiler.sampling import sampled
+    from spacompiler.torch_backend.gather.sampling import sampled
 
     pytest.importorskip("transformers")
     module, inputs = load("llama-gqa").build()

@@ -10,18 +10,20 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import models_zoo, registry
+from spacompiler import models_zoo
 from spacompiler.api import Result
-from spacompiler.calibration import default_loss
-from spacompiler.consumers import Route
 from spacompiler.errors import SpaError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Trace, trace
-from spacompiler.groups import Solution, solve
+from spacompiler.evidence.consumers import Route
+from spacompiler.evidence.losses import default_loss
+from spacompiler.evidence.scores import Scores
+from spacompiler.evidence.statistics import Covariance, Fluctuation, Moments
+from spacompiler.groups.solution import Solution, solve
 from spacompiler.passes.refit import Refit
-from spacompiler.repair import Evidence
-from spacompiler.scores import Scores
-from spacompiler.statistics import Covariance, Fluctuation, Moments
+from spacompiler.repair.evidence import Evidence
+from spacompiler.request import registry
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 WAYS = ("grouped_mm", "batched_mm")
 CHANNELS = "model.layers.{}.mlp.experts.gate_up_proj:1"

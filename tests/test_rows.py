@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from spacompiler import reductions
-from spacompiler.axes import Atom, Expr, atoms, show
-from spacompiler.frontends.aten import TABLE
-from spacompiler.graph import Graph, Node, Ref, Tensor
-from spacompiler.groups import solve
-from spacompiler.solver import Solver
+from spacompiler.axes.expressions import Atom, Expr, atoms, show
+from spacompiler.graph.ir import Graph, Node, Ref, Tensor
+from spacompiler.groups.solution import solve
+from spacompiler.rows import reductions
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.rows.solver import Solver
 
 GOLDEN = Path(__file__).parent / "golden/rows/aten.txt"
 BLOCKS = [block.strip().split("\n") for block in GOLDEN.read_text().split("\n\n")]

@@ -9,10 +9,11 @@ from commuting import quick_trace
 from networks import network
 from torch import nn
 
-from spacompiler.choices import Choice
-from spacompiler.frontends.aten import TABLE
-from spacompiler.groups import solve
-from spacompiler.slicing import Slicer, gather_indices, norm_changes
+from spacompiler.axes.choices import Choice
+from spacompiler.groups.solution import solve
+from spacompiler.plan.effects import gather_indices, norm_changes
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.emit.slicer import Slicer
 
 
 class Normed(nn.Module):

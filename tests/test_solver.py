@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from spacompiler import primitives as p
-from spacompiler.axes import atoms, product, reasons, show
-from spacompiler.graph import Graph, Node, Ref, Tensor
-from spacompiler.groups import Solution, solve
-from spacompiler.solver import OUTSIDE, Read, Row, Solver
-from spacompiler.space import Clash
+from spacompiler.axes.expressions import atoms, product, reasons, show
+from spacompiler.axes.space import Clash
+from spacompiler.graph.ir import Graph, Node, Ref, Tensor
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.rows import primitives as p
+from spacompiler.rows.findings import Read
+from spacompiler.rows.solver import OUTSIDE, Row, Solver
 
 
 def first_only(s: Solver, n: Node) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler import source
 from spacompiler.errors import SpaError
-from spacompiler.source import example_inputs
+from spacompiler.sources import named as source
+from spacompiler.sources.checkpoints import example_inputs
 
 transformers = pytest.importorskip("transformers")
 
@@ -260,7 +260,7 @@ def test_a_directory_with_brackets_in_its_name_is_written_and_shown(tmp_path, ch
     """Names are text: terminals' markup is not read out of them."""
     from typer.testing import CliRunner
 
-    from spacompiler.cli import app
+    from spacompiler.cli.main import app
 
     folder = shutil.copytree(checkpoint, tmp_path / "a[/b]")
     done = CliRunner().invoke(app, [

@@ -10,7 +10,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
 
 import spacompiler
-from spacompiler.emit.program import rewrite
+from spacompiler.torch_backend.emit.program import rewrite
 
 
 class Wrapped(nn.Module):

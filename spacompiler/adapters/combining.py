@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import SpaError, UsageError
-from ..recipe import COMBINATIONS, parse_combination
+from ..request.recipe import COMBINATIONS, parse_combination
 from .clusters import clustered
 from .files import PREFIX, Adapter
 from .kinds import COMBINATION_TRAPS

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..choices import indices
+from ..axes.choices import indices
 from ..errors import ProofError, SpaError
-from ..proof import relative_error
-from ..slicing import Slicer
+from ..stages.proof import relative_error
+from ..torch_backend.emit.slicer import Slicer
 from . import files, merging
 from .cutting import Cut, check_sliceable, sliced
 
 if TYPE_CHECKING:
-    from ..job import Job
+    from ..stages.records import Job
 
 TOLERANCE = 1e-4
 
@@ -26,7 +26,7 @@ def keep(job: Job) -> None:
         SpaError: a type that must be merged first.
         ProofError: pruned base + cut adapter is not the pruned merged model.
     """
-    from ..torch_backend import weights_hash
+    from ..torch_backend.weights import weights_hash
 
     if job.emission == "program":
         raise SpaError("the adapter cannot be kept", where=job.name,

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .. import artifact
-from ..artifact_path import check_artifact, check_out
 from ..errors import SpaError
+from ..store import folder as artifact
+from ..store.place import check_artifact, check_out
 from . import files
 from .cutting import Cut, lifted
 

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..biases import add_bias
 from ..errors import ProofError, SpaError
-from ..frontends.torch_export import Inputs, as_call
-from ..proof import relative_error
+from ..evidence.calls import Inputs, as_call
+from ..stages.proof import relative_error
+from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
 from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type
 from .kinds import KINDS, LAYER_TRAPS
@@ -253,7 +253,7 @@ def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:
 
 def _check_origin(module: nn.Module, adapter: Adapter) -> None:
     """An adapter that this compiler wrote says which weights it belongs to."""
-    from ..torch_backend import weights_hash
+    from ..torch_backend.weights import weights_hash
 
     wanted = adapter.origin.get("weights_hash")
     if wanted and wanted != weights_hash(module):

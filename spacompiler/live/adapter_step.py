@@ -13,19 +13,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class AdapterStep:
-    """`step` and the merged `weight`, both of the adapted weight's shape (or rows of it)."""
-
-    step: torch.Tensor
-    weight: torch.Tensor
+from spacompiler.evidence.protocol import AdapterStep
 
 
 def layer_of(module: nn.Module, weight: str) -> Any:

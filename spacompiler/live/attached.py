@@ -14,7 +14,7 @@ from torch import nn
 
 from spacompiler.adapters.merging import library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
-from spacompiler.groups import Group
+from spacompiler.groups.solution import Group
 
 NAME = "default"
 ADAPTABLE = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spacompiler.errors import UsageError
-
-from .pruner import Pruner
+from spacompiler.live.pruner import Pruner
 
 FILE = "pruner.json"
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from spacompiler.axes import Atom
-from spacompiler.choices import Choice, Choices
+from spacompiler.axes.choices import Choice, Choices
+from spacompiler.axes.expressions import Atom
 from spacompiler.errors import SpaError
-from spacompiler.groups import Group, Solution
+from spacompiler.groups.solution import Group, Solution
 
 Tables = dict[str, np.ndarray]
 

@@ -9,16 +9,15 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from spacompiler.distillation import blocks
 from spacompiler.errors import UsageError
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.frontends.untouched import untouched
-from spacompiler.groups import Group, Solution
-from spacompiler.recompute import budget, lean_blocks
-from spacompiler.scores import Loss
-
-from .attached import Attached, adaptable
-from .watch import Watch
+from spacompiler.evidence.scores import Loss
+from spacompiler.groups.solution import Group, Solution
+from spacompiler.live.attached import Attached, adaptable
+from spacompiler.live.watch import Watch
+from spacompiler.torch_backend.run.recompute import budget, lean_blocks
+from spacompiler.torch_backend.trace import Trace
+from spacompiler.torch_backend.untouched import untouched
+from spacompiler.train.objective import blocks
 
 RANK, ALPHA = 8, 16
 

@@ -11,20 +11,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from spacompiler import allocation, registry
-from spacompiler.cost import cost
-from spacompiler.decision import costs, lanes
 from spacompiler.errors import SpaError, TargetError, UsageError
-from spacompiler.frontends.torch_export import Inputs
-from spacompiler.groups import Group
-from spacompiler.recipe import Recipe, parse_target
-
-from . import ramp, stock
-from .adapter_step import adapter_arrays
-from .kept import Kept, lowest_out
-from .shrinking import Shrinking
-from .sites import MASKED, Site, sites
-from .watch import GATES, Watch
+from spacompiler.evidence.calls import Inputs
+from spacompiler.groups.cost import cost
+from spacompiler.groups.solution import Group
+from spacompiler.live import ramp, stock
+from spacompiler.live.adapter_step import adapter_arrays
+from spacompiler.live.kept import Kept, lowest_out
+from spacompiler.live.shrinking import Shrinking
+from spacompiler.live.sites import MASKED, Site, sites
+from spacompiler.live.watch import GATES, Watch
+from spacompiler.plan import legal as allocation
+from spacompiler.plan.plan import costs
+from spacompiler.plan.problem import Problem, Unit, check_met
+from spacompiler.request import registry
+from spacompiler.request.recipe import Recipe, parse_target
+from spacompiler.torch_backend.machine import lanes
 
 STATE_VERSION = 1
 
@@ -88,7 +90,7 @@ class Pruner:
         self._watch: Watch | None = None
         self._sites = self._seen() if set(GATES) & set(self.importance.needs) else []
         self._look()
-        self._stock: list[allocation.Unit] = []
+        self._stock: list[Unit] = []
         self._check_target()
         self.attach(optimizer)
 
@@ -157,7 +159,7 @@ class Pruner:
             self.shrink(1.0)
         self.stop()
         problem = self._problem(self._units())
-        allocation.check_met(problem, {u.name: self.live.kept.count(u.groups[0].name)
+        check_met(problem, {u.name: self.live.kept.count(u.groups[0].name)
                                        for u in problem.units})
         if self._stock:
             refused = stock.bring_config(self.live)
@@ -189,7 +191,7 @@ class Pruner:
         scores = self._current_scores()
         problem = self._problem(self._units(scores))
         final = self.allocation.allocate(problem)
-        allocation.check_met(problem, final)
+        check_met(problem, final)
         tables = dict(self.live.kept.tables)
         for unit in problem.units:
             now = self.live.kept.count(unit.groups[0].name)
@@ -245,7 +247,7 @@ class Pruner:
         kept = self.allocation.allocate(problem)
         if check:
             try:
-                allocation.check_met(problem, kept)
+                check_met(problem, kept)
             except TargetError as error:
                 error.why = "; ".join([error.why, *self.notes[:2]])
                 raise
@@ -303,22 +305,22 @@ class Pruner:
         return {name: np.where(self.live.kept.table(name), score, 0.0)
                 for name, score in self._scores.items()}
 
-    def _units(self, scores: Any = None) -> tuple[allocation.Unit, ...]:
+    def _units(self, scores: Any = None) -> tuple[Unit, ...]:
         plain = self._plain_units(scores)
         single = {u.groups[0].name: u for u in plain}
         return tuple(stock.with_losses(u, single) for u in self._stock) or plain
 
     def _plain_units(self, scores: Any = None, *, uniform: bool = False
-                     ) -> tuple[allocation.Unit, ...]:
+                     ) -> tuple[Unit, ...]:
         r = self.recipe
         scores = scores or {g.name: np.ones(g.shape) for g in self.groups}
         return allocation.units(self._dense, self.groups, scores, uniform=uniform, align=r.align,
                                 lanes=lanes(), floor=r.floor)
 
-    def _problem(self, units: Sequence[allocation.Unit]) -> allocation.Problem:
+    def _problem(self, units: Sequence[Unit]) -> Problem:
         metric, share = parse_target(self.recipe.target)
         self._price.set({g.atom: g.size for g in self.groups})
-        return allocation.Problem(tuple(units), self._price, share * self._dense_cost,
+        return Problem(tuple(units), self._price, share * self._dense_cost,
                                   self._dense_cost, metric)
 
     # --- what is said and saved ---------------------------------------------------------------

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from spacompiler import registry
 from spacompiler.errors import UsageError, did_you_mean
+from spacompiler.request import registry
 
 
 class Ramp(Protocol):

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from spacompiler.choices import Choices
-from spacompiler.emit.attributes import Seen, assign, resized, unmet, watch
-from spacompiler.emit.module import named_arrays, runs_like
+from spacompiler.axes.choices import Choices
 from spacompiler.errors import ProofError, SpaError
-from spacompiler.frontends.aten import TABLE
-from spacompiler.frontends.torch_export import Inputs, trace
-from spacompiler.groups import solve
-from spacompiler.proof import Proof, masked_dense, prove
-
-from .kept import Kept
-from .shrunk import shrunk
-from .surgery import Undo, operate_in_place
+from spacompiler.evidence.calls import Inputs
+from spacompiler.groups.solution import solve
+from spacompiler.live.kept import Kept
+from spacompiler.live.shrunk import shrunk
+from spacompiler.live.surgery import Undo, operate_in_place
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.proof import Proof
+from spacompiler.torch_backend.emit.attributes import Seen, assign, resized, unmet, watch
+from spacompiler.torch_backend.prove import masked_dense, prove
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.weights import named_arrays, runs_like
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2,
               torch.bfloat16: 5e-2}

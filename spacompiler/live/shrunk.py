@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from spacompiler.axes import Atom, Expr, Prod, concat, deal, product, resolve
-from spacompiler.choices import Choices, keep_mask
-from spacompiler.emit.program import edited
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.graph import Graph
-from spacompiler.groups import Group, Solution
-from spacompiler.idioms import RmsNorm
-from spacompiler.slicing import norm_changes
+from spacompiler.axes.choices import Choices, keep_mask
+from spacompiler.axes.expressions import Atom, Expr, Prod, concat, deal, product, resolve
+from spacompiler.graph.idioms import RmsNorm
+from spacompiler.graph.ir import Graph
+from spacompiler.groups.solution import Group, Solution
+from spacompiler.plan.effects import norm_changes
+from spacompiler.torch_backend.emit.program import edited
+from spacompiler.torch_backend.trace import Trace
 
 New = Mapping[Atom, Atom]
 

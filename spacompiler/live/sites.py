@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from spacompiler.axes import atoms
-from spacompiler.choices import Choices, keep_mask
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.frontends.untouched import untouched
-from spacompiler.groups import Group, Solution
-from spacompiler.runner import Runner
+from spacompiler.axes.choices import Choices, keep_mask
+from spacompiler.axes.expressions import atoms
+from spacompiler.groups.solution import Group, Solution
+from spacompiler.torch_backend.run.runner import Runner
+from spacompiler.torch_backend.trace import Trace
+from spacompiler.torch_backend.untouched import untouched
 
 Change = Callable[["Site", torch.Tensor], torch.Tensor]
 MASKED = "masks while training are zeros, and a score that goes would have to be minus infinity"

@@ -11,20 +11,21 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from spacompiler.allocation import Unit
-from spacompiler.emit import hf
-from spacompiler.emit.module import runs_like
 from spacompiler.errors import SpaError
-from spacompiler.frontends.untouched import untouched
-
-from .shrinking import Shrinking
+from spacompiler.live.shrinking import Shrinking
+from spacompiler.plan.problem import Unit
+from spacompiler.plan.stock_units import expressible as expressible_units
+from spacompiler.torch_backend.emit import stock as hf
+from spacompiler.torch_backend.kinds import is_hf
+from spacompiler.torch_backend.untouched import untouched
+from spacompiler.torch_backend.weights import runs_like
 
 
 def expressible(live: Shrinking, units: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
     """Return the units that a stock config can express, and notes on the others (dense model)."""
-    if not hf.is_hf(live.model):
+    if not is_hf(live.model):
         return [], []
-    return hf.expressible(live.model, live.dense_trace.tied, live.dense, units)
+    return expressible_units(live.model, live.dense_trace.tied, live.dense, units)
 
 
 def with_losses(unit: Unit, single: Mapping[str, Unit]) -> Unit:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from spacompiler.axes import ONE, Expr, atoms
-from spacompiler.choices import Choices, kept_size
-from spacompiler.emit.attributes import Change, assign
-from spacompiler.emit.module import attribute_changes, named_arrays
+from spacompiler.axes.choices import Choices, kept_size
+from spacompiler.axes.expressions import ONE, Expr, atoms
 from spacompiler.errors import SpaError
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.groups import Solution
-from spacompiler.slicing import Slicer, cut
+from spacompiler.groups.solution import Solution
+from spacompiler.torch_backend.emit.attributes import Change, assign
+from spacompiler.torch_backend.emit.module import attribute_changes
+from spacompiler.torch_backend.emit.slicer import Slicer, cut
+from spacompiler.torch_backend.trace import Trace
+from spacompiler.torch_backend.weights import named_arrays
 
 Dims = tuple[Expr, ...]
 # optimiser state that is not of its parameter's shape -> which of its dimensions it has

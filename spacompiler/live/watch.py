@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from spacompiler.axes import is_frozen
+from spacompiler.axes.expressions import is_frozen
 from spacompiler.errors import SpaError, UsageError
-from spacompiler.frontends.torch_export import Trace
-from spacompiler.gradients import SUMS
-from spacompiler.groups import Group, Member, Solution
-from spacompiler.scores import Scores
-from spacompiler.slots import onto, rows
-
-from .adapter_step import AdapterStep, adapted
-from .sites import Site, hook
+from spacompiler.evidence.protocol import AdapterStep
+from spacompiler.evidence.scores import Scores
+from spacompiler.evidence.slots import onto, rows
+from spacompiler.groups.solution import Group, Member, Solution
+from spacompiler.live.adapter_step import adapted
+from spacompiler.live.sites import Site, hook
+from spacompiler.torch_backend.gather.gradients import SUMS
+from spacompiler.torch_backend.trace import Trace
 
 GATES = ("gates", "token_gates")
 OF_WEIGHTS = ("weight_gradients", "elements", "vectors")

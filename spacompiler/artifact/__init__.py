@@ -1,0 +1,1 @@
+"""What is written, loaded, verified, reported; a file for each backend."""

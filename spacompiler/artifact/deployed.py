@@ -1,0 +1,97 @@
+"""Files for deployment: a decoder with its cache, int8 weights; each checked when written."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..deploy.cases import Sizes, synthetic
+from ..deploy.cases import cases as cases_of
+from ..deploy.decoder import export_decoder
+from ..deploy.decoder_parity import decoder_parity
+from ..deploy.genai import genai_config
+from ..deploy.int8 import difference, integer_kernels, quantize
+from ..errors import ProofError, SpaError
+from ..runtime.latency import compare_cases
+from ..stages.records import Job
+from ..store import folder as artifact
+
+TOLERANCE = 1e-3
+
+
+def write_decoder(job: Job, folder: Path) -> dict[str, Any]:
+    """Write model.onnx as a decoder with its cache, and return what the report says about it.
+
+    Raises:
+        SpaError: the model has no form that can be traced with a cache.
+        ProofError: ONNX Runtime's logits differ from torch's.
+    """
+    if job.emission == "program":
+        raise SpaError("the pruned model cannot be exported as a decoder with a cache",
+                       why="it is emitted as a re-written program, traced without one: "
+                           + "; ".join(job.notes[-1:]),
+                       fix="leave --decoder out, or prune other roles")
+    path = folder / "model.onnx"
+    export_decoder(job.pruned, path, beside=sorted(folder.glob("model*.safetensors")))
+    checks = decoder_parity(job.pruned, path)
+    for check in checks:
+        if not check.max_rel <= TOLERANCE:
+            raise ProofError(f"ONNX Runtime differs from torch by {check.max_rel:.1e}",
+                             where=f"{check.batch} rows, {check.tokens} tokens written",
+                             fix="leave --decoder out, and please report it")
+    data: dict[str, Any] = {"decoder": [check.as_dict() for check in checks]}
+    config = genai_config(job.pruned, path) if job.layout == "uniform" else None
+    data["genai"] = config is not None
+    if config is None:
+        job.notes.append("no genai_config.json: it has one head count for all layers, and here "
+                         "layers may differ (see --layout uniform)")
+    else:
+        artifact.write_json(folder / "genai_config.json", config)
+    return data | (_latency(job, path) if job.recipe.latency else {})
+
+
+def _latency(job: Job, path: Path) -> dict[str, Any]:
+    """Time prefill and decode of the dense and the pruned decoder, at batch 1 on one thread."""
+    job.progress("measuring latency", 3, 4)
+    with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
+        dense = Path(temporary) / "dense.onnx"
+        export_decoder(job.reference, dense)
+        paths = {"dense": dense, "pruned": path}
+        cases = cases_of(paths, batches=(1,))
+        times = compare_cases(paths, {c.name: c.inputs for c in cases}, repeats=20, seconds=20.0)
+    keys = {"prefill": "latency", "decode": "decode_latency"}
+    return {keys[case.phase]: {
+        "case": case.name, "threads": 1,
+        **{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
+           for n, t in times[case.name, 1].items()}} for case in cases}
+
+
+def write_int8(job: Job, folder: Path) -> dict[str, Any]:
+    """Write model.int8.onnx from model.onnx, and return its measured difference and size.
+
+    Measured on the first calibration batch as far as the file takes it, else on made-up inputs.
+
+    Raises:
+        SpaError: the file cannot be quantised.
+    """
+    path, made = folder / "model.onnx", folder / "model.int8.onnx"
+    quantize(path, made, job.recipe.int8_bits)
+    inputs = synthetic(path, Sizes(2, 16))
+    given = _calibration_batch(job, list(inputs))
+    if given:
+        shape = next(iter(given.values())).shape
+        inputs = synthetic(path, Sizes(shape[0], shape[-1]))
+        given = {n: a for n, a in given.items() if a.shape == inputs[n].shape}
+    on = job.calibration.origin if given else "made-up inputs"
+    return {"int8": {**difference(path, made, {**inputs, **given}), "on": on,
+                     "bits": job.recipe.int8_bits, "kernels": integer_kernels()}}
+
+
+def _calibration_batch(job: Job, names: list[str]) -> dict[str, np.ndarray]:
+    """The first calibration batch by the names of a file's inputs, as far as it has them."""
+    args, kwargs = job.calibration.batches[0] if job.calibration.batches else ((), {})
+    found = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {n: np.asarray(a) for n, a in found.items() if n in names and np.ndim(a) > 0}

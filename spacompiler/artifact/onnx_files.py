@@ -1,0 +1,153 @@
+"""Write a pruned ONNX file, and check the file as it lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+
+from ..errors import ProofError, SpaError
+from ..groups.solution import solve
+from ..onnx_backend import prove as onnx_proof
+from ..onnx_backend.emit import rewrite
+from ..onnx_backend.prove import as_tensors
+from ..onnx_backend.read.file import OnnxFile, example
+from ..onnx_backend.read.lower import OnnxTrace, trace
+from ..onnx_backend.read.shapes import sizes_of
+from ..onnx_backend.run.session import Session
+from ..rows.onnx_table import TABLE
+from ..runtime.latency import compare_latency
+from ..runtime.session import open_session, run_session
+from ..stages.proof import relative_error
+from ..stages.records import Job
+from ..store import folder as artifact
+from ..store.arrays import save_check
+
+EXTERNAL_BYTES = 2**30
+LATENCY_BYTES = 2**29
+RELOAD_TOLERANCE = 1e-4
+
+
+def write_file(job: Job, folder: Path, data: dict[str, Any]) -> None:
+    """Write model.onnx, structure.json and check.safetensors into an artifact's folder.
+
+    Raises ProofError if the file does not pass ONNX's full check or gives other results.
+    """
+    traced: OnnxTrace = job.trace  # type: ignore[assignment]
+    path = folder / "model.onnx"
+    size = save(job.pruned, path)
+    full_check(path)
+    job.progress("checking the file", 1, 4)
+    want = Session(job.pruned).run(traced.feeds)
+    error = relative_error(as_tensors(Session(ir.load(path)).run(traced.feeds)), as_tensors(want))
+    got = run_session(open_session(path), traced.feeds)
+    if error > RELOAD_TOLERANCE:
+        raise ProofError("the written file differs from the model in memory",
+                         why=f"relative error {error:.1e} in ONNX Runtime",
+                         fix="please report it")
+    data["reload"] = f"the file's results are those of the model in memory to {error:.1e}"
+    data["onnx"] = elsewhere(job)
+    save_check(folder / "check.safetensors", (), {
+        n: torch.from_numpy(np.array(a)) for n, a in traced.feeds.items()},
+        [torch.from_numpy(np.array(a)) for a in got])
+    artifact.write_json(folder / "structure.json", structure(job, traced))
+    data["latency"] = None
+    if job.recipe.latency and size <= LATENCY_BYTES:
+        job.progress("measuring latency", 2, 4)
+        data["latency"] = _latency(traced, path)
+
+
+def save(model: ir.Model, path: Path) -> int:
+    """Save a model, large ones with external data beside it; return the bytes of weights."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values()
+               if v.const_value is not None)
+    large = size > EXTERNAL_BYTES
+    ir.save(model if large else _gathered(model), path,
+            external_data=f"{path.name}.data" if large else None)
+    for file in path.parent.glob(f"{path.name}*"):
+        file.chmod(0o644)
+    return size
+
+
+def _gathered(model: ir.Model) -> ir.Model:
+    """Return the model with arrays that lie in other files read into it when it is written."""
+    found = model.clone()
+    for value in found.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _read(tensor)
+    return found
+
+
+def _read(tensor: ir.ExternalTensor) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name),
+                         dtype=tensor.dtype, shape=ir.Shape(sizes_of(tensor)), name=tensor.name)
+
+
+def full_check(path: Path) -> None:
+    """Raise ProofError unless ONNX's checker, shape inference included, accepts a file."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as problem:
+        raise ProofError("the written file fails ONNX's full check",
+                         why=str(problem).strip().splitlines()[0][:300],
+                         fix="please report it") from problem
+
+
+def structure(job: Job, traced: OnnxTrace) -> dict[str, Any]:
+    """Return what a loader needs beside the file."""
+    file: OnnxFile = traced.file
+    return {"layout": "onnx", "emission": "graph", "model": job.name, "class": "",
+            "source": {"kind": job.source.get("kind", "onnx")},
+            "attributes": [], "source_sha256": file.digest,
+            "opset": dict(file.model.opset_imports),
+            "inputs": {"args": 0, "kwargs": list(traced.feeds), "constants": {}}}
+
+
+def other_sizes(traced: OnnxTrace) -> dict[str, tuple[int, ...]] | None:
+    """Return input sizes that differ from the traced ones in every varying dimension."""
+    graph, found = traced.graph, {}
+    for name in graph.inputs:
+        tensor = graph.tensors[name]
+        step = 32 if len(tensor.shape) >= 4 else 1
+        found[name] = tuple(
+            n + (1 if d == 0 else step) if d in tensor.dynamic else n
+            for d, n in enumerate(tensor.shape))
+    return found if any(traced.graph.tensors[n].dynamic for n in graph.inputs) else None
+
+
+def elsewhere(job: Job) -> list[dict[str, Any]]:
+    """Compare the pruned model with the masked dense one at other sizes, solved anew for them."""
+    traced: OnnxTrace = job.trace  # type: ignore[assignment]
+    sizes = other_sizes(traced)
+    if sizes is None:
+        return []
+    try:
+        feeds = example(traced.file, sizes, seed=1)
+        other = trace(traced.file, feeds)
+        solution = solve(other.graph, TABLE)
+        precision, tolerance, error = onnx_proof.elsewhere(
+            other, solution, job.plan.choices(solution),
+            lambda double: rewrite(traced, job.solution, job.choices, double=double))
+    except SpaError as problem:
+        job.notes.append(f"not checked at other sizes than the traced ones: {problem.what}")
+        return []
+    if not error <= tolerance:
+        raise ProofError("the pruned model is not the masked dense model at other sizes",
+                         where=str(sizes), why=f"relative error {error:.1e} in {precision}",
+                         fix="please report it")
+    return [{"shapes": {n: list(s) for n, s in sizes.items()}, "max_abs": error,
+             "max_rel": error}]
+
+
+def _latency(traced: OnnxTrace, path: Path) -> dict[str, Any]:
+    feeds: Mapping[str, np.ndarray] = traced.feeds
+    times = compare_latency({"dense": traced.file.path, "pruned": path}, feeds)
+    return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
+               for n, t in times.items()}, "threads": 1,
+            "shapes": {n: list(a.shape) for n, a in feeds.items()}}

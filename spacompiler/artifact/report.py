@@ -1,0 +1,208 @@
+"""The report: what a compile did, as data and as a page that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..groups.solution import Solution
+from ..plan.plan import widths
+from ..stages.records import Job
+
+LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """Return everything that is known before files are written."""
+    plan = job.plan
+    return {
+        "model": job.name,
+        "target": plan.target,
+        "source": job.source,
+        "costs": plan.costs,
+        "importance": repr(job.importance),
+        "allocation": repr(job.allocation),
+        "repair": "none" if job.compensation is None or job.idle else repr(job.compensation),
+        "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
+                        "batches": len(job.calibration.batches) if job.importance.needs else 0},
+        "layout": job.layout,
+        "emission": job.emission,
+        "groups": {"found": len(job.solution.groups), "candidates": len(job.candidates),
+                   "shrunk": len(plan.kept)},
+        "widths": [{"array": name, "before": before, "after": after}
+                   for name, before, after in widths(job.solution, job.choices)],
+        "shrunk": [{"group": g.name, "role": g.role, "before": g.size,
+                    "after": job.choices[g.atom].count}
+                   for g in job.candidates if g.atom in job.choices],
+        "frozen": {why: len(dims) for why, dims in frozen_reasons(job.solution).items()},
+        "unknown_operators": sorted({n.title() for n in job.solution.solver.opaque}),
+        "proof": None if job.proof is None else {
+            "precision": job.proof.precision, "tolerance": job.proof.tolerance,
+            "relative_error": job.proof.error, "negative_control": job.proof.control,
+            "control_array": job.proof.swapped, "approximate_by": job.proof.approximate},
+        "recovery": job.trained,
+        "blocks": None if job.dropped is None else {
+            "dropped": list(job.dropped.paths), "relative_error": job.dropped.error,
+            "negative_control": job.dropped.control, "control_block": job.dropped.bypassed},
+        "notes": job.notes,
+    }
+
+
+def share(pair: Mapping[str, int]) -> str:
+    return f"{pair['pruned'] / pair['dense']:.1%}" if pair["dense"] else "-"
+
+
+def table_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return (what, dense, pruned, share) rows for a terminal or a page."""
+    rows = [(LABELS[m], f"{c['dense']:,}", f"{c['pruned']:,}", share(c))
+            for m, c in data["costs"].items()]
+    if data.get("bytes"):
+        sizes = data["bytes"]
+        rows.append(("bytes of weights", f"{sizes['dense']:,}", f"{sizes['pruned']:,}",
+                     share(sizes)))
+    for key, label in (("latency", "latency in ONNX Runtime, ms"),
+                       ("decode_latency", "latency of a decode step, ms")):
+        if latency := data.get(key):
+            ratio = latency["pruned"]["median_ms"] / latency["dense"]["median_ms"]
+            rows.append((label, f"{latency['dense']['median_ms']:.2f}",
+                         f"{latency['pruned']['median_ms']:.2f}", f"{ratio:.1%}"))
+    return rows
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """Return the report as a page."""
+    lines = [f"# {data['model']}: {data['target']}", "",
+             f"Importance `{data['importance']}`, allocation `{data['allocation']}`, "
+             f"repair `{data['repair']}`, calibration: {data['calibration']['origin']}. "
+             f"Layout {data['layout']} (by {data['emission']}).", "",
+             *_table(("", "dense", "pruned", "stays"), table_rows(data)), "",
+             "## Proof", "", *_proof(data), "",
+             *_recovery(data["recovery"]),
+             "## Widths", "",
+             *_table(("group", "role", "before", "after"),
+                     [(f"`{g['group']}`", g["role"], g["before"], g["after"])
+                      for g in data["shrunk"]]), "",
+             "## Arrays", "",
+             *_table(("array", "before", "after"),
+                     [(f"`{w['array']}`", _shape(w["before"]), _shape(w["after"]))
+                      for w in data["widths"]]), "",
+             "## Frozen", "",
+             *_table(("why", "dimensions"), list(data["frozen"].items())), ""]
+    lines += _source(data.get("source") or {}, data.get("files") or {})
+    if data["unknown_operators"]:
+        lines += ["## Unknown operators", "", *(f"- {n}" for n in data["unknown_operators"]), ""]
+    if data["notes"]:
+        lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
+    return "\n".join(lines)
+
+
+SOURCE = {"class": "class", "dtype": "type of its numbers", "bytes": "bytes of weights as stored",
+          "quantised": "quantised by", "recreated": "arrays made by the class itself",
+          "ignored": "stored arrays that the class does not read", "unused": "arrays left out",
+          "carried": "files carried over", "adapted": "files written anew",
+          "left": "files left behind"}
+"""What a page says of a source, by key; lists are counted, with the first of their names."""
+
+
+def _source(source: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
+    rows = [(SOURCE[key], _some(value)) for key, value in {**source, **files}.items()
+            if key in SOURCE and value]
+    return ["## Source", "", *_table(("what", "of the model that was compiled"), rows), ""] \
+        if rows else []
+
+
+def _some(value: Any, most: int = 8) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, str):
+        return value
+    names = [f"{n} ({why})" for n, why in value.items()] if isinstance(value, Mapping) else value
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _recovery(done: Mapping[str, Any] | None) -> list[str]:
+    if done is None:
+        return []
+    rows = [(f"{h['step']}", f"{h['objective']:.4f}", f"{h['loss']:.4f}") for h in done["history"]]
+    return ["## Recovery", "",
+            f"`{done['pass']}` on {done['amount']:,} {done['unit']} ({done['data']}; "
+            f"{done['held_out']:,} held out): {done['parameters']:,} parameters trained, the state "
+            f"of step {done['best_step']} was kept. The proof above is of the plan, before "
+            "training; reload and ONNX were checked after it.", "",
+            *_table(("step", "held-out objective", "held-out loss"), rows), ""]
+
+
+def _shape(shape: Any) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _table(head: tuple[str, ...], rows: Any) -> list[str]:
+    body = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
+
+
+def _proof(data: Mapping[str, Any]) -> list[str]:
+    proof = data["proof"]
+    if proof is None:
+        done = _table(("check", "result"), _blocks(data) + _written(data))
+        return ["**No width changed.**" if data["blocks"] and not data["shrunk"] else
+                "**Skipped on request.**", "", *(done if data["blocks"] else ())]
+    rows = _blocks(data)
+    rows += [(f"masked dense ≡ pruned, {proof['precision']}, relative error",
+             f"{proof['relative_error']:.1e}"),
+            (f"negative control (one wrong index in `{proof['control_array']}`)",
+             f"{proof['negative_control']:.1e}")]
+    if proof["approximate_by"] is not None:
+        rows.append(("LayerNorm over fewer slices differs from masked dense by",
+                     f"{proof['approximate_by']:.1e}"))
+    return _table(("check", "result"), rows + _written(data))
+
+
+def _blocks(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was checked of the blocks that went."""
+    if not (found := data["blocks"]):
+        return []
+    rows = [(f"dense network that bypasses {len(found['dropped'])} blocks ≡ the one without them, "
+             "relative error", f"{found['relative_error']:.1e}")]
+    if found["control_block"]:
+        rows.append((f"negative control (`{found['control_block']}` bypassed as well)",
+                     f"{found['negative_control']:.1e}"))
+    return rows
+
+
+def _written(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was checked of the files."""
+    rows = []
+    for check in data.get("onnx", ()):
+        other = "masked dense" if data["layout"] == "onnx" else "torch"
+        rows.append((f"ONNX Runtime ≡ {other} at {check['shapes']}, max difference",
+                     f"{check['max_abs']:.1e}"))
+    rows += deployed(data)
+    if data.get("reload"):
+        rows.append(("reload ≡ memory", data["reload"]))
+    return rows
+
+
+def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (check, result) for what was written on request: a decoder's cache, int8 weights."""
+    rows = [(f"ONNX Runtime with its cache ≡ torch, {check['batch']} rows: likeliest tokens that "
+             "agree, logits' relative difference",
+             f"{check['same']} of {check['tokens']}, {check['max_rel']:.1e}")
+            for check in data.get("decoder", ())]
+    if int8 := data.get("int8"):
+        rows.append((f"int8 against float on {int8['on']}: likeliest answers that agree, results' "
+                     "relative difference (root mean square), bytes "
+                     f"({int8['bits']} bits; this processor's products: {int8['kernels']})",
+                     f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
+                     f"{int8['float_bytes']:,}"))
+    return rows
+
+
+def frozen_reasons(solution: Solution) -> dict[str, list[str]]:
+    """Return {reason: dimensions that it freezes}, most frequent first."""
+    found: dict[str, list[str]] = {}
+    for weight, dim, why in solution.frozen():
+        for reason in why[:1]:
+            found.setdefault(reason, []).append(f"{weight}:{dim}")
+    return dict(sorted(found.items(), key=lambda kv: -len(kv[1])))

@@ -1,0 +1,190 @@
+"""The files of a pruned torch module, each checked as it lies there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
+from ..errors import ProofError, SpaError
+from ..stages.proof import relative_error
+from ..stages.records import Job
+from ..store import beside
+from ..store import folder as artifact
+from ..store.arrays import save_check, save_weights
+from ..torch_backend.backend import pruned_program
+from ..torch_backend.emit import stock as hf
+from ..torch_backend.emit.attributes import differing
+from ..torch_backend.emit.biases import added
+from ..torch_backend.kinds import is_hf
+from .write import slices
+
+ONNX_TOLERANCE = 1e-3
+
+
+RELOAD_TOLERANCE = 1e-6
+
+
+def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
+    """Write a pruned torch module: weights that load again, and ONNX."""
+    _weights(job, folder)
+    job.progress("checking the reload", 1, 4)
+    data["reload"] = _reload(job, folder)
+    if job.folder is not None:
+        data["files"] = beside.carry(job.folder, folder, _widths(job)).as_dict()
+    if job.recipe.decoder or job.recipe.onnx:
+        job.progress("exporting ONNX", 2, 4)
+    if job.recipe.decoder:
+        from .deployed import write_decoder
+
+        data.update(write_decoder(job, folder))
+    elif job.recipe.onnx:
+        data["onnx"], data["latency"] = _onnx(job, folder)
+
+
+def _weights(job: Job, folder: Path) -> None:
+    if job.layout == "uniform":
+        hf.save(job.pruned, folder, _tokenizer(job))
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)
+        return
+    if job.emission == "program" and not hasattr(job.pruned, "body"):
+        raise SpaError("parts that were re-written as programs cannot be saved", where=job.name,
+                       why="; ".join(job.notes[-2:]),
+                       fix="use the module in memory, or --ignore the groups of that part")
+    module = job.pruned.body if job.emission == "program" else job.pruned
+    sliced = _sliced_buffers(job) if job.emission == "module" else {}
+    save_weights(folder / "model.safetensors", module, sliced)
+    if is_hf(job.module):
+        config = job.reference.config.to_dict()
+        artifact.write_json(folder / "dense_config.json", config)
+        if _tokenizer(job) is not None:
+            job.tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(job: Job) -> Any:
+    """The tokenizer to save: none where its files go along as they lie."""
+    carried = job.folder is not None and beside.has_tokenizer(job.folder)
+    return None if carried else job.tokenizer
+
+
+def _widths(job: Job) -> dict[int, int]:
+    """Which width of the hidden state became which: what modules behind the network read."""
+    if not (is_hf(job.reference) and is_hf(job.pruned)):
+        return {}
+    found = {}
+    for width in (lambda m: m.get_input_embeddings().weight.shape[-1],
+                  lambda m: m.config.get_text_config().hidden_size):
+        try:
+            old, new = width(job.reference), width(job.pruned)
+        except (AttributeError, NotImplementedError):  # there is no such thing
+            continue
+        if old != new:
+            found[old] = new
+    return found
+
+
+def _sliced_buffers(job: Job) -> dict[str, torch.Tensor]:
+    """Buffers that a state dict leaves out, where a plan changed their shape."""
+    dense, kept = dict(job.module.named_buffers()), job.pruned.state_dict()
+    return {name: tensor for name, tensor in job.pruned.named_buffers()
+            if name not in kept and name in dense and tensor.shape != dense[name].shape}
+
+
+def _results(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    with torch.no_grad():
+        return [x for x in pytree.tree_leaves(module(*args, **kwargs))
+                if isinstance(x, torch.Tensor)]
+
+
+def _reload(job: Job, folder: Path) -> str:
+    """Load what was written by the means a user has; arrays must be bit-equal, results too.
+
+    (Kernels may round differently when an array lies elsewhere in memory; the report says so.)
+    """
+    from .load import load_folder
+
+    want = _results(job.pruned.eval(), job.trace.args, job.trace.kwargs)
+    save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
+    artifact.write_json(folder / "structure.json", structure(job))
+    (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
+    artifact.write_json(folder / "slices.json", slices(job))
+    again = load_folder(folder, model=job.reference)
+    got = _results(again, job.trace.args, job.trace.kwargs)
+    if _differing_array(job.pruned, again) or relative_error(got, want) > RELOAD_TOLERANCE:
+        raise ProofError("the reloaded model differs from the one in memory",
+                         where=_differing_array(job.pruned, again) or "its results",
+                         fix="please report it")
+    if all(map(torch.equal, got, want)):
+        return "bit-equal"
+    return f"arrays bit-equal, results to {relative_error(got, want):.1e}"
+
+
+def _differing_array(one: torch.nn.Module, other: torch.nn.Module) -> str:
+    """Return the name of the first array in which two modules differ, or "" if there is none."""
+    a, b = one.state_dict(), other.state_dict()
+    return next((k for k in sorted(a.keys() | b.keys())
+                 if k not in a or k not in b or not torch.equal(a[k], b[k])), "")
+
+
+def structure(job: Job) -> dict[str, Any]:
+    """Return what a loader needs beside the weights."""
+    attributes = [] if job.layout == "uniform" or job.emission == "program" else \
+        [list(change) for change in differing(job.module, job.pruned)]
+    cls = type(job.module)
+    return {"layout": job.layout, "emission": job.emission, "model": job.name,
+            "source": {"kind": job.source.get("kind", "module"), "unused": job.recipe.unused},
+            "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
+            "trained": job.trained is not None,
+            "dropped": list(job.dropped.paths) if job.dropped else [],
+            "biased": added(job.module, job.arrays),
+            "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
+                       "constants": {k: v for k, v in job.trace.kwargs.items()
+                                     if not isinstance(v, torch.Tensor)}}}
+
+
+def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    from ..deploy.export import export_onnx
+    from ..deploy.parity import parity
+
+    path = folder / "model.onnx"
+    program = pruned_program(job)
+    export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
+                beside=sorted(folder.glob("model*.safetensors")))
+    sets = [other_inputs(job.trace, k) for k in (0, 1)]
+    feeds = [_feed(job.trace, *s) for s in sets]
+    found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
+
+    def reference(feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return [r.numpy() for r in _results(job.pruned, *found[id(feed)])]
+
+    checks = parity(path, reference, feeds)
+    for check in checks:
+        if not check.max_abs <= ONNX_TOLERANCE and not check.max_rel <= ONNX_TOLERANCE:
+            raise ProofError(f"ONNX Runtime differs from torch by {check.max_abs:.1e}",
+                             where=str(check.shapes), fix="use --no-onnx, and please report it")
+    rows = [{"shapes": {k: list(v) for k, v in c.shapes.items()}, "max_abs": c.max_abs,
+             "max_rel": c.max_rel} for c in checks]
+    return rows, _latency(job, path) if job.recipe.latency else None
+
+
+def _latency(job: Job, path: Path) -> dict[str, Any]:
+    from ..deploy.export import export_onnx
+    from ..runtime.latency import compare_latency
+
+    job.progress("measuring latency", 3, 4)
+    with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
+        dense = Path(temporary) / "dense.onnx"
+        whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
+        export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
+        args, kwargs = latency_inputs(job.trace)
+        times = compare_latency({"dense": dense, "pruned": path}, _feed(job.trace, args, kwargs))
+    shapes = {n: list(a.shape) for n, a in _feed(job.trace, args, kwargs).items()}
+    return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
+               for n, t in times.items()}, "threads": 1, "shapes": shapes}

@@ -1,0 +1,1 @@
+"""Dimensions as expressions over atoms: the algebra, its notation, and what stays."""

@@ -1,0 +1,131 @@
+"""Compare ONNX files in ONNX Runtime: `spacompiler bench`.
+
+Inputs are made up from what the files declare, so that any file can be timed: the first axis is
+the batch, further free axes are the length (or, by their names, the past or the total length).
+A file with a key/value cache is timed twice: reading a prompt (prefill) and writing one token.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..deploy.cases import LENGTH, Case, cases, declared
+from ..errors import SpaError, UsageError
+from ..runtime.decoder import cache_names
+from ..runtime.latency import Latency, compare_cases, ratio
+from ..store.place import check_artifact
+
+
+def run(path: Path, other: Path | None = None, *, batches: Sequence[int] = (1, 8),
+        threads: Sequence[int] = (1, 2), length: int = LENGTH, repeats: int = 20,
+        seconds: float = 20.0) -> list[dict[str, Any]]:
+    """Time one file, two, or an artifact against the dense model that it was made from.
+
+    Args:
+        path: an ONNX file, or a directory that `compile` wrote. A directory alone is compared with
+            the dense model of its recipe, exported anew.
+        other: what to compare with `path`, again a file or a directory.
+        batches, threads, length: sizes and numbers of threads to try.
+        repeats, seconds: turns of each case, and when to stop earlier (after five turns).
+
+    Returns:
+        One row a case and number of threads: median, best and CPU times in milliseconds of each
+        model, and the ratios of the others to the first with their quartiles.
+
+    Raises:
+        UsageError, SpaError: nothing to compare, or a file that does not run.
+    """
+    with _contenders(path, other) as paths:
+        found = cases(paths, batches=batches, length=length)
+        times = compare_cases(paths, {c.name: c.inputs for c in found}, threads=threads,
+                              repeats=repeats, seconds=seconds)
+    return [_row(case, count, times[case.name, count]) for case in found for count in threads]
+
+
+def _row(case: Case, threads: int, times: Mapping[str, Latency]) -> dict[str, Any]:
+    first = next(iter(times.values()))
+    models = {name: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median,
+                     "cpu_best_ms": t.cpu_best, "repeats": t.repeats}
+              for name, t in times.items()}
+    ratios = {name: {"wall": ratio(t, first)._asdict(), "cpu": ratio(t, first, cpu=True)._asdict()}
+              for name, t in list(times.items())[1:]}
+    return {"case": case.name, "phase": case.phase, "batch": case.sizes.batch, "threads": threads,
+            "models": models, "ratios": ratios}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a table: medians in milliseconds, and ratios with their quartiles."""
+    from .tables import table as make
+
+    names = list(rows[0]["models"])
+    head = ["case", "threads", *(f"{n}, ms" for n in names),
+            *(f"{n} / {names[0]}, {kind}" for n in names[1:] for kind in ("wall", "CPU"))]
+    cells = [[row["case"], str(row["threads"]),
+              *(f"{row['models'][n]['median_ms']:.2f}" for n in names),
+              *(_spread(row["ratios"][n][kind]) for n in names[1:] for kind in ("wall", "cpu"))]
+             for row in rows]
+    return make(head, cells)
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+@contextmanager
+def _contenders(path: Path, other: Path | None) -> Iterator[dict[str, Path]]:
+    """The files to compare by name, the one that the others are measured against first."""
+    if other is not None:
+        names = [str(path), str(other)]
+        yield dict(zip(names, (_file(path), _file(other)), strict=True))
+    elif path.is_dir():
+        with tempfile.TemporaryDirectory(prefix="spacompiler-") as folder:
+            extra = {"int8": path / "model.int8.onnx"}
+            yield {"dense": dense_file(path, Path(folder)), "pruned": _file(path),
+                   **{n: p for n, p in extra.items() if p.exists()}}
+    else:
+        yield {str(path): _file(path)}
+
+
+def _file(path: Path) -> Path:
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.exists():
+        raise UsageError(f"there is no ONNX file at {str(file)!r}",
+                         fix="give an .onnx file, or a directory that was compiled with ONNX")
+    return file
+
+
+def dense_file(artifact: Path, folder: Path) -> Path:
+    """Export the dense model of an artifact's recipe to a folder, as its model.onnx was.
+
+    Raises:
+        SpaError: the recipe names no model that can be loaded again.
+    """
+    check_artifact(artifact)
+    from ..artifact.load import check_inputs
+    from ..deploy.decoder import export_decoder
+    from ..deploy.export import export_onnx
+    from ..sources.named import load
+    from ..store.folder import read_json
+    from ..torch_backend.read.export import trace
+
+    name = read_json(artifact / "recipe.json")["model"]
+    if name.endswith(".onnx"):
+        return _file(Path(name))
+    try:
+        module = load(name).module
+    except SpaError as problem:
+        raise SpaError(f"the dense model {name!r} cannot be loaded", why=str(problem.what),
+                       fix="give it as an ONNX file: spacompiler bench DENSE.onnx DIR") from problem
+    made = folder / "dense.onnx"
+    if cache_names(declared(_file(artifact))):
+        export_decoder(module, made)
+        return made
+    traced = trace(module, check_inputs(artifact, read_json(artifact / "structure.json")))
+    from ..deploy.inputs import axis_names
+
+    export_onnx(traced.exported, made, input_names=traced.graph.inputs, axes=axis_names(traced))
+    return made

@@ -1,0 +1,1 @@
+"""Files for ONNX Runtime: export, decoder with a cache, int8, parity."""

@@ -1,0 +1,168 @@
+"""A causal language model as an ONNX file whose key/value cache goes in and comes out.
+
+One file serves for reading a prompt (an empty cache) and for writing on (a cache of any length):
+
+    input_ids       (batch, sequence)        logits           (batch, sequence, vocabulary)
+    attention_mask  (batch, total)           present.N.key    (batch, heads, past + sequence, dim)
+    position_ids    (batch, sequence)        present.N.value
+    past_key_values.N.key, .N.value  (batch, heads, past, dim)
+
+These are the names that onnxruntime-genai and optimum know. Heads and dims may differ from layer
+to layer: they are read off a run of the model, no configuration is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..errors import SpaError
+from ..runtime.decoder import PAST, PRESENT
+from ..torch_backend.kinds import is_encoder_decoder
+from ..torch_backend.read.export import drop_asserts
+from ..torch_backend.untouched import quiet
+from .export import export_onnx
+
+_BATCH, _SEQUENCE, _PAST_LENGTH = 2, 3, 5
+_AXES = {"input_ids": {0: "batch", 1: "sequence"}, "position_ids": {0: "batch", 1: "sequence"},
+         "attention_mask": {0: "batch", 1: "total"}}
+
+
+def check_causal_lm(module: Any) -> None:
+    """Raise SpaError unless a module is a causal language model that keeps keys and values."""
+    what = "this model cannot be exported as a decoder with a cache"
+    accepts = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
+    missing = [n for n in ("input_ids", "attention_mask", "past_key_values") if n not in accepts]
+    if missing or is_encoder_decoder(module):
+        why = f"its forward takes no {missing[0]}" if missing else "it has an encoder as well"
+        raise SpaError(what, where=type(module).__name__, why=why,
+                       fix="leave --decoder out, or give a causal language model of transformers")
+    cache = _fresh_cache(module)
+    kinds = sorted({type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"})
+    if kinds or not cache.layers or not all(layer.is_initialized for layer in cache.layers):
+        raise SpaError(what, where=type(module).__name__,
+                       why=f"it keeps {', '.join(kinds) or 'no keys and values'} between tokens",
+                       fix="leave --decoder out")
+
+
+def _fresh_cache(module: Any, length: int = _PAST_LENGTH) -> Any:
+    """The cache after a few tokens: its shapes are those of the inputs."""
+    from transformers import DynamicCache
+
+    ids = torch.zeros(_BATCH, length, dtype=torch.long)
+    with torch.no_grad():
+        return module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True,
+                      past_key_values=DynamicCache()).past_key_values
+
+
+class CachedDecoder(nn.Module):
+    """The model with its cache as plain tensors: keys and values of layer 0, layer 1, …"""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, past: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        """Return logits and the longer cache; `inputs` in the order of `names`."""
+        named = dict(zip(self.names, inputs, strict=True))
+        out = self.model(**named, past_key_values=_cache(past), use_cache=True)
+        return [out.logits, *_flat(out.past_key_values)]
+
+
+def _cache(past: list[Tensor]) -> Any:
+    """Wrap tensors as transformers' cache, without the copies that its constructor makes."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in zip(past[::2], past[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.dtype, layer.device = keys.dtype, keys.device
+        cache.layers.append(layer)
+    return cache
+
+
+def _flat(cache: Any) -> list[Tensor]:
+    return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced decoder and what its file's inputs and outputs are called."""
+
+    program: ExportedProgram
+    inputs: list[str]
+    outputs: list[str]
+
+
+def trace_decoder(model: Any) -> Traced:
+    """Trace a model with a cache; batch, sequence and past length stay free.
+
+    Attention is traced as plain products and a softmax with a finite mask: that is what ONNX
+    Runtime fuses best, and it needs no guard against rows that see nothing.
+
+    Raises:
+        SpaError: the model cannot be traced.
+    """
+    past = _flat(_fresh_cache(model))
+    total = _PAST_LENGTH + _SEQUENCE
+    inputs = {"input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
+              "attention_mask": torch.ones(_BATCH, total, dtype=torch.long)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = torch.arange(_PAST_LENGTH, total).repeat(_BATCH, 1)
+    batch, sequence, length = Dim("batch"), Dim("sequence"), Dim("past")
+    free = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence},
+            "attention_mask": {0: batch, 1: Dim.AUTO}}
+    shapes = [{0: batch, 2: length} for _ in past], [free[name] for name in inputs]
+    try:
+        with quiet(), torch.no_grad(), _plain_kernels(model):
+            program = torch.export.export(
+                CachedDecoder(model, list(inputs)), (past, list(inputs.values())),
+                dynamic_shapes=shapes, strict=False)
+    except Exception as problem:  # the tracer raises many kinds
+        raise SpaError("the decoder cannot be traced with its cache", where=type(model).__name__,
+                       why=(str(problem).strip().splitlines() or [repr(problem)])[0],
+                       fix="leave --decoder out: model.onnx is then written without a cache"
+                       ) from problem
+    drop_asserts(program.graph)
+    program.graph_module.recompile()
+    parts = [(i, part) for i in range(len(past) // 2) for part in ("key", "value")]
+    return Traced(program, [*(PAST.format(*p) for p in parts), *inputs],
+                  ["logits", *(PRESENT.format(*p) for p in parts)])
+
+
+@contextmanager
+def _plain_kernels(model: Any) -> Iterator[None]:
+    """Let a model compute attention and experts by plain operators for a while."""
+    config = model.config
+    attention, experts = config._attn_implementation, config._experts_implementation
+    model.set_attn_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation(experts)
+
+
+def export_decoder(model: Any, path: Path, **options: Any) -> tuple[Path, ...]:
+    """Write a causal language model with its cache; `options` are those of `export_onnx`.
+
+    Raises:
+        SpaError: the model cannot be traced or expressed.
+    """
+    traced = trace_decoder(model)
+    axes = {name: {0: "batch", 2: "past"} for name in traced.inputs if name not in _AXES}
+    axes |= {name: _AXES[name] for name in traced.inputs if name in _AXES}
+    return export_onnx(traced.program, path, input_names=traced.inputs,
+                       output_names=traced.outputs, axes=axes, **options)

@@ -1,0 +1,129 @@
+"""Calibration: batches from a text file, from the model's own source, or none; and losses."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import SpaError, UsageError
+from .calls import Batch
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of (args, kwargs) and where they came from.
+
+    `beside` is what the model itself wrote on (see `sampling.continued`): repair is fit to it
+    too, and so are scores by covariance and curvature.
+    """
+
+    origin: str
+    batches: Sequence[Batch] = field(default=())
+    real: bool = True
+    beside: Sequence[Batch] = field(default=())
+
+    @property
+    def for_repair(self) -> list[Batch]:
+        return [*self.batches, *self.beside]
+
+
+def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+    """Return non-overlapping windows of a text's tokens (taken in one piece): (n, length)."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False,
+                    verbose=False).input_ids[0]
+    count = len(ids) // length
+    return ids[: count * length].reshape(count, length)
+
+
+def from_text(path: str, tokenizer: Any, *, samples: int, length: int, batch: int,
+              seed: int) -> Calibration:
+    """Return `samples` windows of `length` tokens, drawn without replacement from a text file.
+
+    Raises SpaError if the file is missing, empty, no text, or shorter than one window.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise SpaError(f"there is no calibration file {path!r}", fix="give a UTF-8 text file")
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as problem:
+        raise SpaError(f"calibration file {path!r} cannot be read as text", why=str(problem),
+                       fix="give a UTF-8 text file") from problem
+    return from_string(text, tokenizer, samples=samples, length=length, batch=batch, seed=seed,
+                       origin=path)
+
+
+def from_string(text: str, tokenizer: Any, *, samples: int, length: int, batch: int, seed: int,
+                origin: str) -> Calibration:
+    """Return windows of a text held in memory, as `from_text` does."""
+    if tokenizer is None:
+        raise UsageError(f"calibration text {origin!r} needs a tokenizer",
+                         why="this model has none",
+                         fix="use --calibration none, or pass batches from Python")
+    if not text.strip():
+        raise SpaError(f"calibration file {origin!r} is empty", fix="give some text")
+    found = windows(tokenizer, text, length)
+    if not len(found):
+        raise SpaError(f"calibration text {origin!r} is shorter than one window of {length} tokens",
+                       fix="give more text, or a smaller --length")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    chosen = found[order[:samples]]
+    return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)])
+
+
+PYTHON_TEXT = "pydoc_data.topics (text that Python carries)"
+
+
+def python_text(part: str = "calibration") -> str:
+    """Return English text that every Python has: its language topics.
+
+    `part` is calibration or held-out: every fourth topic is held out.
+    """
+    from pydoc_data.topics import topics
+
+    held_out = part == "held-out"
+    return "\n\n".join(topics[name] for i, name in enumerate(sorted(topics))
+                       if (i % 4 == 3) == held_out)
+
+
+def from_arrays(place: Path, samples: int) -> Calibration:
+    """Return batches from .npz files (inputs by name) or .npy files (the one input), or a
+    directory of them: a file is a batch.
+
+    Raises SpaError for missing or damaged files; pickled arrays are not read.
+    """
+    files = sorted(p for p in place.iterdir() if p.suffix in (".npz", ".npy")) \
+        if place.is_dir() else [place]
+    if not files:
+        raise SpaError(f"calibration directory {str(place)!r} holds no .npz or .npy files",
+                       fix="save batches of inputs with numpy.savez")
+    batches: list[Batch] = []
+    for file in files[:samples]:
+        try:
+            found = np.load(file, allow_pickle=False)
+            batches.append(((), {k: torch.from_numpy(found[k]) for k in found.files})
+                           if file.suffix == ".npz" else ((torch.from_numpy(found),), {}))
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as problem:
+            raise SpaError(f"calibration file {str(file)!r} cannot be read", why=str(problem),
+                           fix="save it with numpy.savez or numpy.save") from problem
+    return Calibration(f"{len(batches)} batches of {place}", _filled(batches))
+
+
+def _filled(batches: list[Batch]) -> list[Batch]:
+    """Return batches as they are; raises SpaError for one whose first tensor has no examples."""
+    for i, batch in enumerate(batches):
+        first = next((x for x in pytree.tree_leaves(batch)
+                      if isinstance(x, torch.Tensor) and x.ndim), None)
+        if first is not None and not len(first):
+            raise SpaError(f"calibration batch {i} has no examples",
+                           where=f"a tensor of shape {tuple(first.shape)}", fix="leave it out")
+    return batches
+
+

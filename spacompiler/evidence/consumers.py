@@ -1,0 +1,416 @@
+"""Consumers as matrix products: whatever a node is, it multiplies some X by some stored W.
+
+A table says by pattern which letters of an operator's two operands are multiplied; a convolution
+is brought into that form by cutting its input into patches. Letters that both operands and the
+result carry are *shared* (the groups of a convolution, the batch of a product), those that only
+the operands carry are *features*, the others *samples* (of X) and *outputs* (of W). Statistics,
+scores and repairs then speak of X (shared, samples, features) and W (shared, outputs, features),
+and never of layers. Where data says which of several arrays a sample meets (experts of a mixture),
+these are the shared index, and a `Route` deals the samples out to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from ..axes.notation import Pattern, align, parse
+from ..graph.idioms import moved
+from ..graph.ir import Graph, Node, Ref
+
+Shaper = Callable[[torch.Tensor], torch.Tensor]
+Dims = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Two operands by name, the pattern that multiplies them, and how they get to its rank.
+
+    `patch` shapes the first operand; `kernel` is the shape that the second one is given; `ends`
+    names the tensor that says where rows of the first one end that meet each array of the second.
+    """
+
+    operands: tuple[str, str]
+    pattern: str
+    patch: Shaper | None = None
+    kernel: tuple[int, ...] | None = None
+    ends: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which index along dimension `dim` of a stored array each sample meets, out of `count`.
+
+    `tensor`, as `node` reads it, holds one for each sample; with `ends`, samples are in order and
+    it says where those of each index end.
+    """
+
+    node: str
+    tensor: str
+    dim: int
+    count: int
+    ends: bool = False
+
+    def deal(self, rows: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Deal rows (samples, n) out: (count, most samples, n), zeros after the last one of each,
+        and how many there are (count,)."""
+        if self.ends:
+            seen = value.diff(prepend=value.new_zeros(1))
+        else:
+            index = value.flatten() % self.count
+            index = index.repeat_interleave(len(rows) // max(len(index), 1))
+            seen, rows = index.bincount(minlength=self.count), rows[index.argsort(stable=True)]
+        parts = rows[: int(seen.sum())].split(seen.tolist())
+        return pad_sequence(parts, batch_first=True), seen
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The stored array `weight` behind an operand: which of its dimensions each one is.
+
+    `views` are the tensors between them.
+    """
+
+    weight: str
+    dims: Dims
+    views: tuple[str, ...] = ()
+    route: Route | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A node that multiplies the activation `tensor` by the stored (or static) array `weight`.
+
+    What it reads of the array may be a view, the last of `views`. Consumers with equal `key` see
+    the same X. With a `route`, X has all samples, in one, until they are dealt out.
+    """
+
+    node: Node
+    tensor: str
+    weight: str
+    key: str
+    patch: Shaper | None
+    kernel: tuple[int, ...] | None
+    x_order: tuple[tuple[int, ...], ...]
+    w_order: tuple[tuple[int, ...], ...]
+    y_order: tuple[tuple[int, ...], ...]
+    views: tuple[str, ...] = ()
+    route: Route | None = None
+
+    @property
+    def operand(self) -> str:
+        """The array as the node reads it."""
+        return self.views[-1] if self.views else self.weight
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Where to look, as (node, tensor): at the activation, and at where samples go."""
+        own = (self.node.name, self.tensor)
+        return (own,) if self.route is None else (own, (self.route.node, self.route.tensor))
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Return X (shared, samples, features) of an activation; samples go by example first."""
+        made = _ordered(self.patch(x) if self.patch else x, self.x_order)
+        return made if self.route is None else made.expand(self.route.count, -1, -1)
+
+    def matrix(self, w: torch.Tensor) -> torch.Tensor:
+        """Return W (shared, outputs, features) of the stored array."""
+        return _ordered(w.reshape(self.kernel) if self.kernel else w, self.w_order)
+
+    def outputs(self, y: torch.Tensor) -> torch.Tensor:
+        """Return the result (shared, samples, outputs), or its gradient, of what the node gives."""
+        if self.patch:
+            y = y.reshape(y.shape[0], (self.kernel or (1,))[0], -1, prod(y.shape[2:]))
+        return _ordered(y, self.y_order)
+
+    def array(self, matrix: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the stored array, of `shape`, whose `matrix` this is."""
+        order = [d for dims in self.w_order for d in dims]
+        sizes = self.kernel or shape
+        back = [order.index(d) for d in range(len(order))]
+        return matrix.reshape([sizes[d] for d in order]).permute(back).reshape(shape)
+
+
+def _ordered(value: torch.Tensor, order: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    shape = [prod(value.shape[d] for d in dims) for dims in order]
+    return value.permute([d for dims in order for d in dims]).reshape(shape)
+
+
+# --- which operators multiply what ------------------------------------------------------------
+
+
+def _names(node: Node, *at: int) -> tuple[str, str]:
+    one, two = (node.args[i].name for i in at)
+    return one, two
+
+
+def _product(one: int, two: int, pattern: str) -> Callable[[Graph, Node], Form]:
+    return lambda graph, node: Form(_names(node, one, two), pattern)
+
+
+def _grouped(graph: Graph, node: Node) -> Form:
+    """grouped_mm(x, weights, ends)."""
+    return Form(_names(node, 0, 1), "n i, e i o -> n o", ends=node.args[2].name)
+
+
+def _matmul(graph: Graph, node: Node) -> Form:
+    names = _names(node, 0, 1)
+    one, two = (len(graph.tensors[name].shape) for name in names)
+    left, n = ("k", "") if one == 1 else ("... n k", "n ")
+    right, m = ("k", "") if two == 1 else ("... k m", "m")
+    return Form(names, f"{left}, {right} -> {'... ' if one > 1 or two > 1 else ''}{n}{m}")
+
+
+def _gemm(graph: Graph, node: Node) -> Form:
+    """ONNX's Gemm(a, b, c, transA, transB)."""
+    a, b = ("k n" if node.args[3] else "n k"), ("m k" if node.args[4] else "k m")
+    return Form(_names(node, 0, 1), f"{a}, {b} -> n m")
+
+
+def _einsum(graph: Graph, node: Node) -> Form:
+    sides = node.args[0].replace(" ", "").replace("...", ".").replace("->", ",").split(",")
+    one, two, out = (" ".join(side).replace(".", "...") for side in sides)
+    first, second = node.args[1]
+    return Form((first.name, second.name), f"{one}, {two} -> {out}")
+
+
+def _convolution(at: int, transposed: Callable[[Node], bool]) -> Callable[[Graph, Node], Form]:
+    """Groups stand at argument `at`. A transposed one scatters each position by itself."""
+
+    def form(graph: Graph, node: Node) -> Form:
+        names = _names(node, 0, 1)
+        shape = graph.tensors[names[1]].shape
+        groups, across = node.arg(at, "groups", 1), transposed(node)
+
+        def patch(x: torch.Tensor) -> torch.Tensor:
+            x = x if x.ndim == len(shape) else x.unsqueeze(0)
+            x = x.flatten(2).unsqueeze(2) if across else _unfold(node, x, shape[2:])
+            return x.reshape(x.shape[0], groups, -1, x.shape[-1])
+
+        pattern = "b g f l, g f o -> b g o l" if across else "b g f l, g o f -> b g o l"
+        kernel = (groups, shape[0] // groups, prod(shape[1:]))
+        return Form(names, pattern, patch, kernel)
+
+    return form
+
+
+def _unfold(node: Node, x: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+    """Cut a convolution's input (b, c, *positions) into patches (b, c, kernel, positions)."""
+    rank = len(kernel)
+
+    def per_axis(position: int, name: str, default: int) -> list[int]:
+        given = node.arg(position, name, default)
+        given = [given] if isinstance(given, int) else list(given)
+        return given * rank if len(given) == 1 else given
+
+    stride, dilation = per_axis(3, "stride", 1), per_axis(5, "dilation", 1)
+    if isinstance(node.arg(4, "padding"), str):
+        same = node.arg(4, "padding") == "same"
+        total = [d * (k - 1) * same for k, d in zip(kernel, dilation, strict=True)]
+        pads = [(n // 2, n - n // 2) for n in total]
+    else:
+        pads = [n if isinstance(n, tuple) else (n, n) for n in per_axis(4, "padding", 0)]
+    x = functional.pad(x, [n for pair in reversed(pads) for n in pair])
+    for axis in range(rank):
+        span = dilation[axis] * (kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, span, stride[axis])[..., :: dilation[axis]]
+    x = x.flatten(2 + rank).flatten(2, 1 + rank)
+    return x.transpose(2, 3)
+
+
+_CONV, _TRANSPOSED = _convolution(6, lambda n: False), _convolution(6, lambda n: True)
+FORMS: dict[str, Callable[[Graph, Node], Form]] = {
+    "aten.linear": _product(0, 1, "... i, o i -> ... o"),
+    "aten.mm": _product(0, 1, "n i, i m -> n m"),
+    "aten.addmm": _product(1, 2, "n i, i m -> n m"),
+    "aten.bmm": _product(0, 1, "b n i, b i m -> b n m"),
+    "aten.baddbmm": _product(1, 2, "b n i, b i m -> b n m"),
+    "aten.matmul": _matmul,
+    "aten.einsum": _einsum, "transformers.grouped_mm_fallback": _grouped,
+    **dict.fromkeys("aten.conv1d aten.conv2d aten.conv3d".split(), _CONV),
+    **dict.fromkeys("aten.conv_transpose1d aten.conv_transpose2d aten.conv_transpose3d".split(),
+                    _TRANSPOSED),
+    "aten.convolution": _convolution(8, lambda n: bool(n.args[6])),
+    "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Conv": _CONV,
+    "ConvTranspose": _TRANSPOSED,
+}
+
+
+def consumer(graph: Graph, node: Node) -> Consumer | None:
+    """Return a node as a consumer, or None where it does not multiply one activation by weights."""
+    row = FORMS.get(node.op) or FORMS.get(node.op.rsplit(".", 1)[0])
+    if row is None:
+        return None
+    form = row(graph, node)
+    tensors = [graph.tensors[name] for name in form.operands]
+    fixed = [t.static for t in tensors]
+    arrays = fixed if any(fixed) else [t.looked for t in tensors]
+    if arrays[0] == arrays[1] or (form.patch and arrays[0]):
+        return None
+    w = arrays.index(True)
+    known = _origin(graph, form.operands[w]) if form.kernel is None else None
+    if tensors[w].looked and known is None:
+        return None
+    behind = known or Origin(form.operands[w], tuple(range(len(form.kernel or tensors[w].shape))))
+    route = behind.route if form.ends is None else Route(
+        node.name, form.ends, behind.dims[0], tensors[w].shape[0], ends=True)
+    dealt = tuple(d for d, own in enumerate(behind.dims) if route and own == route.dim)
+    roles = _roles(graph, node, form, w, dealt)
+    if roles is None:
+        return None
+    x_order, w_order, result = roles
+    own = [tuple(behind.dims[d] for d in dims) for dims in w_order]
+    key = f"{form.operands[1 - w]} {form.pattern if not form.patch else _window(node, form)} {w}"
+    return Consumer(node, form.operands[1 - w], behind.weight,
+                    key if route is None else f"{key} {route.tensor}", form.patch, form.kernel,
+                    x_order, (own[0] if route is None else (route.dim,), own[1], own[2]), result,
+                    behind.views, route)
+
+
+# --- which operators give back a stored array as another one ----------------------------------
+
+
+def _view(dims: Callable[[Node, Dims], Iterable[int]]) -> Callable[..., Origin]:
+    """A view that keeps every dimension, by a function of the dimensions that it is given."""
+    return lambda graph, node, behind: replace(behind, dims=tuple(dims(node, behind.dims)))
+
+
+def _lookup(graph: Graph, node: Node, behind: Origin) -> Origin | None:
+    """index(array, [which]) along the first dimension, where data says which."""
+    if not graph.tensors[node.outputs[0]].looked or len(node.args[1]) != 1:
+        return None
+    at, dims = node.args[1][0].name, behind.dims
+    count = graph.tensors[node.args[0].name].shape[0]
+    return replace(behind, dims=dims[:1] * len(graph.tensors[at].shape) + dims[1:],
+                   route=Route(node.name, at, dims[0], count))
+
+
+ORIGINS: dict[str, Callable[[Graph, Node, Origin], Origin | None]] = {
+    **dict.fromkeys("aten.to aten._to_copy aten.clone aten.contiguous".split(),
+                    _view(lambda n, d: d)),
+    **dict.fromkeys("aten.permute aten.transpose aten.swapaxes".split(), _view(moved)),
+    **dict.fromkeys("aten.t aten.numpy_T".split(), _view(lambda n, d: d[::-1])),
+    "aten.index": _lookup,
+}
+
+
+def _origin(graph: Graph, name: str) -> Origin | None:
+    """Return the stored array that an operand is a view of, or looked up in."""
+    tensor = graph.tensors[name]
+    if tensor.weight is not None:
+        return Origin(name, tuple(range(len(tensor.shape))))
+    node = next((n for n in graph.nodes if name in n.outputs), None)
+    row = ORIGINS.get(node.op.rsplit(".", 1)[0]) if node is not None else None
+    if node is None or row is None:
+        return None
+    behind = _origin(graph, node.args[0].name)
+    found = row(graph, node, behind) if behind is not None else None
+    return None if found is None else replace(found, views=(*found.views, name))
+
+
+def _roles(graph: Graph, node: Node, form: Form, w: int, dealt: Dims) -> tuple[
+        tuple[Dims, Dims, Dims], tuple[Dims, Dims, Dims], tuple[Dims, Dims, Dims]] | None:
+    """Dimensions that are shared, samples (outputs) and features: of the activation, the array;
+    and those of the result that are shared, samples and outputs.
+
+    Samples are dealt out by the dimensions `dealt` of the array: None if they are none of X's.
+    """
+    pattern = parse(form.pattern)
+    shapes = [graph.tensors[name].shape for name in form.operands]
+    if form.patch:  # the pattern speaks of patches, whose letters have no shape in the graph
+        ranks = [len(terms) for terms in pattern.inputs]
+        shapes = [(2,) * ranks[0], tuple(form.kernel or ())]
+    letters = [["".join(term) for term in align(terms, len(shape))]
+               for terms, shape in zip(pattern.inputs, shapes, strict=True)]
+    one, two = letters
+    common = [a for a in one if a in two]
+    kept = [a for a in common if a in pattern.consumed]
+    first = [letters[w][d] for d in dealt]
+    if form.ends is None and not set(first) <= set(common):
+        return None
+    # a run's dimension of size one stretches: it belongs to the other operand alone
+    both = [a for a in common if a not in (*kept, *first) and (form.patch or 1 not in (
+        shapes[0][one.index(a)], shapes[1][two.index(a)]))]
+
+    def dims(side: list[str], wanted: Iterable[str]) -> Dims:
+        return tuple(side.index(a) for a in wanted if a in side)
+
+    left = [[a for a in side if a not in (*both, *kept, *first)] for side in letters]
+    x, y = letters[1 - w], letters[w]
+    samples = [*(a for a in first if a in x), *left[1 - w]]
+    made = ["".join(term) for term in align(pattern.outputs[0], _rank(graph, node, form, pattern))]
+    return ((dims(x, both), dims(x, samples), dims(x, kept)),
+            (dims(y, both), dims(y, left[w]), dims(y, kept)),
+            (dims(made, both), dims(made, samples), dims(made, left[w])))
+
+
+def _rank(graph: Graph, node: Node, form: Form, pattern: Pattern) -> int:
+    return len(pattern.outputs[0]) if form.patch else len(graph.tensors[node.outputs[0]].shape)
+
+
+def _window(node: Node, form: Form) -> str:
+    arguments = [a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, Ref)]
+    return f"{form.kernel and form.kernel[0]} {form.kernel and form.kernel[2]} {arguments}"
+
+
+# --- gains: arrays that scale each channel by itself ------------------------------------------
+
+
+def _scaled(graph: Graph, node: Node) -> tuple[str, str, Shaper | None] | None:
+    """mul(x, gain), either way round."""
+    if not all(isinstance(a, Ref) for a in node.args[:2]):
+        return None
+    one, two = _names(node, 0, 1)
+    return (two, one, None) if graph.tensors[one].static else (one, two, None)
+
+
+def _normed(norm: Callable[..., torch.Tensor], eps: int) -> Callable[
+        [Graph, Node], tuple[str, str, Shaper | None] | None]:
+    """A norm of the last dimension, (x, shape, gain, ...), with eps at an argument."""
+
+    def row(graph: Graph, node: Node) -> tuple[str, str, Shaper | None] | None:
+        shape, by = node.args[1], node.arg(eps, "eps", None)
+        if len(shape) != 1 or not isinstance(node.arg(2, "weight", None), Ref):
+            return None
+        more = {} if by is None else {"eps": by}
+        return *_names(node, 0, 2), lambda x: norm(x, shape, **more)  # type: ignore[return-value]
+
+    return row
+
+
+GAINS: dict[str, Callable[[Graph, Node], tuple[str, str, Shaper | None] | None]] = {
+    "aten.mul": _scaled, "aten.layer_norm": _normed(functional.layer_norm, 4),
+    "aten.rms_norm": _normed(functional.rms_norm, 3),
+}
+_SAME = {f"aten.{op}" for op in "to _to_copy clone contiguous dropout view reshape slice".split()}
+
+
+def gain(graph: Graph, name: str) -> Consumer | None:
+    """Return what scales the channels (last dimension) of a tensor, as one product for each.
+
+    X is (channels, samples, 1), W (channels, 1, 1). Between it and the tensor may lie what leaves
+    channels as they are. None where no stored array does that.
+    """
+    node = next((n for n in graph.nodes if name in n.outputs), None)
+    op = node.op.rsplit(".", 1)[0] if node is not None else ""
+    if node is None or (op in _SAME and graph.tensors[node.args[0].name].shape[-1:]
+                        != graph.tensors[name].shape[-1:]):
+        return None
+    if op in _SAME:
+        return gain(graph, node.args[0].name)
+    found = GAINS[op](graph, node) if op in GAINS else None
+    if found is None:
+        return None
+    tensor, weight, patch = found
+    shape, rank = graph.tensors[weight].shape, len(graph.tensors[tensor].shape)
+    if graph.tensors[weight].weight is None or graph.tensors[tensor].shape[-1:] != shape \
+            or graph.tensors[name].shape[-1:] != shape:
+        return None
+    order: tuple[Dims, Dims, Dims] = ((rank - 1,), tuple(range(rank - 1)), ())
+    return Consumer(node, tensor, weight, f"gain {node.name}", patch, None, order, ((0,), (), ()),
+                    order)

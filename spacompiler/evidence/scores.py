@@ -1,0 +1,318 @@
+"""Hand criteria what they need: arrays with the group's axis first, statistics, gradients.
+
+All statistics that criteria need are gathered in one pass over the batches: those of consumers'
+inputs (`statistics`) where a consumer reads them, those of gradients (`gradients`) by hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..errors import SpaError, UsageError, did_you_mean
+from ..graph.ir import Node
+from ..groups.solution import Group, Member, Solution
+from ..torch_backend.gather.gradients import KINDS, Gradients, examples
+from ..torch_backend.run.runner import Runner
+from ..torch_backend.trace import Trace
+from .consumers import Consumer, consumer
+from .slots import by_channel, onto, rows, slots
+from .statistics import OF_INPUTS, View
+
+__all__ = ["Loss", "Scores", "onto", "rows", "slots", "static"]
+Loss = Callable[[list[Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
+Then = Callable[[torch.Tensor], torch.Tensor] | None
+
+
+@dataclass
+class Scores:
+    """The context that importance passes see, filled by one calibration run."""
+
+    trace: Trace
+    solution: Solution
+    seed: int = 0
+    _gradients: Gradients = None  # type: ignore[assignment]
+    _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
+    _nodes: dict[str, Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._gradients = Gradients(self.trace, self.solution, self.stored)
+
+    # --- stored arrays ------------------------------------------------------------------------
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a parameter or buffer by its name in the traced program."""
+        program = self.trace.program
+        return (program.state_dict[name] if name in program.state_dict
+                else program.constants[name]).detach()
+
+    def rows(self, member: Member, group: Group) -> torch.Tensor:
+        """Return a stored array as (*group.shape, rest)."""
+        return rows(self.stored(member.weight), self.solution.dims(member.weight), member.dim,
+                    group)
+
+    def onto(self, values: torch.Tensor, member: Member, group: Group,
+             then: Then = None) -> torch.Tensor:
+        """Sum values of a stored array's shape onto the group: `group.shape`.
+
+        With `then`, values are summed over each channel of the member first, and `then` applied.
+        """
+        dims = self.solution.dims(member.weight)
+        found = by_channel(values, dims, member.dim, group, then or (lambda sums: sums))
+        return found.reshape(group.shape)
+
+    # --- statistics ---------------------------------------------------------------------------
+
+    def gates(self, group: Group) -> torch.Tensor:
+        """Return dL/dgate summed over all places where the group is read: `group.shape`."""
+        return self.gate("gates", group)
+
+    def token_gates(self, group: Group) -> torch.Tensor:
+        """Return, summed over examples and positions, |dL/dgate| of each: `group.shape`."""
+        return self.gate("token_gates", group)
+
+    def gate(self, kind: str, group: Group) -> torch.Tensor:
+        """Return a statistic of gates (gates, token_gates, fisher, relevance): `group.shape`."""
+        return self._gradients.gates[kind, group.name].reshape(group.shape)
+
+    def sums(self, kind: str, member: Member, group: Group) -> torch.Tensor:
+        """Return a sum over w dL/dw of a member (elements, vectors, element_squares, hessian)."""
+        found = self._gradients.sums.get((kind, group.name, member))
+        return torch.zeros(group.shape, dtype=torch.float64) if found is None \
+            else found.reshape(group.shape)
+
+    def gradient(self, kind: str, name: str) -> torch.Tensor:
+        """Return weight_gradients, weight_squares or weight_absolutes of a parameter (or 0)."""
+        found = self._gradients.arrays.get((kind, name))
+        return torch.zeros_like(self.stored(name)) if found is None else found
+
+    def gradient_rows(self, member: Member, group: Group) -> torch.Tensor:
+        """Return the gradient of a stored array as (*group.shape, rest); zeros if it has none."""
+        return rows(self.gradient("weight_gradients", member.weight),
+                    self.solution.dims(member.weight), member.dim, group)
+
+    @property
+    def batches(self) -> int:
+        """Batches that gradients were taken over."""
+        return self._gradients.batches
+
+    @property
+    def examples(self) -> int:
+        """Examples that gradients were taken over."""
+        return self._gradients.examples
+
+    def inputs(self, at: Consumer) -> dict[str, Any]:
+        """Return the statistics of what a consumer reads, by name."""
+        return self._inputs.get(at.key, {})
+
+    def consumers(self, group: Group) -> list[View]:
+        """Return every consumer of a group as a matrix product, with its statistics.
+
+        Raises SpaError if no consumer of the group has weights.
+        """
+        if not self._consumers_of(group):
+            readers = sorted({r.node for r in group.reads})
+            raise SpaError(f"no consumer of {group.name} is a product with weights",
+                           why=f"it is read by {', '.join(readers[:3]) or 'nothing'}",
+                           fix="use a criterion of weights or gradients (magnitude, taylor), or "
+                               f"keep the group: --ignore '{group.name}'")
+        return [self._view(c, group) for c in self._consumers_of(group)]
+
+    def _consumers_of(self, group: Group) -> list[Consumer]:
+        if group.name not in self._consumers:
+            if not self._nodes:
+                self._nodes.update((node.name, node) for node in self.solution.graph.nodes)
+            nodes = self._nodes
+            reads = dict.fromkeys((r.node, r.tensor) for r in group.reads)
+            found = {node: consumer(self.solution.graph, nodes[node]) for node, _ in reads}
+            self._consumers[group.name] = [
+                c for (node, tensor) in reads
+                if (c := found[node]) is not None and c.tensor == tensor]
+        return self._consumers[group.name]
+
+    def _view(self, at: Consumer, group: Group) -> View:
+        weight = at.matrix(static(self.trace, self.solution, at.weight, self.stored))
+        return View(at, weight.detach(), self._feature_slots(at, group), group.shape,
+                    self._inputs.get(at.key, {}), lambda kind: static(
+                        self.trace, self.solution, at.weight, partial(self.gradient, kind)),
+                    self._gradients.curvature.get(at.node.name))
+
+    def _feature_slots(self, at: Consumer, group: Group) -> torch.Tensor:
+        """The slice of every feature: the slices of an activation, patched as it is."""
+        dims = self.solution.dims(at.tensor)
+        dim = next(r.dim for r in group.reads if (r.node, r.tensor) == (at.node.name, at.tensor))
+        axes, slot = slots(dims, dim, group)
+        dynamic = self.solution.graph.tensors[at.tensor].dynamic
+        shape = [1 if d in dynamic else e.size for d, e in enumerate(dims)]
+        spread = [e.size if d in axes else 1 for d, e in enumerate(dims)]
+        values = torch.from_numpy(slot).permute(*np.argsort(np.argsort(axes)).tolist())
+        marks = (values.reshape(spread) + 1).double().expand(shape)
+        return at.inputs(marks).amax(1).long() - 1
+
+    def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
+                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
+        """Run over batches of (args, kwargs) once, gathering what is needed for all groups.
+
+        Without statistics of gradients there is no backward pass, and forward stops at the last
+        consumer. Raises UsageError for a statistic that there is not.
+        """
+        wanted = set(needs)
+        watched = self._watch(wanted, groups)
+        self._gradients.prepare(wanted, groups, (
+            c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
+        stops = {at.node.name for own in watched.values() for at in own}
+        for args, kwargs in batches:
+            args, kwargs = self.trace.match(args, kwargs)
+            if wanted <= OF_INPUTS.keys():
+                for _ in self._steps(args, kwargs, watched, stops):
+                    pass
+            else:
+                self._gradients.add((args, kwargs), loss,
+                                    partial(self._see, watched, {}),
+                                    _by_node(watched))
+            tick()
+
+    def widen(self, kinds: Iterable[str], batches: Iterable[Any], loss: Loss,
+              groups: Sequence[Group]) -> None:
+        """Take covariances and curvature, those of `kinds`, over further batches as well.
+
+        They are second moments of what the network meets; other statistics stay as they are.
+        """
+        wanted = set(kinds) & {"covariance", "curvature"}
+        watched = self._places(groups if "covariance" in wanted else ())
+        stops = {at.node.name for own in watched.values() for at in own}
+        held = self._inputs
+        self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
+                        for key, found in held.items()}
+        for args, kwargs in batches:
+            if "curvature" in wanted:
+                self._gradients.curve(self.trace.match(args, kwargs), loss,
+                                      partial(self._see, watched, {}), _by_node(watched))
+                continue
+            for _ in self._steps(args, kwargs, watched, stops):
+                pass
+        self._inputs = held
+
+    def stream(self, needs: Iterable[str], batches: Iterable[Any],
+               groups: Sequence[Group]) -> Iterator[Group]:
+        """Gather statistics of inputs and yield each group when its own are complete.
+
+        All batches advance together from consumer to consumer; what no later group needs is
+        dropped after each step, so that one block's worth of statistics is held at a time.
+        """
+        watched = self._watch(set(needs), groups)
+        waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
+        keys = {at.node.name: at.key for own in watched.values() for at in own}
+        stops = set(keys)
+        runs = [self._steps(args, kwargs, watched, stops) for args, kwargs in batches]
+        done: set[str] = set()
+        for node in [n.name for n in self.solution.graph.nodes if n.name in stops]:
+            for run in runs:
+                next(run)
+            done.add(keys[node])
+            yield from self._complete(waiting, done, groups)
+        yield from (g for g in groups if not self._consumers_of(g))
+
+    def _complete(self, waiting: dict[str, set[str]], done: set[str],
+                  groups: Sequence[Group]) -> Iterator[Group]:
+        for group in groups:
+            if waiting.get(group.name) and waiting[group.name] <= done:
+                yield group
+                del waiting[group.name]
+        held = set().union(*waiting.values())
+        for key in done - held:
+            self._inputs.pop(key, None)
+
+    def _watch(self, wanted: set[str],
+               groups: Sequence[Group]) -> dict[tuple[str, str], list[Consumer]]:
+        """Make the statistics that are wanted; return where their inputs are read."""
+        for name in wanted - KINDS - OF_INPUTS.keys():
+            raise UsageError(f"there is no statistic {name!r}",
+                             fix=did_you_mean(name, sorted(KINDS | OF_INPUTS.keys())))
+        kinds = [kind for kind in OF_INPUTS if kind in wanted]
+        found = self._places(groups if kinds else ())
+        self._inputs.update({at.key: {kind: OF_INPUTS[kind]() for kind in kinds}
+                             for own in found.values() for at in own})
+        return found
+
+    def _places(self, groups: Sequence[Group]) -> dict[tuple[str, str], list[Consumer]]:
+        """The first consumer of every input that groups are read from, by its places."""
+        found: dict[str, Consumer] = {}
+        for group in groups:
+            for at in self._consumers_of(group):
+                found.setdefault(at.key, at)
+        order = {node.name: i for i, node in enumerate(self.solution.graph.nodes)}
+        watched: dict[tuple[str, str], list[Consumer]] = {}
+        for at in sorted(found.values(), key=lambda c: order[c.node.name]):
+            for place in at.places:
+                watched.setdefault(place, []).append(at)
+        return watched
+
+    def _steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+               watched: dict[tuple[str, str], list[Consumer]],
+               stops: set[str]) -> Iterator[str]:
+        """Run one batch without gradients, pausing at `stops`."""
+        args, kwargs = self.trace.match(args, kwargs)
+        held: dict[str, dict[str, torch.Tensor]] = {}
+        runner = Runner(self.trace.program, self.stored, touched=_by_node(watched),
+                        touch=lambda node, name, value: self._see(
+                            watched, held, node.name, name, value, examples(args, kwargs)))
+        steps = runner.steps(args, kwargs, stops)
+        while True:
+            with torch.no_grad():
+                node = next(steps, None)
+            if node is None:
+                return
+            yield node
+
+    def _see(self, watched: dict[tuple[str, str], list[Consumer]],
+             held: dict[str, dict[str, torch.Tensor]], node: str, name: str, value: torch.Tensor,
+             count: int) -> torch.Tensor:
+        """Show statistics what a node reads; `count` examples, unless it reads them mixed.
+
+        What is read at one place of a consumer is `held` until its other place is reached.
+        """
+        for at in watched[node, name]:
+            found = held.setdefault(at.key, {})
+            found[name] = value.detach()
+            if len(found) < len(at.places):
+                continue
+            x, seen = at.inputs(held.pop(at.key)[at.tensor]), None
+            if at.route is not None:
+                x, seen = at.route.deal(x[0], found[at.route.tensor])
+            for statistic in self._inputs[at.key].values():
+                statistic.add(x, count if seen is None and x.shape[1] % count == 0 else 1, seen)
+        return value
+
+
+def _by_node(places: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for node, tensor in places:
+        found.setdefault(node, set()).add(tensor)
+    return found
+
+
+def static(trace: Trace, solution: Solution, name: str,
+           stored: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Return the value of a tensor that follows from stored arrays alone."""
+    tensor = solution.graph.tensors[name]
+    if tensor.weight is not None:
+        return stored(tensor.weight)
+    nodes = {node.name: node for node in trace.program.graph.nodes}
+
+    def value(node: fx.Node) -> Any:
+        known = solution.graph.tensors.get(node.name)
+        if known is not None and known.weight is not None:
+            return stored(known.weight)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with torch.no_grad():
+        return value(nodes[name])

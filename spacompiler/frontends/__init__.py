@@ -1,1 +1,0 @@
-"""Front ends: what reads a framework's program into the IR."""

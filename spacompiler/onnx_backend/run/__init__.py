@@ -1,0 +1,1 @@
+"""Run a file in ONNX Runtime, in double precision too."""

@@ -1,0 +1,1 @@
+"""A compile as one flat list of steps."""

@@ -1,0 +1,123 @@
+"""The step that decides: how many slices each group keeps under the target, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..axes.choices import Choices
+from ..errors import TargetError
+from ..groups.cost import cost
+from ..plan import legal as allocation
+from ..plan.plan import costs, make_plan
+from ..plan.problem import TOLERANCE, Problem, Unit, check_met
+from ..plan.stock_units import expressible
+from ..request.recipe import parse_target
+from ..stages.records import Job
+from ..torch_backend.kinds import is_hf
+from ..torch_backend.machine import lanes
+
+
+def decide(job: Job) -> None:
+    """Allocate counts under the target (unless a schedule has) and make the plan."""
+    r = job.recipe
+    counts = job.counts or (allocate_counts(job) if job.candidates else {})
+    job.plan = make_plan(job.candidates, job.scores, counts, target=r.target,
+                         weights_hash=job.backend.digest(job), recipe=r.as_dict())
+    job.choices = job.plan.choices(job.solution)
+    job.uniform = job.uniform or (not job.candidates and is_hf(job.module))
+    job.plan.costs.update(costs(job.solution, job.choices, job.whole))
+
+
+def is_met(job: Job) -> bool:
+    """Whether the blocks that were dropped meet the target by themselves.
+
+    Raises TargetError if less than the target is left without them.
+    """
+    if job.dropped is None:
+        return False
+    metric, share = parse_target(job.recipe.target)
+    dense, left = job.whole[metric], cost(job.solution, metric).total
+    if left < (share - TOLERANCE) * dense:
+        raise TargetError(
+            f"target {job.recipe.target} is out of reach", where=job.name,
+            why=f"without {len(job.dropped.paths)} blocks {left / dense:.1%} of {metric} remain",
+            fix="drop fewer blocks")
+    return left <= (share + TOLERANCE) * dense
+
+
+def allocate_counts(job: Job) -> dict[str, int]:
+    """Return how many slices each candidate keeps, by the allocation pass and the target.
+
+    Raises TargetError if the target is missed.
+    """
+    r = job.recipe
+    metric, share = parse_target(r.target)
+    price = cost(job.solution, metric)
+    dense = job.whole.get(metric, price.total)
+    for found in _units(job):
+        price.set({g.atom: g.size for g in job.candidates})
+        problem = Problem(found, price, share * dense, dense, metric,
+                                     measure=_measure(job))
+        kept = job.allocation.allocate(problem)
+        if problem.met(kept):
+            break
+        job.uniform = False
+    check_met(problem, kept, finest=r.align == 1)
+    return _counts(job, found, kept)
+
+
+def _counts(job: Job, units: Iterable[Unit], kept: Mapping[str, int]) -> dict[str, int]:
+    counts = {g.name: g.size for g in job.candidates}
+    return counts | {g.name: kept[u.name] for u in units for g in u.groups}
+
+
+def _measure(job: Job) -> Any:
+    """What allocation passes may measure on a torch module: nothing is done until they ask."""
+    if not isinstance(job.module, nn.Module):
+        return None
+    from ..trials.measure import Measure
+
+    def choices(problem: Problem, kept: Mapping[str, int]) -> Choices:
+        counts = _counts(job, problem.units, kept)
+        return make_plan(job.candidates, job.scores, counts).choices(job.solution)
+
+    return Measure(job.module, job.trace, job.solution, job.calibration.batches, job.loss,
+                   statistics_of(job), job.compensation, choices, job.calibration.beside)
+
+
+def statistics_of(job: Job) -> Any:
+    """The context of the importance pass, for what it still holds, or a fresh one."""
+    return job.context or job.backend.context(job)
+
+
+def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
+    """Yield what to allocate over: first the units that a stock config can express, then all."""
+    r = job.recipe
+
+    def units(uniform: bool) -> tuple[Unit, ...]:
+        return allocation.units(job.solution, job.candidates, job.scores, uniform=uniform,
+                                align=r.align, lanes=lanes(), floor=r.floor,
+                                absolute=getattr(job.importance, "absolute", False))
+
+    stock = is_hf(job.module) and not job.biased and r.layout in ("auto", "uniform")
+    if stock:
+        every = units(True)
+        found, notes = expressible(job.module, job.trace.tied, job.solution, every)
+        job.notes.extend(notes)
+        if not found and r.layout == "uniform":
+            why, fix = (notes[0], "use --layout any") if notes else \
+                ("the floor and the steps leave every group its full size",
+                 "lower --floor or --align") if every else \
+                ("there is none", "let more go: --role, --only, --ignore")
+            raise TargetError("no group can shrink in the uniform layout", why=why, fix=fix)
+        if found:
+            job.uniform = True
+            yield tuple(found)
+    if r.layout != "uniform":
+        if stock:
+            job.notes.append("the target is out of reach of the uniform layout: layout any")
+        yield units(False)
+

@@ -1,0 +1,110 @@
+"""From a request to a job: passes and calibration data, found before work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import SpaError, UsageError
+from ..evidence.calibration import (
+    PYTHON_TEXT,
+    Calibration,
+    _filled,
+    from_arrays,
+    from_string,
+    from_text,
+    python_text,
+)
+from ..evidence.calls import Inputs, as_call
+from ..evidence.losses import default_loss
+from ..request import registry
+from ..request.recipe import Recipe
+from ..stages.records import Job, Progress
+
+
+def _holds_arrays(place: Path) -> bool:
+    return place.suffix in (".npz", ".npy") or place.is_dir()
+
+
+def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
+            samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0,
+            module: Any = None) -> Calibration:
+    """Return the calibration that a user asked for.
+
+    `what` is a path, an iterable of inputs, "none" (the example inputs only), "sampled" (what
+    the module makes up, see `sampling`), or None: the model's own calibration data where it has
+    some, text that Python carries where the model has a tokenizer, else the example inputs.
+    """
+    if what == "sampled":
+        from ..torch_backend.gather.sampling import sampled
+
+        return Calibration("sampled from the model itself", sampled(
+            module, inputs, tokenizer, samples=samples, length=length, batch=batch, seed=seed))
+    if what is None and own is not None:
+        return Calibration("the model's own", [as_call(b) for b in own(max(1, samples // 2), seed)])
+    if what is None and tokenizer is not None:
+        return from_string(python_text(), tokenizer, samples=samples, length=length, batch=batch,
+                           seed=seed, origin=PYTHON_TEXT)
+    if what is None or what == "none":
+        return Calibration("example inputs only", [as_call(inputs)], real=False)
+    if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
+        return from_arrays(Path(what), samples)
+    if isinstance(what, (str, Path)):
+        return from_text(str(what), tokenizer, samples=samples, length=length, batch=batch,
+                         seed=seed)
+    batches = [as_call(b) for b in what]
+    if not batches:
+        raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
+    return Calibration(f"{len(batches)} batches", _filled(batches))
+
+
+def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,
+             allocator: Any = None, repair: Any = None, calibration: Any = None,
+             own: Any = None, loss: Any = None, tokenizer: Any = None, name: str = "",
+             progress: Progress | None = None, owned: bool = False, recovery: Any = None,
+             recover_data: Any = None, checkpoint: Path | None = None,
+             schedule: Any = None) -> Job:
+    """Resolve passes and calibration data; raises before anything is computed."""
+    scorer = registry.find("importance", importance or recipe.importance)
+    schedule = schedule or recipe.schedule
+    trains = registry.find("schedule", schedule) if schedule else None
+    mends = repair or recipe.repair
+    needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
+        or bool(recipe.blocks)
+    batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
+                      samples=recipe.samples, length=recipe.length, batch=recipe.batch,
+                      seed=recipe.seed, module=module)
+    fits = isinstance(module, nn.Module) and trains is None and not recipe.keep_adapter
+    job = Job(recipe, module, inputs, scorer,
+              registry.find("allocation", allocator or recipe.allocation), batches,
+              loss or default_loss, name or type(module).__name__, tokenizer,
+              progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
+              compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
+              must_repair=mends != "auto")
+    if recovery or recipe.recovery:
+        job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
+            checkpoint
+        job.recover_data = resolve(
+            calibration if recover_data is None else recover_data, inputs, tokenizer=tokenizer,
+            own=own, samples=recipe.recover_samples, length=recipe.length,
+            batch=recipe.recover_batch, seed=recipe.seed + 1)
+    return job
+
+
+def _compensation(what: Any, batches: Calibration, fits: bool) -> Any:
+    """The compensation pass, or None: then what stays keeps its weights.
+
+    `fits` says that one may be taken unasked.
+    """
+    if what == "auto":
+        what = "refit" if fits and batches.real else "none"
+    if what == "none":
+        return None
+    found = registry.find("compensation", what)
+    if not batches.real:
+        raise UsageError(f"repair {found.name!r} needs calibration data",
+                         why="the example inputs alone say too little about what layers read",
+                         fix="give --calibration, or --repair none")
+    return found

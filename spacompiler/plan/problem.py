@@ -1,0 +1,154 @@
+"""What an allocation pass decides: units, budget, floors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+from ..axes.expressions import Atom
+from ..errors import TargetError
+from ..groups.cost import Cost
+from ..groups.solution import Group
+from .settling import settle
+
+if TYPE_CHECKING:
+    from ..trials.measure import Measure
+
+
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Groups that must keep the same number of slices (usually one; a family if uniform).
+
+    `legal` are the counts that may be kept, ascending, the last one the full size; `losses[k]`
+    is what is lost when k slices are kept: the error curve that allocation passes go by (a share
+    of the groups' importance, or the importance itself where criteria say it is comparable).
+    `chosen` is how many of them a router takes: so many stay, whatever the floor.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    legal: tuple[int, ...]
+    losses: np.ndarray
+    chosen: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.legal[-1]
+
+    def counts(self, kept: int) -> dict[Atom, int]:
+        return {group.atom: kept for group in self.groups}
+
+    def nearest(self, wanted: float) -> int:
+        return min(self.legal, key=lambda k: (abs(k - wanted), k))
+
+
+@dataclass(slots=True)
+class Problem:
+    """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance).
+
+    `measure` makes measurements on the network, for passes that ask for them.
+    """
+
+    units: tuple[Unit, ...]
+    cost: Cost
+    target: float
+    dense: int
+    metric: str = "params"
+    tolerance: float = field(default=TOLERANCE)
+    measure: Measure | None = None
+
+    def price(self, kept: Mapping[str, int]) -> int:
+        """Return the cost of a choice of counts."""
+        counts: dict[Atom, int] = {}
+        for unit in self.units:
+            counts |= unit.counts(kept[unit.name])
+        return self.cost.set(counts)
+
+    def full(self) -> dict[str, int]:
+        return {unit.name: unit.size for unit in self.units}
+
+    def least(self) -> dict[str, int]:
+        return {unit.name: unit.legal[0] for unit in self.units}
+
+    def met(self, kept: Mapping[str, int]) -> bool:
+        return abs(self.price(kept) - self.target) <= self.tolerance * self.dense
+
+
+def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
+    """Move units by legal steps while that brings the cost nearer to the target.
+
+    Where single steps get stuck short of the tolerance, a coarse unit is moved first and the
+    others settle around it.
+    """
+    kept = settle(problem, kept)
+    coarse = sorted((u for u in problem.units if len(u.legal) > 1),
+                    key=lambda u: -abs(problem.cost.change(u.counts(u.legal[-2]))))[:8]
+    for unit in coarse:
+        if problem.met(kept):
+            break
+        for by in (1, -1):
+            at = unit.legal.index(kept[unit.name]) + by
+            if 0 <= at < len(unit.legal):
+                other = settle(problem, {**kept, unit.name: unit.legal[at]}, but=unit.name)
+                if _miss(problem, other) < _miss(problem, kept):
+                    kept = other
+    problem.price(kept)
+    return kept
+
+
+def _miss(problem: Problem, kept: Mapping[str, int]) -> float:
+    return abs(problem.price(kept) - problem.target)
+
+
+def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False) -> None:
+    """Raise TargetError, naming what binds, if the target is missed by more than a point.
+
+    `finest` says that steps cannot be asked to be smaller.
+    """
+    if problem.met(kept):
+        return
+    price, least = problem.price(kept), problem.price(problem.least())
+    share, floor = price / problem.dense, least / problem.dense
+    if least > problem.target:
+        bound = [u.name for u in problem.units if len(u.legal) > 1][:3]
+        why = (f"with every unit at its floor, {floor:.1%} of {problem.metric} remain: "
+               f"{len(problem.units)} units may shrink, e.g. {', '.join(bound) or 'none'}")
+        routed = next((u for u in problem.units if u.chosen and u.legal[0] == u.chosen), None)
+        if routed is not None:
+            why += f"; a router takes {routed.chosen} of {routed.name}, so that as many stay"
+        fix = "lower the floor, or let more go: --role, --only, --ignore"
+    else:
+        steps = [u for u in problem.units if len(u.legal) > 1]
+        coarse = max(steps, key=lambda u: u.legal[-1] - u.legal[-2], default=None)
+        by = coarse.legal[-1] - coarse.legal[-2] if coarse else 1
+        why = f"the nearest that could be reached is {share:.1%}" + (
+            f": {coarse.name} moves in steps of {by} of {coarse.size}" if coarse else "")
+        fix = "use --align 1 for finer steps, or a target near that" if by > 1 and not finest \
+            else "take a target near that, or let more go: --role, --only, --ignore"
+    problem.price(kept)
+    raise TargetError(
+        f"target {problem.metric}={problem.target / problem.dense:.1%} cannot be met",
+        why=why, fix=fix)
+
+
+def join(parts: Sequence[Unit]) -> Unit:
+    """Return one unit of several that must keep the same count."""
+    legal = set(parts[0].legal).intersection(*(u.legal for u in parts))
+    return Unit(" & ".join(u.name for u in parts), tuple(g for u in parts for g in u.groups),
+                tuple(sorted(legal)), np.sum([u.losses for u in parts], axis=0),
+                max(u.chosen for u in parts))
+
+
+class Allocation(Protocol):
+    """Decide how many slices each unit keeps."""
+
+    name: ClassVar[str]
+
+    def allocate(self, problem: Problem) -> dict[str, int]:
+        """Return kept slices by unit name; each must be legal for its unit."""

@@ -1,0 +1,1 @@
+"""New weights for what stays: sites, evidence, solutions."""

@@ -1,0 +1,95 @@
+"""What a repair knows of one site: the dense layer's inputs and answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from ..evidence.consumers import Consumer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Compensation(Protocol):
+    """Repair the weights that stay, given what goes (before anything is sliced).
+
+    `sequential` asks for evidence from the pruned and repaired network instead of the dense one,
+    `residual` for an output that makes good the sum it is added into, `create_biases` for a bias
+    in every linear layer and convolution that loses inputs. A pass may have two methods more:
+    `again`, like `solve`, for the second step of a sequential repair, and `draft()`, a quicker
+    pass that stands in for it while allocations are tried out.
+    """
+
+    name: ClassVar[str]
+    sequential: bool
+    residual: bool
+    create_biases: bool
+
+    def solve(self, weight: torch.Tensor, evidence: Evidence, kept: torch.Tensor, *,
+              has_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return new weights (outputs, features) and what to add to the bias (outputs,).
+
+        `kept` (features,) marks the features that stay.
+        """
+
+
+@dataclass
+class Evidence:
+    """Sums over `count` samples of one shared index: x (f,), y (o,), x x' (f, f), x y' (f, o), y'y.
+
+    x is what the consumer reads, y what its product should be.
+    """
+
+    count: int
+    x: torch.Tensor
+    y: torch.Tensor
+    gram: torch.Tensor
+    cross: torch.Tensor
+    squares: float
+
+    def moments(self, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return E[x x'] and E[x y'], of the deviations from the means if `centred`."""
+        gram, cross = self.gram / self.count, self.cross / self.count
+        if centred:
+            x, y = self.x / self.count, self.y / self.count
+            gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, y)
+        return gram, cross
+
+    def power(self, centred: bool) -> float:
+        """Return E[y'y], of the deviation from the mean if `centred`."""
+        mean = float((self.y / self.count).square().sum()) if centred else 0.0
+        return self.squares / self.count - mean
+
+
+def _of_dense(covariance: Any, weight: torch.Tensor, shared: int) -> Evidence:
+    x, gram, w = covariance.total[shared], covariance.gram[shared], weight.double()
+    cross = gram @ w.T
+    seen = max(int(covariance.seen[shared]), 1)
+    return Evidence(seen, x, w @ x, gram, cross, float((w.T * cross).sum()))
+
+
+def _of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
+             pruned: list[torch.Tensor], gap: list[torch.Tensor] | None) -> list[Evidence]:
+    """Sum over batches: x as the pruned network has it, y = W x of the dense one (+ the gap)."""
+    total: list[Evidence] = []
+    for i, (a, b) in enumerate(zip(dense, pruned, strict=True)):
+        wanted = at.inputs(a) @ weight.mT
+        if gap is not None:
+            wanted = wanted + gap[i]
+        x = at.inputs(b)
+        sums = (x.sum(1), wanted.sum(1), x.mT @ x, x.mT @ wanted)
+        for s in range(len(x)):
+            parts = [part[s].double() for part in sums]
+            squares = float(wanted[s].double().square().sum())
+            if i == 0:
+                total.append(Evidence(x.shape[1], parts[0], parts[1], parts[2], parts[3], squares))
+                continue
+            have = total[s]
+            have.count += x.shape[1]
+            have.squares += squares
+            for name, part in zip(("x", "y", "gram", "cross"), parts, strict=True):
+                getattr(have, name).add_(part)
+    return total

@@ -1,0 +1,236 @@
+"""Repair what stays: new weights and biases for the consumers of what a plan removes.
+
+A consumer multiplies X (samples, features) by W (outputs, features). A plan takes features away;
+a compensation pass sees the second moments of what is left and of what the output should be, and
+returns other weights for the kept features (and a bias, where the operator has one). The arrays
+change in the traced program, before the proof: the plan does not, and the proof then says that
+the dense program with repaired arrays, removed slices read as zero, is the pruned one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..axes.choices import Choices
+from ..errors import SpaError
+from ..evidence.consumers import Consumer
+from ..graph.ir import Ref
+from ..groups.solution import Solution
+from ..torch_backend.run.lockstep import Lockstep
+from ..torch_backend.trace import Trace
+from .evidence import Evidence, _of_dense, _of_pair
+from .sites import Site, sites
+
+
+@dataclass
+class Repairer:
+    """Applies a compensation pass to a traced program, site by site."""
+
+    trace: Trace
+    solution: Solution
+    choices: Choices
+    compensation: Any
+
+    def stored(self, name: str) -> torch.Tensor:
+        program = self.trace.program
+        return (program.state_dict[name] if name in program.state_dict
+                else program.constants[name]).detach()
+
+    def weights(self, site: Site, evidence: Sequence[Evidence]) -> tuple[
+            torch.Tensor, torch.Tensor | None]:
+        """Return a site's repaired array, zero where features go, and its bias; nothing changes.
+
+        Without a compensation pass what stays is as it was.
+        """
+        old = self.stored(site.weight)
+        made = site.consumer.matrix(old).double().clone()
+        bias = self.stored(site.bias) if site.bias is not None else None
+        if self.compensation is not None:
+            made, shift = self._solved(site, made, evidence)
+            bias = bias + shift.to(bias.dtype) if bias is not None else None
+        made = made * site.kept.unsqueeze(1)
+        return site.consumer.array(made.to(old.dtype), tuple(old.shape)), bias
+
+    def of_dense(self, context: Any, site: Site) -> list[Evidence]:
+        """Return what the context's covariance says of a site's product in the dense network."""
+        covariance = context.inputs(site.consumer)["covariance"]
+        matrix = site.consumer.matrix(self.stored(site.weight))
+        return [_of_dense(covariance, w, s) for s, w in enumerate(matrix)]
+
+    def one_shot(self, context: Any, batches: Sequence[Any], found: Sequence[Site]) -> None:
+        """Repair every site from statistics of the dense network."""
+        by_node = {site.consumer.node.name: site for site in found}
+        places = {(site.consumer.node.name, site.consumer.tensor) for site in found}
+        groups = [g for g in self.solution.groups.values() if g.atom in self.choices
+                  and any((r.node, r.tensor) in places for r in g.reads)]
+        for group in _with_covariance(context, batches, groups):
+            for view in context.consumers(group):
+                site = by_node.pop(view.consumer.node.name, None)
+                if site is not None:
+                    self._repair(site, view.weight, [
+                        _of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)])
+
+    def sequential(self, context: Any, batches: Sequence[Any], found: Sequence[Site], *,
+                   residual: bool) -> None:
+        """Repair site after site, each from what it reads once those before it are repaired.
+
+        The product is fit to the dense one; with `residual`, to the dense sum that it is added
+        into, so that what earlier blocks left wrong is made good where it can be. The weights
+        that a ridge leads back to are those of the one-shot repair; where data says which samples
+        an array meets, others would meet it in the pruned network, and that is the repair.
+        """
+        dense = Lockstep(self.trace, self.solution, {}, batches, self.stored)
+        self.one_shot(context, batches, [s for s in found if s.consumer.route is not None])
+        pruned = Lockstep(self.trace, self.solution, self.choices, batches, self.stored)
+        for site in (s for s in found if s.consumer.route is None):
+            at = site.consumer
+            dense.advance(at.node.name)
+            pruned.advance(at.node.name)
+            weight = at.matrix(self.stored(site.weight))
+            gap = self._gap(at, dense, pruned) if residual else None
+            reads = dense.reads(at.node.name, at.tensor)
+            evidence = _of_pair(at, weight, reads, pruned.reads(at.node.name, at.tensor), gap)
+            if not site.kept.all():
+                first = self.of_dense(context, site) if "covariance" in context.inputs(at) else \
+                    _of_pair(at, weight, reads, reads, None)
+                weight = self._solved(site, weight.double(), first)[0]
+            # one feature by itself stands in for no other: it needs no leash
+            self._repair(site, weight, evidence, again=site.kept.shape[1] > 1)
+            for name in filter(None, (site.weight, site.bias)):
+                pruned.put(name, self.stored(name))
+
+    def batch_norms(self, batches: Sequence[Any]) -> int:
+        """Take the statistics of batch norms anew, one after the other, and return how many."""
+        pruned = Lockstep(self.trace, self.solution, self.choices, batches, self.stored)
+        done = 0
+        for node in self.solution.graph.nodes:
+            places = _STATISTICS.get(node.op.rsplit(".", 1)[0])
+            names = [name for i in places or () if (name := self._array(node.args[i]))]
+            if len(names) < 2:
+                continue
+            pruned.advance(node.name)
+            found = Channels()
+            for x in pruned.reads(node.name, node.args[0].name):
+                found.add(x)
+            for name, value in zip(names, (found.mean, found.variance), strict=True):
+                self._put(name, value.to(self.stored(name).dtype))
+                pruned.put(name, self.stored(name))
+            done += 1
+        return done
+
+    def _array(self, ref: Any) -> str | None:
+        return self.solution.graph.tensors[ref.name].weight if isinstance(ref, Ref) else None
+
+    def _gap(self, at: Consumer, dense: Lockstep, pruned: Lockstep) -> list[torch.Tensor] | None:
+        """Dense minus pruned, of what the consumer's result is added to (a linear layer's)."""
+        graph, (out,) = self.solution.graph, at.node.outputs[:1]
+        users = [n for n in graph.nodes if out in n.refs()]
+        if at.patch or len(users) != 1 or not users[0].op.startswith("aten.add."):
+            return None
+        others = [name for name in users[0].refs() if name != out]
+        if len(others) != 1 or graph.tensors[others[0]].shape != graph.tensors[out].shape:
+            return None
+        try:
+            return [(a - b).flatten(0, -2) for a, b in zip(
+                dense.values(others[0]), pruned.values(others[0]), strict=True)]
+        except KeyError:  # the other operand comes later
+            return None
+
+    def _repair(self, site: Site, weight: torch.Tensor, evidence: list[Evidence], *,
+                again: bool = False) -> None:
+        made, shift = self._solved(site, weight.double(), evidence, again=again)
+        old = self.stored(site.weight)
+        self._put(site.weight, site.consumer.array(made.to(old.dtype), tuple(old.shape)))
+        if site.bias is not None:
+            bias = self.stored(site.bias)
+            self._put(site.bias, (bias.double() + shift).to(bias.dtype))
+
+    def _solved(self, site: Site, weight: torch.Tensor,
+                evidence: Sequence[Evidence], *,
+                again: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        solve = getattr(self.compensation, "again" if again else "solve", self.compensation.solve)
+        parts = [solve(w, each, kept, has_bias=site.bias is not None)
+                 for w, each, kept in zip(weight, evidence, site.kept, strict=True)]
+        return torch.stack([w for w, _ in parts]), torch.cat([shift for _, shift in parts])
+
+    def _put(self, name: str, value: torch.Tensor) -> None:
+        program = self.trace.program
+        home = program.state_dict if name in program.state_dict else program.constants
+        home[name] = torch.nn.Parameter(value.contiguous(), requires_grad=False) \
+            if isinstance(home[name], torch.nn.Parameter) else value.contiguous()
+        self.trace.repaired.add(self.trace.tied.get(name, name))
+
+
+_STATISTICS = {"aten.batch_norm": (3, 4), "aten._native_batch_norm_legit_no_training": (3, 4)}
+
+
+@dataclass
+class Channels:
+    """The mean and variance of a batch norm's input, by channel, over batches."""
+
+    count: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: (batch, channels, ...)."""
+        flat = x.double().transpose(0, 1).flatten(1)
+        self.count += flat.shape[1]
+        self.total = self.total + flat.sum(1)
+        self.squares = self.squares + flat.square().sum(1)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        spread = (self.squares / self.count - self.mean.square()).clamp(min=0)
+        return spread * self.count / max(self.count - 1, 1)
+
+
+def _with_covariance(context: Any, batches: Sequence[Any],
+                     groups: Sequence[Any]) -> Iterator[Any]:
+    """Yield groups whose statistics are at hand, then the others as theirs are gathered."""
+    missing = []
+    for group in groups:
+        if all("covariance" in view.found for view in context.consumers(group)):
+            yield group
+        else:
+            missing.append(group)
+    if missing:
+        yield from context.stream({"covariance"}, batches, missing)
+
+
+def draft(compensation: Any) -> Any:
+    """Return a compensation pass's quick stand-in for trying plans out, or the pass itself."""
+    return getattr(compensation, "draft", lambda: compensation)()
+
+
+def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any, context: Any,
+           batches: Sequence[Any], *, must: bool = True) -> list[str]:
+    """Let a compensation pass repair a traced program in place; return notes for the user.
+
+    Raises SpaError if it `must` and there is nothing to repair.
+    """
+    found, left = sites(solution, choices, every=getattr(compensation, "every", False))
+    worker = Repairer(trace, solution, choices, compensation)
+    if getattr(compensation, "weights", True) is False:
+        found, left = [], []
+    elif found and getattr(compensation, "sequential", False):
+        worker.sequential(context, batches, found, residual=compensation.residual)
+    elif found:
+        worker.one_shot(context, batches, found)
+    renewed = worker.batch_norms(batches) if getattr(compensation, "batch_norm", False) else None
+    if must and not found and not renewed:
+        raise SpaError(f"repair {compensation.name!r} finds nothing to repair",
+                       why="the network has no batch norms" if renewed is not None else
+                           f"only {left[0]} reads it, whose weights are computed or used twice"
+                           if left else "no stored weights read what the plan removes",
+                       fix="use --repair none")
+    return [f"not repaired: {where}, whose weights are computed or used twice"
+            for where in left[:3]]

@@ -1,0 +1,1 @@
+"""What a user may ask: options as data, passes by name; imports no framework."""

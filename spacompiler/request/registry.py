@@ -1,0 +1,144 @@
+"""Find passes: by name, by `module:object` or `file.py:object`, or as the object itself.
+
+Built-in and third-party passes come in by one door, entry points in the groups
+`spacompiler.importance`, `.allocation`, `.schedule`, `.compensation` and `.recovery`; nothing is
+imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import UsageError, did_you_mean
+
+KINDS = ("importance", "allocation", "schedule", "compensation", "recovery")
+
+
+_METHODS = {"importance": "score", "allocation": "allocate", "compensation": "solve",
+            "recovery": "run", "schedule": "run"}
+
+
+WORDS: Mapping[str, tuple[str, ...]] = {"compensation": ("auto", "none")}
+"""What callers take in place of a pass."""
+
+
+def available() -> Iterator[tuple[str, EntryPoint]]:
+    """Yield (kind, entry point) of every installed pass, by kind and name."""
+    for kind in KINDS:
+        for entry in sorted(entry_points(group=f"spacompiler.{kind}"), key=lambda e: e.name):
+            yield kind, entry
+
+
+def check_name(kind: str, text: str) -> None:
+    """Raise UsageError for a misspelt name, without importing anything."""
+    name, _ = parse(text)
+    known = [*WORDS.get(kind, ()),
+             *(entry.name for entry in entry_points(group=f"spacompiler.{kind}"))]
+    place = name.rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UsageError(f"cannot load {kind} pass {name!r}", why=f"there is no file {place!r}")
+    if ":" not in name and name not in known:
+        raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, known))
+
+
+def describe(entry: EntryPoint) -> tuple[str, str]:
+    """Return (options with defaults, first line of the docstring) of a pass."""
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as problem:
+        return "", f"cannot be loaded: {problem}"
+    options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found)) \
+        if dataclasses.is_dataclass(found) else ""
+    doc = " ".join((found.__doc__ or "").split("\n\n")[0].split())
+    return options, doc
+
+
+def find(kind: str, what: Any) -> Any:
+    """Return a pass object for a name, `module:object`, `file.py:object` or an object.
+
+    Names may carry options: `name(option=value, ...)`.
+
+    Raises UsageError for an unknown name, a failing import or an unfit object.
+    """
+    if not isinstance(what, str):
+        return _checked(kind, what() if isinstance(what, type) else what, repr(what))
+    name, options = parse(what)
+    return _checked(kind, construct(_load(kind, name), options, what), what)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """`taylor(mode='element')` -> ("taylor", {"mode": "element"})."""
+    import ast
+
+    name, paren, rest = text.partition("(")
+    if not paren:
+        return text.strip(), {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return name.strip(), {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError, AssertionError) as problem:
+        raise UsageError(f"cannot read the options of pass {text!r}",
+                         fix="write name(option=value, ...)") from problem
+
+
+def _load(kind: str, name: str) -> Any:
+    if ":" in name:
+        place, _, attribute = name.rpartition(":")
+        try:
+            return getattr(_from_file(place) if place.endswith(".py")
+                           else importlib.import_module(place), attribute)
+        except (ImportError, AttributeError, SyntaxError) as problem:
+            raise UsageError(f"cannot load {kind} pass {name!r}", why=str(problem)) from problem
+    entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
+    if name not in entries:
+        raise UsageError(f"unknown {kind} pass {name!r}",
+                         fix=did_you_mean(name, [*entries, *WORDS.get(kind, ())]))
+    try:
+        return entries[name].load()
+    except (ImportError, AttributeError) as problem:
+        raise UsageError(f"cannot load {kind} pass {name!r} ({entries[name].value})",
+                         why=str(problem)) from problem
+
+
+def _from_file(path: str) -> ModuleType:
+    """Run a Python file that the user named, once, as a module of its own."""
+    name = f"_passes_of_{abs(hash(Path(path).resolve()))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ImportError(f"there is no file {path!r}")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def construct(found: Any, options: dict[str, Any], text: str) -> Any:
+    if not isinstance(found, type):
+        return found
+    try:
+        return found(**options)
+    except TypeError as problem:
+        known = [f.name for f in dataclasses.fields(found)] if dataclasses.is_dataclass(found) \
+            else []
+        raise UsageError(f"cannot make pass {text!r}", why=str(problem),
+                         fix=f"options: {', '.join(known) or 'none'}") from problem
+
+
+def _checked(kind: str, found: Any, text: str) -> Any:
+    if not callable(getattr(found, _METHODS[kind], None)):
+        raise UsageError(f"{text} is no {kind} pass", why=f"it has no {_METHODS[kind]}()")
+    return found

@@ -1,0 +1,1 @@
+"""What each operator says of axes: one row, one line; two tables."""

@@ -1,0 +1,3 @@
+"""ONNX Runtime and numpy alone: sessions, decoders, times."""
+
+from .decoder import Decoder as Decoder

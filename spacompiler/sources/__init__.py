@@ -1,0 +1,1 @@
+"""What MODEL may be, and which backend it belongs to."""

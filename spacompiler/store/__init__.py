@@ -1,0 +1,1 @@
+"""The directory that appears whole or not at all; arrays as safetensors."""

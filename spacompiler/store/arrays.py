@@ -1,0 +1,67 @@
+"""Arrays of an artifact as safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..errors import SpaError
+from .folder import SAMPLE
+
+
+def save_weights(path: Path, module: torch.nn.Module,
+                 unsaved: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a module's parameters and buffers, tied ones once (with `tied` in the metadata).
+
+    `unsaved` are further arrays: buffers that a state dict leaves out, and that were sliced.
+    """
+    first: dict[Any, str] = {}
+    tensors, tied = {}, {}
+    for name, tensor in sorted({**module.state_dict(), **(unsaved or {})}.items()):
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else name
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().contiguous()
+    # one entry only: safetensors writes several in an order that changes from run to run
+    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)})
+    path.chmod(0o644)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read arrays written by `save_weights`, tied names included; raises SpaError if damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            # clones are aligned as torch aligns: kernels then round as they did before saving
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
+            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+    except Exception as problem:  # safetensors raises its own kinds
+        raise SpaError(f"{path.name} cannot be read", where=str(path.parent),
+                       why=str(problem)) from problem
+    return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
+
+
+def save_check(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+               results: list[Any]) -> None:
+    """Write the example inputs and a sample of each floating result."""
+    tensors = {f"arg.{i}": a.contiguous() for i, a in enumerate(args)
+               if isinstance(a, torch.Tensor)}
+    tensors |= {f"kwarg.{k}": v.contiguous() for k, v in kwargs.items()
+                if isinstance(v, torch.Tensor)}
+    tensors |= {f"result.{i}": sample(r) for i, r in enumerate(results)
+                if isinstance(r, torch.Tensor) and r.is_floating_point()}
+    save_file(tensors, path)
+    path.chmod(0o644)
+
+
+def sample(result: torch.Tensor) -> torch.Tensor:
+    """Return at most SAMPLE evenly spaced values of a result."""
+    flat = result.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // SAMPLE))].contiguous().clone()

@@ -1,0 +1,1 @@
+"""A torch module: read, run, gather, emit, prove."""

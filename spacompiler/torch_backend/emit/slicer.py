@@ -1,0 +1,99 @@
+"""Slice stored arrays by a plan, each read once, and correct the gains of RMSNorms.
+
+From width d to d', RMSNorm keeps its meaning with gain * sqrt(d/d') and eps * d/d': the mean of
+squares over what stays is d/d' times the mean over all, removed slices being zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...axes.choices import Choices, indices, keep_mask, kept_size
+from ...axes.expressions import Atom, Expr
+from ...groups.solution import Solution
+from ...plan.effects import NormChange, norm_changes
+from ..trace import Trace
+
+
+def kept(solution: Solution, name: str, value: torch.Tensor, choices: Choices) -> torch.Tensor:
+    """Return what the pruned program has of a dense value: positions count what stays."""
+    part = cut(value, solution.solver.dims[name], choices)
+    label = solution.solver.labels.get(name)
+    if label is None or label.kind != "position" or not isinstance(label.axis, Atom) \
+            or label.axis not in choices:
+        return part
+    stays = torch.from_numpy(choices[label.axis].table)
+    return (stays.cumsum(0) - 1)[part.long()].to(part.dtype)
+
+
+class Slicer:
+    """Makes pruned arrays from dense ones, by the name of any parameter or buffer."""
+
+    def __init__(self, trace: Trace, solution: Solution, choices: Choices) -> None:
+        self._stored = {**trace.program.state_dict, **trace.program.constants}
+        self._tied, self._dims, self.choices = trace.tied, solution.weights(), choices
+        self._repaired = trace.repaired
+        self._gains: Mapping[str, NormChange] = {
+            change.norm.gain: change for change in norm_changes(solution, choices)}
+
+    def names(self) -> list[str]:
+        return [n for n in self._stored if n in self._tied]
+
+    def untouched(self, name: str) -> bool:
+        """True if a plan and its repair leave an array as it is."""
+        first = self._tied[name]
+        dims = self._dims.get(first, ())
+        return first not in self._gains and first not in self._repaired and all(
+            kept_size(e, self.choices) == e.size for e in dims)
+
+    def array(self, name: str, *, double: bool = False,
+              choices: Choices | None = None) -> torch.Tensor:
+        """Return the pruned array (the dense one itself where nothing changes)."""
+        return self.sliced(name, self._stored[name], double=double, choices=choices)
+
+    def sliced(self, name: str, tensor: torch.Tensor, *, double: bool = False,
+               choices: Choices | None = None) -> torch.Tensor:
+        """Return the pruned array made from given values of a dense array."""
+        first = self._tied.get(name, name)
+        if self.untouched_under(first, choices):
+            return tensor.detach().double() if double and tensor.is_floating_point() else tensor
+        tensor = cut(tensor.detach(), self._dims[first], choices or self.choices)
+        tensor = tensor.double() if double and tensor.is_floating_point() else tensor
+        change = self._gains.get(first)
+        if change is not None:
+            offset = change.norm.offset
+            tensor = ((tensor.double() + offset) * change.gain - offset).to(tensor.dtype)
+        return tensor
+
+    def untouched_under(self, first: str, choices: Choices | None) -> bool:
+        return first not in self._dims or (self.untouched(first) and choices is None)
+
+
+BLOCK = 1 << 22
+"""Entries of an array that are selected at a time."""
+
+
+def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices) -> torch.Tensor:
+    """Return the kept part of a tensor, contiguous."""
+    per_axis = indices(dims, choices)
+    if per_axis is None:
+        mask = torch.from_numpy(keep_mask(dims, choices)).expand(tensor.shape)
+        return tensor[mask].reshape([kept_size(e, choices) for e in dims])
+    found = {a: torch.from_numpy(index) for a, index in enumerate(per_axis) if index is not None}
+    if not found or tensor.numel() <= BLOCK:
+        return _select(tensor, found)
+    axis, rows = next(iter(found.items()))  # by blocks: what lies between is never held whole
+    made = tensor.new_empty([kept_size(e, choices) for e in dims])
+    at = 0
+    for block in rows.split(max(1, BLOCK * len(rows) // tensor.numel())):
+        made.narrow(axis, at, len(block)).copy_(_select(tensor, {**found, axis: block}))
+        at += len(block)
+    return made
+
+
+def _select(tensor: torch.Tensor, index: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    for axis, kept in index.items():
+        tensor = tensor.index_select(axis, kept)
+    return tensor

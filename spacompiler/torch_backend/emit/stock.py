@@ -1,0 +1,188 @@
+"""The uniform layout: a pruned Hugging Face model that stock transformers loads.
+
+No model is named here. The configuration that gives the pruned shapes is *found*: every integer
+of the config that equals a size that changed is a candidate, and a candidate is right if the
+model class, built from it on the meta device, has exactly the pruned arrays' shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...axes.choices import Choices, kept_size
+from ...axes.expressions import Expr, Prod, atoms, product, resolve
+from ...errors import SpaError
+from ...groups.solution import Solution
+from ...plan.effects import norm_changes
+from ...store.completeness import untied
+from ..pretrained import no_progress_bars
+
+LIMIT = 256
+
+
+def uniform_config(module: Any, solution: Solution, choices: Choices,
+                   shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Return the config of the pruned model.
+
+    `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock
+    config describes them (layers of unequal width, or a size that the config can't express).
+    """
+    problems = []
+    floats = _changed_eps(module.config, solution, choices)
+    for changes in _candidates(module.config, solution, choices):
+        problem = mismatch(module, _changed(module.config, changes), shapes)
+        if not problem:
+            least = _least(module, changes, shapes)
+            return _changed(module.config, {**least, **floats, **ties(module)})
+        problems.append(problem)
+    raise SpaError(
+        "no stock configuration describes the pruned shapes",
+        where=type(module.config).__name__,
+        why=problems[0] if problems else "no config entry has a size that changed",
+        fix="prune the same number of slices in every layer (layout uniform), prune other roles, "
+            "or save in layout any")
+
+
+def ties(module: Any) -> dict[str, bool]:
+    """What a config must say besides, where it ties arrays that are two in the module."""
+    return {"tie_word_embeddings": False} if untied(module) else {}
+
+
+def _least(module: Any, changes: dict[str, Any],
+           shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Take back every change that the shapes do not need: it only happened to have that size."""
+    for key in list(changes):
+        fewer = {k: v for k, v in changes.items() if k != key}
+        if key != "head_dim" and not mismatch(module, _changed(module.config, fewer), shapes):
+            changes = fewer
+    return changes
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a copy of a config with entries changed, or None where it refuses them."""
+    made = copy.deepcopy(config)
+    try:
+        for key, value in changes.items():
+            setattr(made, key, value)
+        made.validate() if hasattr(made, "validate") else None
+    except Exception:  # a config validates what it is given in its own ways
+        return None
+    return made
+
+
+def pruned_shapes(module: nn.Module, tied: Mapping[str, str], solution: Solution,
+                  choices: Choices) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every state-dict entry under a plan."""
+    dims = solution.weights()
+    shapes = {}
+    for name, tensor in module.state_dict().items():
+        known = dims.get(tied.get(name, name))
+        shapes[name] = tuple(tensor.shape) if known is None else \
+            tuple(kept_size(e, choices) for e in known)
+    return shapes
+
+
+def _candidates(config: Any, solution: Solution, choices: Choices) -> Iterator[dict[str, Any]]:
+    """Yield sets of changed entries, the largest first."""
+    sizes = _changed_sizes(solution, choices)
+    entries = [(key, value) for key, value in config.to_dict().items()
+               if isinstance(value, int) and not isinstance(value, bool) and value in sizes]
+    options = [[(key, new) for new in sorted(sizes[value])] + [None] for key, value in entries]
+    for chosen in itertools.islice(itertools.product(*options), LIMIT):
+        yield {**_pinned_head_dim(config), **dict(c for c in chosen if c)}
+
+
+def _pinned_head_dim(config: Any) -> dict[str, int]:
+    """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
+    heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
+    if getattr(config, "head_dim", 0) is None and heads and hidden % heads == 0:
+        return {"head_dim": hidden // heads}
+    return {}
+
+
+def _changed_sizes(solution: Solution, choices: Choices) -> dict[int, set[int]]:
+    """Old size -> new sizes, of dimensions, of runs of factors and of atoms."""
+    found: dict[int, set[int]] = {}
+    for dims in solution.weights().values():
+        for e in dims:
+            if any(a in choices for a in atoms(e)):
+                for part in _parts(e):
+                    old, new = part.size, kept_size(part, choices)
+                    if old != new:
+                        found.setdefault(old, set()).add(new)
+    return found
+
+
+def _parts(e: Expr) -> Iterator[Expr]:
+    """A dimension, its leading runs of factors, and everything inside."""
+    e = resolve(e)
+    yield e
+    inner = getattr(e, "parts", ())
+    if isinstance(e, Prod):
+        for k in range(2, len(inner)):
+            yield product(inner[:k])
+    for part in inner:
+        yield from _parts(part)
+
+
+def _changed_eps(config: Any, solution: Solution, choices: Choices) -> dict[str, float]:
+    new = {change.norm.eps: change.eps for change in norm_changes(solution, choices)
+           if change.norm.power < 1}
+    return {key: new[value] for key, value in config.to_dict().items()
+            if isinstance(value, float) and value in new}
+
+
+def mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return "" if the model class built from a config has these shapes, else a difference."""
+    if config is None:
+        return "the config refuses such sizes"
+    try:
+        with torch.device("meta"):
+            built = type(module)(config)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+    have = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    for name, shape in shapes.items():
+        if have.get(name) != shape:
+            return f"{name} would be {have.get(name, 'missing')}, not {shape}"
+    extra = sorted(have.keys() - shapes.keys())
+    return f"{extra[0]} would be added" if extra else ""
+
+
+def build(module: Any, config: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
+    """Return a model of the same class with a new config and the given arrays, without copies."""
+    with torch.device("meta"):
+        made = type(module)(config)
+    made.load_state_dict(dict(arrays), strict=True, assign=True)
+    made.tie_weights()
+    _revive_buffers(made, module)
+    if getattr(module, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(module.generation_config)
+    return made.train(module.training)
+
+
+def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
+    """Buffers that no state dict holds (rotary frequencies) are taken over from the dense model."""
+    old = dict(module.named_buffers())
+    for name, tensor in list(made.named_buffers()):
+        if tensor.device.type == "meta":
+            if name not in old or old[name].shape != tensor.shape:
+                raise SpaError(f"buffer {name} of the pruned model cannot be made",
+                               why="it is not saved with the model and its size changed",
+                               fix="do not prune the axis that it carries")
+            parent, _, leaf = name.rpartition(".")
+            made.get_submodule(parent)._buffers[leaf] = old[name].clone()
+
+
+def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
+    """Write config, weights (safetensors) and tokenizer, deterministically."""
+    with no_progress_bars():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)

@@ -1,0 +1,101 @@
+"""The proof: in float64, dense with every removed slice read as zero equals pruned.
+
+Masks stand at the consumer, not at the producer: a BatchNorm bias revives a masked producer, but
+nothing reads what no consumer reads. A negative control swaps one kept index and must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..axes.choices import Choices
+from ..errors import ProofError
+from ..groups.solution import Solution
+from ..plan.effects import rescaled
+from ..stages.proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
+from .emit.program import run_pruned
+from .emit.slicer import kept
+from .run.masks import _norms, masks
+from .run.runner import OverridingRunner
+from .trace import Trace
+
+
+def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
+                 watch: Callable[[str, Any], None] | None = None,
+                 renormalise: bool = True) -> list[Any]:
+    """Run the dense program in float64 with every consumer of a removed slice reading zero.
+
+    With `renormalise`, LayerNorm over a pruned axis takes its statistics over the kept slices
+    (as the pruned model does); without, over all, removed ones being zero.
+    """
+    places, touch = masks(solution, choices)
+    override = _norms(solution, choices) if renormalise else {}
+    with torch.no_grad():
+        runner = OverridingRunner(trace.program, touched=places, touch=touch,
+                                  override=override, double=True, watch=watch)
+        return runner.call(trace.args, trace.kwargs)
+
+
+def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) -> Proof:
+    """Compare masked dense with pruned, then with pruned after one wrong index.
+
+    Raises ProofError, naming the first operator that differs, if the pruned program is wrong.
+    """
+    want = masked_dense(trace, solution, choices)
+    error = _error(trace, solution, choices, want)
+    weight, control = "", 0.0
+    stored = {**trace.program.state_dict, **trace.program.constants}
+    for attempt in range(CONTROLS):
+        weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt, attempt)
+        control = _error(trace, solution, choices, want, wrong)
+        if control >= CONTROL:  # a slice that these inputs do not excite shows nothing
+            break
+    approximate = None
+    if any(g.approximate for g in solution.groups.values() if g.atom in choices):
+        approximate = relative_error(
+            want, masked_dense(trace, solution, choices, renormalise=False))
+    return Proof(error, control, weight, approximate)
+
+
+def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
+           wrong: dict[str, Choices] | None = None) -> float:
+    """Relative error of the pruned program; raises ProofError if it must hold and does not."""
+    problem = ""
+    try:
+        error = relative_error(run_pruned(trace, solution, choices, wrong=wrong), want)
+    except (RuntimeError, ValueError, IndexError, TypeError) as raised:
+        error, problem = float("inf"), str(raised).splitlines()[0]
+    if wrong is None and not error <= TOLERANCE:
+        raise ProofError(
+            f"the pruned model is not the masked dense model: relative error {error:.1e}",
+            where=locate(trace, solution, choices),
+            why=problem or "an operator's row relates axes wrongly, or the model computes with "
+                           "its sizes",
+            fix="please report it; --ignore the groups of that layer to go on")
+    return error
+
+
+def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
+    """Name the first operator whose pruned result is not the kept part of its dense one."""
+    dense: dict[str, torch.Tensor] = {}
+    masked_dense(trace, solution, choices, watch=dense.__setitem__)
+    found: list[str] = []
+    skipped = rescaled(solution, choices)
+
+    def compare(name: str, value: Any) -> None:
+        known = name in solution.solver.dims and name not in skipped
+        if found or not known or not isinstance(value, torch.Tensor):
+            return
+        want = kept(solution, name, dense[name], choices)
+        if value.is_floating_point() and relative_error([value], [want]) > TOLERANCE:
+            found.append(name)
+
+    try:
+        run_pruned(trace, solution, choices, watch=compare)
+    except Exception as problem:
+        return f"running it: {problem}".splitlines()[0]
+    nodes = {node.name: node for node in solution.graph.nodes}
+    return nodes[found[0]].title() if found and found[0] in nodes else "its results"

@@ -1,0 +1,359 @@
+"""torch.export -> IR: trace once, with concrete sizes for the algebra and symbolic ones kept.
+
+The exported program stays the truth that emitters rewrite; the IR names its values by the names
+of its nodes, so that what the solver says about a tensor can be found in the program again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from ...errors import SpaError, TraceError
+from ...evidence.calls import Inputs, as_call
+from ...graph.ir import Graph, Node, Ref, Tensor, Unknown
+from ...rows.aten_table import TABLE
+from ..caches import cacheless
+from ..run.runner import Runner
+from ..trace import Program, Trace
+from ..untouched import quiet, untouched
+from .decompose import spell_out
+from .folding import fold_weights
+from .functional import make_functional
+from .record import record
+
+_KINDS = {
+    InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant", InputKind.USER_INPUT: "input",
+}
+_WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+_DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_scalar",
+            "aten._assert_async")
+
+
+def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
+    """Export a module in eval mode with dynamic batch (and, for integer inputs, length).
+
+    `quick` asks for groups and slicing only: the program then has the sizes of the example inputs
+    where it could be recorded without data, and serves no other call. The module is left as it
+    was; one whose first call changes its parameters is called first. Raises TraceError, with the
+    place in the user's code, where it cannot be traced.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(f"{type(module).__name__} is TorchScript, which cannot be traced",
+                         fix="give the Python module that it was made from")
+    args, kwargs = as_call(inputs)
+    kwargs = cacheless(module, kwargs)
+    with untouched(module):
+        program = _record(module, args, kwargs) if quick else None
+        program = program or _export(module, args, kwargs)
+    if any(spec.kind is OutputKind.PARAMETER_MUTATION
+           for spec in program.graph_signature.output_specs):
+        with untouched(module), torch.no_grad():
+            module(*args, **kwargs)
+            program = _export(module, args, kwargs)
+    drop_asserts(program.graph)
+    spell_out(program.graph, lambda op: TABLE.get(op) is not None)
+    _canonicalise(program.graph)
+    folded = fold_weights(program)
+    if isinstance(program, ExportedProgram):
+        program.graph_module.recompile()
+    graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
+    return Trace(program, graph, args, kwargs, tied, folded=folded)
+
+
+def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+    """The program of one call without data; None where only the exporter can follow."""
+    try:
+        with quiet():
+            program = record(module, args, kwargs)
+    except Exception:  # any code may run here, and without its data
+        return None
+    return program if make_functional(program) else None
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export, with dynamic sizes if that can be.
+
+    What runs batched by itself (`torch.vmap`, flex_attention) shows no operators before they are
+    dispatched: there, those after that are taken.
+    """
+    problems = []
+    for shapes in (_dynamic(args, kwargs), None):
+        try:
+            with quiet(), torch.no_grad():
+                program = torch.export.export(
+                    module, args, kwargs, dynamic_shapes=shapes, strict=False)
+                return program if make_functional(program) else program.run_decompositions({})
+        except Exception as problem:  # the tracer raises many kinds
+            problems.append(problem)
+    if any(word in str(problems[-1]) for word in _BATCHED):
+        for shapes in (_dynamic(args, kwargs), None):
+            try:
+                return _export_dispatched(module, args, kwargs, shapes)
+            except Exception:  # what it said first counts
+                continue
+    reason = str(problems[-1]).strip().splitlines()
+    raise TraceError(
+        f"{type(module).__name__} cannot be traced by torch.export",
+        where=_place(module, problems[-1]),
+        why=reason[0] if reason else type(problems[-1]).__name__,
+        fix="compile a part of it: --module PATH of a sub-module that does not contain that line",
+    ) from problems[-1]
+
+
+_BATCHED = ("BatchedTensor", "fake tensor in the exported program")
+
+
+def _export_dispatched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                       shapes: Any) -> ExportedProgram:
+    """Export the operators that a module's own ones are made of; no gradient is wanted."""
+    from torch.export._trace import _export as export
+
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    with quiet(), torch.no_grad():
+        program = export(module, args, kwargs, dynamic_shapes=shapes, strict=False,
+                         pre_dispatch=False)
+    return program if make_functional(program) else program.run_decompositions({})
+
+
+def _place(module: nn.Module, problem: Exception) -> str:
+    """The sub-module and line that an error rose from: the innermost `forward` of the user's."""
+    names = {id(part): path for path, part in module.named_modules()}
+    found, frame = "", problem.__traceback__
+    while frame is not None:
+        code, owner = frame.tb_frame.f_code, frame.tb_frame.f_locals.get("self")
+        if code.co_name == "forward" and id(owner) in names:
+            path = names[id(owner)] or type(module).__name__
+            found = f"{path} ({'/'.join(code.co_filename.split('/')[-2:])}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    return found
+
+
+def _seen_sizes(program: Program, args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Sizes that depend on data, as they come out on the example inputs."""
+    free = {node.name for node in program.graph.nodes for value in _tensors(node)
+            if any(_hint(size) is size for size in value.shape if isinstance(size, torch.SymInt))}
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def watch(name: str, value: Any) -> None:
+        if name in free and isinstance(value, torch.Tensor):
+            seen[name] = tuple(value.shape)
+
+    if free:
+        with torch.no_grad():
+            Runner(program, watch=watch).call(args, kwargs)
+    return seen
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+
+
+def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Batch is dynamic everywhere; so are all dimensions of integer inputs (tokens)."""
+
+    def dims(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        tokens = not value.is_floating_point()
+        return {d: Dim.AUTO for d in range(value.ndim) if d == 0 or tokens}
+
+    shapes = pytree.tree_map(dims, (args, kwargs))
+    return {**shapes[1]} if not args else (*shapes[0], *shapes[1].values())
+
+
+def drop_asserts(graph: fx.Graph) -> None:
+    """Remove metadata asserts: they pin dtypes, and proofs run in another one."""
+    for node in reversed(list(graph.nodes)):
+        idle = node.op == "call_function" and not node.users
+        if idle and str(node.target).startswith(_DROPPED):
+            graph.erase_node(node)
+
+
+def _sizes(node: fx.Node, dim: int) -> list[int] | None:
+    """Static sizes of a node's results along a dimension, or None."""
+    sizes = [value.shape[dim] for value in node.meta["val"]]
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _explicit_squeeze(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = source.meta["val"].shape
+    ones = [d for d, size in enumerate(shape) if isinstance(size, int) and size == 1]
+    return torch.ops.aten.squeeze.dims, (source, ones)
+
+
+def _explicit_split(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    sizes = _sizes(node, dim)  # type: ignore[arg-type]
+    return sizes and (torch.ops.aten.split_with_sizes.default, (node.args[0], sizes, dim))  # type: ignore[return-value]
+
+
+def _explicit_eps(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """rms_norm(x, shape, gain=None, eps=None): an eps that is left out is that of the type."""
+    given = dict(zip(("input", "normalized_shape", "weight", "eps"), node.args, strict=False))
+    x, shape, gain, eps = map((given | node.kwargs).get,
+                              ("input", "normalized_shape", "weight", "eps"))
+    if eps is None:
+        eps = torch.finfo(x.meta["val"].dtype).eps  # type: ignore[union-attr]
+    return torch.ops.aten.rms_norm.default, (x, shape, gain, eps)
+
+
+# operators whose sizes are implied by their operands' -> the same with sizes said, so that axes
+# may shrink independently (pieces of a split) or down to one slice (squeeze); rms_norm's eps,
+# which follows from the type, and proofs run in another one
+_CANONICAL = {
+    torch.ops.aten.squeeze.default: _explicit_squeeze,
+    torch.ops.aten.split.Tensor: _explicit_split,
+    torch.ops.aten.chunk.default: _explicit_split,
+    torch.ops.aten.rms_norm.default: _explicit_eps,
+}
+
+
+def _canonicalise(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        explicit = _CANONICAL[node.target](node) if node.target in _CANONICAL else None
+        if explicit:
+            node.target, node.args, node.kwargs = *explicit, {}
+
+
+def lower(program: Program, module: nn.Module,
+          seen: Mapping[str, tuple[int, ...]] | None = None) -> tuple[Graph, dict[str, str]]:
+    """Return the IR of a program and, per stored name, the first name of its array.
+
+    `seen` gives shapes of results whose sizes depend on data.
+    """
+    tied = _tied_names(program, module)
+    graph, seen = Graph(), seen or {}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs
+             if hasattr(spec.arg, "name")}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            _lower_input(graph, node, specs.get(node.name), tied)
+        elif node.op == "call_function" and node.target is not operator.getitem:
+            _lower_call(graph, node, seen)
+    out = next(n for n in program.graph.nodes if n.op == "output")
+    asked = {spec.arg.name for spec in program.graph_signature.output_specs
+             if spec.kind not in _WRITTEN and hasattr(spec.arg, "name")}
+    graph.written = _written(program)
+    graph.outputs = [n.name for n in out.all_input_nodes if n.name in graph.tensors
+                     and (n.name in asked or n.name not in graph.written)]
+    return graph, tied
+
+
+def _written(program: Program) -> dict[str, str]:
+    """Values that are written back into stored arrays, with the inputs that hold these."""
+    signature = program.graph_signature
+    held = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target}
+    return {spec.arg.name: held[spec.target] for spec in signature.output_specs
+            if spec.kind in _WRITTEN}
+
+
+def _tied_names(program: Program, module: nn.Module) -> dict[str, str]:
+    """Map every stored name to the first name that shares its array."""
+    first: dict[Any, str] = {}
+    names = {}
+    order = {name: i for i, (name, _) in enumerate(
+        [*module.named_parameters(remove_duplicate=False),
+         *module.named_buffers(remove_duplicate=False)])}
+    stored = {**program.state_dict, **program.constants}
+    for name in sorted(stored, key=lambda k: order.get(k, len(order))):
+        tensor = stored[name]
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        key: Any = id(tensor)
+        if tensor.device.type != "meta" and tensor.numel():
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        names[name] = first.setdefault(key, name)
+    return names
+
+
+def _lower_input(graph: Graph, node: fx.Node, spec: Any, tied: dict[str, str]) -> None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or spec is None:
+        return
+    kind = _KINDS.get(spec.kind, "input")
+    weight = tied.get(spec.target) if spec.target else None
+    graph.tensors[node.name] = _tensor(node.name, value, kind, weight)
+    if kind == "input":
+        graph.inputs.append(node.name)
+
+
+def _lower_call(graph: Graph, node: fx.Node, seen: Mapping[str, tuple[int, ...]]) -> None:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        outputs = {node.name: value}
+    elif isinstance(value, (list, tuple)):
+        names = {u.args[1]: u.name for u in node.users if u.target is operator.getitem}
+        outputs = {names.get(i, f"{node.name}.{i}"): v for i, v in enumerate(value)
+                   if isinstance(v, torch.Tensor)}
+    else:
+        return
+    for name, result in outputs.items():
+        graph.tensors[name] = _tensor(name, result, "value", None, seen.get(name))
+    where = list(node.meta.get("nn_module_stack", {}).values())
+    args, kwargs = _lower_value(graph, node.args), _lower_value(graph, node.kwargs)
+    graph.nodes.append(Node(node.name, _op_name(node.target), args, kwargs, tuple(outputs),
+                            where[-1][0] if where else "", _source(node)))
+
+
+def _op_name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else \
+        getattr(target, "__name__", str(target))
+
+
+def _source(node: fx.Node) -> str:
+    rows = [r.strip() for r in (node.meta.get("stack_trace") or "").splitlines() if "File" in r]
+    if not rows:
+        return ""
+    parts = rows[-1].split('"')
+    file = "/".join(parts[1].split("/")[-2:]) if len(parts) > 1 else ""
+    line = parts[2].split("line ")[-1].split(",")[0] if len(parts) > 2 else ""
+    return f"{file}:{line}"
+
+
+def _lower_value(graph: Graph, value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        if value.name in graph.tensors:
+            return Ref(value.name)
+        return _lower_value(graph, value.meta.get("val"))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_lower_value(graph, v) for v in value)
+    if isinstance(value, dict):
+        return {k: _lower_value(graph, v) for k, v in value.items()}
+    known = _hint(value)
+    return Unknown() if isinstance(known, (torch.SymInt, torch.SymFloat)) else known
+
+
+def _hint(value: Any) -> Any:
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        hint = value.node.hint
+        return hint if hint is not None else value
+    return value
+
+
+def _varies(size: Any) -> bool:
+    """Whether a size is a symbol still: one that the module's code needed to know is a number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def _tensor(name: str, value: torch.Tensor, kind: str, weight: str | None,
+            seen: tuple[int, ...] | None = None) -> Tensor:
+    dynamic = frozenset(i for i, n in enumerate(value.shape) if _varies(n))
+    sizes = seen or [_hint(n) for n in value.shape]
+    if any(isinstance(n, torch.SymInt) for n in sizes):
+        raise SpaError(f"the size of {name} depends on data", why=f"its shape is {value.shape}",
+                       fix="compile a part of it: --module PATH of a sub-module before or after")
+    shape = tuple(map(int, sizes))
+    return Tensor(name, shape, str(value.dtype).removeprefix("torch."), kind, weight, dynamic)

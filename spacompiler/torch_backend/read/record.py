@@ -1,0 +1,248 @@
+"""Record a module's operators while it runs on the meta device: the quick way to a program.
+
+torch.export traces through fake tensors, symbolic sizes and several rewrites, and most of its time
+goes there. Where only groups and widths are asked for, at the sizes of the example inputs, it is
+enough to run the module once without data and to note each operator before it is decomposed. The
+result is, operator for operator, what torch.export makes of static sizes. What needs data, or does
+anything unusual, is left to torch.export.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..trace import Recorded
+from .running import follow, innermost_forward
+
+_META = torch.device("meta")
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_ATEN = torch.ops.aten
+# operators whose result is like their operand, and for which torch takes long to say so
+_LIKE_OPERAND: dict[Any, Callable[..., torch.Tensor]] = {
+    **dict.fromkeys((_ATEN.batch_norm.default, _ATEN.layer_norm.default),
+                    lambda x, *rest: torch.empty_like(x)),
+    **dict.fromkeys((_ATEN.silu_.default, _ATEN.hardswish_.default, _ATEN.hardtanh_.default),
+                    lambda x, *rest: x),
+}
+_PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_",
+           InputKind.USER_INPUT: ""}
+
+
+class NotRecorded(Exception):
+    """The module does something that only torch.export can follow."""
+
+
+def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+    """Return the program of one call of a module that is in eval mode.
+
+    Neither weights nor inputs are read; their sizes stand in the program. Raises NotRecorded, or
+    what the module raises for want of data.
+    """
+    recorder = _Recorder(module)
+    held = recorder.arrays()
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    given, named = pytree.tree_unflatten(
+        [recorder.held(f"input_{i}", x, InputKind.USER_INPUT) if isinstance(x, torch.Tensor) else x
+         for i, x in enumerate(leaves)], spec)
+    with torch.no_grad(), _exporting(), recorder.modules(), enable_python_dispatcher(), recorder:
+        result = torch.func.functional_call(module, held, given, named, tie_weights=False)
+    return recorder.finish(result)
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Let module code that asks whether it is being exported hear yes."""
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    was = {name: getattr(torch.compiler, name) for name in flags}
+    for name in flags:
+        setattr(torch.compiler, name, True)
+    try:
+        yield
+    finally:
+        for name, value in was.items():
+            setattr(torch.compiler, name, value)
+
+
+@dataclass(eq=False)
+class _Recorder(ProxyTorchDispatchMode):
+    """Notes each operator in a graph, and computes sizes and types alone.
+
+    A mode of this base class is what torch lets see operators before they are decomposed.
+    """
+
+    module: nn.Module
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    specs: list[InputSpec] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    path: list[str] = field(default_factory=lambda: [""])
+
+    def __post_init__(self) -> None:
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        self._nodes: dict[Any, Any] = {}
+        self._alive: list[torch.Tensor] = []
+        self._device: torch.device | None = None
+
+    def __enter__(self) -> _Recorder:
+        TorchDispatchMode.__enter__(self)
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        TorchDispatchMode.__exit__(self, *problem)
+
+    # --- what comes in ---------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """A stand-in on the meta device for each array of each module, by its first name."""
+        held = {}
+        for path, part in self.module.named_modules():
+            for kind, arrays in ((InputKind.PARAMETER, part._parameters),
+                                 (InputKind.BUFFER, part._buffers)):
+                for name, tensor in arrays.items():
+                    if tensor is not None:
+                        full = f"{path}.{name}" if path else name
+                        held[full] = self.held(full, tensor, kind)
+        return held
+
+    def held(self, name: str, tensor: torch.Tensor, kind: InputKind) -> torch.Tensor:
+        """Give the graph an input; returns what stands for it."""
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            raise NotRecorded(f"{name} is a {type(tensor).__name__}")
+        if self._device is None:
+            self._device = tensor.device
+        stand_in = tensor.detach().to(_META)
+        node = self.graph.placeholder(_PREFIX[kind] + name.replace(".", "_"))
+        target = None if kind is InputKind.USER_INPUT else name
+        self.specs.append(InputSpec(
+            kind, TensorArgument(node.name), target,
+            persistent=self._persists(name) if kind is InputKind.BUFFER else None))
+        self._note(stand_in, node)
+        node.meta["val"] = stand_in
+        return stand_in
+
+    def _persists(self, name: str) -> bool:
+        path, _, attribute = name.rpartition(".")
+        return attribute not in self.module.get_submodule(path)._non_persistent_buffers_set
+
+    def _constant(self, tensor: torch.Tensor) -> fx.Node:
+        """An array that no input or operator made: it is put before all else in the graph."""
+        if tensor.device == _META:
+            raise NotRecorded("a result came from nowhere")
+        name = f"lifted_tensor_{len(self.constants)}"
+        self.constants[name] = tensor
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            self.held(name, tensor, InputKind.CONSTANT_TENSOR)
+        self.specs.insert(0, self.specs.pop())
+        node = next(iter(self.graph.nodes))
+        self._note(tensor, node)
+        return node
+
+    # --- what is called --------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, torch._ops.OpOverload):
+            raise NotRecorded(f"{func} is not an operator")
+        leaves, spec = pytree.tree_flatten((args, kwargs or {}))
+        node_args, node_kwargs = pytree.tree_unflatten([self._said(x) for x in leaves], spec)
+        args, kwargs = pytree.tree_unflatten([_without_data(x) for x in leaves], spec)
+        if any(a.name == "device" for a in func._schema.arguments) and "device" not in kwargs \
+                and not any(isinstance(x, (torch.Tensor, torch.device)) for x in leaves):
+            kwargs = {**kwargs, "device": _META}
+        result = _LIKE_OPERAND.get(func, func)(*args, **kwargs)
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta = {"val": pytree.tree_map(_snapshot, result), "stack_trace": _place(),
+                     "nn_module_stack": {"": (self.path[-1], "")}}
+        self._note(result, node)
+        return result
+
+    def _said(self, value: Any) -> Any:
+        """An argument as it stands in the graph."""
+        if isinstance(value, torch.Tensor):
+            return self._node(value)
+        return self._device if value == _META else value
+
+    def _node(self, tensor: torch.Tensor) -> fx.Node:
+        found = self._nodes.get(id(tensor)) or self._nodes.get(_region(tensor))
+        if found is None:
+            return self._constant(tensor)
+        if isinstance(found, tuple):
+            whole, index = found
+            found = self.graph.call_function(operator.getitem, (whole, index))
+            found.meta = {**whole.meta, "val": whole.meta["val"][index]}
+            self._nodes[id(tensor)] = found
+        return found
+
+    def _note(self, result: Any, node: Any) -> None:
+        if isinstance(result, torch.Tensor):
+            self._nodes[id(result)] = self._nodes[_region(result)] = node
+            self._alive.append(result)
+        elif isinstance(result, (tuple, list)):
+            for i, part in enumerate(result):
+                self._note(part, (node, i))
+        elif not isinstance(result, _PLAIN):
+            raise NotRecorded(f"{node} gives a {type(result).__name__}")
+
+    # --- what comes out --------------------------------------------------------------------
+
+    def finish(self, result: Any) -> Recorded:
+        """The program, once the module has returned."""
+        leaves = pytree.tree_leaves(result)
+        strange = [x for x in leaves if not isinstance(x, (torch.Tensor, *_PLAIN))]
+        if strange:
+            raise NotRecorded(f"the module returns a {type(strange[0]).__name__}")
+        nodes = [self._node(x) for x in leaves if isinstance(x, torch.Tensor)]
+        self.graph.output(tuple(nodes))
+        outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in nodes]
+        state: dict[str, Any] = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, tensor in self.module.named_buffers(remove_duplicate=False):
+            (state if self._persists(name) else self.constants)[name] = tensor
+        return Recorded(self.graph, ExportGraphSignature(self.specs, outputs), state,
+                        self.constants)
+
+    def modules(self) -> AbstractContextManager[None]:
+        """Follow which module is running."""
+        return follow({id(part): path for path, part in self.module.named_modules()}, self.path)
+
+
+def _region(tensor: torch.Tensor) -> Any:
+    """What part of which storage a tensor is: factories hand on another object than they made."""
+    if tensor.device != _META:
+        return None
+    return (tensor.untyped_storage()._cdata, tensor.dtype, tensor.storage_offset(), *tensor.shape,
+            *tensor.stride())
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if value.device == _META else value.to(_META)
+    return _META if isinstance(value, torch.device) else value
+
+
+def _snapshot(value: Any) -> Any:
+    """A result as it is now: what writes into it later may change its shape."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _place() -> str:
+    """The innermost line of a `forward`, written as the exporter does."""
+    frame = innermost_forward(sys._getframe(1))
+    return "" if frame is None else f'File "{frame.f_code.co_filename}", line {frame.f_lineno},'

@@ -1,0 +1,1 @@
+"""Run a traced program node by node."""

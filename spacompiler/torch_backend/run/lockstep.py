@@ -1,0 +1,66 @@
+"""Run many batches through a program side by side, node by node, so that a weight can be changed
+once all that it follows from has been seen, and before anything is computed with it.
+
+Two such runs, one dense and one with what a plan removes read as zero, give sequential repair its
+evidence in the time of two forward passes; only what later nodes read is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...axes.choices import Choices
+from ...groups.solution import Solution
+from ..trace import Trace
+from .masks import masks
+from .runner import Runner, Touch
+
+
+class Lockstep:
+    """All batches of (args, kwargs) at the same node of a program."""
+
+    def __init__(self, trace: Trace, solution: Solution, choices: Choices,
+                 batches: Sequence[Any], stored: Callable[[str], torch.Tensor]) -> None:
+        touched: dict[str, set[str]] = {}
+        self._touch: Touch | None = None
+        if choices:
+            touched, self._touch = masks(solution, choices)
+        self._touched, self._order = touched, list(trace.program.graph_module.graph.nodes)
+        self._nodes = {node.name: node for node in self._order}
+        self._specs = {spec.target: self._nodes[spec.arg.name]
+                       for spec in trace.program.graph_signature.input_specs
+                       if spec.target is not None}
+        self._at, self._runs = 0, []
+        for args, kwargs in batches:
+            run = Runner(trace.program, stored, touched=touched, touch=self._touch)
+            run.start(*trace.match(args, kwargs))
+            self._runs.append(run)
+
+    @torch.no_grad()
+    def advance(self, node: str) -> None:
+        """Compute everything before a node, in every batch."""
+        end = self._order.index(self._nodes[node])
+        for i in range(self._at, end):
+            for run in self._runs:
+                run.step(self._order[i])
+        self._at = max(self._at, end)
+
+    def reads(self, node: str, tensor: str) -> list[torch.Tensor]:
+        """Return what the next node reads of a tensor, in every batch."""
+        at = self._nodes[node]
+        values = [run.env[self._nodes[tensor]] for run in self._runs]
+        if self._touch and tensor in self._touched.get(node, ()):
+            values = [self._touch(at, tensor, value) for value in values]
+        return values
+
+    def values(self, tensor: str) -> list[torch.Tensor]:
+        """Return a tensor's value in every batch."""
+        return [run.env[self._nodes[tensor]] for run in self._runs]
+
+    def put(self, weight: str, value: torch.Tensor) -> None:
+        """Let every later node read another value of a stored array."""
+        for run in self._runs:
+            run.env[self._specs[weight]] = value

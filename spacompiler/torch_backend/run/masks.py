@@ -1,0 +1,108 @@
+"""Masks at consumers: the dense network in which removed slices read zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...axes.choices import Choices, keep_mask
+from ...axes.expressions import ONE, atoms
+from ...graph.idioms import base
+from ...groups.solution import Solution
+from ...plan.effects import touched
+from .runner import Override, Touch
+
+
+def masks(solution: Solution, choices: Choices) -> tuple[dict[str, set[str]], Touch]:
+    """Return which tensors each node reads through a mask, and what masks removed slices: they
+    read zero, scores minus infinity."""
+    made: dict[tuple[str, int | None], torch.Tensor] = {}
+    scores = {(r.node, r.tensor): r.dim for r in solution.solver.reads if r.how == "score"}
+
+    def mask(name: str, dim: int | None) -> torch.Tensor:
+        if (name, dim) not in made:
+            dims = solution.solver.dims[name]
+            found = keep_mask([e if dim in (None, d) else ONE for d, e in enumerate(dims)], choices)
+            made[name, dim] = torch.from_numpy(found)
+        return made[name, dim]
+
+    def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
+        dim = scores.get((node.name, name))
+        gone = torch.full((), 0 if dim is None else -torch.inf, dtype=value.dtype)
+        return torch.where(_fit(mask(name, dim), value), value, gone)
+
+    return touched(solution, choices), touch
+
+
+def _fit(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Masks are made for traced sizes; only dimensions with removed slices matter."""
+    for d in range(mask.ndim):
+        if mask.shape[d] > 1 and mask.shape[d] != value.shape[d]:
+            mask = mask.narrow(d, 0, 1)
+    return mask
+
+
+def _norms(solution: Solution, choices: Choices) -> dict[str, Override]:
+    """Norms whose statistics are to be taken over kept slices only (those of an RMSNorm with a
+    gain are not: its gain and eps make up for the change)."""
+    made: dict[str, Override] = {}
+    nodes = {node.name: node for node in solution.graph.nodes}
+    for read in solution.solver.reads:
+        inexact = read.how == "norm" and read.node not in solution.solver.norms
+        masked = _MASKED.get(base(nodes[read.node].op)) if inexact else None
+        e = solution.solver.dims[read.tensor][read.dim]
+        if masked is not None and set(atoms(e)) & set(choices):
+            made[read.node] = masked(torch.from_numpy(keep_mask([e], choices)))
+    return made
+
+
+def _masked_layer_norm(mask: torch.Tensor) -> Override:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x = args[0]
+        gain, bias = (*args[2:4], None, None)[:2]
+        eps = args[4] if len(args) > 4 else kwargs.get("eps", 1e-5)
+        kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype))
+        n = mask.sum()
+        mean = kept.sum(-1, keepdim=True) / n
+        centred = torch.where(mask, x - mean, torch.zeros((), dtype=x.dtype))
+        y = centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / n + eps)
+        y = y * gain if gain is not None else y
+        return y + bias if bias is not None else y
+
+    return run
+
+
+def _masked_group_norm(mask: torch.Tensor) -> Override:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x, groups, gain, bias, eps = (*args, *(None,) * 3)[:5]
+        eps = kwargs.get("eps", 1e-5) if eps is None else eps
+        zero = torch.zeros((), dtype=x.dtype)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        kept = mask.reshape(shape).expand_as(x).unflatten(1, (groups, -1)).flatten(2)
+        values = x.unflatten(1, (groups, -1)).flatten(2)
+        n = kept.sum(2, keepdim=True).clamp(min=1)
+        mean = torch.where(kept, values, zero).sum(2, keepdim=True) / n
+        centred = torch.where(kept, values - mean, zero)
+        variance = centred.square().sum(2, keepdim=True) / n
+        y = (centred * torch.rsqrt(variance + eps)).reshape(x.shape)
+        y = y * gain.reshape(shape) if gain is not None else y
+        return y + bias.reshape(shape) if bias is not None else y
+
+    return run
+
+
+def _masked_rms_norm(mask: torch.Tensor) -> Override:
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        x, _, gain, eps = (*args, None, None)[:4]
+        kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype))
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        y = kept * torch.rsqrt(kept.square().sum(-1, keepdim=True) / mask.sum() + eps)
+        return y if gain is None else y * gain
+
+    return run
+
+
+_MASKED = {"layer_norm": _masked_layer_norm, "group_norm": _masked_group_norm,
+           "rms_norm": _masked_rms_norm}

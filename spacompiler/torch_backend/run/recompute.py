@@ -1,0 +1,174 @@
+"""Hold less for the backward pass: products are held, what is cheap between them is made again.
+
+A program runs segment by segment. Of each, backward finds what enters it and the results of matrix
+products, convolutions and attention; norms, activations, gates and products of elements are
+computed a second time when backward gets there (selective checkpointing: Chen et al., 2016;
+Korthikanti et al., MLSys 2023). Results are the same to the bit. Nothing here knows blocks or
+layers: a segment ends where the fewest values are alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import isqrt, prod
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from ...graph.ir import Graph
+
+FEW, LEAST = 1 << 26, 1 << 26  # bytes
+# the dear operators: computing them again would cost a large part of a forward pass
+HELD = frozenset("aten::" + name for name in (
+    "mm addmm bmm baddbmm convolution mkldnn_convolution mkldnn_linear cudnn_convolution "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention").split())
+
+Segment = list[fx.Node]
+
+
+def segments(graph: fx.Graph) -> list[Segment]:
+    """Split a graph's nodes, placeholders and output left out, where the fewest values are alive.
+
+    There are about sqrt(n) / 2 segments of n nodes: what enters them is small then, and so is
+    what one of them holds.
+    """
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    alive = _alive(nodes)
+    size = 2 * isqrt(len(nodes)) or 1
+    cuts = [min(range(at, min(at + size, len(nodes))), key=lambda i: (alive[i], -i)) + 1
+            for at in range(0, len(nodes), size)]
+    return [nodes[a:b] for a, b in zip([0, *cuts], [*cuts, len(nodes)], strict=True) if b > a]
+
+
+def _alive(nodes: Segment) -> list[int]:
+    """How many values that nodes made are still to be read after each node."""
+    order = {node: i for i, node in enumerate(nodes)}
+    last = [max((order.get(u, len(nodes)) for u in n.users), default=i)
+            for i, n in enumerate(nodes)]
+    change = [0] * (len(nodes) + 1)
+    for i, end in enumerate(last):
+        change[i] += 1
+        change[end] -= 1
+    alive, now = [], 0
+    for step in change[:-1]:
+        now += step
+        alive.append(now)
+    return alive
+
+
+def borders(segment: Segment) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Return the nodes whose values a segment reads, and those of its own that others read."""
+    own = set(segment)
+    entering = dict.fromkeys(s for n in segment for s in n.all_input_nodes if s not in own)
+    return list(entering), [n for n in segment if any(u not in own for u in n.users)]
+
+
+@dataclass
+class Budget:
+    """How many bytes of dear results may be held: beyond that they too are computed again."""
+
+    left: int
+
+    def policy(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        """Say what is to be done with an operator's result."""
+        if op.name().partition(".")[0] not in HELD or self.left <= 0:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        self.left -= sum(x.nbytes for x in pytree.tree_leaves(context.op_output)
+                         if isinstance(x, torch.Tensor))
+        return CheckpointPolicy.MUST_SAVE
+
+
+def budget(graph: Graph, traced: Any, batch: Any) -> Budget | None:
+    """Return what may be held for a batch, or None if its activations are `FEW`.
+
+    What may be held is an eighth of what the weights take, and at least `LEAST`: while products fit
+    into that, the rest costs next to nothing to compute again. Activations are estimated by the
+    traced sizes, in proportion to the inputs' sizes.
+    """
+    share = sum(prod(t.shape) for t in graph.weights().values())
+    allowed = max(LEAST, share // 2)  # an eighth of four bytes each
+    made = sum(prod(t.shape) for t in graph.tensors.values()
+               if t.kind == "value" and not t.static)
+    return Budget(allowed) if 4 * made * _elements(batch) > FEW * _elements(traced) else None
+
+
+def _elements(call: Any) -> int:
+    return sum(v.numel() for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor))
+
+
+def recomputed(run: Callable[..., Any], *values: Any, held: Budget,
+               again: Callable[[bool], None] = lambda now: None, **named: Any) -> Any:
+    """Call `run`, holding what the budget lets; `again(True)` says that it is run once more."""
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        first, second = create_selective_checkpoint_contexts(held.policy)
+        return first, _marked(second, again)
+
+    return checkpoint(run, *values, use_reentrant=False, context_fn=contexts,
+                      preserve_rng_state=False, **named)
+
+
+@contextmanager
+def lean_blocks(blocks: Iterable[nn.Module], held: Budget | None) -> Iterator[None]:
+    """Let modules hold less while they run as they are (not as a program), without dropout."""
+    def lean(forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
+        plain = all(x is None or isinstance(x, (torch.Tensor, bool, int, float, str))
+                    for x in pytree.tree_leaves((args, kwargs)))  # no cache that would grow twice
+        if not plain or held is None:
+            return forward(*args, **kwargs)
+        results = recomputed(forward, *args, held=held, **kwargs)
+        if last:
+            give_back()
+        return results
+
+    wrapped = list(blocks) if held is not None else []
+    for block in wrapped:
+        run = partial(lean, block.forward, block is wrapped[-1])
+        block.forward = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in wrapped:
+            del block.forward
+
+
+@contextmanager
+def _marked(inner: AbstractContextManager[None],
+            again: Callable[[bool], None]) -> Iterator[None]:
+    give_back()
+    again(True)
+    try:
+        with inner:
+            yield
+    finally:
+        again(False)
+
+
+def _trimmer() -> Callable[[int], Any]:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return lambda keep: None
+
+
+_trim = _trimmer()
+
+
+def give_back() -> None:
+    """Let the system have what the heap holds free.
+
+    Arrays of a segment, freed, leave holes between those still held; glibc seldom fits the next
+    aligned array into them, so that the heap grows throughout backward while less and less is held.
+    """
+    _trim(0)

@@ -1,0 +1,178 @@
+"""Run an exported program node by node: with masks, with gates, in float64.
+
+One interpreter serves calibration (gates on what consumers read), the proof (masks there) and
+evaluation, so that all three speak of the same places in the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..trace import Program
+from .recompute import Budget, Segment, borders, give_back, recomputed, segments
+
+Weights = Callable[[str], torch.Tensor]
+Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
+Override = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Runner(fx.Interpreter):
+    """Interpret a program.
+
+    `touch(node, name, value)` may change what a node reads of a tensor (only pairs listed in
+    `touched` are offered), `override` replaces single nodes, `double` computes in float64
+    whatever the program says, converting each weight when it is used. With `held`, no more is
+    held for the backward pass; the rest is computed again (see `recompute`), `again` set meanwhile.
+    """
+
+    def __init__(self, program: Program, weights: Weights | None = None, *,
+                 graph_module: fx.GraphModule | None = None,
+                 touched: Mapping[str, set[str]] | None = None, touch: Touch | None = None,
+                 override: Mapping[str, Override] | None = None, double: bool = False,
+                 watch: Callable[[str, Any], None] | None = None,
+                 held: Budget | None = None) -> None:
+        super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
+        self.extra_traceback = False
+        stored = {**program.state_dict, **program.constants}
+        self._weights = weights or (lambda name: stored[name])
+        self._program, self._touched, self._touch = program, touched or {}, touch
+        self._override, self._double, self._watch = override or {}, double, watch
+        self._held, self.again = held, False
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the flat list of results of one call; what it writes back is none."""
+        results = list(self.run(*self._values(args, kwargs))) if self._held is None else \
+            self._in_segments(args, kwargs, self._held)
+        asked = sum(spec.kind.name == "USER_OUTPUT"
+                    for spec in self._program.graph_signature.output_specs)
+        return results[len(results) - asked:]
+
+    def _in_segments(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+                     held: Budget) -> list[Any]:
+        """Run one call, all but its end in segments that are run again in backward."""
+        self.start(args, kwargs)
+        parts = segments(self.graph)
+        for node in self.graph.find_nodes(op="placeholder"):
+            self.step(node)
+        for part in parts[:-1]:
+            self._segment(part, held)
+        give_back()
+        for node in parts[-1] if parts else ():
+            self.step(node)
+        (output,) = self.graph.find_nodes(op="output")
+        results = list(self.run_node(output))
+        self.env = {}  # they are the caller's to hold
+        return results
+
+    def _segment(self, part: Segment, held: Budget) -> None:
+        entering, leaving = borders(part)
+
+        def run(*values: Any) -> list[Any]:
+            outer, self.env = self.env, dict(zip(entering, values, strict=True))
+            try:
+                for node in part:
+                    self.step(node)
+                return [self.env[node] for node in leaving]
+            finally:
+                self.env = outer
+
+        made = recomputed(run, *(self.env[node] for node in entering), held=held,
+                          again=self._mark)
+        self.env.update(zip(leaving, made, strict=True))
+        for done in (d for node in part for d in self.user_to_last_uses.get(node, [])):
+            self.env.pop(done, None)
+
+    def _mark(self, again: bool) -> None:
+        self.again = again
+
+    def steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+              stops: set[str]) -> Iterator[str]:
+        """Run one call, pausing after each node named in `stops`; ends after the last of them.
+
+        While it pauses, only values that later nodes read are held.
+        """
+        self.start(args, kwargs)
+        left = len(stops)
+        for node in self.graph.nodes:
+            if not left:
+                return
+            self.step(node)
+            if node.name in stops:
+                left -= 1
+                yield node.name
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make ready for a call that `step` carries out node by node."""
+        self.env = {}
+        self.args_iter = iter(self._values(args, kwargs))
+
+    def step(self, node: fx.Node) -> None:
+        """Run the next node and drop what no later one reads."""
+        self.env[node] = self.run_node(node)
+        for done in self.user_to_last_uses.get(node, []):
+            del self.env[done]
+
+    def close(self) -> None:
+        """Let go of all values, and of closures that may refer to this runner.
+
+        Else what a run held would stay until Python next looks for cycles, batch after batch.
+        """
+        self.env, self.args_iter = {}, iter(())
+        self._touch, self._override = None, {}
+
+    def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        flat = iter(pytree.tree_leaves((args, kwargs)))
+        values = []
+        for spec in self._program.graph_signature.input_specs:
+            own = spec.target is None or spec.kind.name == "USER_INPUT"
+            values.append(next(flat) if own else self._weights(str(spec.target)))
+        if self._double:
+            values = [v if isinstance(v, torch.nn.Parameter) else _double(v) for v in values]
+        return values
+
+    def run_node(self, n: fx.Node) -> Any:
+        changed = {}
+        for source in n.all_input_nodes:
+            if self._touch and source.name in self._touched.get(n.name, ()):
+                changed[source] = self.env[source]
+                self.env[source] = self._touch(n, source.name, self.env[source])
+        try:
+            result = self._execute(n)
+        finally:
+            self.env.update(changed)
+        if self._watch is not None:
+            self._watch(n.name, result)
+        return result
+
+    def _execute(self, n: fx.Node) -> Any:
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._double:
+            args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        return target(*args, **kwargs)
+
+
+class OverridingRunner(Runner):
+    """A runner that also replaces whole nodes by functions of their arguments."""
+
+    def _execute(self, n: fx.Node) -> Any:
+        if n.name not in self._override:
+            return super()._execute(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if self._double:
+            args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        return self._override[n.name](args, kwargs)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value

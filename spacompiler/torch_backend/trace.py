@@ -1,0 +1,98 @@
+"""A traced network: its program, graph and inputs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
+from torch.utils import _pytree as pytree
+
+from ..errors import SpaError
+from ..graph.ir import Graph
+
+
+@dataclass
+class Recorded:
+    """A program of static sizes: what of an ExportedProgram reading and slicing it needs."""
+
+    graph: fx.Graph
+    graph_signature: ExportGraphSignature
+    state_dict: dict[str, Any]
+    constants: dict[str, torch.Tensor]
+
+    @cached_property
+    def graph_module(self) -> fx.GraphModule:
+        """The program as something that runs."""
+        return fx.GraphModule({}, self.graph)
+
+
+Program = ExportedProgram | Recorded
+
+
+@dataclass
+class Trace:
+    """A traced module: the program, its IR, and how to call it.
+
+    `repaired` names the stored arrays that are no longer the module's own, `folded` those that the
+    program does not hold any more, as only statistics of them are read.
+    """
+
+    program: Program
+    graph: Graph
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tied: dict[str, str]
+    repaired: set[str] = field(default_factory=set)
+    folded: tuple[str, ...] = ()
+
+    @property
+    def exported(self) -> ExportedProgram:
+        """The program as torch.export made it. Raises SpaError if the trace was a quick one."""
+        if isinstance(self.program, ExportedProgram):
+            return self.program
+        raise SpaError("this trace serves groups and slicing only",
+                       why="it was recorded with the sizes of the example inputs",
+                       fix="trace without quick")
+
+    def fixed(self) -> list[tuple[str, int]]:
+        """Inputs of several examples that the program takes at the traced number of them alone."""
+        tensors = (self.graph.tensors[name] for name in self.graph.inputs)
+        return [(t.name, t.shape[0]) for t in tensors
+                if t.shape and t.shape[0] > 1 and 0 not in t.dynamic]
+
+    def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Bring another call into the traced form: keywords in order, constants filled in.
+
+        Raises SpaError if tensors are missing or too many.
+        """
+        missing = [k for k, v in self.kwargs.items()
+                   if isinstance(v, torch.Tensor) and k not in kwargs]
+        unknown = sorted(kwargs.keys() - self.kwargs.keys())
+        if len(args) != len(self.args) or missing or unknown:
+            raise SpaError(
+                "calibration inputs do not fit the example inputs",
+                why=f"{len(args)} positional for {len(self.args)}; missing {missing}, "
+                    f"unknown {unknown}",
+                fix="give the same arguments as the example inputs")
+        return args, {k: kwargs.get(k, v) for k, v in self.kwargs.items()}
+
+    def misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Name a tensor of a call that has another shape than the one that was traced."""
+        given, traced = ([x for x in pytree.tree_leaves(call) if isinstance(x, torch.Tensor)]
+                         for call in (self.match(args, kwargs), (self.args, self.kwargs)))
+        return next((f"a tensor of shape {tuple(x.shape)} for {tuple(held.shape)}"
+                     for x, held in zip(given, traced, strict=False) if x.shape != held.shape), "")
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph module with the names of its nodes (fx renames those called like builtins)."""
+    made = copy.deepcopy(module)
+    for old, new in zip(module.graph.nodes, made.graph.nodes, strict=True):
+        new.name = old.name
+    return made

@@ -1,0 +1,83 @@
+"""Leave what is the user's as it was: attributes of the module, the terminal, random state."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import torch
+from torch import nn
+
+from .caches import caches_off
+
+_LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript",
+            "onnx_ir")
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Run in eval mode without caches, and put back every attribute of every sub-module after it.
+
+    Modes, registered arrays, the values of buffers and caches (fake tensors among them) return to
+    what they were; of lists and dicts in attributes, their entries do. A module that writes into
+    its parameters has changed for good: there, plain attributes stay in step with these.
+    """
+    before = [(part, {k: (v, _entries(v)) for k, v in vars(part).items()})
+              for part in module.modules()]
+    flags = [(p, p.requires_grad, _version(p)) for p in module.parameters()]
+    values = [(b, _version(b), b.detach().clone()) for b in module.buffers()]
+    module.eval()
+    try:
+        with caches_off(module):
+            yield
+    finally:
+        changed = any(_version(parameter) != version for parameter, _, version in flags)
+        for part, attributes in before:
+            _restore(vars(part), {k: v for k, v in attributes.items()
+                                  if not changed or k[0] == "_" or k == "training"}, changed)
+        for parameter, flag, _ in flags:
+            parameter.requires_grad_(flag)
+        for buffer, version, value in values:
+            if _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def _version(array: torch.Tensor) -> int:
+    """How often an array was written into, where torch counts that."""
+    return 0 if array.is_inference() else array._version
+
+
+def _entries(value: Any) -> Any:
+    return value.copy() if type(value) in (dict, list, set) else None
+
+
+def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],
+             changed: bool = False) -> None:
+    for name in () if changed else have.keys() - attributes.keys():
+        del have[name]
+    for name, (value, entries) in attributes.items():
+        have[name] = value
+        if entries is not None:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(entries)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's warnings, log lines and printed graphs off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

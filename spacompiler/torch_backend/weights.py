@@ -1,0 +1,62 @@
+"""A module's arrays by name, and whether two modules agree."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .untouched import untouched
+
+
+def named_arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter and buffer under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+              want: list[Any], tolerance: float = 1e-4) -> str:
+    """Return "" if the module's results equal the program's (to rounding), else how they differ."""
+    from ..stages.proof import relative_error
+
+    try:
+        got = results(module, args, kwargs)
+    except Exception as problem:  # any code may run here
+        return f"{type(problem).__name__}: {problem}".splitlines()[0] + (
+            "" if str(problem).strip() else _line(problem))
+    want = [x for x in want if isinstance(x, torch.Tensor)]
+    if len(got) != len(want):
+        return f"{len(got)} results for {len(want)}"
+    error = relative_error(got, want)
+    return "" if error <= tolerance else f"results differ by {error:.1e}"
+
+
+def _line(problem: Exception) -> str:
+    """The line that raised an error without words (a bare assert)."""
+    last = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{last.line} ({'/'.join(last.filename.split('/')[-2:])}:{last.lineno})"
+
+
+def results(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the tensors that a module gives in eval mode, drawing random numbers from seed 0."""
+    from torch.utils import _pytree as pytree
+
+    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(module(*args, **kwargs))
+    return [x for x in found if isinstance(x, torch.Tensor)]
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return sha256 over names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Train what is left: options, objective, loop, checkpoint."""

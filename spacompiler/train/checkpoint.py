@@ -1,0 +1,91 @@
+"""A training's checkpoint: one safetensors file, replaced whole, that resumes to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..errors import SpaError, UsageError
+
+if TYPE_CHECKING:
+    pass
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Run:
+    """Where a training stands; everything in it is in the checkpoint."""
+
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+FILE = "training.safetensors"
+
+
+class Checkpoint:
+    """Trained arrays, the best ones so far, Adam's moments, the random state and the history."""
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._folder, self._key = folder, key
+
+    def save(self, run: Run, state: Mapping[str, torch.Tensor], best: Mapping[str, torch.Tensor],
+             optimizer: torch.optim.Optimizer, parameters: Mapping[str, Any]) -> None:
+        """Write the file; the one before stays whole until it is replaced."""
+        if self._folder is None:
+            return
+        tensors = {f"now.{n}": t for n, t in state.items()}
+        tensors |= {f"best.{n}": t for n, t in best.items()}
+        tensors |= {f"adam.{key}.{n}": value for n, p in parameters.items()
+                    for key, value in optimizer.state[p].items()}
+        tensors["random"] = torch.get_rng_state()
+        facts = json.dumps({"key": self._key, "run": asdict(run)})
+        part = self._folder / f"{FILE}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, part,
+                      metadata={"training": facts})
+            os.replace(part, self._folder / FILE)
+        except OSError as problem:
+            raise UsageError("the checkpoint cannot be written", where=str(self._folder),
+                             why=str(problem)) from problem
+
+    def load(self, run: Run, state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor],
+             optimizer: torch.optim.Optimizer, parameters: Mapping[str, Any]) -> None:
+        """Continue a run if there is a file; raises SpaError if it is damaged or of another."""
+        if self._folder is None or not (self._folder / FILE).exists():
+            return
+        try:
+            with safe_open(self._folder / FILE, "pt") as file:
+                facts = json.loads((file.metadata() or {})["training"])
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+        except Exception as problem:  # safetensors raises its own kinds
+            raise SpaError("the checkpoint cannot be read", where=str(self._folder),
+                           why=str(problem), fix="delete it to start anew") from problem
+        if facts["key"] != self._key:
+            raise SpaError("the checkpoint is of another run", where=str(self._folder),
+                           why="the plan, the data or the options differ",
+                           fix="give the same options again, or another --checkpoint directory")
+        for name, value in facts["run"].items():
+            setattr(run, name, value)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(tensors[f"now.{name}"])
+                best[name].copy_(tensors[f"best.{name}"])
+        for name, p in parameters.items():
+            optimizer.state[p] = {
+                key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        torch.set_rng_state(tensors["random"])

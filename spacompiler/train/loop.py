@@ -1,0 +1,235 @@
+"""The loop behind every recovery pass: train what is left of a network, on little data.
+
+A plain loop serves language models and convolutional networks alike: batches are calls, the
+objective is any mix of the network's own loss and distillation from the dense network. What a run
+ends with is the state that did best on held-out batches, the untrained one among them, so that
+training never makes the held-out objective worse. A checkpoint resumes to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import SpaError
+from ..evidence.calls import Batch
+from .checkpoint import Checkpoint, Run
+from .objective import Objective
+from .options import Schedule
+
+
+class Recovery(Protocol):
+    """Train the pruned module."""
+
+    name: ClassVar[str]
+
+    def run(self, task: Training) -> dict[str, Any]:
+        """Train `task.module` in place and return what happened, as plain data for the report."""
+
+
+@dataclass
+class Training:
+    """What a recovery pass works on.
+
+    `module` is the pruned network, trained in place; `dense` the one it was cut from (never
+    changed). `batches` and `held_out` are calls (args, kwargs); a keyword `labels` goes to the
+    loss alone. `loss` takes (flat results, args, kwargs). `key` names the run, so that a checkpoint
+    of another one is refused.
+    """
+
+    module: nn.Module
+    dense: nn.Module | None
+    batches: Sequence[Batch]
+    held_out: Sequence[Batch]
+    loss: Callable[..., torch.Tensor]
+    seed: int = 0
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    checkpoint: Path | None = None
+    key: str = ""
+
+    @property
+    def unit(self) -> str:
+        return "tokens" if _integers(self.batches[0]) else "examples"
+
+    def amount(self, batches: Sequence[Batch]) -> int:
+        """Return how many tokens (examples, where inputs are no tokens) batches hold."""
+        return sum(x.numel() if _integers(b) else len(x) for b in batches
+                   for x in [_first(b)])
+
+
+def _first(batch: Batch) -> torch.Tensor:
+    return next(x for x in (*batch[0], *batch[1].values()) if isinstance(x, torch.Tensor))
+
+
+def _integers(batch: Batch) -> bool:
+    return not _first(batch).is_floating_point()
+
+
+def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Parameter]
+          ) -> dict[str, Any]:
+    """Train parameters of `task.module` in place and return what happened, as plain data.
+
+    Raises:
+        SpaError: nothing to train or to train on, a loss that is not finite, or a checkpoint of
+            another run.
+    """
+    _check(task, parameters)
+    _own(task.module, parameters)
+    objective = Objective(task.module, task.dense, task.loss, options)
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=options.lr,
+                                  weight_decay=options.decay)
+    state = dict(parameters) | {n: b for n, b in task.module.named_buffers()}
+    run, best = Run(), _copied(state)
+    book = Checkpoint(task.checkpoint, task.key)
+    book.load(run, state, best, optimizer, parameters)
+    was = task.module.training
+    try:
+        _loop(task, options, objective, optimizer, run, state, best,
+              lambda: book.save(run, state, best, optimizer, parameters))
+    finally:
+        task.module.train(was)
+    _restore(state, best)
+    return _facts(task, options, parameters, run)
+
+
+def _check(task: Training, parameters: Mapping[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise SpaError("the recovery pass has nothing to train",
+                       why="no parameter of the pruned network is of the kind that it trains",
+                       fix="use another pass, e.g. --recover full")
+    if not task.batches or not task.held_out:
+        raise SpaError("there is too little data to recover on", why=f"{len(task.batches)} "
+                       f"batches to train on and {len(task.held_out)} held out",
+                       fix="give more with --recover-data or --recover-samples")
+
+
+def _own(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Training writes in place: what it writes must not be shared with the dense network."""
+    trained = {id(p) for p in parameters.values()}
+    for p in module.parameters():
+        p.requires_grad_(id(p) in trained)
+        p.grad = None
+    for p in parameters.values():
+        p.data = p.data.clone()
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.clone()
+
+
+def _loop(task: Training, options: Schedule, objective: Objective,
+          optimizer: torch.optim.Optimizer, run: Run, state: Mapping[str, torch.Tensor],
+          best: dict[str, torch.Tensor], save: Callable[[], None]) -> None:
+    steps = _steps(task, options)
+    every = max(1, steps // options.evaluations)
+    started = time.monotonic() - run.seconds
+    if not run.history:
+        _evaluate(task, objective, run, state, best)
+    while run.step < steps and run.worse < options.patience:
+        loss = _step(task, options, objective, optimizer, run.step, steps)
+        run.step += 1
+        if run.step % every == 0 or run.step == steps:
+            _evaluate(task, objective, run, state, best)
+            run.seconds = time.monotonic() - started
+            save()
+        _tell(task, run, steps, loss, time.monotonic() - started)
+
+
+def _steps(task: Training, options: Schedule) -> int:
+    return options.epochs * -(-len(task.batches) // options.accumulate)
+
+
+def _step(task: Training, options: Schedule, objective: Objective,
+          optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
+    """Take one step of the optimiser over `accumulate` batches; returns their mean objective."""
+    for group in optimizer.param_groups:
+        group["lr"] = options.rate(step, steps)
+    task.module.train()
+    batches = _chosen(task, options, step)
+    total = 0.0
+    for batch in batches:
+        value = objective(batch).total / len(batches)
+        value.backward()
+        total += value.item()
+    if not math.isfinite(total):
+        raise SpaError("training diverged", where=f"step {step + 1}",
+                       why="the loss is not finite", fix=f"use a smaller lr than {options.lr}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, options.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _chosen(task: Training, options: Schedule, step: int) -> list[Batch]:
+    """The batches of a step: each epoch has an order of its own, that follows from the seed."""
+    n = len(task.batches)
+    epoch, at = divmod(step, -(-n // options.accumulate))
+    generator = torch.Generator().manual_seed(task.seed * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=generator).tolist()
+    return [task.batches[i]
+            for i in order[at * options.accumulate:(at + 1) * options.accumulate]]
+
+
+def _evaluate(task: Training, objective: Objective, run: Run, state: Mapping[str, torch.Tensor],
+              best: dict[str, torch.Tensor]) -> None:
+    """Look at the held-out batches; a better state than any before is kept."""
+    task.module.eval()
+    totals, losses = 0.0, 0.0
+    with torch.no_grad():
+        for batch in task.held_out:
+            found = objective(batch)
+            totals += found.total.item() / len(task.held_out)
+            losses += found.loss.item() / len(task.held_out)
+    run.history.append({"step": run.step, "objective": totals, "loss": losses})
+    if totals < run.best:
+        run.best, run.best_step, run.worse = totals, run.step, 0
+        best.update(_copied(state))
+    else:
+        run.worse += 1
+
+
+def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _restore(state: Mapping[str, torch.Tensor], best: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(best[name])
+
+
+def _tell(task: Training, run: Run, steps: int, loss: float, seconds: float) -> None:
+    done = task.amount(task.batches) * run.step / steps
+    speed = done / max(seconds, 1e-9)
+    left = seconds / run.step * (steps - run.step)
+    task.progress(f"training: loss {loss:.3f}, held out {run.history[-1]['objective']:.3f}, "
+                  f"{speed:,.0f} {task.unit}/s, {int(left // 60)}:{int(left % 60):02d} left",
+                  run.step, steps)
+
+
+def _facts(task: Training, options: Schedule, parameters: Mapping[str, nn.Parameter],
+           run: Run) -> dict[str, Any]:
+    steps = _steps(task, options)
+    return {"steps": run.step, "planned_steps": steps, "best_step": run.best_step,
+            "unit": task.unit, "amount": round(task.amount(task.batches) * options.epochs
+                                               * run.step / steps),
+            "held_out": task.amount(task.held_out),
+            "parameters": sum(p.numel() for p in parameters.values()),
+            "before": run.history[0], "after": next(
+                h for h in run.history if h["step"] == run.best_step),
+            "history": run.history}
+
+
+def vectors(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the gains of norms and all biases: every parameter of one dimension."""
+    for name, p in module.named_parameters():
+        if p.ndim <= 1 and p.is_floating_point():
+            yield name, p

@@ -1,0 +1,41 @@
+"""Options of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Options of every recovery pass; a pass adds which parameters it trains.
+
+    Args:
+        lr: peak learning rate of AdamW; warmed up over a share `warmup` of the steps, then cosine.
+        epochs: times that each batch is seen. `accumulate`: batches of one step.
+        task, logits, blocks: weights of the network's own loss, of the divergence from the dense
+            network's results (at `temperature`), and of the error of each block given the dense
+            network's inputs to it.
+        evaluations: how often the held-out batches are looked at. `patience`: stop after so many
+            evaluations without a better one.
+    """
+
+    lr: float = 1e-3
+    epochs: int = 1
+    accumulate: int = 4
+    warmup: float = 0.05
+    clip: float = 1.0
+    decay: float = 0.0
+    task: float = 1.0
+    logits: float = 0.0
+    temperature: float = 1.0
+    blocks: float = 0.0
+    evaluations: int = 8
+    patience: int = 3
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warm = max(1, round(self.warmup * steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2

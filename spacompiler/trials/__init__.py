@@ -1,0 +1,1 @@
+"""What leaving something out would do, measured: counts, whole blocks."""
