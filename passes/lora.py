@@ -112,8 +112,8 @@ class Lora(Schedule):
         for path in paths:  # the factors are two halves of the gradient's singular directions
             half = min(task.module.get_parameter(f"{path}.weight").shape[:2]) // 2
             if 0 < half < self.rank:
-                config.rank_pattern[re.escape(path)] = half
-                config.alpha_pattern[re.escape(path)] = self.alpha * half / self.rank
+                config.rank_pattern[f"^{re.escape(path)}"] = half
+                config.alpha_pattern[f"^{re.escape(path)}"] = self.alpha * half / self.rank
         peft.preprocess_loraga(task.module, config, step)
         without = [p for p in paths
                    if not hasattr(task.module.get_submodule(p), "_peft_loraga_grad")]

@@ -76,8 +76,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         calibration: a text file, an iterable of inputs, "none", or None for the model's own.
         tokenizer: turns calibration text into `input_ids`; saved with the artifact.
         name: what the report calls the model, and where `load` finds its code again.
-        adapter: directories of adapters in peft's format (`DIR` or `DIR=weight`), merged first;
-            a PeftModel as `model` is merged likewise (the user's own stays as it is).
+        adapter: adapters, peft's directories or files of other origins (`PATH` or `PATH=weight`),
+            merged first; a PeftModel as `model` is merged likewise (the user's stays as it is).
         recovery: a pass that trains the pruned module, by name, `module:object` or as an object.
         recover_data: what it trains on, given as `calibration` is (default: the same source);
             a batch's keyword `labels` goes to the loss alone.

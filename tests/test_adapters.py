@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler.adapters import cutting, files, lifting, merging
+from spacompiler.adapters import cutting, files, foreign, lifting, merging
 from spacompiler.adapters.kinds import KINDS
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.models_zoo import load
@@ -179,14 +179,15 @@ def surplus(path):
 
 BROKEN = {
     "no directory": (lambda p: shutil.rmtree(p), "no adapter at"),
-    "no config": (lambda p: (p / files.CONFIG).unlink(), "adapter_config.json cannot be read"),
+    "no config": (lambda p: (p / files.CONFIG).unlink(), "does not say its alpha"),
+    "damaged config": (lambda p: (p / files.CONFIG).write_text("{"), "config.json cannot be read"),
     "no weights": (lambda p: (p / files.WEIGHTS).unlink(), "is missing"),
-    "pickled": (pickled, "pickled weights"),
+    "pickled": (pickled, "cannot be read"),
     "damaged": (damaged, "cannot be read"),
     "not finite": (not_finite, "NaN or infinity"),
     "array missing": (without, "1 are missing"),
     "array left over": (surplus, "1 of its arrays belong to no module"),
-    "unknown type": (lambda p: edited(p, peft_type="BONE"), "'BONE' are not known"),
+    "unknown type": (lambda p: edited(p, peft_type="LATER"), "'LATER' are not known"),
     "prompt": (lambda p: edited(p, peft_type="PREFIX_TUNING"), "not its weights"),
     "routed": (lambda p: edited(p, peft_type="XLORA"), "depends on the input"),
     "lily": (lambda p: edited(p, peft_type="LILY"), "depends on the input"),
@@ -206,8 +207,26 @@ def test_refused_with_the_reason(how, tmp_path):
     module, inputs = llama()
     breaks(path)
     with pytest.raises(SpaError) as error:
-        merging.merge(module, [files.read(path)], inputs)
+        adapter, _ = foreign.resolved(files.read(path), module)
+        merging.merge(module, [adapter], inputs)
     assert words in str(error.value) and error.value.fix
+
+
+@pytest.mark.parametrize("variant", ["miss", "miss-bat"])
+def test_directories_of_a_type_that_was_renamed(variant, tmp_path):
+    """Bone, as peft wrote it until 0.17, is MiSS today."""
+    from safetensors.torch import load_file, save_file
+
+    path, want = stored(tmp_path / "a", variant)
+    tensors = {k.replace("miss_block", "bone_block"): v
+               for k, v in load_file(path / files.WEIGHTS).items()}
+    save_file(tensors, path / files.WEIGHTS)
+    config = json.loads((path / files.CONFIG).read_text())
+    kept = {k: config[k] for k in ("r", "target_modules", "init_weights", "bias")}
+    (path / files.CONFIG).write_text(json.dumps({"peft_type": "BONE", **kept}))
+    module, inputs = llama()
+    merged, _ = merging.merge(module, [files.read(path)], inputs)
+    assert (run(merged, inputs) - want).abs().max() <= 1e-6
 
 
 def test_an_adapter_of_a_wider_base_is_refused(tmp_path):

@@ -97,7 +97,7 @@ def _dare(parts: Sequence[Factors], density: float, q: float | str) -> Pair:
     inputs are nearest (Deng et al., DAREx-q, 2024): 1/q = <y, z> / <z, z>, y what the layer's
     results change by and z the same after dropping.
     """
-    return _full(_total(_dropped(p, density, q) for p in parts))
+    return full(_total(_dropped(p, density, q) for p in parts))
 
 
 def _dropped(part: Factors, density: float, q: float | str) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _total(changes: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(changes)).sum(0)
 
 
-def _full(change: torch.Tensor) -> Pair:
+def full(change: torch.Tensor) -> Pair:
     """Factors of a matrix of any rank: itself, and a unit matrix on its smaller side."""
     o, i = change.shape
     if o < i:

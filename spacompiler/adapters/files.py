@@ -1,19 +1,21 @@
-"""Read an adapter's directory: its configuration and arrays, never a pickle."""
+"""Read an adapter: its configuration and arrays; of a pickle, nothing but arrays."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SpaError, UsageError
+from ..request.registry import parse as parse_call
 from .kinds import KINDS, TRAPS, Kind
 
 if TYPE_CHECKING:
     import torch
 
+CONFIGS = ("adapter_config.json", "config.json")
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ORIGIN = "spacompiler.json"
 PREFIX = "base_model.model."
@@ -21,51 +23,77 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as stored: `config` is adapter_config.json, `tensors` the arrays by name."""
+    """An adapter as stored: `config` is its configuration, `tensors` the arrays by name.
+
+    A `foreign` one is of another origin than peft, and `options` are those given for it.
+    """
 
     path: Path
     weight: float
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     origin: Mapping[str, Any]
+    foreign: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def type(self) -> str:
-        return str(self.config["peft_type"])
+        return "LORA" if self.foreign else str(self.config["peft_type"])
 
     @property
     def kind(self) -> Kind:
         return KINDS[self.type]
 
 
-def parse(text: str) -> tuple[Path, float]:
-    """Return (directory, weight) of `DIR` or `DIR=0.5`.
+OPTIONS = ("rank", "alpha")
 
-    >>> parse("tuned=0.5")
-    (PosixPath('tuned'), 0.5)
+
+def parse(text: str) -> tuple[Path, float, dict[str, Any]]:
+    """Return (path, weight, options) of `PATH`, `PATH=0.5` or `PATH(rank=4)=0.5`.
+
+    Raises UsageError for a weight that is no number, and for options that do not exist.
+
+    >>> parse("tuned(rank=4)=0.5")
+    (PosixPath('tuned'), 0.5, {'rank': 4})
     """
-    folder, sign, number = text.rpartition("=")
-    if not sign or Path(text).exists():
-        return Path(text), 1.0
+    if Path(text).exists():
+        return Path(text), 1.0, {}
+    place, sign, number = text.rpartition("=")
+    if not sign or number.endswith(")"):
+        place, number = text, "1"
+    options: dict[str, Any] = {}
+    if place.endswith(")") and not Path(place).exists():
+        place, options = parse_call(place)
     try:
-        return Path(folder), float(number)
+        weight = float(number)
     except ValueError:
         raise UsageError(f"cannot read the weight of adapter {text!r}",
                          fix="write DIR or DIR=0.5") from None
+    wrong = [k for k, v in options.items() if k not in OPTIONS or not isinstance(v, (int, float))]
+    if wrong:
+        raise UsageError(f"adapters have no option {wrong[0]!r}", where=text,
+                         fix="options: rank (the first ranks of a DyLoRA), alpha; numbers")
+    return Path(place), weight, options
 
 
-def read(path: Path, weight: float = 1.0) -> Adapter:
-    """Read and check an adapter's files.
+def read(path: Path, weight: float = 1.0, options: Mapping[str, Any] | None = None) -> Adapter:
+    """Read and check an adapter: a directory of peft's, or a file or directory of another origin.
 
-    Raises SpaError: no adapter there, pickled or damaged weights, or a type that can't be merged.
+    Raises SpaError: no adapter there, damaged weights, or a type that can't be merged.
     """
-    if not path.is_dir():
-        raise SpaError(f"there is no adapter at {str(path)!r}", why="no such directory",
-                       fix="give a directory saved by peft's save_pretrained")
-    config = _json(path / CONFIG)
-    check_type(str(path), config)
-    return Adapter(path, weight, config, _tensors(path),
-                   _json(path / ORIGIN) if (path / ORIGIN).exists() else {})
+    from . import foreign
+
+    given = dict(options or {})
+    config, tensors = _stored(path)
+    kind = str(config.get("peft_type", ""))
+    foreign.check_refused(kind, tensors, str(path))
+    config, tensors = foreign.renewed(config, tensors)
+    kind = str(config.get("peft_type", ""))
+    strange = foreign.is_foreign(kind, tensors, given)
+    if not strange or kind in KINDS:
+        check_type(str(path), config)
+    origin = _json(path / ORIGIN) if (path / ORIGIN).exists() else {}
+    return Adapter(path, weight, config, tensors, origin, strange, given)
 
 
 def other_names(adapters: Sequence[Adapter], name: str) -> list[str]:
@@ -123,23 +151,76 @@ def check_keys(where: str, config: Mapping[str, Any], known: Collection[str]) ->
                            "that")
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    import torch
+def _stored(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(configuration, arrays) of a file or directory; an empty configuration where there is none.
+
+    A file's own metadata may hold one, as diffusers writes it.
+    """
+    if not path.exists():
+        raise SpaError(f"there is no adapter at {str(path)!r}", why="no such file or directory",
+                       fix="give a directory saved by peft's save_pretrained, or a file of "
+                           "another origin")
+    if path.is_file():
+        return _metadata(path), _tensors(path)
+    configs = [_json(path / name) for name in CONFIGS if (path / name).is_file()]
+    config = next((c for c in configs if "peft_type" in c or "delta_type" in c), {})
+    named = [path / name for name in (WEIGHTS, PICKLE) if (path / name).is_file()]
+    files = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in LOADERS]
+    if len(files) != 1:
+        raise SpaError(f"{WEIGHTS} is missing", where=str(path),
+                       why=f"{len(files)} other files of weights lie there",
+                       fix="copy the whole directory that was saved, or give the file itself")
+    return config or _metadata(files[0]), _tensors(files[0])
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of its adapter (empty for others)."""
+    from safetensors import safe_open
+
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, "pt") as opened:
+            said = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except Exception:  # what cannot be read is said when its arrays are
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _safe(file: Path) -> Any:
     from safetensors.torch import load_file
 
-    if not (path / WEIGHTS).exists():
-        pickled = (path / PICKLE).exists()
-        raise SpaError(f"{WEIGHTS} is missing", where=str(path),
-                       why="pickled weights (adapter_model.bin) are not read" if pickled else "",
-                       fix="save the adapter again with safe_serialization=True" if pickled else
-                           "copy the whole directory that peft saved")
+    return load_file(file)
+
+
+def _pickled(file: Path) -> Any:
+    """Arrays of a pickle, of which nothing but arrays is made."""
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+LOADERS: Mapping[str, Callable[[Path], Any]] = {
+    ".safetensors": _safe, ".bin": _pickled, ".pt": _pickled, ".pth": _pickled}
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    if file.suffix not in LOADERS:
+        raise SpaError(f"{file.name} is no file of weights that is read", where=str(file.parent),
+                       fix=f"give one that ends in {', '.join(LOADERS)}")
     try:
-        tensors = load_file(path / WEIGHTS)
-    except Exception as problem:  # safetensors raises its own kinds
-        raise SpaError(f"{WEIGHTS} cannot be read", where=str(path), why=str(problem),
-                       fix="copy it again: the file is damaged") from problem
+        tensors = LOADERS[file.suffix](file)
+        if not isinstance(tensors, dict) or not all(
+                isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()):
+            raise ValueError("it is no dictionary of arrays")
+    except Exception as problem:  # safetensors and torch raise their own kinds
+        raise SpaError(f"{file.name} cannot be read", where=str(file.parent),
+                       why=str(problem).splitlines()[0] if str(problem) else "",
+                       fix="copy it again, or save it as safetensors") from problem
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SpaError(f"{name} holds NaN or infinity", where=str(path / WEIGHTS),
+            raise SpaError(f"{name} holds NaN or infinity", where=str(file),
                            fix="use an adapter with finite weights")
     return tensors

@@ -32,7 +32,7 @@ def keep(job: Job) -> None:
         raise SpaError("the adapter cannot be kept", where=job.name,
                        why="the pruned network is a re-written program, without its layers",
                        fix="merge it: leave out --keep-adapter")
-    adapter = files.read(*files.parse(job.recipe.adapters[0]))
+    adapter = job.adapters[0]
     inputs = (job.trace.args, job.trace.kwargs)
     want = merging.results(job.pruned, inputs)
     slicer, whole = Slicer(job.trace, job.solution, job.choices), job.module.state_dict()

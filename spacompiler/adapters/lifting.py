@@ -32,6 +32,10 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
     target = check_out(Path(out))
     check_artifact(Path(plan))
     found = files.read(Path(adapter))
+    if found.foreign:
+        raise SpaError("this adapter cannot be lifted", where=str(adapter),
+                       why="it is not in peft's format, and says its layers in another way",
+                       fix="train LoRA of peft on the pruned model")
     made = lifted(found, recorded(Path(plan)))
     made.origin["weights_hash"] = artifact.read_json(Path(plan) / "slices.json")["weights_hash"]
     with artifact.whole(target) as folder:

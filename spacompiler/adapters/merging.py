@@ -218,8 +218,8 @@ def _name(index: int) -> str:
 
 def _config(peft: Any, adapter: Adapter) -> Any:
     """The stored configuration; without a task, so that any torch module will do as base."""
-    found = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.type)]
-    known = {f.name for f in dataclasses.fields(found)}
+    found, known = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.type)], \
+        defaults(adapter.type).keys()
     check_keys(str(adapter.path), adapter.config, known)
     try:
         with _quiet():
@@ -231,6 +231,13 @@ def _config(peft: Any, adapter: Adapter) -> Any:
     if hasattr(config, "progressbar"):
         config.progressbar = False
     return config
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """The keys that a configuration of a type may have in peft, with their defaults."""
+    peft = library()
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]()
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
 def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:

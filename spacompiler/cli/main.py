@@ -91,8 +91,8 @@ def compile(
     latency: Annotated[bool, typer.Option(help="Time dense against pruned in ONNX Runtime.")]
     = True,
     adapter: Annotated[list[str] | None, typer.Option(
-        metavar="DIR[=WEIGHT]", help="An adapter in peft's format, merged before pruning. "
-                                     "Repeatable.")] = None,
+        metavar="PATH[=WEIGHT]", help="An adapter, merged before pruning: a directory of peft's or "
+                                      "a file of another origin. Repeatable.")] = None,
     combine: Annotated[str, typer.Option(help="How several adapters become one: cat (exact "
                                               "weighted sum), linear, svd, ties, dare_linear, "
                                               "dare_ties, dare, lego, fair; with options, "

@@ -27,7 +27,7 @@ from .decide import is_met
 
 def merge_adapters(job: Job) -> None:
     """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
-    from ..adapters import combining, files, keeping, merging
+    from ..adapters import combining, files, foreign, keeping, merging
     from . import recover as recovery
 
     if job.recovery is not None:
@@ -48,6 +48,10 @@ def merge_adapters(job: Job) -> None:
         adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
         job.notes.extend(files.other_names(adapters, job.name))
         module = job.module if job.owned else copy.deepcopy(job.module)
+        for n, adapter in enumerate(adapters):
+            adapters[n], notes = foreign.resolved(adapter, module)
+            job.notes.extend(notes)
+        job.adapters = tuple(adapters)
         job.module, notes = merging.merge(module, adapters, job.inputs,
                                           combine=job.recipe.combine,
                                           base=job.base if job.recipe.keep_adapter else None)

@@ -101,6 +101,7 @@ class Job:
     counts: dict[str, int] = field(default_factory=dict)
     base: dict[str, torch.Tensor] = field(default_factory=dict)
     base_hash: str = ""
+    adapters: tuple[Any, ...] = ()
     kept: Any = None
     source: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
