@@ -12,6 +12,7 @@ from torch import nn
 
 from spacompiler.adapters.merging import fold, library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
+from spacompiler.labels import inputs_only
 from spacompiler.train.loop import Training, train, vectors
 from spacompiler.train.objective import Objective, call
 from spacompiler.train.options import Schedule
@@ -87,7 +88,7 @@ class Lora(Schedule):
                 tuned = peft.PeftModel(task.module, config)
                 if self.init == "eva":
                     peft.initialize_lora_eva_weights(
-                        tuned, [k or {"x": a[0]} for a, k in task.batches],
+                        tuned, [inputs_only(tuned, k) or {"x": a[0]} for a, k in task.batches],
                         show_progress_bar=False)
         except SpaError:
             raise

@@ -145,8 +145,9 @@ class LoraPrune:
     def _backward(self, job: Job, calls: Iterator[Any]) -> float:
         total = 0.0
         for _ in range(self.accumulate):
-            args, kwargs = job.trace.match(*next(calls))
-            loss = job.loss(pytree.tree_leaves(job.module(*args, **kwargs)), args, kwargs)
+            given, labelled = job.trace.labelled(*next(calls))
+            args, kwargs = job.trace.match(given, labelled)
+            loss = job.loss(pytree.tree_leaves(job.module(*args, **kwargs)), args, labelled)
             (loss / self.accumulate).backward()
             total += loss.item() / self.accumulate
         if not np.isfinite(total):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
 from .pipeline.request import make_job
 from .pipeline.run import STEPS, run
 from .plan.plan import Plan
-from .request.recipe import Recipe
+from .request.recipe import Recipe, check_names
 from .sources import named as source
 from .sources.checkpoints import example_inputs
 from .sources.source import Source
 from .stages.records import Job, Progress, backend_of
 from .store.place import check_out
+from .torch_backend.kinds import is_hf
 
 
 @dataclass
@@ -89,6 +92,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         UsageError: the request is malformed. TargetError: the target cannot be met.
         ProofError: the result would be wrong. SpaError: anything else that is not our bug.
     """
+    check_names(options, signature(compile).parameters)
     if out is not None:
         check_out(Path(out))
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
@@ -155,6 +159,10 @@ def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust
         if inputs is not None:
             found.inputs = inputs
         return found
+    if inputs is None and not is_hf(model):
+        raise UsageError(f"there are no example inputs for {type(model).__name__}",
+                         why="a module of your own does not say what it takes",
+                         fix="give them: a tuple, or a dict of keywords, of two or more examples")
     if inputs is None:
         inputs = example_inputs(model)
     return Source(type(model).__name__, model, inputs, tokenizer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..evidence.heads import Fitting
+from ..evidence.statistics import forward_only
 from ..groups.solution import Solution
 from ..plan.plan import widths
 from ..stages.records import Job
@@ -25,6 +27,7 @@ def facts(job: Job) -> dict[str, Any]:
         "repair": "none" if job.compensation is None or job.idle else repr(job.compensation),
         "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
                         "batches": len(job.calibration.batches) if job.importance.needs else 0},
+        "loss": _loss(job),
         "layout": job.layout,
         "emission": job.emission,
         "groups": {"found": len(job.solution.groups), "candidates": len(job.candidates),
@@ -46,6 +49,15 @@ def facts(job: Job) -> dict[str, Any]:
             "negative_control": job.dropped.control, "control_block": job.dropped.bypassed},
         "notes": job.notes,
     }
+
+
+def _loss(job: Job) -> dict[str, str] | None:
+    """The loss that was used, and where its labels came from; None where none was."""
+    if isinstance(job.loss, Fitting):
+        return job.loss.facts()
+    used = not forward_only(job.importance.needs) and bool(job.importance.needs)
+    return {"name": "given by the user", "labels": "as it takes them"} if used or job.recovery \
+        else None
 
 
 def share(pair: Mapping[str, int]) -> str:
@@ -74,7 +86,7 @@ def markdown(data: Mapping[str, Any]) -> str:
     lines = [f"# {data['model']}: {data['target']}", "",
              f"Importance `{data['importance']}`, allocation `{data['allocation']}`, "
              f"repair `{data['repair']}`, calibration: {data['calibration']['origin']}. "
-             f"Layout {data['layout']} (by {data['emission']}).", "",
+             f"{_lossed(data['loss'])}Layout {data['layout']} (by {data['emission']}).", "",
              *_table(("", "dense", "pruned", "stays"), table_rows(data)), "",
              "## Proof", "", *_proof(data), "",
              *_recovery(data["recovery"]),
@@ -119,6 +131,10 @@ def _some(value: Any, most: int = 8) -> str:
     names = [f"{n} ({why})" for n, why in value.items()] if isinstance(value, Mapping) else value
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _lossed(loss: Mapping[str, str] | None) -> str:
+    return f"Loss: {loss['name']}; labels: {loss['labels']}. " if loss else ""
 
 
 def _recovery(done: Mapping[str, Any] | None) -> list[str]:

@@ -169,12 +169,11 @@ class Scores:
             c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
         stops = {at.node.name for own in watched.values() for at in own}
         for args, kwargs in batches:
-            args, kwargs = self.trace.match(args, kwargs)
             if wanted <= OF_INPUTS.keys():
                 for _ in self._steps(args, kwargs, watched, stops):
                     pass
             else:
-                self._gradients.add((args, kwargs), loss,
+                self._gradients.add(self.trace.labelled(args, kwargs), loss,
                                     partial(self._see, watched, {}),
                                     _by_node(watched))
             tick()
@@ -193,7 +192,7 @@ class Scores:
                         for key, found in held.items()}
         for args, kwargs in batches:
             if "curvature" in wanted:
-                self._gradients.curve(self.trace.match(args, kwargs), loss,
+                self._gradients.curve(self.trace.labelled(args, kwargs), loss,
                                       partial(self._see, watched, {}), _by_node(watched))
                 continue
             for _ in self._steps(args, kwargs, watched, stops):

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from spacompiler.errors import UsageError
 from spacompiler.evidence.scores import Loss
 from spacompiler.groups.solution import Group, Solution
+from spacompiler.labels import labels_of
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.watch import Watch
 from spacompiler.torch_backend.run.recompute import budget, lean_blocks
@@ -46,10 +47,11 @@ class Probe(Watch):
         with untouched(self._module), torch.enable_grad():
             for call in batches:
                 args, kwargs = self.trace.match(*call)
+                labels = labels_of(call[1], kwargs)
                 held = budget(self.solution.graph, (self.trace.args, self.trace.kwargs), call)
                 with lean_blocks((block for _, block in blocks(self._module)), held):
                     loss(pytree.tree_leaves(self._module(*args, **kwargs)),
-                         args, kwargs).backward()  # results are not held meanwhile
+                         args, {**kwargs, **labels}).backward()  # results are not held meanwhile
                 tick()
 
     def close(self) -> None:

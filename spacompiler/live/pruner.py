@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
 from spacompiler.request import registry
-from spacompiler.request.recipe import Recipe, parse_target
+from spacompiler.request.recipe import Recipe, check_names, parse_target
 from spacompiler.torch_backend.machine import lanes
 
 STATE_VERSION = 1
@@ -72,6 +73,7 @@ class Pruner:
             raise UsageError("a DistributedDataParallel module cannot shrink in place",
                              why="its gradient buckets have fixed sizes",
                              fix="prune in one process, or before wrapping the module")
+        check_names(options, signature(type(self)).parameters)
         self.recipe = Recipe(target=target, align=align, **options)
         self.schedule = ramp.find(schedule)
         self.importance = registry.find("importance", importance)

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
+from ..evidence.heads import Fitting, fitting
 from ..train.loop import Training
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def recover(job: Job) -> None:
     """
     calls = _calls(job)
     held_out = max(1, len(calls) // HELD_OUT)
-    task = Training(job.pruned, job.reference, calls[:-held_out], calls[-held_out:], job.loss,
+    loss = job.loss
+    if isinstance(loss, Fitting) and loss.parts_only:
+        loss = fitting(job.module, (job.trace.args, job.trace.kwargs))
+    task = Training(job.pruned, job.reference, calls[:-held_out], calls[-held_out:], loss,
                     job.recipe.seed, job.progress, job.checkpoint, _key(job, calls))
     job.trained = {"pass": repr(job.recovery), "data": _origin(job), **job.recovery.run(task)}
     for p in job.pruned.eval().parameters():

@@ -19,6 +19,7 @@ from ..evidence.calibration import (
 )
 from ..evidence.calls import Inputs, as_call
 from ..evidence.losses import default_loss
+from ..labels import as_batch, as_example
 from ..request import registry
 from ..request.recipe import Recipe
 from ..stages.records import Job, Progress
@@ -43,7 +44,8 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
         return Calibration("sampled from the model itself", sampled(
             module, inputs, tokenizer, samples=samples, length=length, batch=batch, seed=seed))
     if what is None and own is not None:
-        return Calibration("the model's own", [as_call(b) for b in own(max(1, samples // 2), seed)])
+        return Calibration("the model's own", [as_batch(module, as_call(inputs), b)
+                                               for b in own(max(1, samples // 2), seed)])
     if what is None and tokenizer is not None:
         return from_string(python_text(), tokenizer, samples=samples, length=length, batch=batch,
                            seed=seed, origin=PYTHON_TEXT)
@@ -54,7 +56,7 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
     if isinstance(what, (str, Path)):
         return from_text(str(what), tokenizer, samples=samples, length=length, batch=batch,
                          seed=seed)
-    batches = [as_call(b) for b in what]
+    batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
     return Calibration(f"{len(batches)} batches", _filled(batches))
@@ -73,6 +75,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     mends = repair or recipe.repair
     needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
         or bool(recipe.blocks)
+    inputs = as_example(module, inputs)
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed, module=module)
@@ -89,7 +92,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
         job.recover_data = resolve(
             calibration if recover_data is None else recover_data, inputs, tokenizer=tokenizer,
             own=own, samples=recipe.recover_samples, length=recipe.length,
-            batch=recipe.recover_batch, seed=recipe.seed + 1)
+            batch=recipe.recover_batch, seed=recipe.seed + 1, module=module)
     return job
 
 

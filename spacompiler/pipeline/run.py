@@ -87,6 +87,13 @@ def _fitting(job: Job) -> Iterator[None]:
     """
     try:
         yield
+    except IndexError as problem:
+        if "index out of range" not in str(problem):
+            raise
+        raise SpaError("a batch reaches beyond a table of the network", where=job.name,
+                       why=str(problem).splitlines()[0],
+                       fix="a sequence may be longer than the network has positions "
+                           "(--length), or a token beyond its vocabulary") from problem
     except RuntimeError as problem:
         misfit = getattr(job.trace, "misfit", lambda *call: "")
         shapes = next(filter(None, (misfit(*call) for call in job.calibration.for_repair)), "")

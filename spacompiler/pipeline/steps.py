@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import ControlError, SpaError, TargetError, TraceError, UsageError
+from ..evidence.heads import fitting
+from ..evidence.losses import default_loss
 from ..evidence.statistics import forward_only
 from ..groups.solution import Group
 from ..plan import legal as allocation
@@ -21,7 +23,9 @@ from ..stages.proof import CONTROL
 from ..stages.records import Job
 from ..torch_backend.backend import TORCH
 from ..torch_backend.emit.biases import with_biases
+from ..torch_backend.trace import Trace
 from ..torch_backend.weights import weights_hash
+from ..vocabulary import check_tokens
 from .decide import is_met
 
 
@@ -84,6 +88,9 @@ def analyse(job: Job) -> None:
     if job.schedule is not None and not job.owned:  # it trains
         job.module, job.owned = copy.deepcopy(job.module), True
     trace_whole_or_parts(job)
+    _find_loss(job)
+    if isinstance(job.trace, Trace):
+        check_tokens(job.trace, job.calibration.for_repair)
     _note_folded(job)
     _note_fixed(job)
     job.candidates = _candidates(job)
@@ -118,6 +125,31 @@ def trace_whole_or_parts(job: Job) -> None:
         job.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
         parts.enter(job, found)
         job.trace, job.solution = job.backend.trace(job.module, job.inputs)
+
+
+def _find_loss(job: Job) -> None:
+    """Where no loss was given, take the one that fits the network's head, once it is asked for.
+
+    Raises UsageError if training would minimise what says nothing of what is right.
+    """
+    from ..torch_backend.parts import Parts
+
+    if not isinstance(job.module, nn.Module):
+        return
+    entered = isinstance(job.module, Parts)
+    whole = job.module.whole if isinstance(job.module, Parts) else job.module
+    if job.loss is not default_loss:
+        if entered and job.importance.needs:
+            job.notes.append("the given loss is taken of what the parts give, in their order")
+        return
+    job.loss = fitting(job.module, job.inputs, parts_only=entered)
+    own = fitting(whole, job.whole_inputs if entered else job.inputs)
+    data = job.recover_data.batches if job.recover_data else ()
+    if getattr(job.recovery, "task", 0) and not own.teaches(data):
+        raise UsageError("there is nothing to train on: the results have no labels",
+                         where=job.name, why=f"its loss would be {own.head.facts((), {})['name']}",
+                         fix="give batches with labels, a loss, or distil alone: "
+                             f"{job.recovery.name}(task=0, blocks=1)")
 
 
 def _note_folded(job: Job) -> None:

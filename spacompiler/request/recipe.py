@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import UsageError, did_you_mean
@@ -102,6 +103,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         parse_target(self.target)
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, _typed(entry, getattr(self, entry.name)))
         for role in self.roles:
             if role not in ROLES:
                 raise UsageError(f"unknown role {role!r}", fix=did_you_mean(role, ROLES))
@@ -172,6 +175,39 @@ def parse_combination(text: str) -> tuple[str, dict[str, Any]]:
     return name, {**options, **given}
 
 
+def check_names(given: Iterable[str], beside: Iterable[str]) -> None:
+    """Raise UsageError for a keyword that is no option; `beside` are those that no recipe holds."""
+    known = {*beside, *(option.name for option in fields(Recipe))} - {"self", "options", "adapters"}
+    for name in given:
+        if name not in known:
+            raise UsageError(f"there is no option {name!r}", fix=did_you_mean(name, known))
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "int | None": (int, type(None)), "float": (float, int),
+    "bool": (bool,), "tuple[str, ...]": (tuple,)}
+_WORDS = {"str": "text", "int": "a whole number", "int | None": "a whole number or None",
+          "float": "a number", "bool": "True or False", "tuple[str, ...]": "a list of texts"}
+
+
+def _typed(option: Field[Any], value: Any) -> Any:
+    """Return an option of its own type: one text alone is a list of one, an index an int.
+
+    Raises UsageError for any other type.
+    """
+    kind = str(option.type)
+    if kind not in _TYPES:
+        return value
+    if kind == "tuple[str, ...]" and isinstance(value, (str, list, tuple)):
+        value = (value,) if isinstance(value, str) else tuple(value)
+    if kind.startswith("int") and hasattr(value, "__index__") and not isinstance(value, bool):
+        value = operator.index(value)
+    fits = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if not fits or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
+        raise UsageError(f"{option.name} must be {_WORDS[kind]}, not {value!r}")
+    return value
+
+
 def parse_blocks(text: str) -> int | tuple[str, ...] | None:
     """Return how many blocks go, or which; None for `auto`. Raises UsageError for nonsense.
 
@@ -194,6 +230,8 @@ def parse_blocks(text: str) -> int | tuple[str, ...] | None:
 def parse_target(text: str) -> tuple[str, float]:
     """Return (metric, share that stays); raises UsageError for anything but 0% < share < 100%."""
     form = "write metric=share, e.g. params=70%, body=75% or macs=60%: the share that stays"
+    if not isinstance(text, str):
+        raise UsageError(f"a target is text, not {text!r}", fix=form)
     found = re.fullmatch(r"\s*(\w+)\s*=\s*([-+]?[\d.]+)\s*(%?)\s*", text)
     if not found:
         raise UsageError(f"cannot read target {text!r}", fix=form)

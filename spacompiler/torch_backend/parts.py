@@ -26,6 +26,7 @@ from ..errors import ProofError, SpaError, UsageError, did_you_mean
 from ..evidence.calls import Inputs, as_call
 from ..graph.ir import Tensor
 from ..groups.solution import Solution, solve
+from ..labels import inputs_only
 from ..plan.plan import Plan
 from ..rows.aten_table import TABLE
 from ..stages.records import Job
@@ -94,7 +95,15 @@ def capture(whole: nn.Module, paths: Iterable[str], inputs: Inputs) -> dict[str,
 
             hook = whole.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
             hooks.callback(hook.remove)
-        whole(*args, **kwargs)
+        try:
+            whole(*args, **kwargs)
+        except SpaError:
+            raise
+        except Exception as problem:  # any code may run here
+            raise SpaError("the network does not run on the example inputs",
+                           where=type(whole).__name__,
+                           why=f"{type(problem).__name__}: {problem}".splitlines()[0],
+                           fix="give inputs that it runs on") from problem
     return calls
 
 
@@ -130,6 +139,8 @@ def traceable(whole: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     verdicts: dict[Any, bool] = {}
     found: list[str] = []
     level = _children("", whole)
+    if not level:  # a network that does not run says so
+        capture(whole, (), inputs)
     while level:
         calls = capture(whole, level, inputs)
         below: dict[str, nn.Module] = {}
@@ -178,7 +189,8 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     whole = job.module
     job.whole_inputs = job.inputs
     job.module, job.inputs = of(whole, paths, job.inputs)
-    batches, beside = ([as_call(_inputs(whole, paths, kwargs or args)) for args, kwargs in given]
+    batches, beside = ([as_call(_inputs(whole, paths, (args, inputs_only(whole, kwargs))))
+                        for args, kwargs in given]
                        for given in (job.calibration.batches, job.calibration.beside))
     job.calibration = replace(job.calibration, batches=batches, beside=beside)
     job.notes += [f"compiled in parts: {', '.join(paths)}",

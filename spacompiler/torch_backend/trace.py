@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
 from ..graph.ir import Graph
+from ..labels import is_label, labels_of
 
 
 @dataclass
@@ -67,20 +68,27 @@ class Trace:
                 if t.shape and t.shape[0] > 1 and 0 not in t.dynamic]
 
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Bring another call into the traced form: keywords in order, constants filled in.
+        """Bring another call into the traced form: keywords in order, constants filled in, labels
+        left out.
 
         Raises SpaError if tensors are missing or too many.
         """
         missing = [k for k, v in self.kwargs.items()
                    if isinstance(v, torch.Tensor) and k not in kwargs]
-        unknown = sorted(kwargs.keys() - self.kwargs.keys())
+        unknown = sorted(k for k in kwargs.keys() - self.kwargs.keys() if not is_label(k))
         if len(args) != len(self.args) or missing or unknown:
             raise SpaError(
                 "calibration inputs do not fit the example inputs",
                 why=f"{len(args)} positional for {len(self.args)}; missing {missing}, "
                     f"unknown {unknown}",
-                fix="give the same arguments as the example inputs")
+                fix="give the same arguments as the example inputs, or a batch of yours as these")
         return args, {k: kwargs.get(k, v) for k, v in self.kwargs.items()}
+
+    def labelled(self, args: tuple[Any, ...],
+                 kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a matched call with its labels after all that the program reads, for losses."""
+        given, named = self.match(args, kwargs)
+        return given, {**named, **labels_of(kwargs, named)}
 
     def misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Name a tensor of a call that has another shape than the one that was traced."""

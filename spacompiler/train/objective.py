@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SpaError
 from ..evidence.calls import Batch
 from ..evidence.losses import default_loss, first_floating
+from ..labels import inputs_only
 
 if TYPE_CHECKING:
     from .options import Schedule
@@ -58,7 +59,7 @@ class Objective:
         return Value(total, loss.detach())
 
     def _own(self, outputs: list[Any], args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        if self._loss is default_loss and "labels" in kwargs:
+        if self._loss is default_loss and "labels" in kwargs:  # no head is known
             return labelled(first_floating(outputs), kwargs["labels"])
         return self._loss(outputs, args, kwargs)
 
@@ -107,9 +108,9 @@ def _shapes(found: Call) -> list[Any]:
 
 
 def call(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the flat results of a call, `labels` left out."""
-    given = {k: v for k, v in kwargs.items() if k != "labels"}
-    return [x for x in pytree.tree_leaves(module(*args, **given)) if isinstance(x, torch.Tensor)]
+    """Return the flat results of a call, labels left out."""
+    made = module(*args, **inputs_only(module, kwargs))
+    return [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
 
 
 def blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

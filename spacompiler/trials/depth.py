@@ -17,6 +17,7 @@ import torch
 
 from ..errors import SpaError, TargetError, UsageError
 from ..evidence.losses import distance, first_floating
+from ..labels import inputs_only
 from ..plan.problem import TOLERANCE
 from ..request.recipe import parse_blocks, parse_target
 from ..stages.records import Job
@@ -106,7 +107,7 @@ def _moved(job: Job, paths: Sequence[str], batches: Sequence[Any],
 
 def _results(module: Any, batches: Sequence[Any]) -> Iterator[torch.Tensor]:
     for args, kwargs in batches:
-        yield first_floating(results(module, args, kwargs))
+        yield first_floating(results(module, args, inputs_only(module, kwargs)))
 
 
 def _distance(module: Any, batches: Sequence[Any], wanted: Sequence[torch.Tensor]) -> float:

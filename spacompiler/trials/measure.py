@@ -20,6 +20,7 @@ from ..axes.choices import Choices
 from ..errors import SpaError
 from ..evidence.losses import first_floating
 from ..groups.solution import Solution
+from ..labels import inputs_only
 from ..plan.problem import Problem
 from ..repair.repairer import draft
 from ..repair.sites import sites
@@ -95,7 +96,8 @@ class Measure:
         total = 0.0
         with untouched(self.module):
             for args, kwargs in batches:
-                made = torch.func.functional_call(self.module, dict(arrays), args, kwargs)
+                made = torch.func.functional_call(self.module, dict(arrays), args,
+                                                  inputs_only(self.module, kwargs))
                 results = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
                 total += float(self.loss(results, args, kwargs)) / len(batches)
         return total
@@ -147,7 +149,7 @@ def angles(module: nn.Module, paths: Sequence[str],
                for p in paths]
     try:
         for args, kwargs in batches:
-            module(*args, **kwargs)
+            module(*args, **inputs_only(module, kwargs))
     finally:
         for handle in handles:
             handle.remove()
