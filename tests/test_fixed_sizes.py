@@ -44,3 +44,11 @@ def test_a_fixed_batch_is_said_and_stands_as_a_number_in_the_file(tmp_path):
     (x,) = onnx.load(tmp_path / "out" / "model.onnx").graph.input
     assert [d.dim_value for d in x.type.tensor_type.shape.dim] == [4, 8]
     assert result.module(torch.randn(7, 8)).shape == (7, 4)
+
+
+@pytest.mark.parametrize("rows, said", [(1, True), (2, False)])
+def test_a_single_example_is_said_to_fix_the_batch(rows, said):
+    torch.manual_seed(0)
+    notes = spacompiler.compile(Free(), (torch.randn(rows, 8),), target="body=62%", align=1,
+                                importance="magnitude", latency=False, onnx=False).job.notes
+    assert any("are a single example (x)" in note for note in notes) == said

@@ -168,6 +168,10 @@ def _note_fixed(job: Job) -> None:
         sizes = ", ".join(f"{size} of {name}" for name, size in fixed[:4])
         job.notes.append(f"the module's code fixes the first dimension of its inputs ({sizes}): "
                          "its traced program and model.onnx serve no other batch")
+    if whole and (single := job.trace.single()):
+        job.notes.append(f"the example inputs are a single example ({', '.join(single[:4])}), and "
+                         "a size of one is traced as fixed: the traced program and model.onnx "
+                         "serve one example at a time; give two or more for a free batch")
 
 
 def _is_quick(job: Job) -> bool:

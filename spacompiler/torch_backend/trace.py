@@ -67,6 +67,13 @@ class Trace:
         return [(t.name, t.shape[0]) for t in tensors
                 if t.shape and t.shape[0] > 1 and 0 not in t.dynamic]
 
+    def single(self) -> list[str]:
+        """Inputs whose first size is one, where none has another: torch.export fixes such a size.
+        """
+        tensors = [self.graph.tensors[name] for name in self.graph.inputs]
+        sizes = {t.shape[0] for t in tensors if t.shape}
+        return [t.name for t in tensors if t.shape] if sizes == {1} else []
+
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Bring another call into the traced form: keywords in order, constants filled in, labels
         left out.
