@@ -38,6 +38,7 @@ from torch import nn
 
 from spacompiler.artifact.write import write
 from spacompiler.axes.expressions import reasons, walk
+from spacompiler.deploy.export import export_onnx
 from spacompiler.errors import ProofError, SpaError, TargetError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import heads
@@ -56,8 +57,10 @@ from spacompiler.torch_backend.prove import masked_dense
 from spacompiler.torch_backend.read.export import trace
 
 SUITES = {"transformers": "tiny_transformers", "torchvision": "tiny_torchvision",
-          "timm": "tiny_timm"}
+          "timm": "tiny_timm", "packages": "package_networks"}
 NEAR = 1e-3
+WIDEN = False
+"""Whether a target that is out of reach of the default roles is tried with all of them."""
 DEFAULT: dict[str, Any] = {"importance": "magnitude", "align": 1, "layout": "any", "onnx": False,
                            "latency": False}
 
@@ -68,6 +71,10 @@ DEFAULT: dict[str, Any] = {"importance": "magnitude", "align": 1, "layout": "any
 def measure(suite: str, model: str) -> Row:
     """Trace, solve, compile and check one model; failures are results too."""
     torch.set_num_threads(1)
+    if suite == "packages":
+        import packages
+
+        return packages.measure(model)
     row = Row(model)
     try:
         module, inputs = importlib.import_module(SUITES[suite]).MODELS[model]()
@@ -146,6 +153,8 @@ def _compile(row: Row, first: Job) -> Job:
     try:
         job = _attempt(first)
     except TargetError as short:
+        if not WIDEN:
+            raise
         row.notes.append(_told(short))
         row.roles = "all"
         job = _attempt(first, roles=ROLES, approximate=True)
@@ -346,12 +355,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120,
                         help="seconds of CPU time for each model")
+    parser.add_argument("--widen", action="store_true",
+                        help="where the default roles do not reach the target, try all roles too")
     parser.add_argument("--peer", choices=peers.PEERS, help="time another tool instead")
     options = parser.parse_args()
+    globals()["WIDEN"] = options.widen
     warnings.simplefilter("ignore")
     for module in (SUITES[options.suite], "torch._dynamo", "torch.export",
                    "transformers.modeling_utils", "transformers.generation",
-                   "transformers.models.auto.modeling_auto", "spacompiler.deploy.export"):
+                   "transformers.models.auto.modeling_auto", export_onnx.__module__):
         importlib.import_module(module)  # once, before the processes fork
     torch.set_num_threads(1)
     trace(nn.Linear(2, 2), (torch.zeros(2, 2),))
@@ -375,7 +387,7 @@ def main() -> None:
     print(summary(rows))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(report(options.suite, rows))
+        options.out.write_text(report(options.suite, rows, options.widen))
 
 
 if __name__ == "__main__":

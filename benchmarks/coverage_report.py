@@ -69,7 +69,7 @@ def _masked(text: str) -> str:
     return re.sub(r"\d+", "N", text).replace("|", "/")[:150]
 
 
-def report(suite: str, rows: list[Row]) -> str:
+def report(suite: str, rows: list[Row], widened: bool = False) -> str:
     """The whole text: summary, table, what was not known, what could not be solved."""
     opaque: dict[str, list[str]] = {}
     clashes: dict[str, list[str]] = {}
@@ -86,9 +86,9 @@ def report(suite: str, rows: list[Row]) -> str:
         f"# Coverage of {suite}",
         f"Made by `python benchmarks/coverage.py {suite} --json FILE`, on commit "
         f"{_by_commit(rows)}. Random models, target {TARGET} "
-        "with magnitude scores; where that is out of reach of the default roles, once more with "
-        "all roles and approximate groups. A weight is prunable if one of its dimensions lies in "
-        "a group.",
+        "with magnitude scores and the default roles" + ("; where that is out of reach, once more "
+        "with all roles and approximate groups" if widened else "") + ". A weight is prunable if "
+        "one of its dimensions lies in a group.",
         summary(rows), table(HEAD, [_cells(row) for row in rows]),
         "## Unknown operators", _by_text(opaque),
         "## Equations without a solution", _by_text(clashes),

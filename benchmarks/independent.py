@@ -1,0 +1,109 @@
+"""Check a saved artifact without the axis algebra: the indices that it keeps, and the dense model.
+
+What a plan removes is set to zero in every array of a copy of the dense model, by the index lists
+in slices.json alone; that copy must compute what the artifact does after a reload, and what its
+ONNX file does, on inputs that nothing was traced or measured on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+NEAR = 1e-3
+
+
+class Unchecked(Exception):
+    """The index lists do not say enough for a check as simple as this one."""
+
+
+def masked(dense: nn.Module, folder: Path) -> nn.Module:
+    """Return a copy of the dense model with all that is gone set to zero.
+
+    Raises Unchecked where an array is not cut along whole dimensions, or is no array of the model.
+    """
+    told = json.loads((folder / "slices.json").read_text())
+    made = copy.deepcopy(dense)
+    arrays = dict(made.named_parameters(remove_duplicate=False))
+    arrays |= dict(made.named_buffers(remove_duplicate=False))
+    for name, dims in told["arrays"].items():
+        if dims == "joint" or name not in arrays:
+            raise Unchecked(f"{name} is {'cut jointly' if name in arrays else 'computed'}")
+        array = arrays[name].data
+        for dim, key in enumerate(dims):
+            if key is not None:
+                stays = set(told["indices"][key])
+                gone = [i for i in range(array.shape[dim]) if i not in stays]
+                array.index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0)
+    return made
+
+
+def results(module: nn.Module, call: Any) -> list[torch.Tensor]:
+    """The floating results of a call, in float64 where the module runs in it."""
+    args, kwargs = call
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(module.eval()(*args, **kwargs))
+    return [t.detach().double() for t in found if isinstance(t, torch.Tensor)]
+
+
+def gap(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The largest difference, relative to each result's largest entry; inf if none compare."""
+    if len(got) != len(want) or any(a.shape != b.shape for a, b in zip(got, want, strict=True)):
+        return float("inf")
+    gaps = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-9))
+            for a, b in zip(got, want, strict=True) if b.numel()]
+    return max(gaps, key=lambda x: (x != x, x), default=float("inf"))
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as positional ones and keywords."""
+    return ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), {})
+
+
+def in_onnx(path: Path, call: Any) -> list[torch.Tensor]:
+    """What ONNX Runtime makes of a file with the tensors of a call, in order."""
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    tensors = [t for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor)]
+    names = [i.name for i in session.get_inputs()]
+    if len(names) != len(tensors):
+        raise Unchecked(f"the file takes {len(names)} inputs of {len(tensors)}")
+    feed = {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
+    return [torch.from_numpy(x).double() for x in session.run(None, feed)]
+
+
+def check(dense: nn.Module, small: nn.Module, folder: Path,
+          draw: Callable[[int], Any]) -> dict[str, str]:
+    """Compare; returns a word for each of: torch, batch (another one), onnx.
+
+    `draw(more)` makes inputs with so many more examples than were traced.
+    """
+    want = masked(dense, folder)
+    told: dict[str, str] = {}
+    for which, more in (("torch", 0), ("batch", 1)):
+        torch.manual_seed(7 + more)
+        call = as_call(draw(more))
+        try:
+            told[which] = _word(want, results(small, call), call)
+            file = folder / "model.onnx"
+            if file.exists():
+                told["onnx" if more == 0 else "onnx, batch"] = _word(want, in_onnx(file, call),
+                                                                    call)
+        except Unchecked as problem:
+            told["onnx"] = str(problem)
+        except Exception as problem:  # a program that is fixed at its batch, say
+            told[which] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
+    return told
+
+
+def _word(want: nn.Module, got: list[torch.Tensor], call: Any) -> str:
+    error = gap(got, results(want, call))
+    return "ok" if error <= NEAR else f"off by {error:.1e}"
