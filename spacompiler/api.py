@@ -55,7 +55,7 @@ class Result:
 
 
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
-            out: str | Path | None = None, importance: Any = "taylor",
+            out: str | Path | None = None, importance: Any = "auto",
             allocation: Any = "uniform", schedule: Any = "", repair: Any = "auto",
             calibration: Any = None,
             loss: Callable[..., Any] | None = None, tokenizer: Any = None,
@@ -73,6 +73,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
             `macs=60%`.
         out: directory to write the artifact to; it must not exist.
         importance, allocation, repair: a pass by name, `module:object`, or as an object. The
+            default importance is `taylor`, for ONNX files one without gradients. The
             default repair is `refit` where scoring reads real calibration data anyway.
         schedule: a pass that decides what goes while it trains on the calibration batches
             (`lora-prune`), in place of `importance`; none: one shot.

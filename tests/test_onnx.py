@@ -201,7 +201,7 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str, tuple[str, ...]]] = 
     "fills": (fills, "channel", ("w1", "bias", "w2")),
     "branches": (branches, "channel", ("w1", "w2")),
     "opset 11": (old_softmax, "channel", ("w1", "b1", "w2")),
-    "scale of a size": (scale_of_shape, "head dim", ("wq", "wk", "wv", "wo")),
+    "scale of a size": (scale_of_shape, "head dim", ("wq", "wk")),
 }
 
 

@@ -12,6 +12,8 @@ from onnx import numpy_helper
 
 import spacompiler
 from spacompiler.api import Result
+from spacompiler.onnx_backend.read.examples import guess
+from spacompiler.onnx_backend.read.file import open_model
 
 RNG = np.random.default_rng(0)
 
@@ -76,3 +78,203 @@ def test_the_hash_of_a_file_is_over_small_arrays_beside_it_as_well(tmp_path: Pat
                   size_threshold=0)
         digests.append(spacompiler.source.load(str(tmp_path / "m.onnx")).module.digest)
     assert digests[0] != digests[1]
+
+
+# --- what a file says of shapes ---------------------------------------------------------------
+
+
+def detector(opset: int, size: str = "8, 8") -> onnx.ModelProto:
+    """Split and Concat, as detectors have them, with the shapes of every value inside."""
+    cut = "(s, cut)" if opset >= 13 else "(s)"
+    sizes = "" if opset >= 13 else ", split=[16, 16]"
+    model = weights(parsed(f"""m (float[1, 3, {size}] x) => (float[1, 8, 8, 8] y) {{
+        a = Conv<pads=[1,1,1,1]>(x, w1)
+        s = Relu(a)
+        l, r = Split<axis=1{sizes}>{cut}
+        c = Conv<pads=[1,1,1,1]>(r, w2)
+        e = Add(c, r)
+        k = Concat<axis=1>(l, r, e)
+        f = Relu(k)
+        y = Conv(f, w3)
+    }}""", opset), w1=(32, 3, 3, 3), w2=(16, 16, 3, 3), w3=(8, 48, 1, 1))
+    return numbers(model, cut=[16, 16]) if opset >= 13 else model
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_stale_shapes_inside_are_not_handed_on(opset: int, tmp_path: Path) -> None:
+    """Neither to the dense model that is run for statistics, nor to what is written."""
+    model = onnx.shape_inference.infer_shapes(detector(opset))
+    for value in model.graph.value_info:
+        value.type.tensor_type.shape.dim[1].dim_value += 3
+    result = pruned(model, tmp_path, importance="wanda", target="params=60%")
+    assert result.job.proof.error < 1e-10
+    graph = onnx.load(tmp_path / "out/model.onnx").graph
+    assert {v.name for v in graph.value_info} <= {t.name for t in graph.initializer}
+
+
+def test_results_of_free_sizes_are_declared_so(tmp_path: Path) -> None:
+    """A file whose inputs were made free later says fixed sizes of its results."""
+    pruned(detector(17, "H, W"), tmp_path, target="params=60%")
+    shape = onnx.load(tmp_path / "out/model.onnx").graph.output[0].type.tensor_type.shape
+    assert [d.dim_value for d in shape.dim] == [1, 8, 0, 0]
+
+
+def test_a_result_needs_no_shape_in_the_file(tmp_path: Path) -> None:
+    model = mlp()
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    pruned(model, tmp_path)
+    shape = onnx.load(tmp_path / "out/model.onnx").graph.output[0].type.tensor_type.shape
+    assert len(shape.dim) == 2
+
+
+# --- what ONNX Runtime runs and ONNX's checker does not know ----------------------------------
+
+
+def test_a_withdrawn_operator_is_read_and_written(tmp_path: Path) -> None:
+    """GroupNormalization of opset 18: a gain for each group."""
+    model = numbers(weights(parsed("""m (float[N, 3, 4, 4] x) => (float[N, 4, 4, 4] y) {
+        a = Conv(x, w1)
+        n = GroupNormalization<num_groups=4>(a, g, b)
+        d = Conv(n, w2)
+        r = Relu(d)
+        y = Conv(r, w3)
+    }"""), w1=(32, 3, 1, 1), w2=(24, 32, 1, 1), w3=(4, 24, 1, 1)),
+        g=np.full(4, 1.5, np.float32), b=np.zeros(4, np.float32))
+    assert {"w1:0.0", "w2:0"} <= pruned(model, tmp_path).job.solution.groups.keys()
+    assert all(check.passed for check in spacompiler.verify(tmp_path / "out"))
+
+
+def decoder() -> onnx.ModelProto:
+    """A block as onnxruntime-genai's builder writes it, the size of a head left to a symbol."""
+    return weights(parsed("""m (float[batch, seq, 16] x, int32[batch, total_seq] mask,
+            float[batch, 2, past_seq, dim] pk, float[batch, 2, past_seq, dim] pv)
+            => (float[batch, seq, 16] y, float[batch, 2, total_seq, dim] nk,
+                float[batch, 2, total_seq, dim] nv) {
+        n = SimplifiedLayerNormalization<axis=-1, epsilon=1e-6>(x, g)
+        qkv = MatMul(n, wqkv)
+        each = ReduceSum<keepdims=0>(mask, one_axis)
+        last = Sub(each, one)
+        sizes = Shape(mask)
+        all = Gather(sizes, one_at)
+        total = Cast<to=6>(all)
+        o, nk, nv = com.microsoft.GroupQueryAttention<num_heads=8, kv_num_heads=2, scale=0.5>(
+            qkv, , , pk, pv, last, total)
+        p = MatMul(o, wo)
+        s = Add(x, p)
+        u = MatMul(s, wu)
+        r = Relu(u)
+        d = MatMul(r, wd)
+        y = Add(s, d)
+    }"""), g=(16,), wqkv=(16, 96), wo=(64, 16), wu=(16, 64), wd=(64, 16))
+
+
+def test_files_of_the_builder_of_onnxruntime_genai(tmp_path: Path) -> None:
+    """Query heads may go, the same count in each group; the cache's sizes are read off."""
+    model = numbers(decoder(), one_axis=[1], one=np.ones(1, np.int32), one_at=np.int64(1))
+    result = pruned(model, tmp_path, target="params=75%")
+    feeds = result.job.trace.feeds
+    assert feeds["pk"].shape[1:] == (2, 8, 8) and feeds["mask"].shape[1] == 16
+    heads = next(n for n in onnx.load(tmp_path / "out/model.onnx").graph.node
+                 if n.op_type == "GroupQueryAttention")
+    assert {a.name: a.i for a in heads.attribute}["num_heads"] in (4, 6)
+
+
+def test_symbols_of_inputs_may_be_sums(tmp_path: Path) -> None:
+    onnx.save(parsed("""m (float[batch, past] p, float[batch, seq] s, float[batch, all] a)
+        => (float[batch, all] y) { c = Concat<axis=1>(p, s)
+                                   y = Add(c, a) }"""), tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    model.graph.input[2].type.tensor_type.shape.dim[1].dim_param = "past + seq"
+    onnx.save(model, tmp_path / "m.onnx")
+    assert guess(open_model(tmp_path / "m.onnx"), 0) == {"p": (2, 8), "s": (2, 8), "a": (2, 16)}
+
+
+# --- versions and operators that ONNX Runtime does not know yet -------------------------------
+
+
+def gated(opset: int, ir_version: int) -> onnx.ModelProto:
+    product = "p = SwiGLU(a, b)" if opset > 27 else "s = Swish(a)\n p = Mul(s, b)"
+    return weights(parsed(f"""m (float[N, 12] x) => (float[N, 5] y) {{
+        a = MatMul(x, w1)
+        b = MatMul(x, w2)
+        {product}
+        y = MatMul(p, w3)
+    }}""", opset, ir_version), w1=(12, 64), w2=(12, 64), w3=(64, 5))
+
+
+@pytest.mark.parametrize(("opset", "ir_version", "said"), [
+    (24, 14, "IR version 1"), (25, 10, "does not run the model"),
+    (28, 14, "does not run the model")])
+def test_newer_versions_are_written_and_said(opset: int, ir_version: int, said: str,
+                                             tmp_path: Path) -> None:
+    result = pruned(gated(opset, ir_version), tmp_path)
+    assert result.job.proof.error < 1e-10 and any(said in note for note in result.job.notes)
+    assert all(check.passed for check in spacompiler.verify(tmp_path / "out"))
+
+
+def linear_attention() -> onnx.ModelProto:
+    return weights(parsed("""m (float[2, 6, 12] x) => (float[2, 6, 5] y) {
+        q = MatMul(x, wq)
+        k = MatMul(x, wk)
+        v = MatMul(x, wv)
+        b = MatMul(x, wb)
+        rate = Sigmoid(b)
+        d = MatMul(x, wd)
+        e = Sigmoid(d)
+        decay = Neg(e)
+        o, s = LinearAttention<q_num_heads=8, kv_num_heads=4, update_rule="gated_delta">(
+            q, k, v, , decay, rate)
+        y = MatMul(o, wo)
+    }""", 27), wq=(12, 48), wk=(12, 24), wv=(12, 32), wb=(12, 4), wd=(12, 4), wo=(64, 5))
+
+
+def causal_conv() -> onnx.ModelProto:
+    return weights(parsed("""m (float[2, 6, 12] x) => (float[2, 6, 5] y) {
+        q = MatMul(x, wq)
+        t = Transpose<perm=[0,2,1]>(q)
+        c, s = CausalConvWithState<activation="silu">(t, w, b)
+        r = Transpose<perm=[0,2,1]>(c)
+        y = MatMul(r, wo)
+    }""", 27), wq=(12, 48), w=(48, 1, 4), b=(48,), wo=(48, 5))
+
+
+def tensor_scatter() -> onnx.ModelProto:
+    return numbers(weights(parsed("""m (float[2, 2, 12] x, int64[2] at) => (float[2, 6, 5] y) {
+        q = MatMul(x, wq)
+        f = Expand(cache, size)
+        c = TensorScatter<axis=1>(f, q, at)
+        r = Relu(c)
+        y = MatMul(r, wo)
+    }""", 24), wq=(12, 48), cache=(1, 6, 48), wo=(48, 5)), size=[2, 6, 48])
+
+
+@pytest.mark.parametrize(("make", "sizes"), [
+    (linear_attention, {2, 4, 6, 8}), (causal_conv, {48}), (tensor_scatter, {48})])
+def test_operators_with_states(make: Any, sizes: set[int], tmp_path: Path) -> None:
+    result = pruned(make(), tmp_path, roles=["channel", "head", "head dim"], target="params=69%")
+    assert result.job.proof.error < 1e-10
+    assert {group.size for group in result.job.solution.groups.values()} == sizes
+
+
+# --- what is taken unasked --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "taken"), [(False, "magnitude"), (True, "wanda")])
+def test_the_default_importance_of_a_file_needs_no_gradients(given: bool, taken: str,
+                                                             tmp_path: Path) -> None:
+    batches = [{"x": RNG.standard_normal((4, 8)).astype(np.float32)}] if given else None
+    result = pruned(mlp(), tmp_path, importance="auto", calibration=batches)
+    assert result.job.importance.name == taken
+    assert any(f"importance: {taken}" in note for note in result.job.notes)
+
+
+def test_the_default_looks_at_weights_where_no_product_reads_a_group(tmp_path: Path) -> None:
+    model = weights(parsed("""m (float[2, 6, 12] x) => (float[2, 6, 6] y) {
+        q = MatMul(x, wq)
+        k = MatMul(x, wk)
+        t = Transpose<perm=[0,2,1]>(k)
+        y = MatMul(q, t)
+    }"""), wq=(12, 48), wk=(12, 48))
+    result = pruned(model, tmp_path, importance="auto", roles=["head dim"],
+                    calibration=[{"x": RNG.standard_normal((2, 6, 12)).astype(np.float32)}])
+    assert result.job.importance.name == "magnitude"

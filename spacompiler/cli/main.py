@@ -36,8 +36,9 @@ def compile(
     target: Annotated[str, typer.Option(help="What stays: params=70%, body=75% (all but embeddings "
                                              "and output layer) or macs=60%.")],
     out: Annotated[Path | None, typer.Option(help="Directory to write; must not exist.")] = None,
-    importance: Annotated[str, typer.Option(help="Pass that scores slices (see `passes`).")]
-    = "taylor",
+    importance: Annotated[str, typer.Option(
+        help="Pass that scores slices (see `passes`). Default: taylor; for ONNX files one without "
+             "gradients.")] = "auto",
     allocation: Annotated[str, typer.Option(help="Pass that turns scores into counts.")]
     = "uniform",
     schedule: Annotated[str, typer.Option(

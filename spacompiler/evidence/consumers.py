@@ -304,7 +304,7 @@ def _origin(graph: Graph, name: str) -> Origin | None:
     tensor = graph.tensors[name]
     if tensor.weight is not None:
         return Origin(name, tuple(range(len(tensor.shape))))
-    node = next((n for n in graph.nodes if name in n.outputs), None)
+    node = graph.maker(name)
     row = ORIGINS.get(node.op.rsplit(".", 1)[0]) if node is not None else None
     if node is None or row is None:
         return None

@@ -125,6 +125,10 @@ class Scores:
                                f"keep the group: --ignore '{group.name}'")
         return [self._view(c, group) for c in self._consumers_of(group)]
 
+    def measurable(self, group: Group) -> bool:
+        """True if criteria of what consumers read can score a group."""
+        return bool(self._consumers_of(group))
+
     def _consumers_of(self, group: Group) -> list[Consumer]:
         if group.name not in self._consumers:
             if not self._nodes:

@@ -117,6 +117,15 @@ class Graph:
     written: dict[str, str] = field(default_factory=dict)
     outside_macs: int = 0
     heads: frozenset[str] | None = None
+    _makers: dict[str, Node] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: int = field(default=0, init=False, repr=False, compare=False)
+
+    def maker(self, name: str) -> Node | None:
+        """Return the node that makes a tensor, None for inputs and stored arrays."""
+        if self._known != len(self.nodes):
+            self._makers = {out: node for node in self.nodes for out in node.outputs}
+            self._known = len(self.nodes)
+        return self._makers.get(name)
 
     def weights(self) -> dict[str, Tensor]:
         """Return one tensor for each stored array (parameters and buffers), by array name."""

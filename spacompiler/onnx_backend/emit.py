@@ -358,8 +358,19 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
                     mask = keep_mask(solution.solver.dims[tensor], choices)
                     number = trace.facts.types[tensor]
                     node.replace_input_with(i, made.of(node, value, mask, number))
+    for edit in solution.solver.edits:
+        place = trace.places.get((edit.node, edit.path[1]))
+        if edit.value is not None and place is not None and place.kind == "attr" \
+                and kept_size(edit.when, choices) != edit.when.size:
+            _set_default(nodes[edit.node], place.key, edit.value)
     _clean(model)
     return model
+
+
+def _set_default(node: ir.Node, key: str, value: Any) -> None:
+    """Write a number that the file leaves to the operator, rounded as the pruned model has it."""
+    if key not in node.attributes:
+        node.attributes[key] = ir.convenience.convert_attribute(key, value)
 
 
 class _Masks:

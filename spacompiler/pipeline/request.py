@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import defaults
 from ..errors import SpaError, UsageError
 from ..evidence.calibration import (
     PYTHON_TEXT,
@@ -69,7 +70,8 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
              recover_data: Any = None, checkpoint: Path | None = None,
              schedule: Any = None) -> Job:
     """Resolve passes and calibration data; raises before anything is computed."""
-    scorer = registry.find("importance", importance or recipe.importance)
+    scorer = registry.find("importance", defaults.importance_for(
+        module, importance or recipe.importance, calibration))
     schedule = schedule or recipe.schedule
     trains = registry.find("schedule", schedule) if schedule else None
     mends = repair or recipe.repair

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import defaults
 from ..errors import ControlError, SpaError, TargetError, TraceError, UsageError
 from ..evidence.heads import fitting
 from ..evidence.losses import default_loss
@@ -216,6 +217,7 @@ def score(job: Job) -> None:
     if job.schedule is not None:
         job.schedule.run(job)
         return
+    defaults.settle_importance(job)
     context = _context(job)
     try:
         _score(job, context)

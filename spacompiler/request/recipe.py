@@ -59,7 +59,9 @@ class Recipe:
     `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go, and
     `modules` which sub-modules to compile in place of the whole; `blocks` is how many whole blocks
     go (a number, `auto`, or their paths with commas between); `align` is a multiple for widths
-    (None: what the CPU wants); `floor` the least share of each group. `repair` auto is `refit`
+    (None: what the CPU wants); `floor` the least share of each group. `importance` auto is
+    `taylor`; for an ONNX file, which has no gradients, `wanda` with calibration data, else
+    `magnitude`. `repair` auto is `refit`
     where scoring reads real calibration data anyway, else none; with `continued` it is fit to what
     the model itself writes on from each calibration window, too, and so are scores by covariance
     and curvature; `adapters` are directories, `DIR` or `DIR=weight`; `unused` are patterns over
@@ -67,7 +69,7 @@ class Recipe:
     """
 
     target: str
-    importance: str = "taylor"
+    importance: str = "auto"
     allocation: str = "uniform"
     schedule: str = ""
     repair: str = "auto"

@@ -26,7 +26,8 @@ _METHODS = {"importance": "score", "allocation": "allocate", "compensation": "so
             "recovery": "run", "schedule": "run"}
 
 
-WORDS: Mapping[str, tuple[str, ...]] = {"compensation": ("auto", "none")}
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "compensation": ("auto", "none"), "importance": ("auto",)}
 """What callers take in place of a pass."""
 
 

@@ -327,7 +327,7 @@ def _attend(s: Solver, n: Node, dims: Sequence[Sequence[Expr]], refs: Sequence[s
     kv = dims[1][1].size if len(dims[1]) == 4 else n.args[7] or heads
     g = s.space.atom(kv)
     each = s.space.atom(heads // kv)
-    bound = [_heads(s, n, e, g, each if i == 0 else ONE) for i, e in enumerate(dims)]
+    bound = [heads_of(s, n, e, g, each if i == 0 else ONE) for i, e in enumerate(dims)]
     (batch, at, d), (_, keys, d2), (_, keys2, e) = bound
     for one, other in ((d, d2), (keys, keys2), (batch, bound[1][0]), (batch, bound[2][0])):
         s.relate(one, other, n)
@@ -346,7 +346,7 @@ def _attend(s: Solver, n: Node, dims: Sequence[Sequence[Expr]], refs: Sequence[s
           [batch, nest, at, e])
 
 
-def _heads(s: Solver, n: Node, dims: Sequence[Expr], g: Expr,
+def heads_of(s: Solver, n: Node, dims: Sequence[Expr], g: Expr,
            each: Expr) -> tuple[Expr, Expr, Expr]:
     """Return (batch, positions, head dim), the heads related to g x each."""
     if len(dims) == 4:
@@ -385,12 +385,26 @@ def _cache(s: Solver, n: Node, sizes: tuple[Expr, ...]) -> None:
 
 def group_query(s: Solver, n: Node) -> None:
     """GroupQueryAttention: as attention; with rotary tables inside, head dims stay."""
+    if name(n, 1) is None:
+        _packed_query(s, n)
+        return
     attention(s, n)
     if n.arg(10, "do_rotary"):
         for ref in (name(n, 0), name(n, 1)):
             dims = s.dims[ref or ""]
             heads = n.args[6] if ref == name(n, 0) else n.args[7]
             s.freeze([s.space.factor(dims[-1], dims[-1].size // heads)[1]], "rotated inside")
+
+
+def _packed_query(s: Solver, n: Node) -> None:
+    """Queries, keys and values beside each other in the first input."""
+    x, heads, kv = name(n, 0) or "", n.args[6], n.args[7]
+    batch, at, total = s.dims[x]
+    d = total.size // (heads + 2 * kv)
+    parts = sh.cuts(s, total, [heads * d, kv * d, kv * d])
+    for part in parts:  # no tensor carries them alone, so that none could be masked
+        s.freeze([s.space.factor(part, d)[1]], "inside of fused attention")
+    _attend(s, n, [[batch, at, part] for part in parts], [])
 
 
 def packed_attention(s: Solver, n: Node) -> None:

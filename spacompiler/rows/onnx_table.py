@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ..onnx_backend.read import caches as c
 from . import onnx_rows as o
 from . import primitives as p
 from . import reductions as r
@@ -46,7 +47,7 @@ Add Sub Mul Div Mod Pow Min Max Mean Sum BitShift BitwiseAnd BitwiseOr BitwiseXo
 Xor Not Equal Greater GreaterOrEqual Less LessOrEqual Where Abs Neg Sign Exp Log Sqrt Reciprocal
 Sin Cos Tan Asin Acos Atan Sinh Cosh Tanh Asinh Acosh Atanh Erf Sigmoid HardSigmoid Relu LeakyRelu
 ThresholdedRelu Elu Selu Celu Gelu Mish HardSwish Swish Softplus Softsign Shrink Clip Ceil Floor
-Round IsInf IsNaN
+Round IsInf IsNaN SwiGLU
 """
 _SAME = """
 Identity Cast CastLike Dropout Bernoulli RandomNormalLike RandomUniformLike BitCast
@@ -73,6 +74,9 @@ STANDARD: dict[str, Op] = {
     "DeformConv": Op(p.frozen("offsets belong to groups of channels")),
     "Attention": Op(o.attention, "0 1 2 3 4 5 @q_num_heads @kv_num_heads @scale"),
     "RotaryEmbedding": Op(o.rotary, "0 1 2 3 @num_heads=0 @rotary_embedding_dim=0"),
+    "LinearAttention": Op(c.linear_attention, "0 1 2 3 4 5 @q_num_heads @kv_num_heads @scale"),
+    "CausalConvWithState": Op(c.causal_conv, "0 1 2 3"),
+    "TensorScatter": Op(c.tensor_scatter, "0 1 2 @axis=-2"),
     "RNN": Op(o.recurrent(1, 1), "0 1 2 3 4 5 _ _ @hidden_size @layout=0"),
     "GRU": Op(o.recurrent(3, 1), "0 1 2 3 4 5 _ _ @hidden_size @layout=0"),
     "LSTM": Op(o.recurrent(4, 2), "0 1 2 3 4 5 6 7 _ @hidden_size @layout=0"),
@@ -133,7 +137,7 @@ STANDARD: dict[str, Op] = {
     **_each(_TEXT, p.frozen("works on text or bytes")),
     "If": Op(o.branches, "0 :branches"), **_each("Loop Scan", p.frozen("has a body")),
     **_each("NonZero Unique Compress NonMaxSuppression Multinomial", p.frozen("depends on data")),
-    **_each("MaxUnpool Col2Im CenterCropPad AffineGrid TensorScatter", p.frozen("writes by place")),
+    **_each("MaxUnpool Col2Im CenterCropPad AffineGrid", p.frozen("writes by place")),
     "Det": Op(p.frozen("mixes rows and columns")),
     **_each("DFT STFT", p.frozen("mixes positions")),
     **_each("SoftmaxCrossEntropyLoss NegativeLogLikelihoodLoss", p.frozen("mixes classes")),
@@ -166,6 +170,13 @@ CONTRIB: dict[str, Op] = {
             "MatMulNBits NhwcMaxPool QMoE MoE QLinearConv",
             p.frozen("removed integers are not zero where the zero point is not"), domain=MS),
 }
+
+_NCHWC = """
+Conv MaxPool AveragePool GlobalMaxPool GlobalAveragePool Upsample ReorderInput ReorderOutput
+"""
+CONTRIB.update(_each(_NCHWC, p.frozen(
+    "is laid out for the vectors of one processor (optimise the file after pruning, or at the "
+    "level 'extended')"), domain=MS + "nchwc."))
 
 OPS: Mapping[str, Op] = {**STANDARD, **CONTRIB}
 TABLE: Mapping[str, Row] = {key: op.row for key, op in OPS.items()}

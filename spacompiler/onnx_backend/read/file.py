@@ -17,14 +17,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
+import onnxruntime as ort
 
 from ...errors import SpaError, UsageError, WeightsError
-from .shapes import LIMIT, Shape, sizes_of
+from ...rows.onnx_table import OPS
+from . import valid as onnx_valid
+from .shapes import LIMIT, sizes_of
 
 INLINE = 4096
 """Initialisers above this many bytes stay out of the protobufs that are made of a model."""
 UNIFORM = 2**16
-INPUT_LIMIT = 2**27
 _PLAIN = frozenset(ir.DataType[n] for n in (
     "FLOAT DOUBLE FLOAT16 INT8 UINT8 INT16 UINT16 INT32 UINT32 INT64 UINT64 BOOL").split())
 
@@ -223,7 +225,7 @@ def _check_model(file: OnnxFile) -> None:
                        why="it imports no ONNX operators",
                        fix="give a model of ONNX's standard operators")
     try:
-        onnx.checker.check_model(skeleton(model, as_inputs=True))
+        onnx_valid.check(skeleton(model, as_inputs=True), OPS)
     except Exception as problem:
         raise SpaError(f"{file.path.name} is no valid ONNX model", where=where,
                        why=str(problem).strip().splitlines()[0][:300],
@@ -237,6 +239,7 @@ def _check_model(file: OnnxFile) -> None:
 def _prepare(file: OnnxFile) -> None:
     """Inline functions and turn Constant nodes into initialisers of the same names."""
     model = file.model
+    _lower_ir(file)
     if model.functions:
         passes.InlinePass()(model)
     if any(n.op_type == "Constant" for n in model.graph.all_nodes()):
@@ -245,7 +248,30 @@ def _prepare(file: OnnxFile) -> None:
             model.ir_version = 4
             file.notes.append("IR version 4 instead of 3: stored constants need not be inputs")
     passes.TopologicalSortPass()(model)
+    _forget_shapes(model)
     _unshare(model)
+
+
+def _lower_ir(file: OnnxFile) -> None:
+    """Let ONNX Runtime read a file that says no more than older IR versions can."""
+    have = file.model.ir_version
+    if have > 10 and have > onnx_valid.runtime_ir():
+        file.model.ir_version = onnx_valid.runtime_ir()
+        file.notes.append(f"IR version {file.model.ir_version} instead of {have}: ONNX Runtime "
+                          f"{ort.__version__} reads no newer one")
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """Drop what the file says about values inside: stale shapes would stand beside new ones."""
+    for graph in _graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.shape = ir.Shape(sizes_of(value.const_value))
+                value.type = ir.TensorType(value.const_value.dtype)
+        for node in graph:
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape, value.type = None, None
 
 
 def _unshare(model: ir.Model) -> None:
@@ -328,81 +354,6 @@ def release(model: ir.Model, name: str | None = None) -> bool:
             except BufferError:
                 free = False
     return free
-
-
-# --- example inputs ---------------------------------------------------------------------------
-
-_SIDES = (64, 224, 32, 320, 299)
-_LENGTHS = (8, 16, 64, 128)
-GUESSES = 8
-
-
-def guess(file: OnnxFile, attempt: int) -> dict[str, Shape]:
-    """Return concrete input sizes: what is fixed, and guesses for what varies."""
-    symbols: dict[str, int] = {}
-    found: dict[str, Shape] = {}
-    batch = 2 if attempt < GUESSES // 2 else 1
-    for value in file.inputs():
-        assert value.shape is not None
-        rank = len(value.shape)
-        shape = []
-        for d, n in enumerate(value.shape):
-            if isinstance(n, int) and n > 0:
-                shape.append(n)
-                continue
-            sides = _SIDES if rank >= 4 else _LENGTHS
-            size = batch if d == 0 else sides[attempt % (GUESSES // 2) % len(sides)]
-            symbol = getattr(n, "value", None)
-            shape.append(symbols.setdefault(symbol, size) if symbol else size)
-        found[value.name or ""] = tuple(shape)
-    return found
-
-
-def example(file: OnnxFile, sizes: Mapping[str, Shape], seed: int = 0) -> dict[str, np.ndarray]:
-    """Return seeded inputs of these sizes; integers are valid indices where tables are looked up.
-    """
-    rng = np.random.default_rng(seed)
-    for name, shape in sizes.items():
-        if np.prod(shape, dtype=float) > INPUT_LIMIT:
-            raise SpaError(f"input {name!r} has the absurd shape {list(shape)}",
-                           fix="the file is damaged, or its inputs need other sizes "
-                               "(example inputs from Python)")
-    return {v.name or "": _values(v, sizes[v.name or ""], rng) for v in file.inputs()}
-
-
-def _values(value: ir.Value, shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-    if np.issubdtype(dtype, np.integer):
-        rows = _rows_looked_up(value, set())
-        high = min(rows) if rows else 0
-        return (rng.integers(0, high, shape) if high else np.ones(shape)).astype(dtype)
-    if dtype == np.bool_:
-        return np.ones(shape, dtype)
-    if dtype.kind not in "fV" and dtype.name not in ("bfloat16", "float16"):
-        raise SpaError(f"no example is known for input {value.name!r} of type {dtype}",
-                       fix="give example inputs (--calibration inputs.npz)")
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def _rows_looked_up(value: ir.Value, seen: set[str]) -> list[int]:
-    """Sizes of the tables that an integer input is an index of."""
-    found: list[int] = []
-    if value.name in seen or len(seen) > 50:
-        return found
-    seen.add(value.name or "")
-    for node, place in value.uses():
-        table = node.inputs[0] if node.inputs else None
-        if node.op_type == "Gather" and place == 1 and table is not None \
-                and table.const_value is not None:
-            found.append(sizes_of(table.const_value)[node.attributes.get_int("axis", 0)])
-        elif node.op_type == "EmbedLayerNormalization" and place < 2:
-            stored = node.inputs[2 + 2 * place]
-            if stored is not None and stored.const_value is not None:
-                found.append(sizes_of(stored.const_value)[0])
-        elif node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Expand",
-                              "Slice", "Transpose"):
-            found += _rows_looked_up(node.outputs[0], seen)
-    return found
 
 
 def checked_feed(file: OnnxFile, given: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from ...errors import SpaError
 from ...graph.ir import Graph, Node, Ref, Tensor
 from ...rows.onnx_table import OPS
-from .file import GUESSES, OnnxFile, example, guess
+from .examples import GUESSES, example, guess
+from .file import OnnxFile
 from .shapes import Facts, body_graphs, infer
 
 _QUANTISED = ("DequantizeLinear", "QuantizeLinear", "ConvInteger", "MatMulInteger", "QLinear")
@@ -107,7 +108,24 @@ def lower(file: OnnxFile, facts: Facts, feeds: dict[str, np.ndarray]) -> OnnxTra
     """Return the IR of a model whose values are known by `facts`."""
     made = OnnxTrace(file, Graph(), facts, feeds)
     _Lowering(made).run()
+    _declare_results(file, facts)
     return made
+
+
+def _declare_results(file: OnnxFile, facts: Facts) -> None:
+    """Give graph outputs the shapes that they have: unknown sizes where a file says wrong ones."""
+    free = any(not isinstance(n, int) or n <= 0 for v in file.inputs() for n in v.shape or ())
+    for value in file.model.graph.outputs:
+        shape, number = facts.shapes.get(value.name or ""), facts.types.get(value.name or "")
+        if shape is None or not number:
+            continue
+        said: list[Any] = list(value.shape) if value.shape is not None else \
+            [None if free else n for n in shape]
+        if len(said) != len(shape):
+            said = [None] * len(shape)
+        value.shape = ir.Shape([None if isinstance(n, int) and n != size else n
+                                for n, size in zip(said, shape, strict=True)])
+        value.type = value.type or ir.TensorType(ir.DataType(number))
 
 
 class _Lowering:

@@ -224,6 +224,8 @@ class _Inference:
             schema = defs.get_schema(node.op_type, version, node.domain)
         except onnx.defs.SchemaError:
             return
+        if schema.deprecated:  # ONNX Runtime may have it still
+            return
         proto = ir.to_proto(node)
         types, data = {}, {}
         for value in node.inputs:

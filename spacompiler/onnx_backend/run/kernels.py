@@ -155,4 +155,43 @@ class Softmax(LogSoftmax):
         return functional.softmax(x, axis)
 
 
-KERNELS = (Conv, ConvTranspose, GlobalAveragePool, AveragePool, MaxPool, LogSoftmax, Softmax)
+def _by_head(array: Any, heads: int) -> torch.Tensor:
+    """(b, t, heads dims) as (b, t, heads, dims)."""
+    return torch.from_numpy(np.array(array)).unflatten(2, (heads, -1))
+
+
+class LinearAttention(OpRun):
+    """A state of outer products, read by queries token by token; ONNX's reference rounds it to
+    float32.
+
+    q: (b, t, heads k), k: (b, t, kv k), v: (b, t, kv v), state: (b, kv, k, v).
+    """
+
+    op_domain = ""
+
+    def _run(self, query: Any, key: Any, value: Any, past_state: Any = None, decay: Any = None,
+             beta: Any = None, chunk_size: Any = None, kv_num_heads: Any = None,
+             q_num_heads: Any = None, scale: Any = None,
+             update_rule: Any = None) -> tuple[Any, Any]:
+        q, k, v = (_by_head(a, n) for a, n in (
+            (query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads)))
+        g = None if decay is None else _by_head(decay, kv_num_heads)
+        rate = None if beta is None else _by_head(beta, beta.shape[2])
+        state = torch.zeros(*k.shape[:1], *k.shape[2:], v.shape[3], dtype=q.dtype) \
+            if past_state is None else torch.from_numpy(np.array(past_state))
+        made = []
+        for t in range(q.shape[1]):
+            written = v[:, t]
+            if g is not None:
+                state = state * g[:, t].exp().unsqueeze(-1)
+            if rate is not None:
+                written = rate[:, t] * (written - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+            state = state + k[:, t].unsqueeze(-1) * written.unsqueeze(-2)
+            each = state.repeat_interleave(q_num_heads // kv_num_heads, 1)
+            made.append(torch.einsum("bhk,bhkv->bhv", q[:, t], each))
+        result = torch.stack(made, 1).flatten(2) * (scale or 1 / np.sqrt(q.shape[3]))
+        return result.numpy(), state.numpy()
+
+
+KERNELS = (Conv, ConvTranspose, GlobalAveragePool, AveragePool, MaxPool, LogSoftmax, Softmax,
+           LinearAttention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnxruntime as ort
 
 from ...errors import SpaError
 from ..read.file import external, skeleton
+from . import double as onnx_double
 
 LENT_BYTES = 2**28
 """Above this, initialisers in memory go by way of a temporary file."""
@@ -76,7 +78,7 @@ class Session:
 
 
 def _refused(what: str, problem: Exception) -> SpaError:
-    reason = str(problem).strip().splitlines()[0][:400]
+    reason = re.sub(r"/\S+:\d+ \S.*?\) ", "", str(problem).strip().splitlines()[0])[:400]
     return SpaError(what, why=reason,
                     fix="the example inputs may not fit (--calibration inputs.npz), or this "
                         "version of ONNX Runtime lacks an operator")
@@ -108,3 +110,18 @@ def alone(model: ir.Model, value: ir.Value) -> ir.Model:
     view = ir.GraphView([], [value], nodes=[*nodes], initializers=[*stored],
                         opset_imports=model.graph.opset_imports, name="alone")
     return ir.Model(view.clone(), ir_version=model.ir_version)
+
+
+def results(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> tuple[list[Any], str]:
+    """Return a model's results, and "" or why ONNX's reference implementation computed them.
+
+    Raises SpaError if neither it nor ONNX Runtime can.
+    """
+    try:
+        return Session(model).run(feeds), ""
+    except SpaError as problem:
+        try:
+            found = onnx_double.evaluate(model, feeds)
+        except Exception:  # the reference implementation refuses in many ways
+            raise problem from None
+        return found, f"ONNX Runtime {ort.__version__} does not run the model ({problem.why})"
