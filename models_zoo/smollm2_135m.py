@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spacompiler.models_zoo._wheels import Wheel, cached
+from spacompiler.process import no_progress_bars
 
 KIND = "transformers"
 
@@ -57,13 +58,5 @@ def _forget_origin(model: Any, tokenizer: Any) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide progress bars; the one of the GGUF reader knows no setting, so stderr goes as well."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with no_progress_bars(), redirect_stderr(io.StringIO()):
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import nn
 from spacompiler.adapters.merging import fold, library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.labels import inputs_only
+from spacompiler.process import no_warnings
 from spacompiler.train.loop import Training, train, vectors
 from spacompiler.train.objective import Objective, call
 from spacompiler.train.options import Schedule
@@ -81,8 +81,7 @@ class Lora(Schedule):
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init, target_modules=paths)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with no_warnings():
                 if self.init == "lora_ga":
                     self._gradients(peft, task, config, paths)
                 tuned = peft.PeftModel(task.module, config)

@@ -16,6 +16,7 @@ from .groups.solution import Solution
 from .pipeline.request import make_job
 from .pipeline.run import STEPS, run
 from .plan.plan import Plan
+from .process import alone
 from .request.recipe import Recipe, check_names
 from .sources import named as source
 from .sources.checkpoints import example_inputs
@@ -23,6 +24,7 @@ from .sources.source import Source
 from .stages.records import Job, Progress, backend_of
 from .store.place import check_out
 from .torch_backend.kinds import is_hf
+from .torch_backend.read.readable import check_exportable, check_readable
 
 
 @dataclass
@@ -45,15 +47,19 @@ class Result:
     def solution(self) -> Solution:
         return self.job.solution
 
+    @alone()
     def save(self, out: str | Path) -> Path:
         """Write the artifact to a new directory (whole or not at all) and return its path."""
         from .artifact.write import write
 
+        if self.job.recipe.onnx:
+            check_exportable(self.job.inputs)
         self.report = write(self.job, Path(out))
         self.path = Path(out)
         return self.path
 
 
+@alone()
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
             out: str | Path | None = None, importance: Any = "auto",
             allocation: Any = "uniform", schedule: Any = "", repair: Any = "auto",
@@ -106,6 +112,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
                     recover_data=recover_data if isinstance(recover_data, str) else "",
                     **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
+    if recipe.onnx and out is not None and not dry_run:
+        check_exportable(found.inputs)
     if recipe.decoder:
         from .deploy.decoder import check_causal_lm
 
@@ -125,6 +133,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     return result
 
 
+@alone()
 def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
             modules: Sequence[str] = (), trust_remote_code: bool = False) -> Solution:
     """Trace a model and return its solved axes and groups (print it for the whole text).
@@ -164,6 +173,7 @@ def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust
         raise UsageError(f"there are no example inputs for {type(model).__name__}",
                          why="a module of your own does not say what it takes",
                          fix="give them: a tuple, or a dict of keywords, of two or more examples")
+    check_readable(model, values=recipe is not None)
     if inputs is None:
         inputs = example_inputs(model)
     return Source(type(model).__name__, model, inputs, tokenizer)

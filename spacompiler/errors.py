@@ -7,7 +7,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+WORD = 400
+"""Letters of the longest word that a message repeats."""
 
 
 class SpaError(Exception):
@@ -16,6 +20,7 @@ class SpaError(Exception):
     code = 1
 
     def __init__(self, what: str, where: str = "", why: str = "", fix: str = "") -> None:
+        what, where, why, fix = map(shortened, (what, where, why, fix))
         self.what, self.where, self.why, self.fix = what, where, why, fix
         super().__init__(what)
 
@@ -48,6 +53,18 @@ class ProofError(SpaError):
 
 class ControlError(ProofError):
     """The proof shows nothing at these inputs: a wrong index goes unseen."""
+
+
+def shortened(text: str) -> str:
+    """Cut very long words in a message, such as a name of thousands of letters.
+
+    >>> len(shortened("x" * 5000)), shortened("a word")
+    (95, 'a word')
+    """
+    if len(text) <= WORD:
+        return text
+    return re.sub(rf"\S{{{WORD},}}", lambda found: f"{found[0][:60]}... ({len(found[0])} "
+                  "characters) ..." + found[0][-10:], text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

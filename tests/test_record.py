@@ -11,6 +11,7 @@ from torch import nn
 import spacompiler
 from spacompiler.evidence.calls import as_call
 from spacompiler.groups.solution import solve
+from spacompiler.process import quiet
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.sources import named as source
 from spacompiler.torch_backend.read import export as torch_export
@@ -18,7 +19,7 @@ from spacompiler.torch_backend.read import record
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.run.runner import Runner
 from spacompiler.torch_backend.trace import Recorded
-from spacompiler.torch_backend.untouched import quiet, untouched
+from spacompiler.torch_backend.untouched import untouched
 
 _LAYOUT = ("aten._assert_tensor_metadata", "aten.contiguous")
 ZOO = "mobilenet swin moe t5".split()

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from ..errors import SpaError
+from ..process import alone
 from ..store import folder as artifact
 from ..store.place import check_artifact, check_out
 from . import files
 from .cutting import Cut, lifted
 
 
+@alone()
 def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
     """Scatter an adapter of a pruned model to the dense model, and write it in peft's format.
 

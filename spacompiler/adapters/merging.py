@@ -7,9 +7,7 @@ ignore or invent, and compares the merged network with the adapted one on a prob
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs, as_call
+from ..process import no_warnings
 from ..stages.proof import relative_error
 from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
@@ -101,7 +100,7 @@ def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
                 if plain.endswith(ending):
                     add_bias(tuned, f"{plain.removesuffix(ending)}.base_layer")
     notes = master(tuned)
-    with _quiet(), tuned.disable_adapter():
+    with no_warnings(), tuned.disable_adapter():
         before = results(tuned, inputs)
     _check_layers(tuned)
     layers = {path for path, part in tuned.named_modules() if hasattr(part, "base_layer")}
@@ -123,7 +122,7 @@ def fold(tuned: Any, probe: Callable[[nn.Module], list[Any]], before: Sequence[A
     """Merge and unload a PeftModel; raises ProofError if its results on the probe change."""
     adapted = probe(tuned.eval())
     try:
-        with _quiet():
+        with no_warnings():
             merged = tuned.merge_and_unload(safe_merge=True)
     except Exception as problem:  # each adapter type refuses in its own way
         raise SpaError("the adapter cannot be merged", where=where, why=_line(problem),
@@ -197,7 +196,7 @@ def attach(module: nn.Module, adapters: Sequence[Adapter]) -> Any:
     for i, adapter in enumerate(adapters):
         config = _config(peft, adapter)
         try:
-            with _quiet():
+            with no_warnings():
                 if tuned is None:
                     tuned = peft.PeftModel(module, config, adapter_name=_name(i))
                 else:
@@ -222,7 +221,7 @@ def _config(peft: Any, adapter: Adapter) -> Any:
         defaults(adapter.type).keys()
     check_keys(str(adapter.path), adapter.config, known)
     try:
-        with _quiet():
+        with no_warnings():
             config = found(**{k: v for k, v in adapter.config.items() if k in known})
     except Exception as problem:
         raise SpaError("adapter_config.json cannot be used", where=str(adapter.path),
@@ -327,13 +326,6 @@ def _line(problem: Exception) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")),
                 type(problem).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def facts(adapters: Sequence[Adapter]) -> list[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import SpaError, WeightsError
 from ..evidence.calls import Inputs
+from ..process import alone
 from ..store import completeness, weight_files
 from ..store import folder as artifact
 from ..store.arrays import load_weights
@@ -22,6 +23,7 @@ from ..torch_backend.weights import named_arrays
 from ..trials.blocks import without
 
 
+@alone()
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Return the pruned module of an artifact, in eval mode.
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import SpaError, WeightsError
+from ..process import alone
 from ..store import folder as artifact
 from .check import Check
 from .load import load_folder
 from .torch_checks import _identity, _onnx, _reload
 
 
+@alone()
 def verify(folder: str | Path, model: nn.Module | None = None) -> list[Check]:
     """Return the checks of an artifact, in order; the first failing hash stops the rest.
 

@@ -84,8 +84,22 @@ def _dimension(solution: Solution, text: str) -> tuple[str, int]:
     return name, int(dim) % len(weights[name])
 
 
+def check_graph(path: Path) -> None:
+    """Raise UsageError unless a graph can be written there."""
+    if path.suffix not in (".dot", ".graphml", ".html"):
+        raise UsageError(f"cannot write a graph as {path.suffix or path.name!r}",
+                         fix="name it .dot, .graphml or .html")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"cannot write a graph to {str(path)!r}",
+                         why=f"there is no directory {str(path.parent)!r}",
+                         fix="make it first, or give another place")
+    if path.is_dir():
+        raise UsageError(f"cannot write a graph to {str(path)!r}", why="it is a directory")
+
+
 def write_graph(solution: Solution, path: Path) -> None:
     """Write groups and the dimensions that they couple: .graphml, .dot (needs pydot) or .html."""
+    check_graph(path)
     graph = solution.network()
     if path.suffix == ".graphml":
         nx.write_graphml(graph, path)

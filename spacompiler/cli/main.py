@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed (nothing written), 2 the request was malformed.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -223,12 +224,11 @@ def inspect(
 ) -> None:
     """Show the coupled groups of MODEL."""
     with _errors(as_json):
-        if graph is not None and graph.suffix not in (".dot", ".graphml", ".html"):
-            raise UsageError(f"cannot write a graph as {graph.suffix or graph.name!r}",
-                             fix="name it .dot, .graphml or .html")
         from .. import api
         from . import inspection
 
+        if graph is not None:
+            inspection.check_graph(graph)
         with _progress() as tick:
             tick(f"tracing {model}", 0, 1)
             solution = api.inspect(model, modules=tuple(module or ()),
@@ -341,22 +341,43 @@ def _errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except SpaError as error:
-        if as_json:
-            print(json.dumps({"error": error.what, "where": error.where, "why": error.why,
-                              "fix": error.fix}))
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.code) from None
+        raise _told(error, as_json) from None
+    except OSError as problem:
+        raise _told(_of_the_system(problem), as_json) from None
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
+def _told(error: SpaError, as_json: bool) -> typer.Exit:
+    """Print an error, and return the exit with its code."""
+    if as_json:
+        print(json.dumps({"error": error.what, "where": error.where, "why": error.why,
+                          "fix": error.fix}))
+    print(f"error: {error}", file=sys.stderr)
+    return typer.Exit(error.code)
+
+
+def _of_the_system(problem: OSError) -> SpaError:
+    """Say what the operating system refused; a name that no file can have is the request's."""
+    usage = problem.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+    where = str(problem.filename) if problem.filename is not None else ""
+    return (UsageError if usage else SpaError)(
+        "a file or directory cannot be used", where=where,
+        why=problem.strerror or str(problem), fix="see that it is there, and free space and rights")
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr; plain lines where stderr is no terminal."""
-    import warnings
+    from ..process import no_warnings
 
-    warnings.simplefilter("ignore")
+    with no_warnings(), _lines_or_bar() as tick:
+        yield tick
+
+
+@contextmanager
+def _lines_or_bar() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda stage, done, total: print(f"… {stage}" + (
             f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True) \

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import SpaError
+from ..process import quiet
 from ..runtime.decoder import PAST, PRESENT
 from ..torch_backend.kinds import is_encoder_decoder
 from ..torch_backend.read.export import drop_asserts
-from ..torch_backend.untouched import quiet
 from .export import export_onnx
 
 _BATCH, _SEQUENCE, _PAST_LENGTH = 2, 3, 5

@@ -21,10 +21,10 @@ from torch.fx import GraphModule, Node
 
 from ..errors import SpaError
 from ..onnx_backend.run.sizes import settle
+from ..process import quiet
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
 from ..torch_backend.read.decompose import fake_mode, replace
 from ..torch_backend.trace import copied
-from ..torch_backend.untouched import quiet
 from .weights_beside import refer_to_safetensors
 
 OPSET = 20

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ..errors import SpaError
+from ..process import at_level
 from ..runtime.session import Arrays, open_session, run_session
 
 INLINE_BYTES = 2**30
@@ -37,7 +36,8 @@ def quantize(path: Path, made: Path, bits: int = 7) -> None:
         plain, rough = Path(folder) / "plain.onnx", Path(folder) / "rough.onnx"
         _with_plain_weights(path, plain)
         try:
-            with _quiet():
+            # the quantiser advises a preparation on the root logger; it is done already
+            with at_level(("",), logging.ERROR):
                 quantize_dynamic(plain, rough, per_channel=True, weight_type=QuantType.QInt8,
                                  reduce_range=bits < 8, use_external_data_format=True)
         except Exception as problem:  # it raises its own kinds
@@ -50,18 +50,6 @@ def quantize(path: Path, made: Path, bits: int = 7) -> None:
                            why="it has no product or convolution with constant weights",
                            fix="leave --int8 out")
         _save(model, made, sum(a.nbytes for a in arrays), Path(folder))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The quantiser advises a preparation on the root logger; it is done already."""
-    root = logging.getLogger()
-    was = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(was)
 
 
 def _save(model: ir.Model, made: Path, size: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ def from_text(path: str, tokenizer: Any, *, samples: int, length: int, batch: in
     Raises SpaError if the file is missing, empty, no text, or shorter than one window.
     """
     place = Path(path)
-    if not place.is_file():
+    if not os.path.isfile(place):
         raise SpaError(f"there is no calibration file {path!r}", fix="give a UTF-8 text file")
     try:
         text = place.read_text(encoding="utf-8")

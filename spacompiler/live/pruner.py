@@ -25,9 +25,11 @@ from spacompiler.live.watch import GATES, Watch
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
+from spacompiler.process import alone
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe, check_names, parse_target
 from spacompiler.torch_backend.machine import lanes
+from spacompiler.torch_backend.read.readable import check_readable
 
 STATE_VERSION = 1
 
@@ -62,6 +64,7 @@ class Pruner:
         SpaError: the module cannot be traced.
     """
 
+    @alone()
     def __init__(self, model: nn.Module, example_inputs: Inputs,
                  optimizer: Any = None, *, target: str, schedule: Any = "cubic",
                  importance: Any = "taylor", allocation: Any = "uniform", ema: float = 0.9,
@@ -74,6 +77,7 @@ class Pruner:
                              why="its gradient buckets have fixed sizes",
                              fix="prune in one process, or before wrapping the module")
         check_names(options, signature(type(self)).parameters)
+        check_readable(self.model)
         self.recipe = Recipe(target=target, align=align, **options)
         self.schedule = ramp.find(schedule)
         self.importance = registry.find("importance", importance)
@@ -149,6 +153,7 @@ class Pruner:
             return False
         return self.shrink(self.schedule.share(self.steps))
 
+    @alone()
     def finish(self) -> None:
         """Remove what is still due, check that the target is met, and take out all hooks.
 
@@ -178,6 +183,7 @@ class Pruner:
 
     # --- one removal --------------------------------------------------------------------------
 
+    @alone()
     def shrink(self, share: float = 1.0) -> bool:
         """Bring the model to a share (0 to 1) of the final removal now; True if it shrank."""
         later = self.planned(share)
@@ -343,6 +349,7 @@ class Pruner:
                 "attributes": [[*key, value] for key, value in self.live.attributes.items()],
                 "scores": {name: score.tolist() for name, score in self._scores.items()}}
 
+    @alone()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Bring a dense model to a saved run's widths; load weights and optimiser afterwards.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..axes.choices import Choices
-from ..errors import TargetError
+from ..errors import TargetError, UsageError
 from ..groups.cost import cost
 from ..plan import legal as allocation
 from ..plan.plan import costs, make_plan
@@ -16,6 +17,7 @@ from ..plan.problem import TOLERANCE, Problem, Unit, check_met
 from ..plan.stock_units import expressible
 from ..request.recipe import parse_target
 from ..stages.records import Job
+from ..torch_backend import unreached
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.machine import lanes
 
@@ -29,6 +31,18 @@ def decide(job: Job) -> None:
     job.choices = job.plan.choices(job.solution)
     job.uniform = job.uniform or (not job.candidates and is_hf(job.module))
     job.plan.costs.update(costs(job.solution, job.choices, job.whole))
+    _tell_of_unreached(job)
+
+
+def _tell_of_unreached(job: Job) -> None:
+    """Note which sub-modules were not seen; warn of those that may not fit any more."""
+    if isinstance(job.module, nn.Module) and job.choices:
+        found = unreached.misfits(unreached.unreached(job.module, job.trace), job.solution,
+                                  job.choices)
+        job.notes.extend(found)
+        for note in found:
+            if "does not fit" in note:
+                warnings.warn(note, stacklevel=2)
 
 
 def is_met(job: Job) -> bool:
@@ -65,8 +79,23 @@ def allocate_counts(job: Job) -> dict[str, int]:
         if problem.met(kept):
             break
         job.uniform = False
-    check_met(problem, kept, finest=r.align == 1)
+    try:
+        check_met(problem, kept, finest=r.align == 1)
+    except TargetError as error:
+        error.why += _of_unreached(job)
+        raise
     return _counts(job, found, kept)
+
+
+def _of_unreached(job: Job) -> str:
+    """Say how much lies in sub-modules that nothing was seen of."""
+    if not isinstance(job.module, nn.Module):
+        return ""
+    found = unreached.unreached(job.module, job.trace)
+    part = unreached.share(found, job.module)
+    return "" if part < TOLERANCE else \
+        f"; {part:.1%} of the parameters lie in {', '.join(list(found)[:3])}, which the example " \
+        "inputs do not reach"
 
 
 def _counts(job: Job, units: Iterable[Unit], kept: Mapping[str, int]) -> dict[str, int]:
@@ -102,6 +131,10 @@ def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
                                 align=r.align, lanes=lanes(), floor=r.floor,
                                 absolute=getattr(job.importance, "absolute", False))
 
+    if r.layout == "uniform" and not is_hf(job.module):
+        raise UsageError("the uniform layout is for transformers models alone", where=job.name,
+                         why=f"{type(job.module).__name__} has no configuration to say widths in",
+                         fix="use layout any")
     stock = is_hf(job.module) and not job.biased and r.layout in ("auto", "uniform")
     if stock:
         every = units(True)

@@ -50,9 +50,10 @@ def recover(job: Job) -> None:
         loss = fitting(job.module, (job.trace.args, job.trace.kwargs))
     task = Training(job.pruned, job.reference, calls[:-held_out], calls[-held_out:], loss,
                     job.recipe.seed, job.progress, job.checkpoint, _key(job, calls))
+    flags = {name: p.requires_grad for name, p in job.pruned.named_parameters()}
     job.trained = {"pass": repr(job.recovery), "data": _origin(job), **job.recovery.run(task)}
-    for p in job.pruned.eval().parameters():
-        p.requires_grad_(p.is_floating_point())
+    for name, p in job.pruned.eval().named_parameters():
+        p.requires_grad_(flags.get(name, p.is_floating_point()))
     if job.emission == "module":
         job.program = None  # it is made again, with what was trained
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..stages.records import Job, Progress
 
 
 def _holds_arrays(place: Path) -> bool:
-    return place.suffix in (".npz", ".npy") or place.is_dir()
+    return place.suffix in (".npz", ".npy") or os.path.isdir(place)
 
 
 def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
@@ -87,7 +88,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
               loss or default_loss, name or type(module).__name__, tokenizer,
               progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
               compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
-              must_repair=mends != "auto")
+              must_repair=mends != "auto", given=None if owned else module)
     if recovery or recipe.recovery:
         job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
             checkpoint

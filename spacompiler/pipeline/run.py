@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ..errors import SpaError
 from ..stages.records import Job
@@ -20,6 +21,7 @@ from .steps import (
     prove_plan,
     recover,
     score,
+    set_apart,
     write_on,
 )
 
@@ -42,6 +44,7 @@ STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
     ("repairing", mend),
     ("proving", prove_plan),
     ("emitting", emit),
+    ("setting the result apart", set_apart),
     ("keeping the adapter", keep_adapter),
     ("recovering", recover),
 )
@@ -58,6 +61,7 @@ ASKED: Mapping[str, Callable[[Job], bool]] = {
     "continuing text": lambda job: job.recipe.continued,
     "dropping blocks": lambda job: bool(job.recipe.blocks),
     "repairing": lambda job: job.compensation is not None,
+    "setting the result apart": lambda job: isinstance(job.given, nn.Module),
     "keeping the adapter": lambda job: job.recipe.keep_adapter,
     "recovering": lambda job: job.recovery is not None,
 }

@@ -322,6 +322,14 @@ def emit(job: Job) -> None:
     job.backend.emit(job)
 
 
+def set_apart(job: Job) -> None:
+    """Give the pruned model arrays of its own where it shares some with what the user gave."""
+    from ..torch_backend.emit.apart import set_apart, tensors
+
+    constants = [t for t in job.trace.program.constants.values() if isinstance(t, torch.Tensor)]
+    set_apart(job.pruned, [*tensors(job.given), *constants])
+
+
 def keep_adapter(job: Job) -> None:
     """Take a kept adapter out of the pruned model again, cut to its size."""
     from ..adapters import keeping

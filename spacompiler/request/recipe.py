@@ -51,6 +51,8 @@ COMBINATIONS: Mapping[str, Combination] = {
     "fair": Combination({"ridge": 1e-2}),
 }
 
+SEEDS = 1 << 32
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -135,6 +137,9 @@ class Recipe:
                 if getattr(self, option):
                     raise UsageError(f"blocks cannot be dropped with {option}",
                                      fix="drop blocks first, and compile the result again")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
+            raise UsageError(f"seed must be a whole number from 0 to {SEEDS - 1}, "
+                             f"not {self.seed}")
         if self.length < 2:
             raise UsageError("length must be at least 2 tokens")
 

@@ -43,11 +43,33 @@ def check_name(kind: str, text: str) -> None:
     name, _ = parse(text)
     known = [*WORDS.get(kind, ()),
              *(entry.name for entry in entry_points(group=f"spacompiler.{kind}"))]
-    place = name.rpartition(":")[0]
-    if place.endswith(".py") and not Path(place).is_file():
-        raise UsageError(f"cannot load {kind} pass {name!r}", why=f"there is no file {place!r}")
-    if ":" not in name and name not in known:
+    if ":" in name:
+        _checked_place(kind, name)
+    elif name not in known:
         raise UsageError(f"unknown {kind} pass {name!r}", fix=did_you_mean(name, known))
+
+
+def _checked_place(kind: str, name: str) -> tuple[str, str, str]:
+    """Split `module:object` or `file.py:object`; raises UsageError for what is neither."""
+    place, colon, attribute = name.rpartition(":")
+    why = ""
+    if not attribute.isidentifier():
+        why = "there is no object's name behind the colon"
+    elif place.endswith(".py"):
+        why = "" if _is_file(place) else f"there is no file {place!r}"
+    elif not all(part.isidentifier() for part in place.split(".")):
+        why = f"{place!r} is no module's name"
+    if why:
+        raise UsageError(f"cannot load {kind} pass {name!r}", why=why,
+                         fix="write module:object or file.py:object")
+    return place, colon, attribute
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def describe(entry: EntryPoint) -> tuple[str, str]:
@@ -93,12 +115,13 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 
 def _load(kind: str, name: str) -> Any:
     if ":" in name:
-        place, _, attribute = name.rpartition(":")
+        place, _, attribute = _checked_place(kind, name)
         try:
             return getattr(_from_file(place) if place.endswith(".py")
                            else importlib.import_module(place), attribute)
-        except (ImportError, AttributeError, SyntaxError) as problem:
-            raise UsageError(f"cannot load {kind} pass {name!r}", why=str(problem)) from problem
+        except Exception as problem:  # any code may run here
+            raise UsageError(f"cannot load {kind} pass {name!r}",
+                             why=str(problem) or type(problem).__name__) from problem
     entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
     if name not in entries:
         raise UsageError(f"unknown {kind} pass {name!r}",

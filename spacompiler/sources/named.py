@@ -27,7 +27,7 @@ def kind_of(text: str) -> str:
     if text.endswith(".onnx"):
         return "onnx"
     place = Path(text)
-    if place.exists():
+    if os.path.exists(place):
         return "directory"
     if ":" in text:
         return "factory"

@@ -56,6 +56,8 @@ class Job:
     whole blocks were dropped it is the network without them; `dense` is the one with them, and
     `whole` are its costs by metric (and bytes). `idle` says that repair changed nothing.
     `source` is what is known of where the module comes from, and `folder` where its files lie.
+    `given` is the user's own module, with which the result shares no memory (None: the compile may
+    use it up).
     """
 
     recipe: Recipe
@@ -105,6 +107,7 @@ class Job:
     kept: Any = None
     source: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    given: Any = None
 
     @property
     def reference(self) -> Any:

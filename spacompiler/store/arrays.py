@@ -24,7 +24,8 @@ def save_weights(path: Path, module: torch.nn.Module,
     first: dict[Any, str] = {}
     tensors, tied = {}, {}
     for name, tensor in sorted({**module.state_dict(), **(unsaved or {})}.items()):
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype) if tensor.numel() else name
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) \
+            if tensor.numel() else name
         if key in first:
             tied[name] = first[key]
         else:

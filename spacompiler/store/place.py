@@ -13,7 +13,7 @@ MANIFEST = "MANIFEST.json"
 def check_out(out: Path) -> Path:
     """Raise UsageError unless `out` can be made: it must not exist, its parent be writable."""
     out = Path(out)
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise UsageError(f"output {str(out)!r} exists already",
                          fix="give a new directory, or remove it first")
     parent = out.absolute().parent

@@ -116,7 +116,8 @@ def _uniform(job: Job) -> Any:
         if first not in made:
             made[first] = slicer.array(first).detach()
     return hf.build(job.module, config, {
-        name: made[job.trace.tied.get(name, name)] for name in job.module.state_dict()})
+        name: made[job.trace.tied.get(name, name)] for name in job.module.state_dict()},
+        hf.frozen(job.module))
 
 
 def _surgery(job: Job) -> Any:

@@ -31,6 +31,7 @@ from ..plan.plan import Plan
 from ..rows.aten_table import TABLE
 from ..stages.records import Job
 from .backend import TORCH
+from .emit.apart import fresh
 from .emit.program import Rewritten, rewrite
 from .outside import Outside, left_out, outside
 from .read.export import trace
@@ -309,7 +310,7 @@ def _called_like(part: nn.Module) -> type[Rebuilt]:
 
 
 def put_back(whole: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of the whole (its arrays are shared) with other modules at some paths."""
+    """Return a copy of the whole, sharing its memory, with other modules at some paths."""
     copied = _shell(whole)
     for path, part in made.items():
         _place(copied, path, part)
@@ -317,7 +318,7 @@ def put_back(whole: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _shell(module: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {id(t): fresh(t) for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo)
 
 
@@ -326,7 +327,8 @@ def _check_whole(job: Job, parts: Parts) -> None:
     reference = _shell(parts.whole)
     for path in parts.paths:
         reference.get_submodule(path).forward = job.pruned.get_submodule(path).forward
-    want = results(reference, job.trace.args, job.trace.kwargs)
+    with untouched(job.pruned):  # the parts' own mode counts too
+        want = results(reference, job.trace.args, job.trace.kwargs)
     problem = runs_like(job.pruned, job.trace.args, job.trace.kwargs, want)
     if problem:
         raise ProofError("the whole network uses more of a part than its results",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
+from ..process import no_progress_bars
 from ..store import weight_files
 from ..store.completeness import Report, listed, of_transformers, unsound, untied
 from ..store.weight_files import Stored
@@ -139,20 +140,6 @@ def facts(folder: Path, module: Any, report: Report) -> tuple[dict[str, Any], li
         notes.append(f"{type(module).__name__} reads no {listed(weighing)}: left out, as its class "
                      "says")
     return data, notes
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Hide transformers' progress bars, and show them again if they were shown."""
-    from transformers.utils import logging as settings
-
-    was = settings.is_progress_bar_enabled()
-    settings.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was:
-            settings.enable_progress_bar()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ..plan.effects import rescaled
 from ..stages.proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
 from .emit.program import run_pruned
 from .emit.slicer import kept
+from .run.draws import check_draws_nothing
 from .run.masks import _norms, masks
 from .run.runner import OverridingRunner
 from .trace import Trace
@@ -69,6 +70,7 @@ def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
     except (RuntimeError, ValueError, IndexError, TypeError) as raised:
         error, problem = float("inf"), str(raised).splitlines()[0]
     if wrong is None and not error <= TOLERANCE:
+        check_draws_nothing(trace, solution.graph)
         raise ProofError(
             f"the pruned model is not the masked dense model: relative error {error:.1e}",
             where=locate(trace, solution, choices),

@@ -1,21 +1,15 @@
-"""Leave what is the user's as it was: attributes of the module, the terminal, random state."""
+"""Leave what is the user's as it was: every attribute of a module."""
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from .caches import caches_off
-
-_LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript",
-            "onnx_ir")
 
 
 @contextmanager
@@ -65,19 +59,3 @@ def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],
         if entries is not None:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(entries)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's warnings, log lines and printed graphs off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

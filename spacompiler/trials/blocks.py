@@ -20,6 +20,7 @@ from ..errors import ControlError, ProofError, SpaError, UsageError, did_you_mea
 from ..evidence.calls import Inputs, as_call
 from ..stages.proof import relative_error
 from ..stages.records import Dropped
+from ..torch_backend.emit.apart import fresh
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.untouched import untouched
 from ..torch_backend.weights import results
@@ -155,7 +156,7 @@ def bypassed(module: nn.Module, paths: Sequence[str]) -> Iterator[None]:
 def without(module: nn.Module, paths: Sequence[str]) -> nn.Module:
     """Return the network without some blocks; the blocks that stay are numbered anew.
 
-    Arrays are shared with the network given. A transformers model is built from a configuration
+    Arrays share the memory of the network given. A transformers model is built from a configuration
     of so many layers.
 
     Raises SpaError where no configuration says that.
@@ -164,7 +165,7 @@ def without(module: nn.Module, paths: Sequence[str]) -> nn.Module:
         return module
     if is_hf(module):
         return shorter(module, paths)
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {id(t): fresh(t) for t in (*module.parameters(), *module.buffers())}
     made = copy.deepcopy(module, memo)
     for path in paths:
         parent, _, name = path.rpartition(".")

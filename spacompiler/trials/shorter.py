@@ -40,7 +40,9 @@ def _without(module: Any, parent: str, gone: Sequence[int]) -> Any:
         if not problem:
             for key, value in hf.ties(module).items():
                 setattr(config, key, value)
-            return hf.build(module, config, {new: state[name] for new, name in old.items()})
+            frozen = hf.frozen(module)
+            return hf.build(module, config, {new: state[name] for new, name in old.items()},
+                            {new for new, name in old.items() if name in frozen})
     raise SpaError(f"no configuration describes {parent} without {len(gone)} of its {size} blocks",
                    where=type(module.config).__name__, why=problem,
                    fix="drop other blocks, or prune widths only")

@@ -17,6 +17,7 @@ from ...evidence.consumers import Consumer
 from ...evidence.scores import Scores
 from ...evidence.statistics import View, forward_only
 from ...groups.solution import Group
+from ...process import no_warnings
 from ...request.registry import available
 from ..read.file import checked_feed, release
 from ..read.lower import OnnxTrace
@@ -155,8 +156,5 @@ def _feed(traced: OnnxTrace, batch: Any) -> dict[str, np.ndarray]:
 def _tensor(array: np.ndarray) -> torch.Tensor:
     if not array.flags.writeable or array.dtype.name in ("bfloat16",):
         array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch cannot know that nobody writes
+    with no_warnings():  # torch cannot know that nobody writes
         return torch.from_numpy(array)

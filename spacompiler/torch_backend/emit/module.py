@@ -1,6 +1,7 @@
 """Carry out a plan on a copy of the user's module: arrays sliced, size attributes brought in step.
 
-The copy shares every array that a plan leaves alone, so no second model is held. Attributes of
+The copy shares the memory of every array that a plan leaves alone (until `apart` gives the result
+its own), so no second model is held. Attributes of
 stock modules stand in one table; those that a module's own code reads are found by watching it
 (see `attributes`). Either way the copy is compared with the re-written program.
 """
@@ -20,6 +21,7 @@ from ...groups.solution import Solution
 from ...plan.effects import edits, norm_changes
 from ..trace import Trace
 from ..weights import named_arrays
+from .apart import fresh
 from .attention import narrow
 from .attributes import Change, assign
 from .slicer import Slicer
@@ -84,22 +86,16 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
     for name, tensor in named_arrays(module):
         first = trace.tied.get(name)
         if first is None or slicer.untouched(name):
-            memo[id(tensor)] = tensor
+            memo.setdefault(id(tensor), fresh(tensor))
             continue
         if first not in made:
-            made[first] = _like(tensor, slicer.array(name))
+            made[first] = fresh(tensor, slicer.array(name))
         memo[id(tensor)] = made[first]
     pruned = copy.deepcopy(module, memo)
     for path, attribute, value in (*attribute_changes(pruned, trace, solution, choices), *sizes):
         assign(pruned.get_submodule(path), attribute, value)
     narrow(pruned)
     return pruned
-
-
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, requires_grad=old.requires_grad)
-    return new
 
 
 def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
@@ -156,9 +152,9 @@ def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
     memo: dict[int, Any] = {}
     for name, tensor in named_arrays(dense):
         if name in arrays:
-            memo.setdefault(id(tensor), _like(tensor, arrays[name]))
+            memo.setdefault(id(tensor), fresh(tensor, arrays[name]))
         else:
-            memo[id(tensor)] = tensor.clone()
+            memo.setdefault(id(tensor), fresh(tensor, tensor.clone()))
     unknown = sorted(arrays.keys() - {name for name, _ in named_arrays(dense)})
     if unknown:
         raise SpaError(f"the network has no array {unknown[0]!r}",

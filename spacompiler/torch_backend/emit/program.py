@@ -140,12 +140,9 @@ def rewrite(trace: Trace, solution: Solution, choices: Choices,
     slicer = Slicer(trace, solution, choices)
     given = arrays or {}
     made: dict[str, torch.Tensor] = {}
-    for name in slicer.names():
-        first = trace.tied[name]
-        if name in given or not slicer.untouched(name):
-            made[name] = given.get(name, made.get(first))  # type: ignore[assignment]
-            if made[name] is None:
-                made[name] = slicer.array(name)
+    for name in slicer.names():  # all of them: `refresh` puts new objects over those that stay
+        found = given.get(name, made.get(trace.tied[name]))
+        made[name] = slicer.array(name) if found is None else found
     program = copy.copy(trace.exported)
     program._graph_module = edited(trace, solution, choices)
     _lift_indices(program)

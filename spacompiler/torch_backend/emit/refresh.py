@@ -16,9 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ...errors import SpaError
+from ...process import quiet
 from ..read.decompose import fake_mode
 from ..trace import copied
-from ..untouched import quiet
 
 _ATEN = torch.ops.aten
 

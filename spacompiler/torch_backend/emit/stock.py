@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from ...axes.expressions import Expr, Prod, atoms, product, resolve
 from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import norm_changes
+from ...process import no_progress_bars
 from ...store.completeness import untied
-from ..pretrained import no_progress_bars
 
 LIMIT = 256
 
@@ -138,6 +138,12 @@ def _changed_eps(config: Any, solution: Solution, choices: Choices) -> dict[str,
             if isinstance(value, float) and value in new}
 
 
+def frozen(module: nn.Module) -> set[str]:
+    """Return the names of the parameters that no training is to change."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False)
+            if not p.requires_grad}
+
+
 def mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
     if config is None:
@@ -155,11 +161,17 @@ def mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) ->
     return f"{extra[0]} would be added" if extra else ""
 
 
-def build(module: Any, config: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
-    """Return a model of the same class with a new config and the given arrays, without copies."""
+def build(module: Any, config: Any, arrays: Mapping[str, torch.Tensor],
+          frozen: Collection[str] = ()) -> Any:
+    """Return a model of the same class with a new config and the given arrays, without copies.
+
+    `frozen` names the parameters that no training is to change.
+    """
     with torch.device("meta"):
         made = type(module)(config)
-    made.load_state_dict(dict(arrays), strict=True, assign=True)
+    made.load_state_dict({n: t.detach() for n, t in arrays.items()}, strict=True, assign=True)
+    for name in frozen:
+        made.get_parameter(name).requires_grad_(False)
     made.tie_weights()
     _revive_buffers(made, module)
     if getattr(module, "generation_config", None) is not None:

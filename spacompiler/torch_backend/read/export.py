@@ -19,11 +19,12 @@ from torch.utils import _pytree as pytree
 from ...errors import SpaError, TraceError
 from ...evidence.calls import Inputs, as_call
 from ...graph.ir import Graph, Node, Ref, Tensor, Unknown
+from ...process import quiet
 from ...rows.aten_table import TABLE
 from ..caches import cacheless
 from ..run.runner import Runner
 from ..trace import Program, Trace
-from ..untouched import quiet, untouched
+from ..untouched import untouched
 from .decompose import spell_out
 from .folding import fold_weights
 from .functional import make_functional
@@ -274,7 +275,7 @@ def _tied_names(program: Program, module: nn.Module) -> dict[str, str]:
             continue
         key: Any = id(tensor)
         if tensor.device.type != "meta" and tensor.numel():
-            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         names[name] = first.setdefault(key, name)
     return names
 

@@ -1,0 +1,68 @@
+"""Refuse, before anything is computed, modules and calls whose arrays cannot be computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from ...errors import SpaError, UsageError
+
+Test = Callable[[torch.Tensor], bool]
+# whether an array is of this kind, what is wrong with it, and what to do
+_UNREADABLE: tuple[tuple[Test, str, str], ...] = (
+    (lambda t: bool(is_lazy(t)), "has no values yet: its size follows from the first call",
+     "call the module once on its inputs"),
+    (lambda t: t.device.type == "meta", "has no values: it lies on the meta device",
+     "load the weights first (to_empty, then load_state_dict)"),
+    (lambda t: t.is_inference(), "was made in inference mode, and cannot be trained or written to",
+     "build or load the module outside of torch.inference_mode(), or give copy.deepcopy(module)"),
+)
+
+
+def check_readable(module: Any, *, values: bool = True) -> None:
+    """Raise SpaError for an array without values, UsageError for a call in inference mode.
+
+    Where no `values` are needed, an array must have a size only.
+    """
+    if not isinstance(module, nn.Module):
+        return
+    if values and torch.is_inference_mode_enabled():
+        raise UsageError("a model cannot be compiled in inference mode",
+                         why="what is made there cannot be trained, and scores need gradients",
+                         fix="call it outside of torch.inference_mode()")
+    for kind, name, tensor in _arrays(module):
+        for wrong, why, fix in _UNREADABLE if values else _UNREADABLE[:1]:
+            if wrong(tensor):
+                raise SpaError(f"{kind} {name} {why}", where=type(module).__name__, fix=fix)
+
+
+def check_exportable(inputs: Any) -> None:
+    """Raise UsageError for input tensors that ONNX Runtime cannot be given from numpy."""
+    for value in pytree.tree_leaves(inputs):
+        if isinstance(value, torch.Tensor) and not _in_numpy(value.dtype):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UsageError(f"model.onnx cannot be checked with {kind} inputs",
+                             why=f"numpy has no {kind}, so that ONNX Runtime cannot be fed",
+                             fix="leave it out (--no-onnx, onnx=False), or give the module and its "
+                                 "inputs in float32")
+
+
+def _in_numpy(kind: torch.dtype) -> bool:
+    try:
+        torch.empty(0, dtype=kind).numpy()
+    except TypeError:
+        return False
+    return True
+
+
+def _arrays(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield what each array is, its name, and the array."""
+    for name, tensor in module.named_parameters():
+        yield "weight", name, tensor
+    for name, tensor in module.named_buffers():
+        yield "buffer", name, tensor
