@@ -64,5 +64,5 @@ def _arrays(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield what each array is, its name, and the array."""
     for name, tensor in module.named_parameters():
         yield "weight", name, tensor
-    for name, tensor in module.named_buffers():
-        yield "buffer", name, tensor
+    for name, buffer in module.named_buffers():
+        yield "buffer", name, buffer
