@@ -6,7 +6,7 @@ Its published weights are 4-bit; they are dequantised once to a float32 Hugging 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,25 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32, output_loading_info=True
         )
+        check_whole(found)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         _forget_origin(model, tokenizer)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def check_whole(found: Mapping[str, Collection[object]]) -> None:
+    """Raise RuntimeError where arrays were missing, left over or of other shapes.
+
+    What is missing is initialised at random, and would be kept in the cache like that.
+    """
+    wrong = [f"{kind}: {', '.join(sorted(map(str, what))[:8])}" for kind, what in found.items()
+             if what]
+    if wrong:
+        raise RuntimeError("the published weights are not the network's; " + "; ".join(wrong))
 
 
 def _forget_origin(model: Any, tokenizer: Any) -> None:

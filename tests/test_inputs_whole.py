@@ -253,3 +253,12 @@ def test_a_head_of_its_own_stays_uniform_though_the_configuration_ties_it(tmp_pa
     made = spacompiler.compile(live, {"input_ids": ids}, **{
         "target": "body=70%", "layout": "uniform", **QUICK, **options}).module
     assert made.config.tie_word_embeddings is False and live.config.tie_word_embeddings
+
+
+def test_weights_that_the_zoo_converts_are_whole():
+    from spacompiler.models_zoo import load
+
+    zoo = load("smollm2-135m")
+    zoo.check_whole({"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
+    with pytest.raises(RuntimeError, match=r"missing_keys: lm_head\.weight"):
+        zoo.check_whole({"missing_keys": {"lm_head.weight"}, "unexpected_keys": set()})
