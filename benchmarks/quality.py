@@ -40,6 +40,7 @@ from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
 from spacompiler.torch_backend.backend import TORCH
 from spacompiler.torch_backend.emit.biases import with_biases
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.gather.sampling import continued
 from spacompiler.trials import measure as measurements
 
@@ -121,7 +122,7 @@ class Bench:
         self.module = with_biases(self.module, paths, owned=True)
         self.trace, self.solution = TORCH.trace(self.module, self.inputs)
         self.stored = dict(self.trace.program.state_dict)
-        self.context = Scores(self.trace, self.solution, self.seed)
+        self.context = fresh_context(self.trace, self.solution, self.seed)
 
     def candidates(self, method: Method) -> list[Any]:
         return allocation.candidates(self.solution, roles=("channel", "head"), only=method.only)
@@ -161,7 +162,7 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
         if held["inputs"]:
             _give(bench.context, held["inputs"])
         held["inputs"] = _taken(bench.context)
-        held["curvature"] = {**held.get("curvature", {}), **bench.context._gradients.curvature}
+        held["curvature"] = {**held.get("curvature", {}), **bench.context.gradients.curvature}
         if any(m.continued for m in missing.values()) and "own" not in held:
             held["own"] = _write_on(bench, groups)
     sums = _sums(held)
@@ -170,7 +171,7 @@ def gather(bench: Bench, methods: Mapping[str, Method]) -> None:
         for name, importance in passes.items():
             wider = missing[name].continued
             _give(bench.context, sums[wider]["inputs"])
-            bench.context._gradients.curvature.update(
+            bench.context.gradients.curvature.update(
                 sums[wider and getattr(importance, "continued", True)]["curvature"])
             own = every.setdefault((importance, wider), {})
             for group in bench.candidates(missing[name]):
@@ -190,12 +191,12 @@ def _write_on(bench: Bench, groups: list[Any]) -> dict[str, Any]:
     start = time.perf_counter()
     text = continued(bench.module, bench.batches, bench.seed)
     wrote = time.perf_counter() - start
-    context = Scores(bench.trace, bench.solution, bench.seed)
+    context = fresh_context(bench.trace, bench.solution, bench.seed)
     context.calibrate({"covariance", "curvature"}, text, default_loss, groups=groups)
     bench.done["continued"] = {"seconds": round(time.perf_counter() - start),
                                "seconds_writing": round(wrote)}
     return {"text": [kwargs["input_ids"] for _, kwargs in text], "inputs": _taken(context),
-            "curvature": context._gradients.curvature}
+            "curvature": context.gradients.curvature}
 
 
 def _sums(held: Mapping[str, Any]) -> dict[bool, dict[str, Any]]:

@@ -15,7 +15,6 @@ from torch import nn
 import spacompiler
 from spacompiler.errors import SpaError
 from spacompiler.evidence.losses import default_loss, divergence
-from spacompiler.evidence.scores import Scores
 from spacompiler.groups.cost import cost
 from spacompiler.passes.dynamic import Dynamic
 from spacompiler.passes.global_ranking import GlobalRanking
@@ -29,6 +28,7 @@ from spacompiler.plan.problem import Problem
 from spacompiler.repair.repairer import Repairer
 from spacompiler.repair.sites import sites
 from spacompiler.torch_backend.backend import TORCH
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.trials.measure import Measure, angles
 from spacompiler.trials.sensitivity import Change, Sensitivity
 
@@ -121,7 +121,7 @@ def measured(network: Any, compensation: Any = None) -> Measure:
     net, trace, solution = network
     torch.manual_seed(1)
     batches = [((torch.randn(32, 8) + 1,), {}) for _ in range(3)]
-    context = Scores(trace, solution)
+    context = fresh_context(trace, solution)
     groups = allocation.candidates(solution, roles=("channel",))
     scores = {g.name: np.arange(g.size, dtype=float) for g in groups}
 

@@ -13,13 +13,13 @@ import spacompiler
 from spacompiler.cli.main import app
 from spacompiler.errors import SpaError, UsageError
 from spacompiler.evidence.losses import default_loss
-from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import OF_INPUTS
 from spacompiler.evidence.surgeon import blocks, removals
 from spacompiler.groups.solution import solve
 from spacompiler.models_zoo import load
 from spacompiler.request import registry
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.gather.gradients import KINDS
 from spacompiler.torch_backend.read.export import trace
 
@@ -53,7 +53,7 @@ BATCH = {}
 
 def context(module, batches):
     BATCH.setdefault(module, batches[0])
-    return Scores(*solved(module))
+    return fresh_context(*solved(module))
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from spacompiler.artifact.report import facts
 from spacompiler.axes.choices import Choice
 from spacompiler.axes.expressions import reasons
 from spacompiler.errors import SpaError, TargetError
-from spacompiler.evidence.scores import Scores
 from spacompiler.groups.solution import Group, Solution, solve
 from spacompiler.passes.taylor import Taylor
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.prove import prove
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.trace import Trace
@@ -201,7 +201,7 @@ def test_channels_of_experts_are_channels_however_they_are_computed() -> None:
 def test_taylor_is_the_derivative_of_a_gate_on_what_an_expert_gives() -> None:
     found, solution = mixed(lambda module: module.router.bias[0].fill_(-100.0))
     (group,) = experts(solution)
-    scores, passed = Scores(found, solution), Taylor(per="batch")
+    scores, passed = fresh_context(found, solution), Taylor(per="batch")
     square = lambda flat, args, kwargs: flat[0].square().sum()  # noqa: E731
     scores.calibrate(passed.needs, [(found.args, {})], square, groups=[group])
     module, gate = Mixed(), torch.ones(5, requires_grad=True)

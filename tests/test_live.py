@@ -11,12 +11,12 @@ from torch.nn import functional
 
 import spacompiler
 from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
-from spacompiler.evidence.scores import Scores
 from spacompiler.groups.solution import solve
 from spacompiler.live import ramp, shrinking
 from spacompiler.live.surgery import operate_in_place
 from spacompiler.models_zoo import load
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.read.export import trace
 
 
@@ -295,7 +295,7 @@ def test_gates_are_those_of_calibration(make):
     x, y = batch(make, 0)
     functional.cross_entropy(logits(model, x), y).backward()
     traced = trace(model, inputs(make))
-    context = Scores(traced, solve(traced.graph, TABLE))
+    context = fresh_context(traced, solve(traced.graph, TABLE))
     call = ((), {"input_ids": x}) if make is llama else ((x,), {})
     groups = [context.solution.groups[g.name] for g in pruner.groups]
     context.calibrate(("gates", "token_gates"), [call], lambda found, *_: functional.cross_entropy(

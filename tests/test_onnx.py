@@ -31,7 +31,7 @@ from spacompiler.onnx_backend.read.file import open_model
 from spacompiler.onnx_backend.read.lower import trace
 from spacompiler.onnx_backend.run import double as onnx_double
 from spacompiler.onnx_backend.run import observe
-from spacompiler.onnx_backend.run.observe import FileScores
+from spacompiler.onnx_backend.run.observe import fresh_context
 from spacompiler.onnx_backend.run.session import Session
 from spacompiler.rows import aten_table as aten
 from spacompiler.rows import onnx_table as onnx_ops
@@ -371,7 +371,7 @@ def test_streaming_gives_the_same_statistics_and_drops_them(
     export_onnx(torch_export.trace(module, inputs).program, tmp_path / "m.onnx",
                 input_names=["x"], axes={})
     traced, solution = onnx_backend.analyse(open_model(tmp_path / "m.onnx"), None)
-    whole, streamed = (FileScores(traced, solution) for _ in range(2))
+    whole, streamed = (fresh_context(traced, solution) for _ in range(2))
     groups, batches = list(solution.groups.values()), [((), {})]
     whole.calibrate(("covariance",), batches, None, groups=groups)
     held = []

@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import spacompiler
 from spacompiler.groups.solution import Solution, solve
-from spacompiler.onnx_backend import backend as onnx_backend
 from spacompiler.onnx_backend.read.file import open_model
 from spacompiler.onnx_backend.read.lower import trace
-from spacompiler.onnx_backend.run.observe import FileScores
+from spacompiler.onnx_backend.run import observe
+from spacompiler.onnx_backend.run.observe import FileNetwork
 from spacompiler.rows.onnx_table import TABLE
 
 WIDTH, INNER = 96, 12
@@ -143,16 +143,16 @@ def test_one_run_shows_as_many_tensors_as_fit(tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     onnx.save(blocks(12), tmp_path / "m.onnx")
     runs: list[int] = []
-    expose = FileScores._expose
+    expose = FileNetwork._expose
 
     def seen(self: Any, names: list[str], *rest: Any) -> None:
         runs.append(len(names))
         expose(self, names, *rest)
 
-    monkeypatch.setattr(FileScores, "_expose", seen)
+    monkeypatch.setattr(FileNetwork, "_expose", seen)
     for limit, want in ((None, [12]), (1, [1] * 12)):
         if limit is not None:
-            monkeypatch.setattr(onnx_backend, "EXPOSED", limit)
+            monkeypatch.setattr(observe, "EXPOSED", limit)
         runs.clear()
         spacompiler.compile(str(tmp_path / "m.onnx"), target="params=70%", importance="wanda",
                             align=1, latency=False, prove=False)

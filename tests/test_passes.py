@@ -9,7 +9,6 @@ from torch import nn
 import spacompiler
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.losses import default_loss
-from spacompiler.evidence.scores import Scores
 from spacompiler.groups.cost import cost
 from spacompiler.groups.solution import solve
 from spacompiler.models_zoo import load
@@ -17,13 +16,14 @@ from spacompiler.pipeline.decide import allocate_counts
 from spacompiler.plan import legal as allocation
 from spacompiler.request import registry
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.read.export import trace
 
 
 def context(name, seed=0):
     module, inputs = load(name).build(seed)
     traced = trace(module, inputs)
-    return module, inputs, Scores(traced, solve(traced.graph, TABLE), seed)
+    return module, inputs, fresh_context(traced, solve(traced.graph, TABLE), seed)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def small():
 def test_taylor_is_the_derivative_of_a_gate():
     module, x = small()
     traced = trace(module, (x,))
-    ctx = Scores(traced, solve(traced.graph, TABLE))
+    ctx = fresh_context(traced, solve(traced.graph, TABLE))
     group = ctx.solution.groups["first.weight:0"]
     ctx.calibrate(("gates",), [((x,), {})], default_loss, groups=[group])
     gate = torch.ones(9, requires_grad=True)
@@ -86,7 +86,7 @@ def test_taylor_is_the_derivative_of_a_gate():
 def test_taylor_per_token_adds_absolute_values():
     module, x = small()
     traced = trace(module, (x,))
-    ctx = Scores(traced, solve(traced.graph, TABLE))
+    ctx = fresh_context(traced, solve(traced.graph, TABLE))
     group = ctx.solution.groups["first.weight:0"]
     taylor = registry.find("importance", "taylor")
     ctx.calibrate(taylor.needs, [((x,), {})], default_loss, groups=[group])
@@ -101,7 +101,7 @@ def test_taylor_per_token_adds_absolute_values():
 def test_taylor_element_is_weight_times_gradient():
     module, x = small()
     traced = trace(module, (x,))
-    ctx = Scores(traced, solve(traced.graph, TABLE))
+    ctx = fresh_context(traced, solve(traced.graph, TABLE))
     group = ctx.solution.groups["first.weight:0"]
     ctx.calibrate(("weight_gradients",), [((x,), {})], default_loss, groups=[group])
     default_loss([module(x)], (x,), {}).backward()

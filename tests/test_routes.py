@@ -15,13 +15,13 @@ from spacompiler.api import Result
 from spacompiler.errors import SpaError
 from spacompiler.evidence.consumers import Route
 from spacompiler.evidence.losses import default_loss
-from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import Covariance, Fluctuation, Moments
 from spacompiler.groups.solution import Solution, solve
 from spacompiler.passes.refit import Refit
 from spacompiler.repair.evidence import Evidence
 from spacompiler.request import registry
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.trace import Trace
 
@@ -191,7 +191,7 @@ def scored(way: str, importance: str) -> list[torch.Tensor]:
     """Scores of the channels inside the experts of each layer."""
     found, solution = traced(way)
     groups = [solution.groups[CHANNELS.format(i)] for i in range(2)]
-    scores, passed = Scores(found, solution), registry.find("importance", importance)
+    scores, passed = fresh_context(found, solution), registry.find("importance", importance)
     scores.calibrate(passed.needs, [((), batch) for batch in texts()], default_loss,
                      groups=groups)
     return [passed.score(group, scores).double() for group in groups]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -22,3 +23,9 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs[0], inputs[1]
     return tuple(inputs), {}
+
+
+def examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of examples in a batch: the first size of its first tensor."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)

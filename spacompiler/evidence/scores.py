@@ -1,57 +1,54 @@
 """Hand criteria what they need: arrays with the group's axis first, statistics, gradients.
 
 All statistics that criteria need are gathered in one pass over the batches: those of consumers'
-inputs (`statistics`) where a consumer reads them, those of gradients (`gradients`) by hooks.
+inputs (`statistics`) where a consumer reads them, those of gradients by whoever computes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import EntryPoint
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
 from ..errors import SpaError, UsageError, did_you_mean
 from ..graph.ir import Node
 from ..groups.solution import Group, Member, Solution
-from ..torch_backend.gather.gradients import KINDS, Gradients, examples
-from ..torch_backend.run.runner import Runner
-from ..torch_backend.trace import Trace
+from ..request.registry import available
 from .consumers import Consumer, consumer
+from .network import GradientSource, Loss, Network, Place, See
 from .slots import by_channel, onto, rows, slots
-from .statistics import OF_INPUTS, View
+from .statistics import OF_INPUTS, View, forward_only
 
-__all__ = ["Loss", "Scores", "onto", "rows", "slots", "static"]
-Loss = Callable[[list[Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
+__all__ = ["Loss", "Scores", "onto", "rows", "slots"]
 Then = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 @dataclass
 class Scores:
-    """The context that importance passes see, filled by one calibration run."""
+    """The context that importance passes see, filled by one calibration run.
 
-    trace: Trace
+    `gradients` is None where the network is computed forward only.
+    """
+
+    network: Network
     solution: Solution
     seed: int = 0
-    _gradients: Gradients = None  # type: ignore[assignment]
+    gradients: GradientSource | None = None
     _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
     _nodes: dict[str, Node] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._gradients = Gradients(self.trace, self.solution, self.stored)
-
     # --- stored arrays ------------------------------------------------------------------------
 
     def stored(self, name: str) -> torch.Tensor:
-        """Return a parameter or buffer by its name in the traced program."""
-        program = self.trace.program
-        return (program.state_dict[name] if name in program.state_dict
-                else program.constants[name]).detach()
+        """Return a stored array by its name in the graph; integers (quantised ones) as floats."""
+        return self.network.stored(name)
 
     def rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return a stored array as (*group.shape, rest)."""
@@ -80,17 +77,17 @@ class Scores:
 
     def gate(self, kind: str, group: Group) -> torch.Tensor:
         """Return a statistic of gates (gates, token_gates, fisher, relevance): `group.shape`."""
-        return self._gradients.gates[kind, group.name].reshape(group.shape)
+        return self._backward().gates[kind, group.name].reshape(group.shape)
 
     def sums(self, kind: str, member: Member, group: Group) -> torch.Tensor:
         """Return a sum over w dL/dw of a member (elements, vectors, element_squares, hessian)."""
-        found = self._gradients.sums.get((kind, group.name, member))
+        found = self._backward().sums.get((kind, group.name, member))
         return torch.zeros(group.shape, dtype=torch.float64) if found is None \
             else found.reshape(group.shape)
 
     def gradient(self, kind: str, name: str) -> torch.Tensor:
         """Return weight_gradients, weight_squares or weight_absolutes of a parameter (or 0)."""
-        found = self._gradients.arrays.get((kind, name))
+        found = self._backward().arrays.get((kind, name))
         return torch.zeros_like(self.stored(name)) if found is None else found
 
     def gradient_rows(self, member: Member, group: Group) -> torch.Tensor:
@@ -101,12 +98,12 @@ class Scores:
     @property
     def batches(self) -> int:
         """Batches that gradients were taken over."""
-        return self._gradients.batches
+        return self._backward().batches
 
     @property
     def examples(self) -> int:
         """Examples that gradients were taken over."""
-        return self._gradients.examples
+        return self._backward().examples
 
     def inputs(self, at: Consumer) -> dict[str, Any]:
         """Return the statistics of what a consumer reads, by name."""
@@ -142,11 +139,11 @@ class Scores:
         return self._consumers[group.name]
 
     def _view(self, at: Consumer, group: Group) -> View:
-        weight = at.matrix(static(self.trace, self.solution, at.weight, self.stored))
+        weight = at.matrix(self.network.static(at.weight, self.stored))
         return View(at, weight.detach(), self._feature_slots(at, group), group.shape,
-                    self._inputs.get(at.key, {}), lambda kind: static(
-                        self.trace, self.solution, at.weight, partial(self.gradient, kind)),
-                    self._gradients.curvature.get(at.node.name))
+                    self._inputs.get(at.key, {}), lambda kind: self.network.static(
+                        at.weight, partial(self.gradient, kind)),
+                    self.gradients.curvature.get(at.node.name) if self.gradients else None)
 
     def _feature_slots(self, at: Consumer, group: Group) -> torch.Tensor:
         """The slice of every feature: the slices of an activation, patched as it is."""
@@ -169,17 +166,16 @@ class Scores:
         """
         wanted = set(needs)
         watched = self._watch(wanted, groups)
-        self._gradients.prepare(wanted, groups, (
+        if forward_only(wanted):
+            for _ in self.network.observe(batches, self._sizes(watched), self._look(watched),
+                                          tick=tick):
+                pass
+            return
+        gradients, see = self._backward(wanted), self._look(watched)
+        gradients.prepare(wanted, groups, (
             c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
-        stops = {at.node.name for own in watched.values() for at in own}
-        for args, kwargs in batches:
-            if wanted <= OF_INPUTS.keys():
-                for _ in self._steps(args, kwargs, watched, stops):
-                    pass
-            else:
-                self._gradients.add(self.trace.labelled(args, kwargs), loss,
-                                    partial(self._see, watched, {}),
-                                    _by_node(watched))
+        for i, batch in enumerate(batches):
+            gradients.add(batch, loss, partial(see, i), _by_node(watched))
             tick()
 
     def widen(self, kinds: Iterable[str], batches: Iterable[Any], loss: Loss,
@@ -190,16 +186,15 @@ class Scores:
         """
         wanted = set(kinds) & {"covariance", "curvature"}
         watched = self._places(groups if "covariance" in wanted else ())
-        stops = {at.node.name for own in watched.values() for at in own}
         held = self._inputs
         self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
                         for key, found in held.items()}
-        for args, kwargs in batches:
-            if "curvature" in wanted:
-                self._gradients.curve(self.trace.labelled(args, kwargs), loss,
-                                      partial(self._see, watched, {}), _by_node(watched))
-                continue
-            for _ in self._steps(args, kwargs, watched, stops):
+        see = self._look(watched)
+        if "curvature" in wanted:
+            for i, batch in enumerate(batches):
+                self._backward(wanted).curve(batch, loss, partial(see, i), _by_node(watched))
+        else:
+            for _ in self.network.observe(batches, self._sizes(watched), see):
                 pass
         self._inputs = held
 
@@ -207,19 +202,18 @@ class Scores:
                groups: Sequence[Group]) -> Iterator[Group]:
         """Gather statistics of inputs and yield each group when its own are complete.
 
-        All batches advance together from consumer to consumer; what no later group needs is
-        dropped after each step, so that one block's worth of statistics is held at a time.
+        What no later group needs is dropped after each step, so that one block's worth of
+        statistics is held at a time.
         """
         watched = self._watch(set(needs), groups)
         waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
-        keys = {at.node.name: at.key for own in watched.values() for at in own}
-        stops = set(keys)
-        runs = [self._steps(args, kwargs, watched, stops) for args, kwargs in batches]
+        seen: set[Place] = set()
         done: set[str] = set()
-        for node in [n.name for n in self.solution.graph.nodes if n.name in stops]:
-            for run in runs:
-                next(run)
-            done.add(keys[node])
+        for places in self.network.observe(batches, self._sizes(watched), self._look(watched),
+                                           together=True):
+            seen |= places
+            done |= {at.key for place in places for at in watched[place]
+                     if seen.issuperset(at.places)}
             yield from self._complete(waiting, done, groups)
         yield from (g for g in groups if not self._consumers_of(g))
 
@@ -233,89 +227,91 @@ class Scores:
         for key in done - held:
             self._inputs.pop(key, None)
 
-    def _watch(self, wanted: set[str],
-               groups: Sequence[Group]) -> dict[tuple[str, str], list[Consumer]]:
+    def _backward(self, wanted: Iterable[str] = ()) -> GradientSource:
+        """Return who computes gradients. Raises UsageError where nobody does."""
+        if self.gradients is not None:
+            return self.gradients
+        names = [e.name for k, e in available() if k == "importance" and _is_forward(e)]
+        raise UsageError(
+            "an ONNX file has no gradients" + (
+                f": {', '.join(sorted(wanted))} cannot be gathered" if wanted else ""),
+            why="ONNX Runtime computes forward only",
+            fix=f"use --importance with one that needs none: {', '.join(sorted(names))}")
+
+    def _watch(self, wanted: set[str], groups: Sequence[Group]) -> dict[Place, list[Consumer]]:
         """Make the statistics that are wanted; return where their inputs are read."""
-        for name in wanted - KINDS - OF_INPUTS.keys():
+        known = {*OF_INPUTS}
+        if not forward_only(wanted):
+            known |= self._backward(wanted).kinds
+        for name in wanted - known:
             raise UsageError(f"there is no statistic {name!r}",
-                             fix=did_you_mean(name, sorted(KINDS | OF_INPUTS.keys())))
+                             fix=did_you_mean(name, sorted(known)))
         kinds = [kind for kind in OF_INPUTS if kind in wanted]
         found = self._places(groups if kinds else ())
         self._inputs.update({at.key: {kind: OF_INPUTS[kind]() for kind in kinds}
                              for own in found.values() for at in own})
         return found
 
-    def _places(self, groups: Sequence[Group]) -> dict[tuple[str, str], list[Consumer]]:
+    def _places(self, groups: Sequence[Group]) -> dict[Place, list[Consumer]]:
         """The first consumer of every input that groups are read from, by its places."""
         found: dict[str, Consumer] = {}
         for group in groups:
             for at in self._consumers_of(group):
                 found.setdefault(at.key, at)
         order = {node.name: i for i, node in enumerate(self.solution.graph.nodes)}
-        watched: dict[tuple[str, str], list[Consumer]] = {}
+        watched: dict[Place, list[Consumer]] = {}
         for at in sorted(found.values(), key=lambda c: order[c.node.name]):
             for place in at.places:
                 watched.setdefault(place, []).append(at)
         return watched
 
-    def _steps(self, args: tuple[Any, ...], kwargs: dict[str, Any],
-               watched: dict[tuple[str, str], list[Consumer]],
-               stops: set[str]) -> Iterator[str]:
-        """Run one batch without gradients, pausing at `stops`."""
-        args, kwargs = self.trace.match(args, kwargs)
-        held: dict[str, dict[str, torch.Tensor]] = {}
-        runner = Runner(self.trace.program, self.stored, touched=_by_node(watched),
-                        touch=lambda node, name, value: self._see(
-                            watched, held, node.name, name, value, examples(args, kwargs)))
-        steps = runner.steps(args, kwargs, stops)
-        while True:
-            with torch.no_grad():
-                node = next(steps, None)
-            if node is None:
-                return
-            yield node
+    def _sizes(self, watched: Mapping[Place, Sequence[Consumer]]) -> dict[Place, float]:
+        """Bytes of the covariances that are made of what is read at each place."""
+        shapes = {at.weight: self.solution.graph.tensors[at.weight].shape
+                  for own in watched.values() for at in own}
+        return {place: float(sum(8.0 * _features(shapes[at.weight]) ** 2 for at in own
+                                 if "covariance" in self._inputs.get(at.key, {})))
+                for place, own in watched.items()}
 
-    def _see(self, watched: dict[tuple[str, str], list[Consumer]],
-             held: dict[str, dict[str, torch.Tensor]], node: str, name: str, value: torch.Tensor,
-             count: int) -> torch.Tensor:
-        """Show statistics what a node reads; `count` examples, unless it reads them mixed.
+    def _look(self, watched: Mapping[Place, Sequence[Consumer]]) -> See:
+        """Return what shows statistics what a node reads.
 
-        What is read at one place of a consumer is `held` until its other place is reached.
+        Examples count as such unless the node reads them mixed. What is read at one place of a
+        consumer is held until its other place is reached.
         """
-        for at in watched[node, name]:
-            found = held.setdefault(at.key, {})
-            found[name] = value.detach()
-            if len(found) < len(at.places):
-                continue
-            x, seen = at.inputs(held.pop(at.key)[at.tensor]), None
-            if at.route is not None:
-                x, seen = at.route.deal(x[0], found[at.route.tensor])
-            for statistic in self._inputs[at.key].values():
-                statistic.add(x, count if seen is None and x.shape[1] % count == 0 else 1, seen)
-        return value
+        held: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+
+        def see(batch: int, node: str, name: str, value: torch.Tensor, examples: int) -> None:
+            for at in watched[node, name]:
+                found = held.setdefault((batch, at.key), {})
+                found[name] = value.detach()
+                if len(found) < len(at.places):
+                    continue
+                x, seen = at.inputs(held.pop((batch, at.key))[at.tensor]), None
+                if at.route is not None:
+                    x, seen = at.route.deal(x[0], found[at.route.tensor])
+                count = examples if seen is None and x.shape[1] % examples == 0 else 1
+                for statistic in self._inputs[at.key].values():
+                    statistic.add(x, count, seen)
+
+        return see
 
 
-def _by_node(places: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+def _by_node(places: Iterable[Place]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for node, tensor in places:
         found.setdefault(node, set()).add(tensor)
     return found
 
 
-def static(trace: Trace, solution: Solution, name: str,
-           stored: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """Return the value of a tensor that follows from stored arrays alone."""
-    tensor = solution.graph.tensors[name]
-    if tensor.weight is not None:
-        return stored(tensor.weight)
-    nodes = {node.name: node for node in trace.program.graph.nodes}
+def _features(shape: tuple[int, ...]) -> int:
+    """No consumer with a weight of this shape reads more features at once."""
+    return max(prod(shape[1:]), shape[0] if shape else 1)
 
-    def value(node: fx.Node) -> Any:
-        known = solution.graph.tensors.get(node.name)
-        if known is not None and known.weight is not None:
-            return stored(known.weight)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with torch.no_grad():
-        return value(nodes[name])
+def _is_forward(entry: EntryPoint) -> bool:
+    """True for an installed criterion that needs no gradients."""
+    try:
+        return forward_only(entry.load()().needs)
+    except (ImportError, AttributeError, TypeError):
+        return False

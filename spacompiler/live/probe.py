@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from spacompiler.errors import UsageError
-from spacompiler.evidence.scores import Loss
+from spacompiler.evidence.network import Loss
 from spacompiler.groups.solution import Group, Solution
 from spacompiler.labels import labels_of
 from spacompiler.live.attached import Attached, adaptable

@@ -20,7 +20,8 @@ from spacompiler.evidence.slots import onto, rows
 from spacompiler.groups.solution import Group, Member, Solution
 from spacompiler.live.adapter_step import adapted
 from spacompiler.live.sites import Site, hook
-from spacompiler.torch_backend.gather.gradients import SUMS
+from spacompiler.torch_backend.gather.gradients import SUMS, Gradients
+from spacompiler.torch_backend.run.observe import ProgramNetwork
 from spacompiler.torch_backend.trace import Trace
 
 GATES = ("gates", "token_gates")
@@ -40,8 +41,9 @@ class Watch(Scores):
     def __init__(self, module: nn.Module, trace: Trace, solution: Solution,
                  found: Iterable[Site], needs: Iterable[str], seed: int = 0, *,
                  stream: Sequence[Group] = ()) -> None:
-        super().__init__(trace, solution, seed)
-        self._module, self._needs = module, tuple(needs)
+        network = ProgramNetwork(trace)
+        super().__init__(network, solution, seed, Gradients(trace, solution, network.stored))
+        self.trace, self._module, self._needs = trace, module, tuple(needs)
         unknown = sorted(set(self._needs) - set(KNOWN))
         if unknown:
             raise UsageError(

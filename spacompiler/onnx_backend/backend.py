@@ -13,7 +13,7 @@ from . import prove as onnx_proof
 from .emit import rewrite
 from .read.file import OnnxFile, check_finite, checked_feed
 from .read.lower import OnnxTrace, trace
-from .run.observe import FileScores
+from .run.observe import fresh_context
 
 
 def analyse(file: OnnxFile, inputs: Any, quick: bool = False) -> tuple[OnnxTrace, Solution]:
@@ -59,7 +59,7 @@ def write(job: Job, folder: Path, data: dict[str, Any]) -> None:
 
 BACKEND = Backend(
     check_weights=check_weights, trace=analyse,
-    context=lambda job: FileScores(job.trace, job.solution, job.recipe.seed),
+    context=lambda job: fresh_context(cast(Any, job.trace), job.solution, job.recipe.seed),
     digest=lambda job: cast(Any, job.module).digest,
     prove=lambda job: onnx_proof.prove(
         cast(Any, job.trace), job.solution, job.choices, seed=job.recipe.seed),

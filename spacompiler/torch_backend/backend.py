@@ -13,7 +13,6 @@ from torch.export import ExportedProgram
 
 from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs
-from ..evidence.scores import Scores
 from ..groups.solution import Solution, solve
 from ..pipeline.decide import statistics_of
 from ..rows.aten_table import TABLE
@@ -25,6 +24,7 @@ from .emit.attributes import assign, resized, unmet, watch
 from .emit.module import operate
 from .emit.program import Rewritten, rewrite, run_pruned
 from .emit.slicer import Slicer
+from .gather.context import fresh_context
 from .prove import prove
 from .read.export import trace
 from .run.runner import Runner
@@ -177,7 +177,7 @@ def _write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
 TORCH = Backend(
     check_weights=_check_module,
     trace=_trace_module,
-    context=lambda job: Scores(job.trace, job.solution, job.recipe.seed),
+    context=lambda job: fresh_context(job.trace, job.solution, job.recipe.seed),
     digest=lambda job: weights_hash(job.module),
     prove=_prove_module,
     emit=_emit_module,

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import EntryPoint
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
-from types import MappingProxyType
-from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from ...errors import UsageError
-from ...evidence.consumers import Consumer
+from ...evidence.calls import Batch
+from ...evidence.network import Place, See, Stored
 from ...evidence.scores import Scores
-from ...evidence.statistics import View, forward_only
-from ...groups.solution import Group
+from ...groups.solution import Solution
 from ...process import no_warnings
-from ...request.registry import available
 from ..read.file import checked_feed, release
 from ..read.lower import OnnxTrace
 from .session import Session, alone, run
@@ -27,125 +23,93 @@ EXPOSED = 2**28
 """Bytes of tensors (and of their statistics) that one run returns: more would be held at once."""
 
 
-class FileScores(Scores):
-    """The context that importance passes see: a file's arrays, and what ONNX Runtime computes."""
+def fresh_context(trace: OnnxTrace, solution: Solution, seed: int = 0) -> Scores:
+    """Return a context for importance passes that nothing has been gathered in yet."""
+    return Scores(FileNetwork(trace), solution, seed)
 
+
+@dataclass
+class FileNetwork:
+    """A file as a network that evidence is drawn from: ONNX Runtime returns what is asked for."""
+
+    trace: OnnxTrace
     _mapped: tuple[str, ...] = ()
-    _made: Mapping[str | None, ir.Value] = MappingProxyType({})
+    _made: dict[str | None, ir.Value] = field(default_factory=dict)
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array as it lies; integers (quantised weights) as floats."""
-        model = cast(Any, self.trace).model
+        model = self.trace.model
         self._mapped = (*(n for n in self._mapped if not release(model, n)), name)
-        found = _tensor(cast(Any, self.trace).stored(name))
+        found = _tensor(self.trace.stored(name))
         return found if found.is_floating_point() else found.float()
 
-    def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Any, *,
-                  groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
-        """Run the file on batches, exposing what consumers read, a few tensors at a time.
-
-        Raises UsageError for a statistic of gradients.
+    def static(self, name: str, stored: Stored) -> torch.Tensor:
+        """Return a stored array, or what follows from the file's own alone (a transposed weight).
         """
-        watched, feeds = self._ready(needs, batches, groups)
-        for _ in self._runs(watched, feeds):
-            pass
-        for _ in feeds:
+        weight = self.trace.graph.tensors[name].weight
+        if weight is not None:
+            return stored(weight)
+        model = self.trace.model
+        if not self._made:
+            self._made.update((o.name, o) for node in model.graph for o in node.outputs)
+        return _tensor(run(alone(model, self._made[name]), {}, [name])[name])
+
+    def observe(self, batches: Iterable[Batch], places: Mapping[Place, float], see: See, *,
+                together: bool = False, tick: Callable[[], None] = lambda: None,
+                ) -> Iterator[set[Place]]:
+        """Run over all batches with as many tensors exposed as fit, yield places, and so on."""
+        feeds = [_feed(self.trace, batch) for batch in batches]
+        readers: dict[str, list[Place]] = {}
+        for place in places:
+            readers.setdefault(place[1], []).append(place)
+        for names in _fitting(self._costs(places, feeds)):
+            self._expose(names, readers, feeds, see)
+            yield {place for name in names for place in readers[name]}
+        for _ in feeds if not together else ():
             tick()
 
-    def stream(self, needs: Iterable[str], batches: Iterable[Any],
-               groups: Sequence[Group]) -> Iterator[Group]:
-        """Gather statistics of inputs and yield each group when its own are complete.
-
-        What no later group needs is dropped after each run over the batches.
-        """
-        watched, feeds = self._ready(needs, batches, groups)
-        waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
-        done: set[str] = set()
-        for names in self._runs(watched, feeds):
-            done |= {at.key for (_, name), own in watched.items() if name in names for at in own}
-            yield from self._complete(waiting, done, groups)
-        yield from (g for g in groups if not self._consumers_of(g))
-
-    def _ready(self, needs: Iterable[str], batches: Iterable[Any], groups: Sequence[Group],
-               ) -> tuple[dict[tuple[str, str], list[Consumer]], list[dict[str, np.ndarray]]]:
-        wanted = set(needs)
-        if not forward_only(wanted):
-            names = [e.name for k, e in available() if k == "importance" and _is_forward(e)]
-            raise UsageError(
-                f"an ONNX file has no gradients: {', '.join(sorted(wanted))} cannot be gathered",
-                why="ONNX Runtime computes forward only",
-                fix=f"use --importance with one that needs none: {', '.join(sorted(names))}")
-        return self._watch(wanted, groups), [_feed(cast(Any, self.trace), b) for b in batches]
-
-    def _runs(self, watched: dict[tuple[str, str], list[Consumer]],
-              feeds: list[dict[str, np.ndarray]]) -> Iterator[list[str]]:
-        """Run over all batches with as many tensors exposed as fit, yield their names, and so on.
+    def _costs(self, places: Mapping[Place, float],
+               feeds: list[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Bytes of each tensor that is read there, at the sizes of batches, and of its statistics.
         """
         grow = max((_elements(feed) for feed in feeds), default=1) / \
-            max(_elements(cast(Any, self.trace).feeds), 1)
-        held, total = list[str](), 0.0
-        for name, cost in (*self._costs(watched, max(grow, 1.0)).items(), ("", EXPOSED)):
-            total += cost
-            if held and total > EXPOSED:
-                self._expose(held, watched, feeds)
-                yield held
-                held, total = [], cost
-            held.append(name)
-
-    def _costs(self, watched: dict[tuple[str, str], list[Consumer]],
-               grow: float) -> dict[str, float]:
-        """Bytes of each watched tensor, `grow` times the traced one, and of its covariances."""
-        tensors, found = self.solution.graph.tensors, dict[str, float]()
-        for (_, name), own in watched.items():
+            max(_elements(self.trace.feeds), 1)
+        found: dict[str, float] = {}
+        for (_, name), size in places.items():
             if name not in found:
-                found[name] = 4.0 * prod(tensors[name].shape) * grow
-            if any("covariance" in self._inputs.get(at.key, {}) for at in own):
-                found[name] += sum(8.0 * _features(tensors[at.weight].shape) ** 2 for at in own)
+                found[name] = 4.0 * prod(self.trace.graph.tensors[name].shape) * max(grow, 1.0)
+            found[name] += size
         return found
 
-    def _expose(self, names: list[str], watched: dict[tuple[str, str], list[Consumer]],
-                feeds: Iterable[dict[str, np.ndarray]]) -> None:
-        session = Session(cast(Any, self.trace).model, names)
-        for feed in feeds:
+    def _expose(self, names: list[str], readers: Mapping[str, list[Place]],
+                feeds: Iterable[dict[str, np.ndarray]], see: See) -> None:
+        session = Session(self.trace.model, names)
+        for number, feed in enumerate(feeds):
             count = next((len(a) for a in feed.values() if a.ndim), 1)
-            values = dict(zip(names, session.run(feed, names), strict=True))
-            for node, name in watched:
-                if name in values:
-                    self._see(watched, {}, node, name, torch.from_numpy(values[name]), count)
+            values = session.run(feed, names)
+            for name, value in zip(names, values, strict=True):
+                for node, _ in readers[name]:
+                    see(number, node, name, torch.from_numpy(value), count)
 
-    def _view(self, at: Consumer, group: Group) -> View:
-        tensor = self.solution.graph.tensors[at.weight]
-        array = self.stored(tensor.weight) if tensor.weight is not None else \
-            _tensor(self._computed(at.weight))
-        return View(at, at.matrix(array), self._feature_slots(at, group), group.shape,
-                    self._inputs.get(at.key, {}), lambda kind: torch.zeros(()))
 
-    def _computed(self, name: str) -> np.ndarray:
-        """Return what follows from stored arrays alone (a transposed weight)."""
-        model = cast(Any, self.trace).model
-        if not self._made:
-            self._made = {o.name: o for node in model.graph for o in node.outputs}
-        return run(alone(model, self._made[name]), {}, [name])[name]
+def _fitting(costs: Mapping[str, float]) -> Iterator[list[str]]:
+    """Yield names in order, as many at once as cost no more than `EXPOSED` (at least one)."""
+    held, total = list[str](), 0.0
+    for name, cost in costs.items():
+        if held and total + cost > EXPOSED:
+            yield held
+            held, total = [], 0.0
+        held.append(name)
+        total += cost
+    if held:
+        yield held
 
 
 def _elements(feed: dict[str, np.ndarray]) -> int:
     return sum(array.size for array in feed.values())
 
 
-def _features(shape: tuple[int, ...]) -> int:
-    """No consumer with a weight of this shape reads more features at once."""
-    return max(prod(shape[1:]), shape[0] if shape else 1)
-
-
-def _is_forward(entry: EntryPoint) -> bool:
-    """True for an installed criterion that needs no gradients."""
-    try:
-        return forward_only(entry.load()().needs)
-    except (ImportError, AttributeError, TypeError):
-        return False
-
-
-def _feed(traced: OnnxTrace, batch: Any) -> dict[str, np.ndarray]:
+def _feed(traced: OnnxTrace, batch: Batch) -> dict[str, np.ndarray]:
     """Return a batch of (args, kwargs) as the file's inputs; an empty one is the example."""
     args, kwargs = batch
     names = [v.name or "" for v in traced.file.inputs()]
@@ -154,7 +118,7 @@ def _feed(traced: OnnxTrace, batch: Any) -> dict[str, np.ndarray]:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    if not array.flags.writeable or array.dtype.name in ("bfloat16",):
-        array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
     with no_warnings():  # torch cannot know that nobody writes
         return torch.from_numpy(array)

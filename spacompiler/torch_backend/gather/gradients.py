@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ...axes.expressions import is_frozen
 from ...errors import SpaError
+from ...evidence.calls import Batch, examples
 from ...evidence.consumers import Consumer, consumer
 from ...evidence.slots import by_channel, onto
 from ...graph.idioms import base
@@ -31,7 +32,6 @@ from ..run.runner import Override, OverridingRunner
 from ..trace import Trace
 from .relevance import largest, rules
 
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -56,7 +56,7 @@ ARRAYS: dict[str, Change] = {
     "weight_gradients": _as_is, "weight_squares": torch.square,
     "weight_absolutes": torch.abs}
 _SINGLE = {"element_squares", "weight_squares", "weight_absolutes"}
-KINDS = {*GATES, "fisher", "curvature", *SUMS, *ARRAYS}
+KINDS = frozenset({*GATES, "fisher", "curvature", *SUMS, *ARRAYS})
 
 
 @dataclass
@@ -71,6 +71,7 @@ class Gradients:
     trace: Trace
     solution: Solution
     stored: Callable[[str], torch.Tensor]
+    kinds: frozenset[str] = KINDS
     gates: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     sums: dict[tuple[str, str, Member], torch.Tensor] = field(default_factory=dict)
     arrays: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
@@ -171,6 +172,7 @@ class Gradients:
 
         Kinds that need single examples, second derivatives or relevance run by themselves.
         """
+        batch = self.trace.labelled(*batch)
         count = self._count = examples(*batch)
         self.batches += 1
         self.examples += count
@@ -199,6 +201,7 @@ class Gradients:
               observe: Callable[[str, str, torch.Tensor, int], Any],
               observed: Mapping[str, set[str]]) -> None:
         """Add a batch to the curvature, and to nothing else that is gathered here."""
+        batch = self.trace.labelled(*batch)
         self._count = examples(*batch)
         self._run(batch, loss, {"curvature"}, observe=observe, observed=observed)
 
@@ -388,12 +391,6 @@ def _fold(each: torch.Tensor, count: int) -> torch.Tensor:
     if len(each) % count:
         raise ValueError(f"{len(each)} positions are not those of {count} examples")
     return each.reshape(count, -1, each.shape[1]).sum(1)
-
-
-def examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the number of examples in a batch: the first size of its first tensor."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    return next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
 
 
 def singles(batch: Batch, count: int) -> Iterator[Batch]:
