@@ -383,6 +383,14 @@ def test_a_peft_model_that_needs_biases(variant):
     assert torch.equal(run(model, inputs), want), "the user's model was changed"
 
 
+def test_adapters_that_are_not_active_are_named():
+    module, inputs = llama()
+    model = tuned(module, "LORA", {"r": 2})
+    model.add_adapter("spare", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    _, notes = merging.merge_adapted(model, inputs)
+    assert any("spare" in note and "left out" in note for note in notes)
+
+
 def test_the_name_of_another_base_is_noted(tmp_path):
     path, _ = stored(tmp_path / "a")
     adapter = files.read(edited(path, base_model_name_or_path="org/Other-1B"))

@@ -177,10 +177,19 @@ def lokr(w):
                 1, 2).matmul(w1.T).transpose(1, 2).reshape(len(x), OUT))
 
 
+def lokr_whole(w):
+    """Both sides whole: no rank, so no scale."""
+    w1, w2 = rand(3, 2), rand(4, 5)
+    key = f"lycoris_{FLAT}."
+    return ({f"{key}lokr_w1": w1, f"{key}lokr_w2": w2, f"{key}alpha": torch.tensor(1.0)}, None,
+            "h.safetensors", lambda x, w: x @ (w + (
+                w1[:, None, :, None] * w2[None, :, None]).reshape(OUT, IN)).T)
+
+
 def full(w):
-    diff = rand(OUT, IN)
-    return ({f"lycoris_{FLAT}.diff": diff}, None, "f.safetensors",
-            lambda x, w: x @ (w + diff).T)
+    diff, bias = rand(OUT, IN), rand(OUT)
+    return ({f"lycoris_{FLAT}.diff": diff, f"lycoris_{FLAT}.diff_b": bias}, None,
+            "f.safetensors", lambda x, w: x @ (w + diff).T + bias)
 
 
 def lora_xs(w):
@@ -383,7 +392,8 @@ FIXTURES = {
     "kohya with a text encoder": text_encoder_beside, "kohya dora": dora,
     "lycoris dora of columns": dora_of_columns, "diffusers": diffusers,
     "diffusers transformer": diffusers_transformer, "diffusers processor": diffusers_processor,
-    "lycoris loha": loha, "lycoris lokr": lokr, "lycoris full": full,
+    "lycoris loha": loha, "lycoris lokr": lokr, "lycoris lokr whole": lokr_whole,
+    "lycoris full": full,
     "dylora rank 1": dylora(1), "dylora rank 3": dylora(3), "dylora of peft": dylora_of_peft,
     "lora-xs": lora_xs, "lora-sb": lora_sb, "nlora": nlora, "sora": sora, "opendelta": opendelta,
     "loralib": loralib, "nola": nola, "loldu": loldu, "triadaptlora": triadapt,
@@ -478,6 +488,13 @@ def test_a_convolution(mid, tmp_path):
         want = net()(*INPUTS)[1] + (2 / RANK * F.conv2d(inner, b)).float()
         got = merged(text)[0](*INPUTS)[1]
     assert (got - want).abs().max() <= 1e-6
+
+
+def test_a_combined_adapter_is_not_kept(tmp_path):
+    text, _ = made("lora-xs", tmp_path)
+    with pytest.raises(UsageError, match="combined adapter cannot be kept"):
+        spacompiler.compile(net(), INPUTS, adapter=text, keep_adapter=True, combine="dare",
+                            target="params=60%", importance="magnitude")
 
 
 @pytest.mark.parametrize("way", ["=0.5", "cat", "lego"])

@@ -66,12 +66,12 @@ class Origin:
 
 
 PAIR = {"A": A, "B": B}
-ALPHA = {"alpha": ("alpha",)}
+ALPHA, BIAS = {"alpha": ("alpha",)}, {"bias": ("diff_b",)}
 POINTS = {"P": ("learnable.In_Qs", "In_Qs"), "Q": ("learnable.Out_Qs", "Out_Qs"),
           "c": ("learnable.shared_coeff_fc", "shared_coeff_fc")}
 ORIGINS: Sequence[Origin] = (
     Origin("LoRA (kohya, diffusers, LyCORIS, loralib, OpenDelta), DyLoRA", formulas.lora, PAIR,
-           {**ALPHA, "magnitude": ("dora_scale", "lora_magnitude_vector")},
+           {**ALPHA, **BIAS, "magnitude": ("dora_scale", "lora_magnitude_vector")},
            types=("DYLORA",)),
     Origin("LyCORIS LoCon (Tucker)", formulas.tucker, {**PAIR, "mid": ("lora_mid.weight",)},
            ALPHA),
@@ -80,7 +80,7 @@ ORIGINS: Sequence[Origin] = (
     *(Origin("LyCORIS LoKr", formulas.kronecker, {n: (f"lokr_{n}",) for n in sides}, ALPHA)
       for sides in (("w1", "w2"), ("w1", "w2_a", "w2_b"), ("w1_a", "w1_b", "w2"),
                     ("w1_a", "w1_b", "w2_a", "w2_b"))),
-    Origin("LyCORIS full", formulas.difference, {"diff": ("diff",)}),
+    Origin("LyCORIS full", formulas.difference, {"diff": ("diff",)}, BIAS),
     Origin("LoRA-XS, LoRA-SB", formulas.between,
            {**PAIR, "M": ("default_lora_latent_mapping.weight", "lora_latent_mapping.weight")},
            types=("LORAXS", "LORASB")),
@@ -183,19 +183,22 @@ def resolved(adapter: Adapter, module: nn.Module) -> tuple[Adapter, list[str]]:
     where = str(adapter.path)
     groups, whole = _groups(adapter.tensors, module, where)
     paths, others = matched(groups, (p for p, m in module.named_modules() if _holds(m)), where)
-    made, names = dict[str, Pair](), set()
+    made, names, biases = dict[str, Pair](), set(), dict[str, torch.Tensor]()
     for name, path in paths.items():
         origin = _origin(name, groups[name], where)
         names.add(origin.name)
         layer = _layer(adapter, origin, name, path, groups[name], module)
         _check_says(adapter.type, layer.config, origin, where)
         made[path] = _formula(origin, layer)
+        if "bias" in layer:
+            biases[path] = layer.arrays["bias"]
     notes = [f"{where}: read as {', '.join(sorted(names))}"]
     notes += [f"{where}: its arrays for {other} belong to another network and were left out"
               for other in others]
     if whole:
         notes.append(f"{where}: {len(whole)} layers of the base are replaced whole")
-    return _as_lora(adapter, made, whole, module), notes
+    lora = _with_biases(_as_lora(adapter, made, whole, module), made, biases)
+    return lora, notes
 
 
 def _holds(part: nn.Module) -> bool:
@@ -325,3 +328,14 @@ def _as_lora(adapter: Adapter, made: Mapping[str, Pair],
     config = {**lora_config(adapter.config, top, list(made)), "rank_pattern": patterns,
               "alpha_pattern": dict(patterns), "modules_to_save": sorted(whole) or None}
     return replace(adapter, config=config, tensors=tensors, foreign=False, options={})
+
+
+def _with_biases(lora: Adapter, made: Mapping[str, Pair], biases: Mapping[str, torch.Tensor]
+                 ) -> Adapter:
+    """The same, adding to the layers' biases too (zeros where a layer's is not changed)."""
+    if not biases:
+        return lora
+    more = {f"{PREFIX}{path}.lora_B.bias": biases.get(path, torch.zeros(len(b))).float()
+            for path, (_, b) in made.items()}
+    return replace(lora, config={**lora.config, "lora_bias": True},
+                   tensors={**lora.tensors, **more})

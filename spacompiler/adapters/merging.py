@@ -100,6 +100,9 @@ def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
                 if plain.endswith(ending):
                     add_bias(tuned, f"{plain.removesuffix(ending)}.base_layer")
     notes = master(tuned)
+    idle = sorted(set(tuned.peft_config) - set(active))
+    if idle:
+        notes.append(f"the PeftModel's adapters {', '.join(idle)} are not active: left out")
     with no_warnings(), tuned.disable_adapter():
         before = results(tuned, inputs)
     _check_layers(tuned)
@@ -235,8 +238,9 @@ def _config(peft: Any, adapter: Adapter) -> Any:
 def defaults(kind: str) -> dict[str, Any]:
     """The keys that a configuration of a type may have in peft, with their defaults."""
     peft = library()
-    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]()
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(config)}
 
 
 def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:
