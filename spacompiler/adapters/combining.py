@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import SpaError, UsageError
-from ..request.recipe import COMBINATIONS, parse_combination
+from ..errors import SpaError
+from ..request.recipe import parse_combination
 from .clusters import clustered
 from .files import PREFIX, Adapter
 from .kinds import COMBINATION_TRAPS
@@ -177,24 +177,6 @@ def _cannot(name: str, why: str, fix: str) -> SpaError:
 
 
 # --- adapters ---------------------------------------------------------------------------------
-
-
-def check(count: int, combine: str, live: bool = False) -> None:
-    """Raise UsageError where a combination has nothing to act on.
-
-    `count` is the number of adapters given, `live` a PeftModel given as the model.
-    """
-    name, options = parse_combination(combine)
-    row = COMBINATIONS[name]
-    if name == SUM:
-        return
-    if not count:
-        why = "a PeftModel is merged as it stands" if live else "there is no adapter"
-        raise UsageError(f"--combine {name} has nothing to combine", why=why,
-                         fix="give --adapter DIR, or leave --combine out")
-    if count == 1 and not row.alone(options):
-        raise UsageError(f"--combine {name} needs several adapters", why="one was given",
-                         fix="leave --combine out, or give --adapter twice")
 
 
 def combined(adapters: Sequence[Adapter], combine: str, paths: Sequence[str],

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..axes.choices import indices
-from ..errors import ProofError, SpaError, UsageError
-from ..request.recipe import parse_combination
+from ..errors import ProofError, SpaError
 from ..stages.proof import relative_error
 from ..torch_backend.emit.slicer import Slicer
-from . import combining, files, merging
+from . import files, merging
 from .cutting import Cut, check_sliceable, sliced
 
 if TYPE_CHECKING:
@@ -98,11 +97,6 @@ def check(job: Job) -> None:
     if len(job.recipe.adapters) != 1 or files.parse(job.recipe.adapters[0])[1] != 1.0:
         raise SpaError("only one adapter, without a weight, can be kept", where=job.name,
                        fix="merge them: leave out --keep-adapter")
-    if parse_combination(job.recipe.combine)[0] != combining.SUM:
-        raise UsageError("a combined adapter cannot be kept", where=f"--combine "
-                         f"{job.recipe.combine}",
-                         why="the adapter that is cut is the one that was given",
-                         fix="leave out --combine, or --keep-adapter")
     check_sliceable(files.read(*files.parse(job.recipe.adapters[0])))
     if job.recovery is not None:
         raise SpaError("recovery trains the merged model, so its adapter cannot be kept",

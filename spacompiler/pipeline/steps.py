@@ -32,12 +32,11 @@ from .decide import is_met
 
 def merge_adapters(job: Job) -> None:
     """Merge the recipe's adapters, or those of a PeftModel, into the module before analysis."""
-    from ..adapters import combining, files, foreign, keeping, merging
+    from ..adapters import files, foreign, keeping, merging
     from . import recover as recovery
 
     if job.recovery is not None:
         recovery.check(job)
-    combining.check(len(job.recipe.adapters), job.recipe.combine, merging.is_adapted(job.module))
     if job.backend is not TORCH and job.recipe.adapters:
         raise SpaError("adapters need a torch module", where=job.name,
                        fix="merge them before exporting to ONNX, or give the module itself")

@@ -122,7 +122,7 @@ class Recipe:
         for name in ("samples", "batch", "recover_samples", "recover_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
-        parse_combination(self.combine)
+        check_combination(self.combine, len(self.adapters), self.keep_adapter)
         if self.keep_adapter and not self.adapters:
             raise UsageError("there is no adapter to keep", fix="give --adapter DIR")
         for name in ("decoder", "int8"):
@@ -213,6 +213,24 @@ def _typed(option: Field[Any], value: Any) -> Any:
     if not fits or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
         raise UsageError(f"{option.name} must be {_WORDS[kind]}, not {value!r}")
     return value
+
+
+def check_combination(text: str, adapters: int, keep: bool) -> None:
+    """Raise UsageError where a combination has nothing to act on, or its result would be kept."""
+    name, options = parse_combination(text)
+    if name == "cat":
+        return
+    if not adapters:
+        raise UsageError(f"--combine {name} has nothing to combine",
+                         why="no adapter is given, and a PeftModel is merged as it stands",
+                         fix="give --adapter DIR, or leave --combine out")
+    if adapters == 1 and not COMBINATIONS[name].alone(options):
+        raise UsageError(f"--combine {name} needs several adapters", why="one was given",
+                         fix="leave --combine out, or give --adapter twice")
+    if keep:
+        raise UsageError("a combined adapter cannot be kept", where=f"--combine {text}",
+                         why="the adapter that is cut is the one that was given",
+                         fix="leave out --combine, or --keep-adapter")
 
 
 def parse_blocks(text: str) -> int | tuple[str, ...] | None:
