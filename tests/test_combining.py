@@ -163,3 +163,32 @@ def test_adapters_that_do_not_go_together(how, second, words):
 
 def test_options_have_defaults():
     assert parse_combination("dare(density=0.1)") == ("dare", {"density": 0.1, "q": 0.0})
+
+
+@pytest.mark.parametrize("how", ["cat", "svd(rank=8)", "lego(rank=8)"])
+def test_factors_of_convolutions_combine_as_matrices(how):
+    """Where no rank is lost, each way gives the sum."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3))
+    made, want = [], module[0].weight.detach().clone()
+    for seed in (1, 2):
+        g = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(4, 3, 3, 3, generator=g), torch.randn(6, 4, 1, 1, generator=g)
+        made.append(files.Adapter("a", 0.1, {
+            "peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["0"]},
+            {f"{files.PREFIX}0.lora_A.weight": a, f"{files.PREFIX}0.lora_B.weight": b}, {}))
+        want += 0.1 * (b.flatten(1) @ a.flatten(1)).reshape(want.shape)
+    merged, _ = merging.merge(module, made, (torch.randn(2, 3, 6, 6),), combine=how)
+    torch.testing.assert_close(merged[0].weight.detach(), want, rtol=0, atol=1e-5)
+
+
+def test_the_rescaling_is_measured_on_linear_layers():
+    a, b = torch.ones(1, 3, 3, 3), torch.ones(6, 1, 1, 1)
+    made = files.Adapter("a", 1.0, {"peft_type": "LORA", "r": 1, "lora_alpha": 1,
+                                    "target_modules": ["0"]},
+                         {f"{files.PREFIX}0.lora_A.weight": a,
+                          f"{files.PREFIX}0.lora_B.weight": b}, {})
+    with pytest.raises(SpaError, match="combined") as error:
+        merging.merge(nn.Sequential(nn.Conv2d(3, 6, 3)), [made], (torch.randn(2, 3, 6, 6),),
+                      combine="dare(q='auto')")
+    assert "linear" in error.value.why

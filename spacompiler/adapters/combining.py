@@ -204,7 +204,7 @@ def combined(adapters: Sequence[Adapter], combine: str, paths: Sequence[str],
 
 
 def _watched(part: Factors, seen: torch.Tensor) -> Factors:
-    if seen.shape[-1] != part.a.flatten(1).shape[1]:
+    if part.a.ndim > 2 or seen.shape[-1] != part.a.shape[1]:
         raise _cannot("dare", "q='auto' is for linear layers", "give q as a number")
     return replace(part, seen=seen)
 
