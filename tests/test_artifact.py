@@ -210,8 +210,9 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch, stage):
              "write_manifest": "spacompiler.store.folder.write_manifest",
              "rename": "pathlib.Path.rename"}
     monkeypatch.setattr(homes[stage], fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SpaError, match="cannot be written") as caught:
         compiled("mlp", tmp_path / "deep" / "out")
+    assert caught.value.why == "disk full"
     assert list(tmp_path.iterdir()) == []
 
 

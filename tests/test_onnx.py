@@ -227,7 +227,7 @@ def test_a_model_in_text_is_pruned_and_proved(name: str, tmp_path: Path) -> None
     names = [n.op_type for n in onnx.load(path).graph.node if n.op_type != "Constant"]
     assert {n.op_type for n in written.graph.node} <= {*names, "Mul", "Div"}
     assert [i.name for i in written.graph.input] == [i.name for i in onnx.load(path).graph.input]
-    checks = spacompiler.verify(tmp_path / "out")
+    checks = spacompiler.verify(tmp_path / "out", str(path))
     assert all(c.passed for c in checks), checks
 
 

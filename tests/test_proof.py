@@ -183,13 +183,16 @@ INF, NAN = float("inf"), float("nan")
 @pytest.mark.parametrize(("got", "want", "error"), [
     ([1.0, 2.0], [1.0, 2.0], 0.0), ([1.0, 3.0], [1.0, 2.0], 0.5), ([1.0], [1.0, 2.0], INF),
     ([0.5], [0.0], 0.5), ([INF, 1.0], [INF, 1.0], 0.0), ([NAN, 1.0], [2.0, 1.0], INF),
-    ([1.0], [INF], INF), ([], [], 0.0),
+    ([1.0], [INF], INF), ([], [], 0.0), ([NAN, NAN], [NAN, NAN], INF),
+    ([INF, 1.0], [-INF, 1.0], INF),
+    ([NAN, 1.0], [INF, 1.0], INF),
 ])
 def test_relative_error(got: list[float], want: list[float], error: float) -> None:
     assert relative_error([torch.tensor(got)], [torch.tensor(want)]) == error
 
 
-def test_relative_error_skips_integers_and_takes_the_worst() -> None:
+def test_relative_error_skips_sizes_and_takes_the_worst() -> None:
     a = [torch.tensor([1]), torch.tensor([2.0]), torch.tensor([4.0]), 5]
-    b = [torch.tensor([9]), torch.tensor([2.0]), torch.tensor([5.0]), 6]
+    b = [torch.tensor([1]), torch.tensor([2.0]), torch.tensor([5.0]), 6]
     assert relative_error(a, b) == pytest.approx(0.2)
+    assert relative_error([torch.tensor([1, 2, 3, 4])], [torch.tensor([1, 2, 3, 9])]) == 0.25

@@ -102,7 +102,6 @@ class Sliced:
         (folder / CONFIG).write_text(text, encoding="utf-8")
         save_file({k: v.detach().clone().contiguous() for k, v in sorted(self.tensors.items())},
                   folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)
         (folder / ORIGIN).write_text(json.dumps(self.origin, sort_keys=True) + "\n",
                                      encoding="utf-8")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import strict_json
 from ..errors import SpaError, UsageError
 from ..request.registry import parse as parse_call
 from .kinds import KINDS, TRAPS, Kind
@@ -108,13 +109,8 @@ def other_names(adapters: Sequence[Adapter], name: str) -> list[str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as problem:
-        raise SpaError(f"{file.name} cannot be read", where=str(file.parent), why=str(problem),
-                       fix="give a directory saved by peft's save_pretrained") from problem
+    found: dict[str, Any] = strict_json.read(
+        file, {str: object}, fix="give a directory saved by peft's save_pretrained")
     return found
 
 

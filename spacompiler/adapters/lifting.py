@@ -6,7 +6,6 @@ Zhang et al., "Train small, infer large" (ICLR 2025): train where it is cheap, r
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,13 +32,15 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
     """
     target = check_out(Path(out))
     check_artifact(Path(plan))
+    artifact.check_hashes(Path(plan))
+    cuts = recorded(Path(plan))
     found = files.read(Path(adapter))
     if found.foreign:
         raise SpaError("this adapter cannot be lifted", where=str(adapter),
                        why="it is not in peft's format, and says its layers in another way",
                        fix="train LoRA of peft on the pruned model")
-    made = lifted(found, recorded(Path(plan)))
-    made.origin["weights_hash"] = artifact.read_json(Path(plan) / "slices.json")["weights_hash"]
+    made = lifted(found, cuts)
+    made.origin["weights_hash"] = artifact.read_slices(Path(plan)).get("weights_hash", "")
     with artifact.whole(target) as folder:
         made.save(folder)
     return target
@@ -47,7 +48,7 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
 
 def recorded(folder: Path) -> dict[str, Cut]:
     """Read how each array of an artifact was cut."""
-    data: dict[str, Any] = artifact.read_json(folder / "slices.json")
+    data = artifact.read_slices(folder)
     lists = {key: torch.tensor(index) for key, index in data["indices"].items()}
     if "shapes" not in data:
         raise SpaError("slices.json does not say the dense shapes", where=str(folder),

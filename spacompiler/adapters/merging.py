@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs, as_call
 from ..process import no_warnings
+from ..stages.comparison import tensors
 from ..stages.proof import relative_error
 from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
@@ -298,7 +298,7 @@ def results(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     with torch.no_grad():
         result = module(*args, **kwargs)
     module.train(was)
-    return [x.clone() for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    return [x.clone() for x in tensors(result)]
 
 
 def _seen(module: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..deploy.int8 import difference, integer_kernels, quantize
 from ..errors import ProofError, SpaError
 from ..runtime.latency import compare_cases
 from ..stages.records import Job
+from ..staging import Scratch
 from ..store import folder as artifact
 
 TOLERANCE = 1e-3
@@ -56,8 +56,8 @@ def write_decoder(job: Job, folder: Path) -> dict[str, Any]:
 def _latency(job: Job, path: Path) -> dict[str, Any]:
     """Time prefill and decode of the dense and the pruned decoder, at batch 1 on one thread."""
     job.progress("measuring latency", 3, 4)
-    with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
-        dense = Path(temporary) / "dense.onnx"
+    with Scratch() as temporary:
+        dense = temporary / "dense.onnx"
         export_decoder(job.reference, dense)
         paths = {"dense": dense, "pruned": path}
         cases = cases_of(paths, batches=(1,))

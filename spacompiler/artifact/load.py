@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import stock
 from ..errors import SpaError, WeightsError
 from ..evidence.calls import Inputs
 from ..process import alone
@@ -24,30 +25,54 @@ from ..trials.blocks import without
 
 
 @alone()
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     """Return the pruned module of an artifact, in eval mode.
 
-    In layout `any` the dense network's code is needed: it comes from the recorded source
-    (`zoo:NAME`, `module:factory`, a transformers class with its config), or as `model`, whose
-    weights do not matter.
+    In layout `any` the dense network's code is needed: it comes from the recorded source where that
+    is `zoo:NAME` or a class of transformers, else as `model` (itself, or its name as for
+    `compile`), whose weights do not matter. Nothing else that an artifact names is run.
 
     Raises:
         SpaError: no artifact there, damaged files, or no way to build the network.
     """
     place = Path(folder)
-    wrong = artifact.check_manifest(place)
-    if wrong:
-        raise SpaError("the artifact is damaged", where=str(place), why="; ".join(wrong[:3]))
+    artifact.check_hashes(place)
     return load_folder(place, model=model)
 
 
-def load_folder(folder: Path, model: nn.Module | None = None) -> nn.Module:
-    """Load without looking at the manifest."""
+class SourceNeeded(SpaError):
+    """The dense network is needed, and only the user may say what it is: its code is run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the network {name!r} cannot be built from the artifact alone",
+            why="what an artifact names is followed to the zoo and to transformers' classes only",
+            fix="give the dense model: load(dir, model=module), or --source MODEL")
+
+
+def load_folder(folder: Path, model: Any = None) -> nn.Module:
+    """Load without looking at the manifest.
+
+    Raises SpaError, whatever the files make go wrong.
+    """
     structure = artifact.read_json(folder / "structure.json")
+    try:
+        return _load(folder, structure, model)
+    except SpaError:
+        raise
+    except Exception as problem:  # files of another make fail in as many ways as there are layers
+        reason = str(problem).strip().splitlines()
+        raise SpaError("the artifact cannot be loaded", where=str(folder),
+                       why=f"{type(problem).__name__}: {reason[0] if reason else ''}"[:400],
+                       fix="its files do not belong together; compile the model again"
+                       ) from problem
+
+
+def _load(folder: Path, structure: dict[str, Any], model: Any) -> nn.Module:
     if structure["layout"] == "onnx":
         return _onnx(folder)
     if structure["layout"] == "uniform":
-        return _stock(folder, structure["class"])
+        return _stock(folder, structure["class"], model)
     arrays = load_weights(folder / WEIGHTS)
     dense = _dense(folder, structure, model)
     if structure["emission"] == "program":
@@ -80,7 +105,7 @@ def _shapes(folder: Path, dense: nn.Module,
     They name the arrays that changed by the first of their names; None where an array is cut along
     several dimensions at once. Buffers that a state dict leaves out are stored where they changed.
     """
-    slices = artifact.read_json(folder / "slices.json")
+    slices = artifact.read_slices(folder)
     saved, first = dense.state_dict().keys(), dict[int, str]()
     found: dict[str, tuple[int, ...] | None] = {}
     for name, tensor in named_arrays(dense):
@@ -100,14 +125,12 @@ def _onnx(folder: Path) -> nn.Module:
     return OnnxModule(folder / "model.onnx")
 
 
-def _class(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _stock(folder: Path, path: str) -> nn.Module:
-    cls = _class(path)
+def _stock(folder: Path, path: str, model: Any) -> nn.Module:
+    own = type(model)
+    given = isinstance(model, nn.Module) and path == f"{own.__module__}.{own.__qualname__}"
+    cls: Any = own if given else stock.class_of(path)
     weight_files.check(str(folder))
+    stock.check(folder / weight_files.CONFIG)
     config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
     return pretrained.load(folder, cls, config)[0]
 
@@ -115,40 +138,46 @@ def _stock(folder: Path, path: str) -> nn.Module:
 def dense_module(folder: Path, structure: dict[str, Any]) -> nn.Module:
     """Build the dense network (its weights do not matter) from what the artifact recorded."""
     if (folder / "dense_config.json").exists():
-        cls, entries = _class(structure["class"]), artifact.read_json(folder / "dense_config.json")
+        cls, entries = stock.class_of(structure["class"]), stock.check(folder / "dense_config.json")
         arrays = weight_files.header(folder / WEIGHTS)
         weight_files.check_layers(entries, len(arrays), str(folder))
         config = cls.config_class.from_dict(entries)
         with torch.device("cpu"):
             return cls(config).eval()
-    return _source(structure).module
+    return dense_source(structure)
 
 
-def _dense(folder: Path, structure: dict[str, Any], model: nn.Module | None) -> nn.Module:
+def dense_source(structure: Mapping[str, Any], model: Any = None) -> Any:
+    """Return the dense network: as given (itself, or its name), or from the zoo by its record.
+
+    Raises SourceNeeded where the record names anything else.
+    """
+    from ..sources.named import load as load_source
+
+    if model is not None:
+        return load_source(model).module if isinstance(model, str) else model
+    if not structure["model"].startswith("zoo:"):
+        raise SourceNeeded(structure["model"])
+    unused = structure.get("source", {}).get("unused", ())
+    return load_source(structure["model"], kind="zoo", local=True, unused=unused).module
+
+
+def _dense(folder: Path, structure: dict[str, Any], model: Any) -> nn.Module:
     """Return the dense network, the user's or a new one, with the biases that were added to it."""
-    dense = model if model is not None else dense_module(folder, structure)
-    return prepared(dense, structure, owned=model is None)
+    dense = dense_module(folder, structure) if model is None else dense_source(structure, model)
+    return prepared(dense, structure, owned=not isinstance(model, nn.Module))
 
 
 def prepared(dense: nn.Module, structure: dict[str, Any], owned: bool = False) -> nn.Module:
     """Return a dense network as it was when widths were cut: blocks dropped, biases added."""
-    gone = structure.get("dropped", ())
-    return with_biases(without(dense, gone), structure.get("biased", ()), owned=owned)
-
-
-def _source(structure: dict[str, Any]) -> Any:
-    """Build the network that an artifact names; nothing is asked of the hub."""
-    from ..sources.named import kind_of
-    from ..sources.named import load as load_source
-
-    name, recorded = structure["model"], structure.get("source") or {}
-    kind = recorded.get("kind") or kind_of(name)
-    try:
-        return load_source(name, kind=kind, local=True, unused=recorded.get("unused", ()))
-    except SpaError as problem:
-        raise SpaError(f"the network {name!r} cannot be built",
-                       why=problem.what, fix="pass the dense module: load(dir, model=module)"
-                       ) from problem
+    biased = structure.get("biased", ())
+    made = with_biases(without(dense, structure.get("dropped", ())), biased, owned=owned)
+    missing = {f"{path}.bias" for path in biased} - made.state_dict().keys()
+    if missing:
+        raise SpaError("the artifact belongs to another network",
+                       why=f"there is no {min(missing)}, which it says was added",
+                       fix="pass the dense module that it was made from")
+    return made
 
 
 def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Tensor],
@@ -162,17 +191,24 @@ def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Te
 
     traced = trace(dense, check_inputs(folder, structure))
     solution = solve(traced.graph, TABLE, rewire=True)
-    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    plan = Plan.read(folder)
     made = Rewritten(rewrite(traced, solution, plan.choices(solution)))
     _check_whole(folder, {n: tuple(t.shape) for n, t in made.body.state_dict().items()}, arrays)
     made.body.load_state_dict(arrays, strict=True, assign=True)
     return made
 
 
-def check_inputs(folder: Path, structure: dict[str, Any]) -> Inputs:
-    """Return the example inputs that an artifact recorded."""
-    stored = load_weights(folder / "check.safetensors")
-    if structure["inputs"]["args"]:
-        return tuple(stored[f"arg.{i}"] for i in range(structure["inputs"]["args"]))
-    return {k: stored.get(f"kwarg.{k}", structure["inputs"]["constants"].get(k))
-            for k in structure["inputs"]["kwargs"]}
+def check_inputs(folder: Path, structure: Mapping[str, Any]) -> Inputs:
+    """Return the example inputs that an artifact recorded; raises SpaError if they are missing."""
+    stored, _ = artifact.load_check(folder)
+    recorded = structure["inputs"]
+    names = [f"arg.{i}" for i in range(recorded["args"])] or [
+        f"kwarg.{k}" for k in recorded["kwargs"] if k not in recorded["constants"]]
+    missing = [name for name in names if name not in stored]
+    if missing or not (names or recorded["kwargs"]):
+        raise SpaError("check.safetensors lacks the example inputs", where=str(folder),
+                       why=f"{missing[0]} is not in it" if missing else "there are none",
+                       fix="give a directory written by `spacompiler compile`")
+    if recorded["args"]:
+        return tuple(stored[name] for name in names)
+    return {k: stored.get(f"kwarg.{k}", recorded["constants"].get(k)) for k in recorded["kwargs"]}

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,33 @@ from ..errors import SpaError
 from ..onnx_backend.read.file import OnnxFile, check_finite, open_model
 from ..onnx_backend.run.session import results
 from ..runtime.session import open_session, run_session
-from ..store.arrays import load_weights, sample
-from .check import TOLERANCE, Check
-from .load import check_inputs
+from ..stages.records import backend_of
+from ..store import folder as artifact
+from .check import Check
+from .load import check_inputs, dense_source
 from .onnx_files import full_check
+from .torch_checks import identity, reproduced, tried
 
 
 def checks(folder: Path, structure: dict[str, Any], model: Any = None) -> Iterator[Check]:
-    """Yield the checks of model.onnx; `model` may be the dense file, opened."""
+    """Yield the checks of model.onnx; `model` may be the dense file, opened or by its name."""
     path = folder / "model.onnx"
-    try:
-        full_check(path)
-        check_finite(open_model(path), str(folder))
-    except SpaError as problem:
-        yield Check("onnx", False, problem.why)
-        return
-    yield Check("onnx", True, "ONNX's full check passes")
-    yield _results(folder, structure, path)
-    yield _identity(folder, structure, path, model)
+    yield (first := tried("onnx", lambda: _checked(folder, path)))
+    if first.passed:
+        yield tried("reload", lambda: _results(folder, structure, path))
+        yield tried("plan identity", lambda: _identity(folder, structure, path, model))
+
+
+def _checked(folder: Path, path: Path) -> Check:
+    full_check(path)
+    check_finite(open_model(path), str(folder))
+    return Check("onnx", True, "ONNX's full check passes")
 
 
 def _results(folder: Path, structure: dict[str, Any], path: Path) -> Check:
-    stored = load_weights(folder / "check.safetensors")
     inputs: Any = check_inputs(folder, structure)
     got = _run(path, {n: t.numpy() for n, t in inputs.items()})
-    worst = 0.0
-    for name, want in stored.items():
-        if name.startswith("result."):
-            have = sample(torch.from_numpy(got[int(name.removeprefix("result."))]))
-            if have.shape != want.shape:
-                return Check("reload", False, f"{name}: {have.shape} for {want.shape}")
-            scale = max(want.abs().max().item(), 1e-30) if want.numel() else 1.0
-            gap = (have - want).abs().max().item() if want.numel() else 0.0
-            worst = max(worst, gap / scale)
-    return Check("reload", worst <= TOLERANCE, f"recorded results reproduced to {worst:.1e}")
+    return reproduced(folder, [torch.from_numpy(np.array(a)) for a in got])
 
 
 def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -62,29 +54,29 @@ def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 def _identity(folder: Path, structure: dict[str, Any], path: Path, model: Any) -> Check:
     """Each initialiser is an exact index-select of the dense file's."""
-    name = "plan identity"
-    try:
-        dense: OnnxFile = model if isinstance(model, OnnxFile) else open_model(structure["model"])
-    except SpaError as problem:
-        return Check(name, None, f"skipped: {problem.why or problem.what}")
-    if dense.digest != structure["source_sha256"]:
-        return Check(name, None, "skipped: the source is not the file that was pruned")
-    slices = json.loads((folder / "slices.json").read_text(encoding="utf-8"))
-    pruned, old = ir.load(path).graph.initializers, dense.model.graph.initializers
-    count = 0
-    for key, index in slices["arrays"].items():
-        if key not in pruned or key not in old or index == "joint" or key in slices["corrected"]:
-            continue
-        count += 1
-        want = _numpy(old[key])
-        for dim, which in enumerate(index):
-            if which is not None:
-                want = np.take(want, slices["indices"][which], axis=dim)
-        if not np.array_equal(want, _numpy(pruned[key])):
-            return Check(name, False, f"{key} is not the recorded part of the dense array")
-    return Check(name, True, f"{count} arrays are exact parts of the dense ones")
+    def solved(dense: OnnxFile) -> Iterator[tuple[Mapping[str, Any], Any, Mapping[str, str]]]:
+        traced, solution = backend_of(dense).trace(dense, check_inputs(folder, structure))
+        yield {}, solution, traced.tied
+
+    def source() -> OnnxFile:
+        if isinstance(model, OnnxFile):
+            return model
+        return dense_source(structure, model)  # type: ignore[no-any-return]
+
+    made, slices = ir.load(path).graph.initializers, artifact.read_slices(folder)["arrays"]
+
+    def have(dense: OnnxFile) -> dict[str, np.ndarray]:
+        """Arrays that the dense file has too: floating ones, and others that were cut.
+
+        Single numbers may have been re-written: the eps of a norm over fewer features.
+        """
+        found = _arrays({n: v for n, v in made.items() if n in dense.model.graph.initializers})
+        return {n: a for n, a in found.items()
+                if n in slices or (a.dtype.kind not in "iub" and a.size > 1)}
+
+    return identity(folder, structure, have, source, lambda dense: dense.digest,
+                    lambda dense: _arrays(dense.model.graph.initializers), solved)
 
 
-def _numpy(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+def _arrays(values: Mapping[str, ir.Value]) -> dict[str, np.ndarray]:
+    return {n: v.const_value.numpy() for n, v in values.items() if v.const_value is not None}

@@ -48,7 +48,7 @@ def write_file(job: Job, folder: Path, data: dict[str, Any]) -> None:
     again, _ = results(ir.load(path), traced.feeds)
     error = relative_error(as_tensors(again), as_tensors(want))
     got = again if refused else run_session(open_session(path), traced.feeds)
-    if error > RELOAD_TOLERANCE:
+    if not error <= RELOAD_TOLERANCE:
         raise ProofError("the written file differs from the model in memory",
                          why=f"relative error {error:.1e}",
                          fix="please report it")
@@ -73,8 +73,6 @@ def save(model: ir.Model, path: Path) -> int:
     large = size > EXTERNAL_BYTES
     ir.save(model if large else _gathered(model), path,
             external_data=f"{path.name}.data" if large else None)
-    for file in path.parent.glob(f"{path.name}*"):
-        file.chmod(0o644)
     return size
 
 
@@ -106,7 +104,7 @@ def full_check(path: Path) -> None:
 def structure(job: Job, traced: OnnxTrace) -> dict[str, Any]:
     """Return what a loader needs beside the file."""
     file: OnnxFile = traced.file
-    return {"layout": "onnx", "emission": "graph", "model": job.name, "class": "",
+    return {"layout": "onnx", "emission": "graph", "model": Path(job.name).name, "class": "",
             "source": {"kind": job.source.get("kind", "onnx")},
             "attributes": [], "source_sha256": file.digest,
             "opset": dict(file.model.opset_imports),

@@ -9,6 +9,7 @@ from ..evidence.heads import Fitting
 from ..evidence.statistics import forward_only
 from ..groups.solution import Solution
 from ..plan.plan import widths
+from ..said import said
 from ..stages.records import Job
 
 LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
@@ -22,9 +23,9 @@ def facts(job: Job) -> dict[str, Any]:
         "target": plan.target,
         "source": job.source,
         "costs": plan.costs,
-        "importance": repr(job.importance),
-        "allocation": repr(job.allocation),
-        "repair": "none" if job.compensation is None or job.idle else repr(job.compensation),
+        "importance": said(job.importance),
+        "allocation": said(job.allocation),
+        "repair": "none" if job.compensation is None or job.idle else said(job.compensation),
         "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
                         "batches": len(job.calibration.batches) if job.importance.needs else 0},
         "loss": _loss(job),

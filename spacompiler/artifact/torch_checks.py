@@ -2,92 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from .. import recorded
 from ..errors import SpaError
+from ..plan.plan import Plan
+from ..stages.comparison import compare, tensors
 from ..store import folder as artifact
-from ..store.arrays import load_weights, sample
 from .check import TOLERANCE, Check
-from .load import check_inputs
+from .load import SourceNeeded, check_inputs, dense_source, prepared
 
 ONNX_TOLERANCE = 1e-3
 
 
+def tried(name: str, check: Callable[[], Check]) -> Check:
+    """Carry out a check: whatever an artifact makes go wrong in it has failed it."""
+    try:
+        return check()
+    except SourceNeeded as problem:
+        return Check(name, None, f"skipped: {problem.what}; {problem.fix}")
+    except SpaError as problem:
+        return Check(name, False, ": ".join(filter(None, (problem.what, problem.why))))
+    except Exception as problem:  # its code, its shapes and its files may raise anything
+        reason = str(problem).strip().splitlines()
+        return Check(name, False, f"{type(problem).__name__}: {reason[0] if reason else ''}"[:300])
+
+
 def _run(module: nn.Module, inputs: Any) -> list[torch.Tensor]:
-    from torch.utils import _pytree as pytree
-
     from ..evidence.calls import as_call
+    from ..torch_backend.emit.module import called
 
-    args, kwargs = as_call(inputs)
-    with torch.no_grad():
-        return [x for x in pytree.tree_leaves(module(*args, **kwargs))
-                if isinstance(x, torch.Tensor)]
+    return tensors(called(module, *as_call(inputs)))
 
 
 def _reload(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
     """Recorded results against those of the reloaded model."""
-    stored = load_weights(folder / "check.safetensors")
-    got = _run(module, check_inputs(folder, structure))
-    worst = 0.0
-    for name, want in stored.items():
-        if name.startswith("result."):
-            have = sample(got[int(name.removeprefix("result."))])
-            if have.shape != want.shape:
-                return Check("reload", False, f"{name}: {have.shape} for {want.shape}")
-            scale = max(want.abs().max().item(), 1e-30)
-            worst = max(worst, ((have - want).abs().max() / scale).item())
-    return Check("reload", worst <= TOLERANCE, f"recorded results reproduced to {worst:.1e}")
+    return reproduced(folder, _run(module, check_inputs(folder, structure)))
 
 
-def _identity(folder: Path, structure: dict[str, Any], module: nn.Module,
-              model: nn.Module | None) -> Check:
-    """Each array is an exact index-select of the recorded dense one."""
+def reproduced(folder: Path, results: list[torch.Tensor]) -> Check:
+    """Recorded results against those given."""
+    found = recorded.recorded(folder, results)
+    return Check("reload", found.within(TOLERANCE),
+                 found.why or f"recorded results reproduced to {found.relative:.1e}")
+
+
+def _identity(folder: Path, structure: dict[str, Any], module: nn.Module, model: Any) -> Check:
+    """Each array is an exact index-select of the recorded dense one, as the plan says."""
     from ..torch_backend.weights import weights_hash
-    from .load import _source, prepared
 
+    def solved(dense: nn.Module) -> Iterator[tuple[Mapping[str, Any], Any, Mapping[str, str]]]:
+        for quick in (True, False):
+            traced, solution = _traced(dense, folder, structure, quick)
+            stored = getattr(traced.program, "state_dict", {})
+            yield {k: t.detach() for k, t in stored.items()}, solution, traced.tied
+
+    body: Any = getattr(module, "body", module)
+    return identity(
+        folder, structure, lambda dense: body.state_dict(),
+        lambda: prepared(dense_source(structure, model), structure),
+        weights_hash, lambda dense: dense.state_dict(), solved)
+
+
+def _traced(dense: nn.Module, folder: Path, structure: Mapping[str, Any], quick: bool) -> Any:
+    from ..stages.records import backend_of
+    from ..torch_backend import parts
+
+    inputs: Any = check_inputs(folder, structure)
+    if structure.get("parts"):
+        dense, inputs = parts.of(dense, structure["parts"], inputs)
+    return backend_of(dense).trace(dense, inputs, quick)
+
+
+def identity(folder: Path, structure: Mapping[str, Any], have: Callable[[Any], Mapping[str, Any]],
+             source: Callable[[], Any], digest: Callable[[Any], str],
+             arrays: Callable[[Any], Mapping[str, Any]], solved: Callable[[Any], Iterator[Any]]
+             ) -> Check:
+    """Hold arrays against the dense network's: cut as slices.json says, and that as the plan says.
+
+    `source` gives the dense network; of it, `have` gives the artifact's arrays that belong to it,
+    `digest` its hash, `arrays` its own by name, and `solved`
+    (further arrays, solution, tied names), in the ways that a compile may have traced it.
+    """
     name = "plan identity"
-    if structure.get("trained"):
-        return Check(name, None, "skipped: the arrays were trained after they were cut")
-    try:
-        dense = model if model is not None else _source(structure).module
-    except SpaError as problem:
-        return Check(name, None, f"skipped: {problem.why or problem.what}")
-    dense = prepared(dense, structure)
-    plan = artifact.read_json(folder / "plan.json")
-    if weights_hash(dense) != plan["weights_hash"]:
+    plan = Plan.read(folder)
+    slices = artifact.read_slices(folder)
+    wrong = recorded.claims(folder, structure, slices, plan)
+    if wrong:
+        return Check(name, False, wrong)
+    dense = source()
+    if digest(dense) != plan.weights_hash:
         return Check(name, None, "skipped: the source's weights are not those that were pruned")
-    slices = artifact.read_json(folder / "slices.json")
-    body = getattr(module, "body", module)
-    have, old = body.state_dict(), dense.state_dict()
-    corrected, repaired = slices["corrected"], set(slices.get("repaired", ()))
-    for key, tensor in have.items():
-        if slices["arrays"].get(key) == "joint":
-            continue
-        if key in repaired:
-            continue
-        want = _selected(old[key], slices, key)
-        if key in corrected:
-            factor, offset = corrected[key]["factor"], corrected[key]["offset"]
-            want = ((want.double() + offset) * factor - offset).to(want.dtype)
-        if not torch.equal(tensor, want):
-            return Check(name, False, f"{key} is not the recorded part of the dense array")
-    extra = f", {len(corrected)} gains corrected" if corrected else ""
-    extra += f", {len(repaired)} repaired" if repaired else ""
-    exact = len(have) - len(repaired & have.keys())
-    return Check(name, True, f"{exact} arrays are exact parts of the dense ones{extra}")
+    if structure.get("trained") and "trained" not in slices:
+        return Check(name, None, "skipped: the arrays were trained after they were cut")
+    for more, solution, tied in solved(dense):
+        wrong = recorded.planned(plan, slices, solution, tied)
+        if not wrong:
+            old = {**more, **arrays(dense)}
+            found = dict(recorded.parts(have(dense), old, slices))
+            bad = next((f"{key}: {why}" for key, why in found.items() if why), "")
+            return Check(name, not bad, bad or _summary(found, slices))
+    return Check(name, False, wrong)
 
 
-def _selected(tensor: torch.Tensor, slices: dict[str, Any], key: str) -> torch.Tensor:
-    for dim, index in enumerate(slices["arrays"].get(key, ())):
-        if index is not None:
-            tensor = tensor.index_select(dim, torch.tensor(slices["indices"][index]))
-    return tensor
+def _summary(found: Mapping[str, str], slices: Mapping[str, Any]) -> str:
+    trained = set(slices.get("trained", ())) & found.keys()
+    repaired = (set(slices.get("repaired", ())) & found.keys()) - trained
+    text = f"{len(found) - len(repaired | trained)} arrays are exact parts of the dense ones"
+    for count, what in ((len(slices["corrected"]), "gains corrected"),
+                        (len(repaired), "repaired"), (len(trained), "trained")):
+        text += f", {count} {what}" if count else ""
+    return text
+
+
+def _onnx_checks(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iterator[Check]:
+    """ONNX Runtime against the reloaded model, if there is an ONNX file or should be."""
+    asked = artifact.read_json(folder / "recipe.json").get("onnx", False) and \
+        not structure.get("parts")
+    if (folder / "model.onnx").exists():
+        yield tried("onnx", lambda: _onnx(folder, structure, module))
+    elif asked:
+        yield Check("onnx", False, "the recipe asks for model.onnx, and there is none")
 
 
 def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
@@ -96,20 +136,19 @@ def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
     from ..runtime.session import open_session, run_session
 
     path = folder / "model.onnx"
-    if not path.exists():
-        return Check("onnx", None, "skipped: the artifact has no model.onnx")
     session = open_session(path)
-    if cache_names([i.name for i in session.get_inputs()]):
+    names = [i.name for i in session.get_inputs()]
+    if cache_names(names):
         return _decoder(path, module)
     worst, shapes = 0.0, []
     for inputs in _resized(session, check_inputs(folder, structure)):
-        tensors = inputs.values() if isinstance(inputs, dict) else inputs
-        values = [v.numpy() for v in tensors if isinstance(v, torch.Tensor)]
-        names = [i.name for i in session.get_inputs()]
+        given = inputs.values() if isinstance(inputs, dict) else inputs
+        values = [v.numpy() for v in given if isinstance(v, torch.Tensor)]
         got = run_session(session, dict(zip(names, values, strict=True)))
-        for a, b in zip(got, _run(module, inputs), strict=True):
-            scale = max(1.0, float(b.abs().max())) if b.is_floating_point() else 1.0
-            worst = max(worst, float(np.abs(a - b.numpy()).max()) / scale)
+        found = compare(got, _run(module, inputs))
+        if found.why:
+            return Check("onnx", False, found.why)
+        worst = max(worst, min(found.absolute, found.relative))
         shapes.append(str([list(v.shape) for v in values]))
     return Check("onnx", worst <= ONNX_TOLERANCE,
                  f"ONNX Runtime = torch to {worst:.1e} at {' and '.join(shapes)}")
@@ -120,11 +159,10 @@ def _decoder(path: Path, module: nn.Module) -> Check:
     from ..deploy.decoder_parity import decoder_parity
 
     found = decoder_parity(module, path)
-    worst = max(check.max_rel for check in found)
     same, tokens = (sum(getattr(c, key) for c in found) for key in ("same", "tokens"))
-    return Check("onnx", worst <= ONNX_TOLERANCE,
-                 f"ONNX Runtime with its cache = torch to {worst:.1e}; {same} of {tokens} "
-                 "likeliest tokens agree")
+    return Check("onnx", all(c.max_rel <= ONNX_TOLERANCE for c in found),
+                 f"ONNX Runtime with its cache = torch to {max(c.max_rel for c in found):.1e}; "
+                 f"{same} of {tokens} likeliest tokens agree")
 
 
 def _resized(session: Any, inputs: Any) -> Iterator[Any]:

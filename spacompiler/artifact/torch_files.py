@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
 from ..stages.proof import relative_error
 from ..stages.records import Job
+from ..staging import Scratch
 from ..store import beside
 from ..store import folder as artifact
 from ..store.arrays import save_check, save_weights
@@ -23,7 +22,8 @@ from ..torch_backend.emit import stock as hf
 from ..torch_backend.emit.attributes import differing
 from ..torch_backend.emit.biases import added
 from ..torch_backend.kinds import is_hf
-from .write import slices
+from ..torch_backend.weights import results
+from .write import _local, _plan, slices
 
 ONNX_TOLERANCE = 1e-3
 
@@ -51,8 +51,6 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
 def _weights(job: Job, folder: Path) -> None:
     if job.layout == "uniform":
         hf.save(job.pruned, folder, _tokenizer(job))
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)
         return
     if job.emission == "program" and not hasattr(job.pruned, "body"):
         raise SpaError("parts that were re-written as programs cannot be saved", where=job.name,
@@ -63,7 +61,8 @@ def _weights(job: Job, folder: Path) -> None:
     save_weights(folder / "model.safetensors", module, sliced)
     if is_hf(job.module):
         config = job.reference.config.to_dict()
-        artifact.write_json(folder / "dense_config.json", config)
+        artifact.write_json(folder / "dense_config.json", {
+            **config, "_name_or_path": Path(config.get("_name_or_path") or "").name})
         if _tokenizer(job) is not None:
             job.tokenizer.save_pretrained(folder)
 
@@ -97,12 +96,6 @@ def _sliced_buffers(job: Job) -> dict[str, torch.Tensor]:
             if name not in kept and name in dense and tensor.shape != dense[name].shape}
 
 
-def _results(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    with torch.no_grad():
-        return [x for x in pytree.tree_leaves(module(*args, **kwargs))
-                if isinstance(x, torch.Tensor)]
-
-
 def _reload(job: Job, folder: Path) -> str:
     """Load what was written by the means a user has; arrays must be bit-equal, results too.
 
@@ -110,14 +103,14 @@ def _reload(job: Job, folder: Path) -> str:
     """
     from .load import load_folder
 
-    want = _results(job.pruned.eval(), job.trace.args, job.trace.kwargs)
+    want = results(job.pruned.eval(), job.trace.args, job.trace.kwargs)
     save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
     artifact.write_json(folder / "structure.json", structure(job))
-    (folder / "plan.json").write_text(job.plan.to_json(), encoding="utf-8")
+    (folder / "plan.json").write_text(_plan(job), encoding="utf-8")
     artifact.write_json(folder / "slices.json", slices(job))
     again = load_folder(folder, model=job.reference)
-    got = _results(again, job.trace.args, job.trace.kwargs)
-    if _differing_array(job.pruned, again) or relative_error(got, want) > RELOAD_TOLERANCE:
+    got = results(again, job.trace.args, job.trace.kwargs)
+    if _differing_array(job.pruned, again) or not relative_error(got, want) <= RELOAD_TOLERANCE:
         raise ProofError("the reloaded model differs from the one in memory",
                          where=_differing_array(job.pruned, again) or "its results",
                          fix="please report it")
@@ -138,12 +131,12 @@ def structure(job: Job) -> dict[str, Any]:
     attributes = [] if job.layout == "uniform" or job.emission == "program" else \
         [list(change) for change in differing(job.module, job.pruned)]
     cls = type(job.module)
-    return {"layout": job.layout, "emission": job.emission, "model": job.name,
+    return {"layout": job.layout, "emission": job.emission, "model": _local(job)(job.name),
             "source": {"kind": job.source.get("kind", "module"), "unused": job.recipe.unused},
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
             "trained": job.trained is not None,
             "dropped": list(job.dropped.paths) if job.dropped else [],
-            "biased": added(job.module, job.arrays),
+            "biased": added(job.module, job.arrays), "parts": list(job.parts),
             "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
                        "constants": {k: v for k, v in job.trace.kwargs.items()
                                      if not isinstance(v, torch.Tensor)}}}
@@ -162,7 +155,7 @@ def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] 
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
 
     def reference(feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        return [r.numpy() for r in _results(job.pruned, *found[id(feed)])]
+        return [r.numpy() for r in results(job.pruned, *found[id(feed)])]
 
     checks = parity(path, reference, feeds)
     for check in checks:
@@ -179,8 +172,8 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
     from ..runtime.latency import compare_latency
 
     job.progress("measuring latency", 3, 4)
-    with tempfile.TemporaryDirectory(prefix="spacompiler-") as temporary:
-        dense = Path(temporary) / "dense.onnx"
+    with Scratch() as temporary:
+        dense = temporary / "dense.onnx"
         whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
         export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
         args, kwargs = latency_inputs(job.trace)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ..errors import SpaError, WeightsError
 from ..process import alone
 from ..store import folder as artifact
 from .check import Check
 from .load import load_folder
-from .torch_checks import _identity, _onnx, _reload
+from .torch_checks import _identity, _onnx_checks, _reload, tried
 
 
 @alone()
-def verify(folder: str | Path, model: nn.Module | None = None) -> list[Check]:
+def verify(folder: str | Path, model: Any = None) -> list[Check]:
     """Return the checks of an artifact, in order; the first failing hash stops the rest.
+
+    `model` is the dense network, or its name as for `compile`. Without it, what the artifact
+    records is followed only to the zoo and to transformers' own classes: other checks of the plan
+    are not done.
 
     Raises SpaError if there is no artifact to check.
     """
     return list(checks(Path(folder), model))
 
 
-def checks(folder: Path, model: nn.Module | None = None) -> Iterator[Check]:
+def checks(folder: Path, model: Any = None) -> Iterator[Check]:
     """Yield checks as they are done."""
     wrong = artifact.check_manifest(folder)
     yield Check("hashes", not wrong, "; ".join(wrong[:3]) or "every file is as written")
@@ -36,13 +40,13 @@ def checks(folder: Path, model: nn.Module | None = None) -> Iterator[Check]:
 
         yield from of_file(folder, structure, model)
         return
-    try:
-        module = load_folder(folder, model)
-    except SpaError as problem:
-        yield Check("reload", False if problem.what.startswith("model")
-                    or isinstance(problem, WeightsError) else None,
-                    f"{problem.what}: {problem.why}")
-        return
-    yield _reload(folder, structure, module)
-    yield _identity(folder, structure, module, model)
-    yield _onnx(folder, structure, module)
+    module: list[nn.Module] = []
+
+    def reload() -> Check:
+        module.append(load_folder(folder, model))
+        return _reload(folder, structure, module[0])
+
+    yield tried("reload", reload)
+    if module:
+        yield tried("plan identity", lambda: _identity(folder, structure, module[0], model))
+        yield from _onnx_checks(folder, structure, module[0])

@@ -7,22 +7,22 @@ A file with a key/value cache is timed twice: reading a prompt (prefill) and wri
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..deploy.cases import LENGTH, Case, cases, declared
-from ..errors import SpaError, UsageError
+from ..errors import UsageError
 from ..runtime.decoder import cache_names
 from ..runtime.latency import Latency, compare_cases, ratio
-from ..store.place import check_artifact
+from ..staging import Scratch, orderly
+from ..store.place import MANIFEST, check_artifact
 
 
 def run(path: Path, other: Path | None = None, *, batches: Sequence[int] = (1, 8),
         threads: Sequence[int] = (1, 2), length: int = LENGTH, repeats: int = 20,
-        seconds: float = 20.0) -> list[dict[str, Any]]:
+        seconds: float = 20.0, source: str | None = None) -> list[dict[str, Any]]:
     """Time one file, two, or an artifact against the dense model that it was made from.
 
     Args:
@@ -30,6 +30,7 @@ def run(path: Path, other: Path | None = None, *, batches: Sequence[int] = (1, 8
             the dense model of its recipe, exported anew.
         other: what to compare with `path`, again a file or a directory.
         batches, threads, length: sizes and numbers of threads to try.
+        source: the dense model, where an artifact alone is given and its record is not of the zoo.
         repeats, seconds: turns of each case, and when to stop earlier (after five turns).
 
     Returns:
@@ -39,7 +40,7 @@ def run(path: Path, other: Path | None = None, *, batches: Sequence[int] = (1, 8
     Raises:
         UsageError, SpaError: nothing to compare, or a file that does not run.
     """
-    with _contenders(path, other) as paths:
+    with _contenders(path, other, source) as paths:
         found = cases(paths, batches=batches, length=length)
         times = compare_cases(paths, {c.name: c.inputs for c in found}, threads=threads,
                               repeats=repeats, seconds=seconds)
@@ -76,21 +77,27 @@ def _spread(found: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _contenders(path: Path, other: Path | None) -> Iterator[dict[str, Path]]:
+def _contenders(path: Path, other: Path | None,
+                source: str | None = None) -> Iterator[dict[str, Path]]:
     """The files to compare by name, the one that the others are measured against first."""
     if other is not None:
         names = [str(path), str(other)]
         yield dict(zip(names, (_file(path), _file(other)), strict=True))
     elif path.is_dir():
-        with tempfile.TemporaryDirectory(prefix="spacompiler-") as folder:
+        check_artifact(path)
+        with orderly(), Scratch() as folder:
             extra = {"int8": path / "model.int8.onnx"}
-            yield {"dense": dense_file(path, Path(folder)), "pruned": _file(path),
+            yield {"dense": dense_file(path, folder, source), "pruned": _file(path),
                    **{n: p for n, p in extra.items() if p.exists()}}
     else:
         yield {str(path): _file(path)}
 
 
 def _file(path: Path) -> Path:
+    if (path / MANIFEST).exists():
+        from ..store.folder import check_hashes
+
+        check_hashes(path)
     file = path / "model.onnx" if path.is_dir() else path
     if not file.exists():
         raise UsageError(f"there is no ONNX file at {str(file)!r}",
@@ -98,33 +105,30 @@ def _file(path: Path) -> Path:
     return file
 
 
-def dense_file(artifact: Path, folder: Path) -> Path:
-    """Export the dense model of an artifact's recipe to a folder, as its model.onnx was.
+def dense_file(artifact: Path, folder: Path, source: str | None = None) -> Path:
+    """Export the dense model of an artifact to a folder, as its model.onnx was.
+
+    `source` names it; what the artifact records is followed to the zoo only.
 
     Raises:
-        SpaError: the recipe names no model that can be loaded again.
+        SpaError: the artifact is damaged, or it is not known what its dense model is.
     """
-    check_artifact(artifact)
-    from ..artifact.load import check_inputs
+    from ..artifact.load import check_inputs, dense_source
     from ..deploy.decoder import export_decoder
     from ..deploy.export import export_onnx
-    from ..sources.named import load
-    from ..store.folder import read_json
+    from ..store.folder import check_hashes, read_json
     from ..torch_backend.read.export import trace
 
-    name = read_json(artifact / "recipe.json")["model"]
-    if name.endswith(".onnx"):
-        return _file(Path(name))
-    try:
-        module = load(name).module
-    except SpaError as problem:
-        raise SpaError(f"the dense model {name!r} cannot be loaded", why=str(problem.what),
-                       fix="give it as an ONNX file: spacompiler bench DENSE.onnx DIR") from problem
+    check_hashes(artifact)
+    structure = read_json(artifact / "structure.json")
+    if source is not None and source.endswith(".onnx"):
+        return _file(Path(source))
+    module = dense_source(structure, source)
     made = folder / "dense.onnx"
     if cache_names(declared(_file(artifact))):
         export_decoder(module, made)
         return made
-    traced = trace(module, check_inputs(artifact, read_json(artifact / "structure.json")))
+    traced = trace(module, check_inputs(artifact, structure))
     from ..deploy.inputs import axis_names
 
     export_onnx(traced.exported, made, input_names=traced.graph.inputs, axes=axis_names(traced))

@@ -1,6 +1,7 @@
 """The command line: compile, inspect, verify, passes. Results go to stdout, progress to stderr.
 
-Exit codes: 0 done, 1 failed (nothing written), 2 the request was malformed.
+Exit codes: 0 done, 1 failed (nothing written), 2 the request was malformed, 3 not all of an
+artifact could be checked.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ Model = Annotated[str, typer.Argument(
     metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, an .onnx file, or "
                           "package.module:factory (returns module, example inputs)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Source = Annotated[str | None, typer.Option(
+    "--source", metavar="MODEL", help="The dense model, as given to compile. What artifacts name is"
+                                      " followed to the zoo and transformers' classes only.")]
+UNCHECKED = 3
 Trust = Annotated[bool, typer.Option(
     "--trust-remote-code", help="Dangerous: run code that the checkpoint brings along.")]
 
@@ -118,7 +123,7 @@ def compile(
     trust_remote_code: Trust = False,
 ) -> None:
     """Prune MODEL to a target and write a smaller model that is proved right."""
-    with _errors(as_json):
+    with _errors(as_json, out):
         if out is None and not dry_run:
             raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
         options: dict[str, Any] = {
@@ -197,7 +202,7 @@ def lift(
     as_json: AsJson = False,
 ) -> None:
     """Scatter an adapter of a pruned model to the dense model."""
-    with _errors(as_json):
+    with _errors(as_json, out):
         from ..store.place import check_artifact, check_out
 
         check_out(out)
@@ -250,9 +255,15 @@ def inspect(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `compile` "
                                                                   "wrote.")],
+    source: Source = None,
+    strict: Annotated[bool, typer.Option(
+        "--strict", help="What could not be checked has failed: exit code 1.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check an artifact again: hashes, reload, plan identity, ONNX parity."""
+    """Check an artifact again: hashes, reload, plan identity, ONNX parity.
+
+    Exit code 0: all is ok; 1: something failed; 3: nothing failed, but not all could be checked.
+    """
     with _errors(as_json):
         from ..store.place import check_artifact
 
@@ -261,7 +272,7 @@ def verify(
 
         with _progress() as tick:
             tick(f"verifying {directory}", 0, 1)
-            found = run(directory)
+            found = run(directory, source)
         if as_json:
             print(json.dumps([{"check": c.name, "passed": c.passed, "detail": c.detail}
                               for c in found]))
@@ -269,8 +280,9 @@ def verify(
             words = {True: "ok", False: "FAILED", None: "skipped"}
             for check in found:
                 print(f"{words[check.passed]:8}{check.name}: {check.detail}")
-        if any(check.passed is False for check in found):
-            raise typer.Exit(1)
+        bad = {check.passed for check in found} - {True}
+        if bad:
+            raise typer.Exit(1 if False in bad or strict else UNCHECKED)
 
 
 @app.command()
@@ -288,6 +300,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed turns of each case.")] = 20,
     seconds: Annotated[float, typer.Option(
         help="Begin no turn of a case after this time, once five are done.")] = 20.0,
+    source: Source = None,
     as_json: AsJson = False,
 ) -> None:
     """Time ONNX files against each other in ONNX Runtime, turn by turn."""
@@ -304,7 +317,8 @@ def bench(
         with _progress() as tick:
             tick(f"timing {path}", 0, 1)
             rows = benchmark.run(path, other, batches=batch or (1, 8), threads=threads or (1, 2),
-                                 length=length, repeats=repeats, seconds=seconds)
+                                 length=length, repeats=repeats, seconds=seconds,
+                                 source=source)
         if as_json:
             print(json.dumps(rows))
         else:
@@ -336,8 +350,12 @@ def _print(renderable: Any) -> None:
 
 
 @contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Print a SpaError as one message on stderr and exit with its code."""
+def _errors(as_json: bool, out: Path | None = None) -> Iterator[None]:
+    """Print a SpaError as one message on stderr and exit with its code.
+
+    `out` is what appears as the last thing, whole: an interrupt says whether it is there.
+    """
+    before = out is not None and out.exists()
     try:
         yield
     except SpaError as error:
@@ -345,7 +363,9 @@ def _errors(as_json: bool) -> Iterator[None]:
     except OSError as problem:
         raise _told(_of_the_system(problem), as_json) from None
     except KeyboardInterrupt:
-        print("interrupted: nothing written", file=sys.stderr)
+        there = out is not None and out.exists() and not before
+        print(f"interrupted: {out} was written, and is whole" if there else
+              "interrupted: nothing written", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..runtime.decoder import Cache, Decoder
+from ..stages.comparison import compare
 
 STEPS = 32
 
@@ -55,17 +56,22 @@ def _greedy(model: Any, decoder: Decoder, vocabulary: int, batch: int, prompt: i
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     cache: Cache | None = None
-    past, same, worst, most = None, 0, 0.0, 0.0
+    past, same, pairs = None, 0, []
     for _ in range(steps):
         want, past = step(model, ids, mask, past)
         got, cache = decoder.run(ids.numpy(), cache, mask=mask[:, -ids.shape[1]:].numpy())
         real = mask[:, -ids.shape[1]:].bool().numpy()
-        worst = max(worst, float(np.abs(got - want)[real].max()))
-        most = max(most, float(np.abs(want)[real].max()))
+        pairs.append([_rows(logits, real) for logits in (got, want)])
         same += int((got[:, -1].argmax(-1) == want[:, -1].argmax(-1)).sum())
         ids = torch.from_numpy(want[:, -1].argmax(-1))[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return DecoderParity(batch, prompt, padding, steps * batch, same, worst / max(most, 1e-30))
+    gap = compare(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
+    return DecoderParity(batch, prompt, padding, steps * batch, same, gap.relative)
+
+
+def _rows(logits: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """The logits (rows, vocabulary) of tokens that are no padding."""
+    return logits[real] if logits.shape[:2] == real.shape else logits.reshape(-1, logits.shape[-1])
 
 
 def step(model: Any, ids: torch.Tensor, mask: torch.Tensor, past: Any) -> tuple[np.ndarray, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.fx import GraphModule, Node
 from ..errors import SpaError
 from ..onnx_backend.run.sizes import settle
 from ..process import quiet
+from ..staging import Scratch
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
 from ..torch_backend.read.decompose import fake_mode, replace
 from ..torch_backend.trace import copied
@@ -356,16 +356,16 @@ def _save(model: ir.Model, path: Path, limit: int) -> tuple[Path, ...]:
 def _write(model: ir.Model, path: Path, external: bool) -> tuple[Path, ...]:
     """Fill a hidden folder beside the target, then move its files into place."""
     data = path.with_name(path.name + ".data")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with Scratch(path.parent, path.name) as folder:
         ir.save(
             model,
-            Path(folder) / path.name,
+            folder / path.name,
             external_data=data.name if external else None,
             size_threshold_bytes=_FOLD_LIMIT,
         )
         if external:
-            os.replace(Path(folder) / data.name, data)
-        os.replace(Path(folder) / path.name, path)
+            os.replace(folder / data.name, data)
+        os.replace(folder / path.name, path)
     if not external:
         data.unlink(missing_ok=True)
     return (path, data) if external else (path,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from ..errors import SpaError
 from ..process import at_level
 from ..runtime.session import Arrays, open_session, run_session
+from ..staging import Scratch
 
 INLINE_BYTES = 2**30
 BITS = (7, 8)
@@ -32,8 +32,8 @@ def quantize(path: Path, made: Path, bits: int = 7) -> None:
     Raises:
         SpaError: onnxruntime cannot quantise the file, or found nothing to quantise in it.
     """
-    with tempfile.TemporaryDirectory(dir=made.parent, prefix=f".{made.name}.") as folder:
-        plain, rough = Path(folder) / "plain.onnx", Path(folder) / "rough.onnx"
+    with Scratch(made.parent, made.name) as folder:
+        plain, rough = folder / "plain.onnx", folder / "rough.onnx"
         _with_plain_weights(path, plain)
         try:
             # the quantiser advises a preparation on the root logger; it is done already
@@ -59,7 +59,6 @@ def _save(model: ir.Model, made: Path, size: int, folder: Path) -> None:
         ir.external_data.load_to_model(model)
     ir.save(model, folder / made.name, external_data=data)
     for name in filter(None, (data, made.name)):
-        (folder / name).chmod(0o644)
         (folder / name).replace(made.with_name(name))
 
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from ..errors import SpaError
 from ..runtime.session import open_session, run_session
+from ..stages.comparison import compare
 
 
 class Parity(NamedTuple):
     """How far ONNX Runtime is from the reference on one set of inputs.
 
     ``max_rel`` is the largest difference over the largest absolute reference value of the same
-    output: near-zero entries do not blow it up. Values that are not finite and differ give inf.
+    output: near-zero entries do not blow it up (see `comparison`).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -36,40 +37,17 @@ def parity(
     Use sizes other than the traced ones: a model that was fixed to them by mistake fails there.
 
     Raises:
-        SpaError: the model does not open or run, or the outputs' number or shapes differ.
+        SpaError: the model does not open or run, or the outputs' number, shapes,
+            types or NaNs differ.
     """
     session = open_session(Path(path), threads=threads)
     found = []
     for inputs in input_sets:
-        pairs = _pair(run_session(session, inputs), reference(inputs))
-        gaps = [_gap(mine, theirs) for mine, theirs in pairs]
+        gap = compare(run_session(session, inputs), list(reference(inputs)))
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-        found.append(Parity(shapes, max(g[0] for g in gaps), max(g[1] for g in gaps)))
+        if gap.why:
+            raise SpaError("the ONNX model and the reference cannot be compared", why=gap.why,
+                           where=", ".join(f"{n} {s}" for n, s in shapes.items()),
+                           fix="let the reference return the program's tensors in its order")
+        found.append(Parity(shapes, gap.absolute, gap.relative))
     return found
-
-
-def _pair(
-    mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Match outputs with the reference's by position."""
-    shapes = [np.shape(a) for a in mine], [np.shape(a) for a in theirs]
-    if not shapes[0] or shapes[0] != shapes[1]:
-        raise SpaError(
-            what="the ONNX model and the reference return different shapes",
-            why=f"ONNX {shapes[0]}, reference {shapes[1]}",
-            fix="let the reference return the program's tensors in its order",
-        )
-    return [(np.asarray(a), np.asarray(b)) for a, b in zip(mine, theirs, strict=True)]
-
-
-def _gap(mine: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Largest difference, absolute and relative to the reference's largest value."""
-    if not theirs.size:
-        return 0.0, 0.0
-    a, b = mine.astype(np.float64), theirs.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        gap = np.where(same, 0.0, np.abs(a - b))
-    worst = float(np.max(np.where(np.isfinite(gap), gap, np.inf)))
-    scale = float(np.max(np.abs(b), initial=0.0, where=np.isfinite(b)))
-    return worst, worst / scale if scale else (0.0 if worst == 0 else float("inf"))

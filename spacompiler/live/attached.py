@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import nn
 from spacompiler.adapters.merging import library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.groups.solution import Group
+from spacompiler.staging import Scratch
 
 NAME = "default"
 ADAPTABLE = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
@@ -93,8 +92,8 @@ class _Half:
         from safetensors.torch import save_file
 
         self._kind = getattr(torch, dtype)
-        self._folder = tempfile.TemporaryDirectory()
-        self._file = Path(self._folder.name) / "base.safetensors"
+        self._folder = Scratch()
+        self._file = self._folder.path / "base.safetensors"
         self._layers: dict[str, Any] = {}
         for path in paths:
             wrapped: Any = module.get_submodule(path)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from spacompiler import strict_json
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import cost
@@ -377,9 +378,5 @@ class Pruner:
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote (see `load_state_dict`)."""
-        try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as problem:
-            raise SpaError(f"cannot read the pruner's state {str(path)!r}",
-                           why=str(problem)) from problem
-        self.load_state_dict(state)
+        self.load_state_dict(strict_json.read(Path(path), {str: object},
+                                              fix="give a file that Pruner.save wrote"))

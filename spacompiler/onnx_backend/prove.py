@@ -180,6 +180,7 @@ def locate(trace: OnnxTrace, solution: Solution, choices: Choices, tolerance: fl
         if np.asarray(one).dtype.kind != "f":
             continue
         want = take(one, solution.solver.dims[name], choices)
-        if relative_error(as_tensors([other]), as_tensors([want])) > tolerance:
+        if np.isfinite(np.asarray(want, np.float64)).any() and \
+                not relative_error(as_tensors([other]), as_tensors([want])) <= tolerance:
             return makers[name].title()
     return "its results"

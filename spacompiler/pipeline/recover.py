@@ -10,6 +10,7 @@ import torch
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
 from ..evidence.heads import Fitting, fitting
+from ..said import said
 from ..train.loop import Training
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def recover(job: Job) -> None:
     task = Training(job.pruned, job.reference, calls[:-held_out], calls[-held_out:], loss,
                     job.recipe.seed, job.progress, job.checkpoint, _key(job, calls))
     flags = {name: p.requires_grad for name, p in job.pruned.named_parameters()}
-    job.trained = {"pass": repr(job.recovery), "data": _origin(job), **job.recovery.run(task)}
+    job.trained = {"pass": said(job.recovery), "data": _origin(job), **job.recovery.run(task)}
     for name, p in job.pruned.eval().named_parameters():
         p.requires_grad_(flags.get(name, p.is_floating_point()))
     if job.emission == "module":
@@ -80,4 +81,4 @@ def _key(job: Job, calls: list[Batch]) -> str:
                    if isinstance(x, torch.Tensor)]
     facts = (job.recovery, job.plan.weights_hash, job.plan.kept, job.recipe.seed, _origin(job),
              shapes)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    return hashlib.sha256(said(facts).encode()).hexdigest()

@@ -39,8 +39,8 @@ def touched(solution: Solution, choices: Choices) -> dict[str, set[str]]:
             kind = always if read.how == "recurrent" else stored if static else found
             kind.setdefault(read.node, set()).add(read.tensor)
     merged = {**stored, **found}
-    for node, tensors in always.items():
-        merged[node] = merged.get(node, set()) | tensors
+    for node, read_too in always.items():
+        merged[node] = merged.get(node, set()) | read_too
     return merged
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import strict_json
+from ..artifact_forms import FORMS
 from ..axes.choices import Choice, Choices, kept_size
 from ..axes.expressions import Atom
 from ..errors import SpaError
@@ -41,11 +44,20 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         """Read a plan; raises SpaError if it is none."""
+        data = strict_json.parse(text, FORMS["plan.json"], "plan.json")
         try:
-            data = json.loads(text)
             return Plan(**data)
-        except (ValueError, TypeError) as problem:
+        except TypeError as problem:
             raise SpaError("plan.json cannot be read", why=str(problem)) from problem
+
+    @staticmethod
+    def read(folder: Path) -> Plan:
+        """Read an artifact's plan; raises SpaError if there is none."""
+        try:
+            return Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise SpaError("plan.json cannot be read", where=str(folder),
+                           why=str(problem)) from problem
 
     def choices(self, solution: Solution) -> Choices:
         """Return the plan as choices over a solution's atoms.
@@ -55,12 +67,16 @@ class Plan:
         made: dict[Atom, Choice] = {}
         for name, kept in self.kept.items():
             group = solution.groups.get(name)
-            if group is None or group.size != self.sizes[name]:
+            try:
+                if group is None or group.size != self.sizes[name]:
+                    raise ValueError("no group of that name has that size")
+                table = _table(group, kept)
+            except (LookupError, ValueError) as problem:
                 raise SpaError(
                     f"the plan's group {name} is not one of this model",
                     why="it was made for another model or another version of this one",
-                    fix="apply a plan to the model that it was made for")
-            made[group.atom] = Choice(_table(group, kept), group.outers if _nested(kept) else ())
+                    fix="apply a plan to the model that it was made for") from problem
+            made[group.atom] = Choice(table, group.outers if _nested(kept) else ())
         return made
 
 

@@ -8,6 +8,7 @@ imported before it is asked for.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -135,7 +136,7 @@ def _load(kind: str, name: str) -> Any:
 
 def _from_file(path: str) -> ModuleType:
     """Run a Python file that the user named, once, as a module of its own."""
-    name = f"_passes_of_{abs(hash(Path(path).resolve()))}"
+    name = f"_passes_of_{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

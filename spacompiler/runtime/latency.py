@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import SpaError
+from ..staging import Scratch, orderly, told
 from .session import Arrays, open_session, run_session
 
 LEAST_TURNS = 5
@@ -199,11 +199,14 @@ def _ask_child(paths: Mapping[str, Path], cases: Mapping[str, Mapping[str, Array
                options: dict[str, Any]) -> dict[str, dict[str, Latency]]:
     """Let a child that runs this module measure; its failure becomes a SpaError."""
     root = str(Path(__file__).absolute().parents[2])
-    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-W", "ignore", "-m", "spacompiler.runtime.latency"]
-    with tempfile.TemporaryDirectory(prefix="spacompiler-") as folder:
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    search = os.pathsep.join([root, *filter(os.path.isabs, given)])  # never the current folder
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "spacompiler.runtime.latency"]
+    with orderly(), Scratch() as folder:
+        with told("a temporary file", folder):
+            stored = _store(cases, folder)
         request = {"paths": {n: str(Path(p).absolute()) for n, p in paths.items()},
-                   "cases": _store(cases, Path(folder)), "options": options}
+                   "cases": stored, "options": options}
         done = subprocess.run(
             command,
             input=json.dumps(request),

@@ -13,6 +13,7 @@ import torch
 from ..axes.choices import Choice, Choices
 from ..evidence.slots import rows
 from ..groups.solution import Solution
+from .comparison import compare, tensors
 
 TOLERANCE = 1e-10
 
@@ -44,24 +45,12 @@ class Proof:
             self.control is None or self.control >= max(CONTROL, 10 * self.tolerance))
 
 
-def relative_error(got: list[Any], want: list[Any]) -> float:
-    """Return max |got - want| / max |want| over all floating results; inf where shapes differ."""
-    if len(got) != len(want):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, want, strict=True):
-        if not isinstance(b, torch.Tensor) or not b.is_floating_point() or not b.numel():
-            continue
-        if a.shape != b.shape:
-            return float("inf")
-        finite = torch.isfinite(b)
-        if not torch.equal(finite, torch.isfinite(a)):
-            return float("inf")
-        a, b = a[finite].double(), b[finite].double()
-        scale = b.abs().max().item() if b.numel() else 0.0
-        gap = (a - b).abs().max().item() if b.numel() else 0.0
-        worst = max(worst, gap / scale if scale else gap)
-    return worst
+def relative_error(got: Any, want: Any) -> float:
+    """Return the relative error of nested results (see `comparison`); inf where shapes differ.
+
+    Python's whole numbers in them do not count: they are sizes.
+    """
+    return compare(tensors(got), tensors(want)).relative
 
 
 def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Choices,

@@ -108,6 +108,7 @@ class Job:
     source: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     given: Any = None
+    parts: tuple[str, ...] = ()
 
     @property
     def reference(self) -> Any:

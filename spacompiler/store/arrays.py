@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .. import strict_json
 from ..errors import SpaError
-from .folder import SAMPLE
+from .folder import SAMPLE, _load
 
 
 def save_weights(path: Path, module: torch.nn.Module,
@@ -33,33 +33,27 @@ def save_weights(path: Path, module: torch.nn.Module,
             tensors[name] = tensor.detach().contiguous()
     # one entry only: safetensors writes several in an order that changes from run to run
     save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)})
-    path.chmod(0o644)
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read arrays written by `save_weights`, tied names included; raises SpaError if damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            # clones are aligned as torch aligns: kernels then round as they did before saving
-            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
-            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-    except Exception as problem:  # safetensors raises its own kinds
+    tensors, metadata = _load(path)
+    tied = strict_json.parse(metadata.get("tied", "{}"), {str: str}, path.name)
+    if not tensors.keys() >= set(tied.values()):
         raise SpaError(f"{path.name} cannot be read", where=str(path.parent),
-                       why=str(problem)) from problem
+                       why="an array is tied to one that is not in the file")
     return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
 
 
 def save_check(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any],
-               results: list[Any]) -> None:
-    """Write the example inputs and a sample of each floating result."""
+               results: list[torch.Tensor]) -> None:
+    """Write the example inputs and a sample of each result, with the shapes of all."""
     tensors = {f"arg.{i}": a.contiguous() for i, a in enumerate(args)
                if isinstance(a, torch.Tensor)}
     tensors |= {f"kwarg.{k}": v.contiguous() for k, v in kwargs.items()
                 if isinstance(v, torch.Tensor)}
-    tensors |= {f"result.{i}": sample(r) for i, r in enumerate(results)
-                if isinstance(r, torch.Tensor) and r.is_floating_point()}
-    save_file(tensors, path)
-    path.chmod(0o644)
+    tensors |= {f"result.{i}": sample(r) for i, r in enumerate(results)}
+    save_file(tensors, path, metadata={"results": json.dumps([list(r.shape) for r in results])})
 
 
 def sample(result: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
+from .. import strict_json
+from ..artifact_forms import FORMS, check_slices
 from ..errors import SpaError, UsageError
+from ..said import said
+from ..staging import Scratch, orderly, settle, sync, told
 from .place import MANIFEST, check_artifact, check_out
 
 SAMPLE = 65536
@@ -29,22 +35,32 @@ SAMPLE = 65536
 def whole(out: Path) -> Iterator[Path]:
     """Give a temporary directory that becomes `out` if all goes well and vanishes if not."""
     out = check_out(out)
-    made = _missing_parents(out.absolute().parent)
+    parent = out.absolute().parent
+    made = _missing_parents(parent)
+    with orderly(), _emptied(made), told(f"the artifact {str(out)!r}", parent):
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            scratch = Scratch(parent, out.name)
+        except OSError as problem:
+            raise UsageError(f"output {str(out)!r} cannot be made", why=str(problem)) from problem
+        with scratch as place:
+            yield place
+            check_out(out)
+            settle(place)
+            place.rename(out)
+            for folder in (parent, *(m.parent for m in made)):
+                sync(folder)
+
+
+@contextmanager
+def _emptied(made: Sequence[Path]) -> Iterator[None]:
+    """Remove directories that the block leaves empty if it fails."""
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    except OSError as problem:
-        raise UsageError(f"output {str(out)!r} cannot be made", why=str(problem)) from problem
-    try:
-        place.chmod(0o755)
-        yield place
-        check_out(out)
-        place.rename(out)
+        yield
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 
@@ -57,17 +73,44 @@ def _missing_parents(parent: Path) -> list[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, sort_keys=True, default=str) + "\n",
+    path.write_text(json.dumps(data, indent=1, sort_keys=True, default=said) + "\n",
                     encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of an artifact; raises SpaError if it is missing or damaged."""
+    """Read a JSON file of an artifact; raises SpaError if it is missing, damaged or another form.
+    """
+    return strict_json.read(path, FORMS.get(path.name, object),
+                            fix="give a directory written by `spacompiler compile`")
+
+
+def read_slices(folder: Path) -> dict[str, Any]:
+    """Read how arrays were cut; raises SpaError also where lists and shapes do not fit."""
+    slices: dict[str, Any] = read_json(folder / "slices.json")
+    check_slices(slices, str(folder))
+    return slices
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise SpaError(f"{path.name} cannot be read", where=str(path.parent), why=str(problem),
-                       fix="give a directory written by `spacompiler compile`") from problem
+        with safe_open(path, "pt") as file:
+            # clones are aligned as torch aligns: kernels then round as they did before saving
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except Exception as problem:  # safetensors raises its own kinds
+        raise SpaError(f"{path.name} cannot be read", where=str(path.parent),
+                       why=str(problem)) from problem
+
+
+def load_check(folder: Path) -> tuple[dict[str, torch.Tensor], list[list[int]] | None]:
+    """Read what `save_check` wrote: arrays, and the shapes of results if they were recorded.
+
+    Raises SpaError if the file is damaged.
+    """
+    tensors, metadata = _load(folder / "check.safetensors")
+    shapes = metadata.get("results")
+    return tensors, None if shapes is None else \
+        strict_json.parse(shapes, [[int]], "check.safetensors", where=str(folder))
 
 
 def sha256(path: Path) -> str:
@@ -80,18 +123,53 @@ def sha256(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """List every file with its size and sha256."""
-    files = {str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size}
-             for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+             for name in sorted(_entries(folder)[0]) if name != MANIFEST}
     write_json(folder / MANIFEST, {"files": files})
 
 
 def check_manifest(folder: Path) -> list[str]:
-    """Return what differs from the manifest, [] if nothing; raises SpaError if there is none."""
+    """Return what differs from the manifest, [] if nothing; raises SpaError if there is none.
+
+    Whatever is no regular file in a directory with files differs: links, pipes, empty directories.
+    """
     check_artifact(folder)
     listed = read_json(folder / MANIFEST)["files"]
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    wrong = [f"{name} is missing" for name in sorted(listed.keys() - present)]
+    present, wrong = _entries(folder)
+    wrong += [f"{name} is missing" for name in sorted(listed.keys() - present)]
     wrong += [f"{name} is not listed" for name in sorted(present - listed.keys() - {MANIFEST})]
     wrong += [f"{name} was changed" for name in sorted(listed.keys() & present)
-              if sha256(folder / name) != listed[name]["sha256"]]
-    return wrong
+              if (folder / name).stat().st_size != listed[name]["bytes"] or
+              sha256(folder / name) != listed[name]["sha256"]]
+    return [text.encode(errors="backslashreplace").decode() for text in wrong]
+
+
+def check_hashes(folder: Path) -> None:
+    """Raise SpaError unless every file of an artifact is as it was written."""
+    wrong = check_manifest(folder)
+    if wrong:
+        raise SpaError("the artifact is damaged", where=str(folder), why="; ".join(wrong[:3]),
+                       fix="copy it again, or compile the model again")
+
+
+def _entries(folder: Path) -> tuple[set[str], list[str]]:
+    """The files of a directory by their paths in it, and what has no place in an artifact."""
+    files: set[str] = set()
+    odd: list[str] = []
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        entries = sorted(os.scandir(place), key=lambda e: e.name)
+        if not entries and place != folder:
+            odd.append(f"{place.relative_to(folder).as_posix()} is an empty directory")
+        for entry in entries:
+            name = Path(entry.path).relative_to(folder).as_posix()
+            if entry.is_symlink():
+                odd.append(f"{name} is a link")
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+            elif entry.is_file():
+                files.add(name)
+            else:
+                odd.append(f"{name} is no regular file")
+    return files, odd

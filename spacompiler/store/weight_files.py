@@ -6,7 +6,6 @@ and whether the configuration can be theirs at all. Nothing here runs code or re
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from .. import strict_json
 from ..errors import SpaError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -93,14 +93,8 @@ def _no_config(place: Path) -> SpaError:
 
 def read(file: Path) -> dict[str, Any]:
     """Return a JSON object. Raises SpaError where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as problem:
-        raise SpaError(f"{file.name} cannot be read", where=str(file.parent),
-                       why=str(problem) or type(problem).__name__,
-                       fix="the file is damaged; copy it again") from problem
+    found: dict[str, Any] = strict_json.read(
+        file, {str: object}, fix="the file is damaged; copy it again")
     return found
 
 

@@ -29,17 +29,21 @@ from ..groups.solution import Solution, solve
 from ..labels import inputs_only
 from ..plan.plan import Plan
 from ..rows.aten_table import TABLE
+from ..stages.comparison import compare
 from ..stages.records import Job
 from .backend import TORCH
 from .emit.apart import fresh
+from .emit.module import called
 from .emit.program import Rewritten, rewrite
 from .outside import Outside, left_out, outside
 from .read.export import trace
 from .trace import Trace
 from .untouched import untouched
-from .weights import named_arrays, results, runs_like, weights_hash
+from .weights import named_arrays, weights_hash
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+WHOLE_TOLERANCE = 1e-4
 
 
 class _Kept:
@@ -188,7 +192,7 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     Raises UsageError for wrong paths, SpaError for a part that the example inputs do not reach.
     """
     whole = job.module
-    job.whole_inputs = job.inputs
+    job.whole_inputs, job.parts = job.inputs, tuple(paths)
     job.module, job.inputs = of(whole, paths, job.inputs)
     batches, beside = ([as_call(_inputs(whole, paths, (args, inputs_only(whole, kwargs))))
                         for args, kwargs in given]
@@ -328,11 +332,12 @@ def _check_whole(job: Job, parts: Parts) -> None:
     for path in parts.paths:
         reference.get_submodule(path).forward = job.pruned.get_submodule(path).forward
     with untouched(job.pruned):  # the parts' own mode counts too
-        want = results(reference, job.trace.args, job.trace.kwargs)
-    problem = runs_like(job.pruned, job.trace.args, job.trace.kwargs, want)
-    if problem:
+        want = called(reference, job.trace.args, job.trace.kwargs)
+    found = compare(called(job.pruned, job.trace.args, job.trace.kwargs), want)
+    if not found.within(WHOLE_TOLERANCE):
         raise ProofError("the whole network uses more of a part than its results",
-                         where=", ".join(parts.paths), why=problem,
+                         where=", ".join(parts.paths),
+                         why=found.why or f"results differ by {found.relative:.1e}",
                          fix="give a part that contains the code that does")
 
 

@@ -87,16 +87,17 @@ def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
     found: list[str] = []
     skipped = rescaled(solution, choices)
 
-    def compare(name: str, value: Any) -> None:
+    def look(name: str, value: Any) -> None:
         known = name in solution.solver.dims and name not in skipped
         if found or not known or not isinstance(value, torch.Tensor):
             return
         want = kept(solution, name, dense[name], choices)
-        if value.is_floating_point() and relative_error([value], [want]) > TOLERANCE:
+        if value.is_floating_point() and torch.isfinite(want).any() and \
+                not relative_error([value], [want]) <= TOLERANCE:
             found.append(name)
 
     try:
-        run_pruned(trace, solution, choices, watch=compare)
+        run_pruned(trace, solution, choices, watch=look)
     except Exception as problem:
         return f"running it: {problem}".splitlines()[0]
     nodes = {node.name: node for node in solution.graph.nodes}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .untouched import untouched
+from ..stages.comparison import compare, tensors
+from .emit.module import called
 
 
 def named_arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -22,18 +23,14 @@ def named_arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
               want: list[Any], tolerance: float = 1e-4) -> str:
     """Return "" if the module's results equal the program's (to rounding), else how they differ."""
-    from ..stages.proof import relative_error
-
     try:
         got = results(module, args, kwargs)
     except Exception as problem:  # any code may run here
         return f"{type(problem).__name__}: {problem}".splitlines()[0] + (
             "" if str(problem).strip() else _line(problem))
-    want = [x for x in want if isinstance(x, torch.Tensor)]
-    if len(got) != len(want):
-        return f"{len(got)} results for {len(want)}"
-    error = relative_error(got, want)
-    return "" if error <= tolerance else f"results differ by {error:.1e}"
+    found = compare(got, tensors(want))
+    return "" if found.within(tolerance) else \
+        found.why or f"results differ by {found.relative:.1e}"
 
 
 def _line(problem: Exception) -> str:
@@ -44,12 +41,7 @@ def _line(problem: Exception) -> str:
 
 def results(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the tensors that a module gives in eval mode, drawing random numbers from seed 0."""
-    from torch.utils import _pytree as pytree
-
-    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        found = pytree.tree_leaves(module(*args, **kwargs))
-    return [x for x in found if isinstance(x, torch.Tensor)]
+    return tensors(called(module, args, kwargs))
 
 
 def weights_hash(module: nn.Module) -> str:

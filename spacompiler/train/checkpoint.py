@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import SpaError, UsageError
+from ..staging import sync
 
 if TYPE_CHECKING:
     pass
@@ -58,7 +59,9 @@ class Checkpoint:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, part,
                       metadata={"training": facts})
+            sync(part)
             os.replace(part, self._folder / FILE)
+            sync(self._folder)
         except OSError as problem:
             raise UsageError("the checkpoint cannot be written", where=str(self._folder),
                              why=str(problem)) from problem

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ...errors import SpaError
+from ...staging import Scratch, told
 from ..read.file import external, skeleton
 from . import double as onnx_double
 
@@ -34,11 +33,11 @@ class Session:
     """
 
     def __init__(self, model: ir.Model, extra: Sequence[str] = (), *, fuse: bool = False) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="spacompiler-") \
-            if _loose_bytes(model) > LENT_BYTES else None
+        self._folder = Scratch() if _loose_bytes(model) > LENT_BYTES else None
         if self._folder is not None:  # ONNX Runtime copies what it is lent, and maps files
-            path = Path(self._folder.name) / "model.onnx"
-            ir.save(model, path, external_data="model.onnx.data")
+            path = self._folder.path / "model.onnx"
+            with told("a temporary file", path):
+                ir.save(model, path, external_data="model.onnx.data")
             model = ir.load(path)
         proto = skeleton(model, mapped=True)
         have = {o.name for o in proto.graph.output}

@@ -1,0 +1,54 @@
+"""What an artifact may name as its network: a model class of transformers, and no other code."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import SpaError
+from .store import folder as artifact
+
+CODE = ("auto_map", "custom_pipelines")
+"""Entries of a configuration that name code which came along with it."""
+_PACKAGE = "transformers.models."
+
+
+def check(file: Path) -> dict[str, Any]:
+    """Read a configuration; raises SpaError if it is damaged or names code elsewhere."""
+    data: dict[str, Any] = artifact.read_json(file)
+    for key, value in _entries(data):
+        if key in CODE or (key.endswith("_implementation") and "/" in str(value)):
+            raise SpaError(f"{file.name} cannot be used", where=str(file.parent),
+                           why=f"its {key} names code from elsewhere",
+                           fix="give a directory written by `spacompiler compile`")
+    return data
+
+
+def class_of(path: str) -> Any:
+    """Return a model class of transformers by its full name; raises SourceNeeded for another."""
+    from transformers import PreTrainedModel
+
+    from .artifact.load import SourceNeeded
+
+    module, _, name = path.rpartition(".")
+    if not path.startswith(_PACKAGE) or not re.fullmatch(r"[\w.]+", path):
+        raise SourceNeeded(path)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as problem:
+        raise SpaError(f"transformers has no class {path!r}", why=str(problem),
+                       fix="install the version that the model was compiled with") from problem
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise SourceNeeded(path)
+    return found
+
+
+def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict):
+        yield from config.items()
+    for part in config.values() if isinstance(config, dict) else \
+            config if isinstance(config, list) else ():
+        yield from _entries(part)
