@@ -28,6 +28,8 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@echo "==> mypy"
 	@$(BIN)/mypy -p spacompiler
+	@echo "==> rooms"
+	@$(BIN)/lint-imports --no-logo --no-timing 2>&1 | tail -n 3
 
 # Some systems ship python3 and pip without ensurepip: there the second line makes the environment.
 $(STAMP): pyproject.toml constraints.txt

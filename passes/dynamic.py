@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from spacompiler.plan.problem import Problem, Unit, refine
+from spacompiler.plan.problem import Problem, Unit
+from spacompiler.plan.settling import refine
 
 
 @dataclass(frozen=True)

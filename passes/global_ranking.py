@@ -6,7 +6,8 @@ import heapq
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spacompiler.plan.problem import Problem, Unit, refine
+from spacompiler.plan.problem import Problem, Unit
+from spacompiler.plan.settling import refine
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 
 from spacompiler.errors import SpaError
-from spacompiler.plan.problem import Problem, refine
+from spacompiler.plan.problem import Problem
+from spacompiler.plan.settling import refine
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import ceil
@@ -20,7 +20,6 @@ from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
 from spacompiler.live.sites import MASKED, Masks, sites
 from spacompiler.live.watch import Watch
-from spacompiler.pipeline.decide import allocate_counts
 from spacompiler.plan.legal import family
 from spacompiler.request import registry
 from spacompiler.stages.records import Job
@@ -78,7 +77,7 @@ class LoraPrune:
         if min(self.epochs, self.accumulate, self.every) < 1 or self.steps < 0:
             raise TypeError("epochs, accumulate and every must be at least 1, steps at least 0")
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job, allocate: Callable[[], dict[str, int]]) -> None:
         """Train the job's module in place; sets its candidates, counts and scores.
 
         Raises SpaError if training diverges; TargetError if nothing may go.
@@ -92,7 +91,7 @@ class LoraPrune:
         if not reachable:
             raise self._nothing(job, asked, criterion)
         job.scores = {g.name: np.ones(g.shape) for g in job.candidates}
-        job.counts = allocate_counts(job)
+        job.counts = allocate()
         attached = Attached(job.module, reachable, adapter=self.adapter, dtype=self.dtype,
                             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
         masks = Masks(job.module, job.solution, places)

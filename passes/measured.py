@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from spacompiler.errors import SpaError
 from spacompiler.passes.global_ranking import GlobalRanking
-from spacompiler.plan.problem import Problem, Unit, refine
+from spacompiler.plan.problem import Problem, Unit
+from spacompiler.plan.settling import refine
 from spacompiler.trials.sensitivity import Change
 
 ATTEMPTS = 12

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spacompiler.plan.problem import Problem, refine
+from spacompiler.plan.problem import Problem
+from spacompiler.plan.settling import refine
 
 
 @dataclass(frozen=True)

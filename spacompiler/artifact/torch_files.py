@@ -23,7 +23,7 @@ from ..torch_backend.emit.attributes import differing
 from ..torch_backend.emit.biases import added
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.weights import results
-from .write import _local, _plan, slices
+from .slices import plan_text, slices, without_places
 
 ONNX_TOLERANCE = 1e-3
 
@@ -106,7 +106,7 @@ def _reload(job: Job, folder: Path) -> str:
     want = results(job.pruned.eval(), job.trace.args, job.trace.kwargs)
     save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
     artifact.write_json(folder / "structure.json", structure(job))
-    (folder / "plan.json").write_text(_plan(job), encoding="utf-8")
+    (folder / "plan.json").write_text(plan_text(job), encoding="utf-8")
     artifact.write_json(folder / "slices.json", slices(job))
     again = load_folder(folder, model=job.reference)
     got = results(again, job.trace.args, job.trace.kwargs)
@@ -131,7 +131,7 @@ def structure(job: Job) -> dict[str, Any]:
     attributes = [] if job.layout == "uniform" or job.emission == "program" else \
         [list(change) for change in differing(job.module, job.pruned)]
     cls = type(job.module)
-    return {"layout": job.layout, "emission": job.emission, "model": _local(job)(job.name),
+    return {"layout": job.layout, "emission": job.emission, "model": without_places(job)(job.name),
             "source": {"kind": job.source.get("kind", "module"), "unused": job.recipe.unused},
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
             "trained": job.trained is not None,

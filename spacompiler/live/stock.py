@@ -25,7 +25,8 @@ def expressible(live: Shrinking, units: Sequence[Unit]) -> tuple[list[Unit], lis
     """Return the units that a stock config can express, and notes on the others (dense model)."""
     if not is_hf(live.model):
         return [], []
-    return expressible_units(live.model, live.dense_trace.tied, live.dense, units)
+    fit = hf.fits(live.model, live.dense_trace.tied, live.dense)
+    return expressible_units(units, fit, type(live.model.config).__name__)
 
 
 def with_losses(unit: Unit, single: Mapping[str, Unit]) -> Unit:

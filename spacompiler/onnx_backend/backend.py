@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 from ..errors import UsageError
@@ -50,17 +49,10 @@ def emit(job: Job) -> None:
     job.layout, job.emission = "onnx", "graph"
 
 
-def write(job: Job, folder: Path, data: dict[str, Any]) -> None:
-    """Write model.onnx and what `verify` needs; the file is checked and run as it lies there."""
-    from ..artifact.onnx_files import write_file
-
-    write_file(job, folder, data)
-
-
 BACKEND = Backend(
-    check_weights=check_weights, trace=analyse,
+    kind="onnx", check_weights=check_weights, trace=analyse,
     context=lambda job: fresh_context(cast(Any, job.trace), job.solution, job.recipe.seed),
     digest=lambda job: cast(Any, job.module).digest,
     prove=lambda job: onnx_proof.prove(
         cast(Any, job.trace), job.solution, job.choices, seed=job.recipe.seed),
-    emit=emit, write=write)
+    emit=emit)

@@ -18,6 +18,7 @@ from ..plan.stock_units import expressible
 from ..request.recipe import parse_target
 from ..stages.records import Job
 from ..torch_backend import unreached
+from ..torch_backend.emit import stock
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.machine import lanes
 
@@ -135,10 +136,12 @@ def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
         raise UsageError("the uniform layout is for transformers models alone", where=job.name,
                          why=f"{type(job.module).__name__} has no configuration to say widths in",
                          fix="use layout any")
-    stock = is_hf(job.module) and not job.biased and r.layout in ("auto", "uniform")
-    if stock:
+    uniform_first = is_hf(job.module) and not job.biased and r.layout in ("auto", "uniform")
+    if uniform_first:
         every = units(True)
-        found, notes = expressible(job.module, job.trace.tied, job.solution, every)
+        found, notes = expressible(
+            every, stock.fits(job.module, job.trace.tied, job.solution),
+            type(job.module.config).__name__)
         job.notes.extend(notes)
         if not found and r.layout == "uniform":
             why, fix = (notes[0], "use --layout any") if notes else \
@@ -150,7 +153,7 @@ def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
             job.uniform = True
             yield tuple(found)
     if r.layout != "uniform":
-        if stock:
+        if uniform_first:
             job.notes.append("the target is out of reach of the uniform layout: layout any")
         yield units(False)
 

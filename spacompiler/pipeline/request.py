@@ -24,6 +24,7 @@ from ..evidence.losses import default_loss
 from ..labels import as_batch, as_example
 from ..request import registry
 from ..request.recipe import Recipe
+from ..sources.backends import backend_of
 from ..stages.records import Job, Progress
 
 
@@ -85,7 +86,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     fits = isinstance(module, nn.Module) and trains is None and not recipe.keep_adapter
     job = Job(recipe, module, inputs, scorer,
               registry.find("allocation", allocator or recipe.allocation), batches,
-              loss or default_loss, name or type(module).__name__, tokenizer,
+              backend_of(module), loss or default_loss, name or type(module).__name__, tokenizer,
               progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
               compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
               must_repair=mends != "auto", given=None if owned else module)

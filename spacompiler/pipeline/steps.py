@@ -20,6 +20,7 @@ from ..evidence.losses import default_loss
 from ..evidence.statistics import forward_only
 from ..groups.solution import Group
 from ..plan import legal as allocation
+from ..repair.repairer import repair
 from ..stages.proof import CONTROL
 from ..stages.records import Job
 from ..torch_backend.backend import TORCH
@@ -27,7 +28,7 @@ from ..torch_backend.emit.biases import with_biases
 from ..torch_backend.trace import Trace
 from ..torch_backend.weights import weights_hash
 from ..vocabulary import check_tokens
-from .decide import is_met
+from .decide import allocate_counts, is_met, statistics_of
 
 
 def merge_adapters(job: Job) -> None:
@@ -196,7 +197,7 @@ def _add_biases(job: Job) -> None:
     """Put zero biases where consumers lack one, and trace again if any was missing."""
     from ..repair.sites import unbiased
 
-    if job.backend.repair is None:
+    if job.backend.kind != "torch":
         return
     paths = unbiased(job.module, job.solution, job.candidates)
     if not paths:
@@ -214,7 +215,7 @@ def score(job: Job) -> None:
     if not job.candidates:
         return
     if job.schedule is not None:
-        job.schedule.run(job)
+        job.schedule.run(job, lambda: allocate_counts(job))
         return
     defaults.settle_importance(job)
     context = _context(job)
@@ -282,10 +283,12 @@ def mend(job: Job) -> None:
     """
     why = "no width changed"
     if job.choices:
-        if job.backend.repair is None:
+        if job.backend.kind != "torch":
             raise SpaError(f"repair {job.compensation.name!r} needs a torch module",
                            where=job.name, fix="use --repair none")
-        job.notes.extend(job.backend.repair(job))
+        job.notes.extend(repair(
+            job.trace, job.solution, job.choices, job.compensation, statistics_of(job),
+            job.calibration.for_repair, must=job.must_repair))
         job.context = None
         why = "" if job.trace.repaired else "no stored weights read what the plan removes"
     if why:

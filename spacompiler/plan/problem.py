@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -12,11 +12,6 @@ from ..axes.expressions import Atom
 from ..errors import TargetError
 from ..groups.cost import Cost
 from ..groups.solution import Group
-from .settling import settle
-
-if TYPE_CHECKING:
-    from ..trials.measure import Measure
-
 
 TOLERANCE = 0.01
 
@@ -48,6 +43,21 @@ class Unit:
         return min(self.legal, key=lambda k: (abs(k - wanted), k))
 
 
+class Measured(Protocol):
+    """Measurements on the network that an allocation pass may ask for."""
+
+    def blocks(self, problem: Problem) -> dict[str, tuple[float, float]]:
+        """Return (mean angle / pi, mean cosine) of hidden states around each unit's block."""
+
+    def salience(self, problem: Problem, *, step: float, batches: int,
+                 seed: int = 0) -> dict[str, Any]:
+        """Return, per unit, the absolute products of weights and slopes in its block."""
+
+    def changes(self, problem: Problem, kept: Mapping[str, int], moves: Any,
+                batches: int) -> Any:
+        """Return what moving single units does to results under the counts `kept`."""
+
+
 @dataclass(slots=True)
 class Problem:
     """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance).
@@ -61,7 +71,7 @@ class Problem:
     dense: int
     metric: str = "params"
     tolerance: float = field(default=TOLERANCE)
-    measure: Measure | None = None
+    measure: Measured | None = None
 
     def price(self, kept: Mapping[str, int]) -> int:
         """Return the cost of a choice of counts."""
@@ -78,32 +88,6 @@ class Problem:
 
     def met(self, kept: Mapping[str, int]) -> bool:
         return abs(self.price(kept) - self.target) <= self.tolerance * self.dense
-
-
-def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
-    """Move units by legal steps while that brings the cost nearer to the target.
-
-    Where single steps get stuck short of the tolerance, a coarse unit is moved first and the
-    others settle around it.
-    """
-    kept = settle(problem, kept)
-    coarse = sorted((u for u in problem.units if len(u.legal) > 1),
-                    key=lambda u: -abs(problem.cost.change(u.counts(u.legal[-2]))))[:8]
-    for unit in coarse:
-        if problem.met(kept):
-            break
-        for by in (1, -1):
-            at = unit.legal.index(kept[unit.name]) + by
-            if 0 <= at < len(unit.legal):
-                other = settle(problem, {**kept, unit.name: unit.legal[at]}, but=unit.name)
-                if _miss(problem, other) < _miss(problem, kept):
-                    kept = other
-    problem.price(kept)
-    return kept
-
-
-def _miss(problem: Problem, kept: Mapping[str, int]) -> float:
-    return abs(problem.price(kept) - problem.target)
 
 
 def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False) -> None:

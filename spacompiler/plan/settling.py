@@ -7,11 +7,35 @@ is kept in order, and after a step only those are priced anew that share a term 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
-if TYPE_CHECKING:
-    from .problem import Problem
+from .problem import Problem
+
+
+def refine(problem: Problem, kept: dict[str, int]) -> dict[str, int]:
+    """Move units by legal steps while that brings the cost nearer to the target.
+
+    Where single steps get stuck short of the tolerance, a coarse unit is moved first and the
+    others settle around it.
+    """
+    kept = settle(problem, kept)
+    coarse = sorted((u for u in problem.units if len(u.legal) > 1),
+                    key=lambda u: -abs(problem.cost.change(u.counts(u.legal[-2]))))[:8]
+    for unit in coarse:
+        if problem.met(kept):
+            break
+        for by in (1, -1):
+            at = unit.legal.index(kept[unit.name]) + by
+            if 0 <= at < len(unit.legal):
+                other = settle(problem, {**kept, unit.name: unit.legal[at]}, but=unit.name)
+                if _miss(problem, other) < _miss(problem, kept):
+                    kept = other
+    problem.price(kept)
+    return kept
+
+
+def _miss(problem: Problem, kept: Mapping[str, int]) -> float:
+    return abs(problem.price(kept) - problem.target)
 
 
 def settle(problem: Problem, kept: dict[str, int], but: str = "") -> dict[str, int]:

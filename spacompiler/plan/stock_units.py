@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from ..axes.choices import Choice
-from ..errors import SpaError
-from ..groups.solution import Solution
-from ..torch_backend.emit.stock import pruned_shapes, uniform_config
+from ..axes.choices import Choice, Choices
 from .problem import Unit, join
 
 
-def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
-                units: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+def expressible(units: Sequence[Unit], fits: Callable[[Choices], bool],
+                config: str) -> tuple[list[Unit], list[str]]:
     """Return the units (with the counts) that some stock config can express, and what is left out.
+
+    `fits` says whether one can express some choices; `config` is what it is called in notes.
 
     Units that have no choice are passed over. Each of the others is tried on its own; those of one
     role and size that only work together (encoder and decoder sharing an entry) are joined.
@@ -25,10 +23,10 @@ def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
 
     def legal(unit: Unit) -> tuple[int, ...]:
         some = unit.legal[:-1] if len(unit.legal) <= 16 else unit.legal[len(unit.legal) // 2 :][:1]
-        fits = [k for k in some if _fits(module, tied, solution, unit, k)]
-        if len(unit.legal) > 16 and fits:
+        able = [k for k in some if fits(_keeping(unit, k))]
+        if len(unit.legal) > 16 and able:
             return unit.legal
-        return (*fits, unit.size)
+        return (*able, unit.size)
 
     found: list[Unit] = []
     failed: list[Unit] = []
@@ -47,19 +45,15 @@ def expressible(module: Any, tied: Mapping[str, str], solution: Solution,
             found.append(replace(joined, legal=counts))
         else:
             notes.append(f"{role} slices of {', '.join(u.name for u in parts[:2])} stay: "
-                         f"no stock config of {type(module.config).__name__} can say fewer")
+                         f"no stock config of {config} can say fewer")
     return found, notes
 
 
-def _fits(module: Any, tied: Mapping[str, str], solution: Solution, unit: Unit,
-          count: int) -> bool:
+def _keeping(unit: Unit, count: int) -> Choices:
+    """Choices in which every group of a unit keeps its first slices."""
     choices = {}
     for group in unit.groups:
         table = np.zeros(group.shape, dtype=bool)
         table[..., :count] = True
         choices[group.atom] = Choice(table, group.outers)
-    try:
-        uniform_config(module, solution, choices, pruned_shapes(module, tied, solution, choices))
-    except SpaError:
-        return False
-    return True
+    return choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from ..evidence.losses import default_loss
 from ..groups.solution import Group, Solution
 from ..plan.plan import Plan
 from ..request.recipe import Recipe
-from ..torch_backend.trace import Trace
 from .proof import Proof
 
 
@@ -41,8 +40,11 @@ class Schedule(Protocol):
 
     name: ClassVar[str]
 
-    def run(self, job: Job) -> None:
-        """Train the job's module in place and set its `candidates`, `counts` and `scores`."""
+    def run(self, job: Job, allocate: Callable[[], dict[str, int]]) -> None:
+        """Train the job's module in place and set its `candidates`, `counts` and `scores`.
+
+        `allocate()` returns counts for the job's candidates by the target and the allocation.
+        """
 
 
 Progress = Callable[[str, int, int], None]
@@ -55,7 +57,8 @@ class Job:
     `module` is a torch module, or what another front end reads: then it brings its `backend`. Where
     whole blocks were dropped it is the network without them; `dense` is the one with them, and
     `whole` are its costs by metric (and bytes). `idle` says that repair changed nothing.
-    `source` is what is known of where the module comes from, and `folder` where its files lie.
+    `backend` carries out what depends on where the model lives; `source` is what is known of where
+    the module comes from, and `folder` where its files lie.
     `given` is the user's own module, with which the result shares no memory (None: the compile may
     use it up).
     """
@@ -66,11 +69,12 @@ class Job:
     importance: Any
     allocation: Any
     calibration: Calibration
+    backend: Backend
     loss: Any = default_loss
     name: str = ""
     tokenizer: Any = None
     progress: Progress = lambda stage, done, total: None
-    trace: Trace = None  # type: ignore[assignment]
+    trace: Any = None
     solution: Solution = None  # type: ignore[assignment]
     candidates: list[Group] = field(default_factory=list)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
@@ -115,11 +119,6 @@ class Job:
         """The dense network, with all of its blocks."""
         return self.module if self.dense is None else self.dense
 
-    @property
-    def backend(self) -> Backend:
-        """What carries out the steps that depend on where the model lives."""
-        return backend_of(self.module)
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -128,23 +127,13 @@ class Backend:
     `trace(module, inputs, quick=False)` returns a trace (with its `graph`) and its solution; a
     quick one serves groups and slicing only. `context` is what importance
     passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
-    `layout` and `emission`; `repair` changes the traced arrays and returns notes; `write` fills
-    the artifact's folder and adds to the report's data.
+    `layout` and `emission`. `kind` says what a model is: a torch module, or an ONNX file.
     """
 
+    kind: Literal["torch", "onnx"]
     check_weights: Callable[[Job], None]
     trace: Callable[..., tuple[Any, Solution]]
     context: Callable[[Job], Any]
     digest: Callable[[Job], str]
     prove: Callable[[Job], Proof]
     emit: Callable[[Job], None]
-    write: Callable[[Job, Path, dict[str, Any]], None]
-    repair: Callable[[Job], list[str]] | None = None
-
-
-def backend_of(module: Any) -> Backend:
-    """Return the backend that a front end put on what it read, or torch's."""
-    from ..torch_backend.backend import TORCH
-
-    found = getattr(module, "backend", None)
-    return found if isinstance(found, Backend) else TORCH

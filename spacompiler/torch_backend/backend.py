@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch.export import ExportedProgram
 from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs
 from ..groups.solution import Solution, solve
-from ..pipeline.decide import statistics_of
 from ..rows.aten_table import TABLE
 from ..stages.proof import Proof
 from ..stages.records import Backend, Job
@@ -42,13 +40,6 @@ def _trace_module(module: nn.Module, inputs: Inputs,
                   quick: bool = False) -> tuple[Trace, Solution]:
     traced = trace(module, inputs, quick=quick)
     return traced, solve(traced.graph, TABLE, rewire=True)
-
-
-def _repair_program(job: Job) -> list[str]:
-    from ..repair.repairer import repair
-
-    return repair(job.trace, job.solution, job.choices, job.compensation, statistics_of(job),
-                  job.calibration.for_repair, must=job.must_repair)
 
 
 def _prove_module(job: Job) -> Proof:
@@ -168,19 +159,12 @@ def pruned_program(job: Job) -> Any:
     return _program(job)
 
 
-def _write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
-    from ..artifact.torch_files import write_module
-
-    write_module(job, folder, data)
-
-
 TORCH = Backend(
+    kind="torch",
     check_weights=_check_module,
     trace=_trace_module,
     context=lambda job: fresh_context(job.trace, job.solution, job.recipe.seed),
     digest=lambda job: weights_hash(job.module),
     prove=_prove_module,
     emit=_emit_module,
-    write=_write_module,
-    repair=_repair_program,
 )

@@ -192,7 +192,7 @@ def enter(job: Job, paths: Sequence[str]) -> None:
     Raises UsageError for wrong paths, SpaError for a part that the example inputs do not reach.
     """
     whole = job.module
-    job.whole_inputs, job.parts = job.inputs, tuple(paths)
+    job.whole_inputs, job.parts, job.backend = job.inputs, tuple(paths), PARTS
     job.module, job.inputs = of(whole, paths, job.inputs)
     batches, beside = ([as_call(_inputs(whole, paths, (args, inputs_only(whole, kwargs))))
                         for args, kwargs in given]
@@ -258,6 +258,7 @@ def _emit(job: Job) -> None:
     else:
         made = rewritten(parts, job.inputs, job.plan)  # type: ignore[arg-type]
     job.module, job.pruned = parts.whole, put_back(parts.whole, made)
+    job.backend = TORCH
     args, kwargs = as_call(job.whole_inputs)
     job.trace = replace(job.trace, args=args, kwargs=kwargs)
     job.recipe = replace(job.recipe, onnx=False, latency=False)
@@ -344,4 +345,3 @@ def _check_whole(job: Job, parts: Parts) -> None:
 PARTS = replace(
     TORCH, trace=_trace, digest=lambda job: weights_hash(job.module.whole),  # type: ignore
     emit=_emit)
-Parts.backend = PARTS  # type: ignore[attr-defined]

@@ -43,13 +43,6 @@ class OnnxFile:
     data: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def backend(self) -> Any:
-        """The steps of a compile for ONNX files."""
-        from ..backend import BACKEND
-
-        return BACKEND
-
     @cached_property
     def digest(self) -> str:
         """sha256 over the file and, in order of name, its external data files."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +74,20 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     except Exception:  # a config validates what it is given in its own ways
         return None
     return made
+
+
+def fits(module: nn.Module, tied: Mapping[str, str],
+         solution: Solution) -> Callable[[Choices], bool]:
+    """Return a function that says whether some stock config describes the model under choices."""
+    def fit(choices: Choices) -> bool:
+        try:
+            uniform_config(module, solution, choices,
+                           pruned_shapes(module, tied, solution, choices))
+        except SpaError:
+            return False
+        return True
+
+    return fit
 
 
 def pruned_shapes(module: nn.Module, tied: Mapping[str, str], solution: Solution,

@@ -1,0 +1,104 @@
+"""The rooms of the code: no circle of imports between files, and what the core may not import.
+
+Imports inside functions and for type checkers count like any other. Which room may import which is
+a contract of import-linter in pyproject.toml (`make house`).
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ("axes", "graph", "request", "rows", "groups", "plan")
+FRAMEWORKS = ("torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "peft")
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the package by its dotted name (the mapped folders by theirs)."""
+    found = {}
+    for base, prefix in (("spacompiler", ()), ("passes", ("spacompiler",)),
+                         ("models_zoo", ("spacompiler",))):
+        for path in (ROOT / base).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:2] not in (("spacompiler", "passes"), ("spacompiler", "models_zoo")):
+                name = ".".join((*prefix, *parts)).removesuffix(".__init__")
+                found[name] = path
+    return found
+
+
+def imports(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (module, name or "") of every import statement of a file, wherever it stands."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[:len(package.split(".")) - node.level + 1]
+            module = ".".join([*(above if node.level else ()), *filter(None, [node.module])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def drawing(found: dict[str, Path]) -> nx.DiGraph:
+    """Files as nodes, imports as edges; the names at the top of the package stand for none."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(found)
+    for name, path in found.items():
+        for module, part in imports(name, path):
+            target = f"{module}.{part}" if f"{module}.{part}" in found else module
+            if target in found and target not in (name, "spacompiler"):
+                graph.add_edge(name, target)
+    return graph
+
+
+def circles(graph: nx.DiGraph) -> list[list[str]]:
+    return [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    found = modules()
+    assert len(found) > 150
+    assert circles(drawing(found)) == []
+
+
+def test_a_circle_would_be_seen(tmp_path):
+    (tmp_path / "a.py").write_text("def f():\n    from .b import g\n")
+    (tmp_path / "b.py").write_text("if TYPE_CHECKING:\n    from . import a\n")
+    found = {f"spacompiler.x.{n}": tmp_path / f"{n}.py" for n in "ab"}
+    assert circles(drawing(found)) == [["spacompiler.x.a", "spacompiler.x.b"]]
+
+
+def test_the_core_names_no_framework():
+    wrong = [(name, module) for name, path in modules().items() for module, _ in imports(name, path)
+             if name.split(".")[1:2] and name.split(".")[1] in CORE
+             and module.split(".")[0] in FRAMEWORKS]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("names", [
+    [f"spacompiler.{room}" for room in CORE],
+    ["spacompiler.store.place", "spacompiler.cli.main"],
+])
+def test_what_is_imported_for_help_brings_no_framework(names):
+    code = (f"import sys\nfor n in {names!r}: __import__(n)\n"
+            f"print([f for f in {FRAMEWORKS!r} if f in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_functions_keep_their_names_beside_rooms():
+    """A room named like a function would hide it once the room is imported."""
+    code = ("import importlib, pkgutil, spacompiler\n"
+            "for m in pkgutil.walk_packages(spacompiler.__path__, 'spacompiler.'):\n"
+            "    if '.passes' not in m.name and '.models_zoo' not in m.name and m.ispkg:\n"
+            "        importlib.import_module(m.name)\n"
+            "print([n for n in spacompiler.__all__ if not n.startswith('_')"
+            " and not callable(getattr(spacompiler, n))])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
