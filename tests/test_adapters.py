@@ -127,7 +127,7 @@ def test_adapter_equals_merged(variant, tmp_path):
     module, inputs = llama()
     base = run(module, inputs)
     torch.manual_seed(99)
-    merged, notes = merging.merge(module, [files.read(path)], inputs)
+    merged, notes = merging.merge(module, [foreign.read(path)], inputs)
     assert (run(merged, inputs) - want).abs().max() <= 1e-6
     assert (base - want).abs().max() > 1e-4, "the adapter does nothing: nothing was tested"
     assert "adapter = merged" in notes[-1]
@@ -207,7 +207,7 @@ def test_refused_with_the_reason(how, tmp_path):
     module, inputs = llama()
     breaks(path)
     with pytest.raises(SpaError) as error:
-        adapter, _ = foreign.resolved(files.read(path), module)
+        adapter, _ = foreign.resolved(foreign.read(path), module)
         merging.merge(module, [adapter], inputs)
     assert words in str(error.value) and error.value.fix
 
@@ -225,7 +225,7 @@ def test_directories_of_a_type_that_was_renamed(variant, tmp_path):
     kept = {k: config[k] for k in ("r", "target_modules", "init_weights", "bias")}
     (path / files.CONFIG).write_text(json.dumps({"peft_type": "BONE", **kept}))
     module, inputs = llama()
-    merged, _ = merging.merge(module, [files.read(path)], inputs)
+    merged, _ = merging.merge(module, [foreign.read(path)], inputs)
     assert (run(merged, inputs) - want).abs().max() <= 1e-6
 
 
@@ -233,7 +233,7 @@ def test_an_adapter_of_a_wider_base_is_refused(tmp_path):
     path, _ = stored(tmp_path / "a", base=load("qwen3").build())
     module, inputs = llama()
     with pytest.raises(SpaError, match="does not fit this model"):
-        merging.merge(module, [files.read(path)], inputs)
+        merging.merge(module, [foreign.read(path)], inputs)
 
 
 class Conv(nn.Module):
@@ -255,11 +255,11 @@ def test_oft_on_patches_is_refused_and_on_points_merged(tmp_path):
     """peft merges OFT on a 3 x 3 convolution to something else; on 1 x 1 it is right."""
     oft = ("OFT", {"r": 0, "oft_block_size": 4, "target_modules": ["first"]})
     path, want = stored(tmp_path / "one", oft, conv(1))
-    merged, _ = merging.merge(*(conv(1)[0], [files.read(path)], conv(1)[1]))
+    merged, _ = merging.merge(*(conv(1)[0], [foreign.read(path)], conv(1)[1]))
     assert (run(merged, conv(1)[1]) - want).abs().max() <= 1e-6
     path, _ = stored(tmp_path / "three", oft, conv(3))
     with pytest.raises(SpaError, match="OFT adapter cannot be merged") as error:
-        merging.merge(conv(3)[0], [files.read(path)], conv(3)[1])
+        merging.merge(conv(3)[0], [foreign.read(path)], conv(3)[1])
     assert error.value.where.endswith("first")
 
 
@@ -269,7 +269,7 @@ def test_the_probe_catches_a_wrong_merge(tmp_path, monkeypatch):
     oft = ("OFT", {"r": 0, "oft_block_size": 4, "target_modules": ["first"]})
     path, _ = stored(tmp_path / "a", oft, conv(3))
     with pytest.raises(ProofError, match="not the adapted one"):
-        merging.merge(conv(3)[0], [files.read(path)], conv(3)[1])
+        merging.merge(conv(3)[0], [foreign.read(path)], conv(3)[1])
 
 
 @pytest.mark.parametrize("kind, options", [
@@ -279,7 +279,7 @@ def test_the_probe_catches_a_wrong_merge(tmp_path, monkeypatch):
 def test_convolutions_merge(kind, options, tmp_path):
     base = conv()
     path, want = stored(tmp_path / "a", (kind, {**options, "target_modules": ["first"]}), base)
-    merged, _ = merging.merge(base[0], [files.read(path)], base[1])
+    merged, _ = merging.merge(base[0], [foreign.read(path)], base[1])
     assert (run(merged, base[1]) - want).abs().max() <= 1e-6
 
 
@@ -293,10 +293,10 @@ def test_cat_is_the_weighted_sum(tmp_path):
     w0 = {k: v.clone() for k, v in module.state_dict().items()}
 
     def change(path):
-        merged, _ = merging.merge(llama()[0], [files.read(path)], inputs)
+        merged, _ = merging.merge(llama()[0], [foreign.read(path)], inputs)
         return {k: v - w0[k] for k, v in merged.state_dict().items()}
 
-    merged, _ = merging.merge(module, [files.read(one, 0.7), files.read(two, -0.4)], inputs)
+    merged, _ = merging.merge(module, [foreign.read(one, 0.7), foreign.read(two, -0.4)], inputs)
     a, b = change(one), change(two)
     for key, value in merged.state_dict().items():
         torch.testing.assert_close(value, w0[key] + 0.7 * a[key] - 0.4 * b[key],
@@ -308,7 +308,7 @@ def test_other_combinations_are_those_of_peft(how, tmp_path, monkeypatch):
     module, inputs = llama()
     paths = [stored(tmp_path / str(i), seed=i)[0] for i in (1, 2)]
     torch.manual_seed(5)
-    merged, _ = merging.merge(module, [files.read(p, 0.5) for p in paths], inputs, combine=how)
+    merged, _ = merging.merge(module, [foreign.read(p, 0.5) for p in paths], inputs, combine=how)
     want = peft.PeftModel.from_pretrained(llama()[0], paths[0], adapter_name="a")
     want.load_adapter(paths[1], "b")
     inject = want.base_model.inject_adapter
@@ -329,7 +329,7 @@ def test_what_does_not_add_is_refused(variant, tmp_path):
     path, _ = stored(tmp_path / "a", variant)
     module, inputs = llama()
     with pytest.raises(SpaError, match="cannot be combined or weighted"):
-        merging.merge(module, [files.read(path, 0.5)], inputs)
+        merging.merge(module, [foreign.read(path, 0.5)], inputs)
 
 
 def test_a_tied_head_is_untied_when_only_one_side_is_adapted(tmp_path):
@@ -338,7 +338,7 @@ def test_a_tied_head_is_untied_when_only_one_side_is_adapted(tmp_path):
     module.lm_head.weight = module.model.embed_tokens.weight
     path, _ = stored(tmp_path / "a", "lora-head", base=(copy.deepcopy(module), inputs))
     before = module.model.embed_tokens.weight.clone()
-    merged, notes = merging.merge(module, [files.read(path)], inputs)
+    merged, notes = merging.merge(module, [foreign.read(path)], inputs)
     assert torch.equal(merged.model.embed_tokens.weight, before)
     assert not torch.equal(merged.lm_head.weight, before)
     assert not merged.config.tie_word_embeddings and any("untied" in n for n in notes)
@@ -347,7 +347,7 @@ def test_a_tied_head_is_untied_when_only_one_side_is_adapted(tmp_path):
 def test_low_precision_is_merged_in_float32(tmp_path):
     module, inputs = llama()
     path, _ = stored(tmp_path / "a", base=(copy.deepcopy(module), inputs))
-    merged, notes = merging.merge(module.bfloat16(), [files.read(path)], inputs)
+    merged, notes = merging.merge(module.bfloat16(), [foreign.read(path)], inputs)
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     assert "bfloat16" in notes[0]
 
@@ -362,7 +362,7 @@ def test_compile_merges_first(tmp_path):
     model = tuned(copy.deepcopy(module), "LORA", {"r": 4})
     before = {k: v.clone() for k, v in module.state_dict().items()}
     options = {"target": "body=60%", "importance": "magnitude", "align": 1}
-    merged, _ = merging.merge(copy.deepcopy(module), [files.read(path)], inputs)
+    merged, _ = merging.merge(copy.deepcopy(module), [foreign.read(path)], inputs)
     want = spacompiler.compile(merged, inputs, **options)
     for made in (spacompiler.compile(module, inputs, adapter=path, **options),
                  spacompiler.compile(model, inputs, **options)):
@@ -393,7 +393,7 @@ def test_adapters_that_are_not_active_are_named():
 
 def test_the_name_of_another_base_is_noted(tmp_path):
     path, _ = stored(tmp_path / "a")
-    adapter = files.read(edited(path, base_model_name_or_path="org/Other-1B"))
+    adapter = foreign.read(edited(path, base_model_name_or_path="org/Other-1B"))
     assert "org/Other-1B" in files.other_names([adapter], "/models/tiny")[0]
     assert not files.other_names([adapter], "/models/other-1b")
 
@@ -424,7 +424,7 @@ def test_a_slice_of_the_merge_is_the_merge_of_the_slices(variant, tmp_path):
     assert (run(kept.module, inputs) - want).abs().max() > 1e-4, "the base holds the adapter"
     tuned = peft.PeftModel.from_pretrained(copy.deepcopy(kept.module), tmp_path / "cut")
     assert (run(tuned, inputs) - want).abs().max() <= 1e-6
-    again, _ = merging.merge(kept.module, [files.read(tmp_path / "cut")], inputs)
+    again, _ = merging.merge(kept.module, [foreign.read(tmp_path / "cut")], inputs)
     assert (run(again, inputs) - want).abs().max() <= 1e-6
 
 
@@ -495,7 +495,7 @@ def test_a_kept_adapter_knows_its_base(beside):
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(SpaError, match="belongs to another base"):
-        merging.merge(AutoModelForCausalLM.from_pretrained(dense), [files.read(out / "adapter")],
+        merging.merge(AutoModelForCausalLM.from_pretrained(dense), [foreign.read(out / "adapter")],
                       llama()[1])
 
 
@@ -507,7 +507,7 @@ def test_lift_after_slice_is_the_identity_on_what_was_kept(variant, beside, tmp_
     out, result, dense = beside
     path, _ = stored(tmp_path / "small", variant, base=(result.module, llama()[1]))
     spacompiler.lift(path, out, tmp_path / "full")
-    small, full = files.read(path), files.read(tmp_path / "full")
+    small, full = foreign.read(path), foreign.read(tmp_path / "full")
     recorded = lifting.recorded(out)
     assert small.tensors.keys() == full.tensors.keys()
     wider = 0
@@ -551,7 +551,7 @@ EXPERTS = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_pro
 def test_adapters_of_experts_merge_and_are_not_sliced(tmp_path):
     base = load("moe").build()
     path, want = stored(tmp_path / "a", ("LORA", EXPERTS), base)
-    merged, _ = merging.merge(copy.deepcopy(base[0]), [files.read(path)], base[1])
+    merged, _ = merging.merge(copy.deepcopy(base[0]), [foreign.read(path)], base[1])
     assert (run(merged, base[1]) - want).abs().max() <= 1e-5
     with pytest.raises(SpaError, match="whole parameters cannot be sliced") as error:
         spacompiler.compile(*base, adapter=path, keep_adapter=True, **FAST)
@@ -592,7 +592,7 @@ def test_tied_layers_with_tied_factors_stay_tied(given, tmp_path):
         file = tmp_path / "a" / files.WEIGHTS
         save_file({k: v for k, v in load_file(file).items() if "lm_head" not in k}, file)
     merged, _ = merging.merge_adapted(model, inputs) if given == "live" else \
-        merging.merge(module, [files.read(tmp_path / "a")], inputs)
+        merging.merge(module, [foreign.read(tmp_path / "a")], inputs)
     assert (run(merged, inputs) - want).abs().max() <= 1e-5
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
@@ -603,7 +603,7 @@ def test_tied_layers_with_tied_factors_stay_tied(given, tmp_path):
     ("later_option", None, False), ("another", [], False)])
 def test_unknown_keys_of_a_configuration(key, value, refused, tmp_path):
     path, _ = stored(tmp_path / "a")
-    adapter = files.read(edited(path, **{key: value}))
+    adapter = foreign.read(edited(path, **{key: value}))
     if not refused:
         return merging.attach(llama()[0], [adapter])
     with pytest.raises(SpaError, match=f"not understood: {key}"):

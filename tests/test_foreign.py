@@ -435,7 +435,7 @@ def made(name, place):
 
 def merged(text, module=None, **kwargs):
     module = module or net()
-    adapter, notes = foreign.resolved(files.read(*files.parse(text)), module)
+    adapter, notes = foreign.resolved(foreign.read(*files.parse(text)), module)
     return merging.merge(module, [adapter], INPUTS, **kwargs)[0], notes
 
 
@@ -508,7 +508,7 @@ def test_adapters_of_two_origins_combine(way, tmp_path):
     change = [merged(t)[0].get_submodule(Q).weight - net().get_submodule(Q).weight for t in texts]
     module = net()
     first = f"{texts[0]}=0.5" if way == "=0.5" else texts[0]
-    adapters = [foreign.resolved(files.read(*files.parse(t)), module)[0]
+    adapters = [foreign.resolved(foreign.read(*files.parse(t)), module)[0]
                 for t in (first, texts[1])]
     got, _ = merging.merge(module, adapters, INPUTS, combine=way if way == "lego" else "cat")
     got = got.get_submodule(Q).weight - net().get_submodule(Q).weight
@@ -578,7 +578,7 @@ def test_what_no_weight_can_express(kind, key, words, tmp_path):
     text = stored(tmp_path, {f"{Q}.{key}": torch.ones(2, 2)}, {"peft_type": kind} if kind else
                   None, "dir" if kind else "x.safetensors")
     with pytest.raises(SpaError, match="cannot be merged") as error:
-        files.read(*files.parse(text))
+        foreign.read(*files.parse(text))
     assert words in error.value.why
 
 
@@ -629,7 +629,7 @@ def test_a_rank_that_is_not_there(tmp_path):
 def test_a_pickle_gives_nothing_but_arrays(tmp_path):
     torch.save({"x": object()}, tmp_path / "a.pt")
     with pytest.raises(SpaError, match="cannot be read") as error:
-        files.read(tmp_path / "a.pt")
+        foreign.read(tmp_path / "a.pt")
     assert "safetensors" in error.value.fix
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 import spacompiler
 from spacompiler.artifact.report import facts, markdown
 from spacompiler.errors import SpaError, UsageError
-from spacompiler.evidence.heads import fitting
+from spacompiler.torch_backend.gather.heads import fitting
 
 IDS = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(0))
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

@@ -77,26 +77,6 @@ def parse(text: str) -> tuple[Path, float, dict[str, Any]]:
     return Path(place), weight, options
 
 
-def read(path: Path, weight: float = 1.0, options: Mapping[str, Any] | None = None) -> Adapter:
-    """Read and check an adapter: a directory of peft's, or a file or directory of another origin.
-
-    Raises SpaError: no adapter there, damaged weights, or a type that can't be merged.
-    """
-    from . import foreign
-
-    given = dict(options or {})
-    config, tensors = _stored(path)
-    kind = str(config.get("peft_type", ""))
-    foreign.check_refused(kind, tensors, str(path))
-    config, tensors = foreign.renewed(config, tensors)
-    kind = str(config.get("peft_type", ""))
-    strange = foreign.is_foreign(kind, tensors, given)
-    if not strange or kind in KINDS:
-        check_type(str(path), config)
-    origin = _json(path / ORIGIN) if (path / ORIGIN).exists() else {}
-    return Adapter(path, weight, config, tensors, origin, strange, given)
-
-
 def other_names(adapters: Sequence[Adapter], name: str) -> list[str]:
     """Notes on adapters whose configuration names another base (paths differ, so no error)."""
     notes = []
@@ -108,7 +88,7 @@ def other_names(adapters: Sequence[Adapter], name: str) -> list[str]:
     return notes
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = strict_json.read(
         file, {str: object}, fix="give a directory saved by peft's save_pretrained")
     return found
@@ -147,7 +127,7 @@ def check_keys(where: str, config: Mapping[str, Any], known: Collection[str]) ->
                            "that")
 
 
-def _stored(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def stored(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(configuration, arrays) of a file or directory; an empty configuration where there is none.
 
     A file's own metadata may hold one, as diffusers writes it.
@@ -158,7 +138,7 @@ def _stored(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                            "another origin")
     if path.is_file():
         return _metadata(path), _tensors(path)
-    configs = [_json(path / name) for name in CONFIGS if (path / name).is_file()]
+    configs = [read_json(path / name) for name in CONFIGS if (path / name).is_file()]
     config = next((c for c in configs if "peft_type" in c or "delta_type" in c), {})
     named = [path / name for name in (WEIGHTS, PICKLE) if (path / name).is_file()]
     files = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in LOADERS]

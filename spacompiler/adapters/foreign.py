@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from torch import nn
 from ..errors import SpaError
 from . import formulas
 from .combining import Pair, lora_config
-from .files import PREFIX, Adapter
+from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type, read_json, stored
 from .formulas import Layer
 from .kinds import KINDS, NOT_WEIGHTS, PER_INPUT
 from .naming import component, matched, spellings
@@ -253,7 +255,6 @@ def _origin(name: str, have: Iterable[str], where: str) -> Origin:
 
 
 def _check_says(kind: str, config: Mapping[str, object], origin: Origin, where: str) -> None:
-    from .files import check_keys
     from .merging import defaults
 
     named = re.sub("[-_]", "", str(config.get("peft_type", "LORA"))).upper()
@@ -339,3 +340,21 @@ def _with_biases(lora: Adapter, made: Mapping[str, Pair], biases: Mapping[str, t
             for path, (_, b) in made.items()}
     return replace(lora, config={**lora.config, "lora_bias": True},
                    tensors={**lora.tensors, **more})
+
+
+def read(path: Path, weight: float = 1.0, options: Mapping[str, Any] | None = None) -> Adapter:
+    """Read and check an adapter: a directory of peft's, or a file or directory of another origin.
+
+    Raises SpaError: no adapter there, damaged weights, or a type that can't be merged.
+    """
+    given = dict(options or {})
+    config, tensors = stored(path)
+    kind = str(config.get("peft_type", ""))
+    check_refused(kind, tensors, str(path))
+    config, tensors = renewed(config, tensors)
+    kind = str(config.get("peft_type", ""))
+    strange = is_foreign(kind, tensors, given)
+    if not strange or kind in KINDS:
+        check_type(str(path), config)
+    origin = read_json(path / ORIGIN) if (path / ORIGIN).exists() else {}
+    return Adapter(path, weight, config, tensors, origin, strange, given)

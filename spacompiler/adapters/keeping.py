@@ -10,7 +10,7 @@ from ..axes.choices import indices
 from ..errors import ProofError, SpaError
 from ..stages.proof import relative_error
 from ..torch_backend.emit.slicer import Slicer
-from . import files, merging
+from . import files, foreign, merging
 from .cutting import Cut, check_sliceable, sliced
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def check(job: Job) -> None:
     if len(job.recipe.adapters) != 1 or files.parse(job.recipe.adapters[0])[1] != 1.0:
         raise SpaError("only one adapter, without a weight, can be kept", where=job.name,
                        fix="merge them: leave out --keep-adapter")
-    check_sliceable(files.read(*files.parse(job.recipe.adapters[0])))
+    check_sliceable(foreign.read(*files.parse(job.recipe.adapters[0])))
     if job.recovery is not None:
         raise SpaError("recovery trains the merged model, so its adapter cannot be kept",
                        where=job.name, fix="leave out --keep-adapter, or --recover")

@@ -13,7 +13,7 @@ from ..errors import SpaError
 from ..process import alone
 from ..store import folder as artifact
 from ..store.place import check_artifact, check_out
-from . import files
+from . import foreign
 from .cutting import Cut, lifted
 
 
@@ -34,7 +34,7 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
     check_artifact(Path(plan))
     artifact.check_hashes(Path(plan))
     cuts = recorded(Path(plan))
-    found = files.read(Path(adapter))
+    found = foreign.read(Path(adapter))
     if found.foreign:
         raise SpaError("this adapter cannot be lifted", where=str(adapter),
                        why="it is not in peft's format, and says its layers in another way",

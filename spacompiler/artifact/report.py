@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..evidence.heads import Fitting
 from ..evidence.statistics import forward_only
 from ..groups.solution import Solution
 from ..plan.plan import widths
 from ..said import said
 from ..stages.records import Job
+from ..torch_backend.gather.heads import Fitting
 
 LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from spacompiler.errors import UsageError
+from spacompiler.evidence.labels import labels_of
 from spacompiler.evidence.network import Loss
 from spacompiler.groups.solution import Group, Solution
-from spacompiler.labels import labels_of
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.watch import Watch
 from spacompiler.torch_backend.run.recompute import budget, lean_blocks

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
-from ..evidence.heads import Fitting, fitting
 from ..said import said
+from ..torch_backend.gather.heads import Fitting, fitting
 from ..train.loop import Training
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from ..evidence.calibration import (
     python_text,
 )
 from ..evidence.calls import Inputs, as_call
+from ..evidence.labels import as_batch, as_example
 from ..evidence.losses import default_loss
-from ..labels import as_batch, as_example
 from ..request import registry
 from ..request.recipe import Recipe
 from ..sources.backends import backend_of

@@ -15,7 +15,6 @@ from torch import nn
 
 from .. import defaults
 from ..errors import ControlError, SpaError, TargetError, TraceError, UsageError
-from ..evidence.heads import fitting
 from ..evidence.losses import default_loss
 from ..evidence.statistics import forward_only
 from ..groups.solution import Group
@@ -25,9 +24,10 @@ from ..stages.proof import CONTROL
 from ..stages.records import Job
 from ..torch_backend.backend import TORCH
 from ..torch_backend.emit.biases import with_biases
+from ..torch_backend.gather.heads import fitting
 from ..torch_backend.trace import Trace
+from ..torch_backend.vocabulary import check_tokens
 from ..torch_backend.weights import weights_hash
-from ..vocabulary import check_tokens
 from .decide import allocate_counts, is_met, statistics_of
 
 
@@ -50,7 +50,7 @@ def merge_adapters(job: Job) -> None:
     if isinstance(job.module, nn.Module):
         job.arrays = frozenset(job.module.state_dict())
     if job.recipe.adapters:
-        adapters = [files.read(*files.parse(text)) for text in job.recipe.adapters]
+        adapters = [foreign.read(*files.parse(text)) for text in job.recipe.adapters]
         job.notes.extend(files.other_names(adapters, job.name))
         module = job.module if job.owned else copy.deepcopy(job.module)
         for n, adapter in enumerate(adapters):

@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ProofError, SpaError, UsageError, did_you_mean
 from ..evidence.calls import Inputs, as_call
+from ..evidence.labels import inputs_only
 from ..graph.ir import Tensor
 from ..groups.solution import Solution, solve
-from ..labels import inputs_only
 from ..plan.plan import Plan
 from ..rows.aten_table import TABLE
 from ..stages.comparison import compare

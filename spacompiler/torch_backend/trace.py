@@ -14,8 +14,8 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
+from ..evidence.labels import is_label, labels_of
 from ..graph.ir import Graph
-from ..labels import is_label, labels_of
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
 from ..evidence.calls import Batch
+from ..evidence.labels import inputs_only
 from ..evidence.losses import default_loss, first_floating
-from ..labels import inputs_only
 
 if TYPE_CHECKING:
     from .options import Schedule

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import SpaError, TargetError, UsageError
+from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
-from ..labels import inputs_only
 from ..plan.problem import TOLERANCE
 from ..request.recipe import parse_blocks, parse_target
 from ..stages.records import Job

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from ..axes.choices import Choices
 from ..errors import SpaError
+from ..evidence.labels import inputs_only
 from ..evidence.losses import first_floating
 from ..groups.solution import Solution
-from ..labels import inputs_only
 from ..plan.problem import Problem
 from ..repair.repairer import draft
 from ..repair.sites import sites

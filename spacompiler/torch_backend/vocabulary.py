@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .errors import SpaError
-from .graph.ir import Ref
-from .torch_backend.trace import Trace
+from ..errors import SpaError
+from ..graph.ir import Ref
+from .trace import Trace
 
 
 def check_tokens(trace: Trace, batches: Iterable[Any]) -> None:

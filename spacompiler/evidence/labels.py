@@ -71,7 +71,7 @@ def as_batch(module: Any, example: Batch, batch: Any) -> Batch:
 
 def _as_call(batch: Any) -> Batch:
     """Return (args, kwargs) of a batch: also of keywords with labels beside them."""
-    from .evidence.calls import as_call
+    from .calls import as_call
 
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Mapping) \
             and not isinstance(batch[1], Mapping):

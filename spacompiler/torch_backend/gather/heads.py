@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from ..errors import SpaError
-from ..torch_backend.kinds import is_encoder_decoder, is_hf
-from ..torch_backend.untouched import untouched
-from .calls import Inputs, as_call
-from .losses import IGNORED, cross_entropy, next_token
+from ...errors import SpaError
+from ...evidence.calls import Inputs, as_call
+from ...evidence.losses import IGNORED, cross_entropy, next_token
+from ..kinds import is_encoder_decoder, is_hf
+from ..untouched import untouched
 
 Call = Mapping[str, Any]
 # family of transformers' auto classes -> kind of its `logits`; the first that lists a class counts
