@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import defaults
+from . import defaults
 from ..errors import SpaError, UsageError
 from ..evidence.calibration import (
     PYTHON_TEXT,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import defaults
+from . import defaults
 from ..errors import ControlError, SpaError, TargetError, TraceError, UsageError
 from ..evidence.losses import default_loss
 from ..evidence.statistics import forward_only

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..onnx_backend.read import caches as c
+from . import onnx_caches as c
 from . import onnx_rows as o
 from . import primitives as p
 from . import reductions as r

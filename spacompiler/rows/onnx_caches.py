@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from ...axes.expressions import ONE, Expr, product
-from ...axes.space import Clash
-from ...graph.ir import Node
-from ...rows.findings import Contraction
-from ...rows.onnx_rows import heads_of, name
-from ...rows.solver import Solver
+from ..axes.expressions import ONE, Expr, product
+from ..axes.space import Clash
+from ..graph.ir import Node
+from .findings import Contraction
+from .onnx_rows import heads_of, name
+from .solver import Solver
 
 
 def linear_attention(s: Solver, n: Node) -> None:

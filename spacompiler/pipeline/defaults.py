@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from .request import registry
-from .stages.records import Job
+from ..request import registry
+from ..stages.records import Job
 
 
 def importance_for(module: Any, asked: Any, calibration: Any) -> Any:
