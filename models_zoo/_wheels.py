@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spacompiler.staging import Scratch
+from spacompiler.system.staging import Scratch
 
 
 @dataclass(frozen=True)

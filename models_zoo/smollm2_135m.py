@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spacompiler.models_zoo._wheels import Wheel, cached
-from spacompiler.process import no_progress_bars
+from spacompiler.system.process import no_progress_bars
 
 KIND = "transformers"
 

@@ -12,7 +12,7 @@ from torch import nn
 from spacompiler.adapters.merging import fold, library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.evidence.labels import inputs_only
-from spacompiler.process import no_warnings
+from spacompiler.system.process import no_warnings
 from spacompiler.train.loop import Training, train, vectors
 from spacompiler.train.objective import Objective, call
 from spacompiler.train.options import Schedule

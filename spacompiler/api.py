@@ -16,15 +16,15 @@ from .groups.solution import Solution
 from .pipeline.request import make_job
 from .pipeline.run import STEPS, run
 from .plan.plan import Plan
-from .process import alone
 from .request.recipe import Recipe, check_names
-from .said import said
 from .sources import named as source
 from .sources.backends import backend_of
 from .sources.checkpoints import example_inputs
 from .sources.source import Source
 from .stages.records import Job, Progress
 from .store.place import check_out
+from .store.said import said
+from .system.process import alone
 from .torch_backend.kinds import is_hf
 from .torch_backend.read.readable import check_exportable, check_readable
 

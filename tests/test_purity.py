@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging as shown
 
 import spacompiler
-from spacompiler.process import alone
+from spacompiler.system.process import alone
 from spacompiler.torch_backend.emit.apart import set_apart
 
 BATCHES = [(torch.randn(6, 8, generator=torch.Generator().manual_seed(i)),) for i in range(4)]

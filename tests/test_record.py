@@ -11,9 +11,9 @@ from torch import nn
 import spacompiler
 from spacompiler.evidence.calls import as_call
 from spacompiler.groups.solution import solve
-from spacompiler.process import quiet
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.sources import named as source
+from spacompiler.system.process import quiet
 from spacompiler.torch_backend.read import export as torch_export
 from spacompiler.torch_backend.read import record
 from spacompiler.torch_backend.read.export import trace

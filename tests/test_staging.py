@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import spacompiler
-from spacompiler import staging
 from spacompiler.errors import SpaError
-from spacompiler.staging import Scratch, orderly
 from spacompiler.store import folder as artifact
+from spacompiler.system import staging
+from spacompiler.system.staging import Scratch, orderly
 
 ROOT = Path(spacompiler.__file__).parents[1]
 WRITE = """

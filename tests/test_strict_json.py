@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from spacompiler import strict_json
-from spacompiler.artifact_forms import FORMS, check_slices
 from spacompiler.errors import SpaError
+from spacompiler.store import strict_json
+from spacompiler.store.forms import FORMS, check_slices
 
 
 @pytest.mark.parametrize("text", [

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import spacompiler
-from spacompiler.said import nameless, said
+from spacompiler.store.said import nameless, said
 
 FAST = {"importance": "magnitude", "align": 1, "latency": False, "onnx": False}
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import strict_json
 from ..errors import SpaError, UsageError
 from ..request.registry import parse as parse_call
+from ..store import strict_json
 from .kinds import KINDS, TRAPS, Kind
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from ..errors import SpaError
-from ..process import alone
 from ..store import folder as artifact
 from ..store.place import check_artifact, check_out
+from ..system.process import alone
 from . import foreign
 from .cutting import Cut, lifted
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs, as_call
-from ..process import no_warnings
 from ..stages.comparison import tensors
 from ..stages.proof import relative_error
+from ..system.process import no_warnings
 from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
 from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type

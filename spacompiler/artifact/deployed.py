@@ -16,8 +16,8 @@ from ..deploy.int8 import difference, integer_kernels, quantize
 from ..errors import ProofError, SpaError
 from ..runtime.latency import compare_cases
 from ..stages.records import Job
-from ..staging import Scratch
 from ..store import folder as artifact
+from ..system.staging import Scratch
 
 TOLERANCE = 1e-3
 

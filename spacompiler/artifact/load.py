@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import stock
 from ..errors import SpaError, WeightsError
 from ..evidence.calls import Inputs
-from ..process import alone
 from ..store import completeness, weight_files
 from ..store import folder as artifact
 from ..store.arrays import load_weights
 from ..store.weight_files import WEIGHTS
+from ..system.process import alone
 from ..torch_backend import pretrained
 from ..torch_backend.emit.biases import with_biases
 from ..torch_backend.emit.module import resize
 from ..torch_backend.weights import named_arrays
 from ..trials.blocks import without
+from . import stock_code as stock
+from .stock_code import SourceNeeded
 
 
 @alone()
@@ -38,16 +39,6 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     place = Path(folder)
     artifact.check_hashes(place)
     return load_folder(place, model=model)
-
-
-class SourceNeeded(SpaError):
-    """The dense network is needed, and only the user may say what it is: its code is run."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"the network {name!r} cannot be built from the artifact alone",
-            why="what an artifact names is followed to the zoo and to transformers' classes only",
-            fix="give the dense model: load(dir, model=module), or --source MODEL")
 
 
 def load_folder(folder: Path, model: Any = None) -> nn.Module:

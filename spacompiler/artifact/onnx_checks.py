@@ -15,7 +15,7 @@ from ..errors import SpaError
 from ..onnx_backend.read.file import OnnxFile, check_finite, open_model
 from ..onnx_backend.run.session import results
 from ..runtime.session import open_session, run_session
-from ..stages.records import backend_of
+from ..sources.backends import backend_of
 from ..store import folder as artifact
 from .check import Check
 from .load import check_inputs, dense_source

@@ -8,8 +8,8 @@ from typing import Any
 from ..evidence.statistics import forward_only
 from ..groups.solution import Solution
 from ..plan.plan import widths
-from ..said import said
 from ..stages.records import Job
+from ..store.said import said
 from ..torch_backend.gather.heads import Fitting
 
 LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from .. import recorded
-from ..axes.choices import Choices, indices
-from ..groups.solution import Solution
-from ..plan.effects import norm_changes
-from ..said import nameless
 from ..stages.records import Job
+from ..store.said import nameless
+from . import recorded
+from .cuts import cuts
+
 
 def without_places(job: Job) -> Callable[[Any], Any]:
     """What takes the places of the user's files out of data: files keep their names."""
@@ -47,29 +44,3 @@ def slices(job: Job) -> dict[str, Any]:
         found["trained"] = sorted(name for name, problem in recorded.parts(
             body.state_dict(), job.module.state_dict(), {**found, "repaired": ()}) if problem)
     return found
-
-
-def cuts(solution: Solution, choices: Choices, tied: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a plan does to stored arrays: kept indices, dense shapes, factors of gains.
-
-    Arrays under several names (`tied` gives the first of each) are listed under all of them.
-    """
-    lists: dict[tuple[int, ...], str] = {}
-    arrays: dict[str, Any] = {}
-    for name, dims in solution.weights().items():
-        per_axis = indices(dims, choices)
-        if per_axis is None:
-            arrays[name] = "joint"
-        elif any(index is not None for index in per_axis):
-            arrays[name] = [None if i is None else _shared(lists, i) for i in per_axis]
-    gains = {c.norm.gain: {"factor": c.gain, "offset": c.norm.offset}
-             for c in norm_changes(solution, choices)}
-    shapes = {n: [e.size for e in dims] for n, dims in solution.weights().items() if n in arrays}
-    for found in (arrays, gains, shapes):
-        found |= {n: found[first] for n, first in tied.items() if first in found}
-    return {"indices": {key: list(index) for index, key in lists.items()}, "arrays": arrays,
-            "shapes": shapes, "corrected": gains}
-
-
-def _shared(lists: dict[tuple[int, ...], str], index: np.ndarray) -> str:
-    return lists.setdefault(tuple(index.tolist()), str(len(lists)))

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import recorded
 from ..errors import SpaError
 from ..plan.plan import Plan
 from ..stages.comparison import compare, tensors
 from ..store import folder as artifact
+from . import recorded
 from .check import TOLERANCE, Check
-from .load import SourceNeeded, check_inputs, dense_source, prepared
+from .load import check_inputs, dense_source, prepared
+from .stock_code import SourceNeeded
 
 ONNX_TOLERANCE = 1e-3
 
@@ -35,7 +36,7 @@ def tried(name: str, check: Callable[[], Check]) -> Check:
 
 def _run(module: nn.Module, inputs: Any) -> list[torch.Tensor]:
     from ..evidence.calls import as_call
-    from ..torch_backend.emit.module import called
+    from ..torch_backend.weights import called
 
     return tensors(called(module, *as_call(inputs)))
 
@@ -70,7 +71,7 @@ def _identity(folder: Path, structure: dict[str, Any], module: nn.Module, model:
 
 
 def _traced(dense: nn.Module, folder: Path, structure: Mapping[str, Any], quick: bool) -> Any:
-    from ..stages.records import backend_of
+    from ..sources.backends import backend_of
     from ..torch_backend import parts
 
     inputs: Any = check_inputs(folder, structure)

@@ -13,10 +13,10 @@ from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
 from ..stages.proof import relative_error
 from ..stages.records import Job
-from ..staging import Scratch
 from ..store import beside
 from ..store import folder as artifact
 from ..store.arrays import save_check, save_weights
+from ..system.staging import Scratch
 from ..torch_backend.backend import pruned_program
 from ..torch_backend.emit import stock as hf
 from ..torch_backend.emit.attributes import differing

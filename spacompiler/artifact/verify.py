@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..process import alone
 from ..store import folder as artifact
+from ..system.process import alone
 from .check import Check
 from .load import load_folder
 from .torch_checks import _identity, _onnx_checks, _reload, tried

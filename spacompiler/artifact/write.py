@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..plan.plan import pruned_bytes
-from ..said import nameless, said
 from ..stages.records import Job
 from ..store import folder as artifact
+from ..store.said import said
 from . import report
 from .onnx_files import write_file
 from .slices import plan_text, slices, without_places

@@ -16,8 +16,8 @@ from ..deploy.cases import LENGTH, Case, cases, declared
 from ..errors import UsageError
 from ..runtime.decoder import cache_names
 from ..runtime.latency import Latency, compare_cases, ratio
-from ..staging import Scratch, orderly
 from ..store.place import MANIFEST, check_artifact
+from ..system.staging import Scratch, orderly
 
 
 def run(path: Path, other: Path | None = None, *, batches: Sequence[int] = (1, 8),

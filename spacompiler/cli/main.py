@@ -390,7 +390,7 @@ def _of_the_system(problem: OSError) -> SpaError:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr; plain lines where stderr is no terminal."""
-    from ..process import no_warnings
+    from ..system.process import no_warnings
 
     with no_warnings(), _lines_or_bar() as tick:
         yield tick

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import SpaError
-from ..process import quiet
 from ..runtime.decoder import PAST, PRESENT
+from ..system.process import quiet
 from ..torch_backend.kinds import is_encoder_decoder
 from ..torch_backend.read.export import drop_asserts
 from .export import export_onnx

@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Node
 
 from ..errors import SpaError
 from ..onnx_backend.run.sizes import settle
-from ..process import quiet
-from ..staging import Scratch
+from ..system.process import quiet
+from ..system.staging import Scratch
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
 from ..torch_backend.read.decompose import fake_mode, replace
 from ..torch_backend.trace import copied

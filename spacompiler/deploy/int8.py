@@ -11,9 +11,9 @@ import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ..errors import SpaError
-from ..process import at_level
 from ..runtime.session import Arrays, open_session, run_session
-from ..staging import Scratch
+from ..system.process import at_level
+from ..system.staging import Scratch
 
 INLINE_BYTES = 2**30
 BITS = (7, 8)

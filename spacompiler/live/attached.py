@@ -13,7 +13,7 @@ from torch import nn
 from spacompiler.adapters.merging import library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.groups.solution import Group
-from spacompiler.staging import Scratch
+from spacompiler.system.staging import Scratch
 
 NAME = "default"
 ADAPTABLE = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from spacompiler import strict_json
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import cost
@@ -26,9 +25,10 @@ from spacompiler.live.watch import GATES, Watch
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
-from spacompiler.process import alone
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe, check_names, parse_target
+from spacompiler.store import strict_json
+from spacompiler.system.process import alone
 from spacompiler.torch_backend.machine import lanes
 from spacompiler.torch_backend.read.readable import check_readable
 

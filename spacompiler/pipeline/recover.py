@@ -9,7 +9,7 @@ import torch
 
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
-from ..said import said
+from ..store.said import said
 from ..torch_backend.gather.heads import Fitting, fitting
 from ..train.loop import Training
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from . import defaults
 from ..errors import SpaError, UsageError
 from ..evidence.calibration import (
     PYTHON_TEXT,
@@ -26,6 +25,7 @@ from ..request import registry
 from ..request.recipe import Recipe
 from ..sources.backends import backend_of
 from ..stages.records import Job, Progress
+from . import defaults
 
 
 def _holds_arrays(place: Path) -> bool:

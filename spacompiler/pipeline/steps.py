@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import defaults
 from ..errors import ControlError, SpaError, TargetError, TraceError, UsageError
 from ..evidence.losses import default_loss
 from ..evidence.statistics import forward_only
@@ -28,6 +27,7 @@ from ..torch_backend.gather.heads import fitting
 from ..torch_backend.trace import Trace
 from ..torch_backend.vocabulary import check_tokens
 from ..torch_backend.weights import weights_hash
+from . import defaults
 from .decide import allocate_counts, is_met, statistics_of
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import strict_json
-from ..artifact_forms import FORMS
 from ..axes.choices import Choice, Choices, kept_size
 from ..axes.expressions import Atom
 from ..errors import SpaError
 from ..groups.cost import cost
 from ..groups.solution import Group, Solution
 from ..request.recipe import METRICS
+from ..store import strict_json
+from ..store.forms import FORMS
 
 ITEM_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16,
               "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2,

@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import SpaError
-from ..staging import Scratch, orderly, told
+from ..system.staging import Scratch, orderly, told
 from .session import Arrays, open_session, run_session
 
 LEAST_TURNS = 5

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .. import strict_json
 from ..errors import SpaError
+from . import strict_json
 from .folder import SAMPLE, _load
 
 

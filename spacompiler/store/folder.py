@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .. import strict_json
-from ..artifact_forms import FORMS, check_slices
 from ..errors import SpaError, UsageError
-from ..said import said
-from ..staging import Scratch, orderly, settle, sync, told
+from ..system.staging import Scratch, orderly, settle, sync, told
+from . import strict_json
+from .forms import FORMS, check_slices
 from .place import MANIFEST, check_artifact, check_out
+from .said import said
 
 SAMPLE = 65536
 

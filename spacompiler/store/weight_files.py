@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .. import strict_json
 from ..errors import SpaError
+from . import strict_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_LAYERS = 1000

@@ -33,13 +33,12 @@ from ..stages.comparison import compare
 from ..stages.records import Job
 from .backend import TORCH
 from .emit.apart import fresh
-from .emit.module import called
 from .emit.program import Rewritten, rewrite
 from .outside import Outside, left_out, outside
 from .read.export import trace
 from .trace import Trace
 from .untouched import untouched
-from .weights import named_arrays, weights_hash
+from .weights import called, named_arrays, weights_hash
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

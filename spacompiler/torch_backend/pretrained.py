@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
-from ..process import no_progress_bars
 from ..store import weight_files
 from ..store.completeness import Report, listed, of_transformers, unsound, untied
 from ..store.weight_files import Stored
+from ..system.process import no_progress_bars
 
 SPARE = 64
 """A network of more than so many times the stored numbers cannot be what was stored."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..stages.comparison import compare, tensors
-from .emit.module import called
+from .untouched import untouched
 
 
 def named_arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter and buffer under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a module gives in eval mode, drawing random numbers from seed 0."""
+    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return module(*args, **kwargs)
 
 
 def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],

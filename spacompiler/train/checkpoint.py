@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import SpaError, UsageError
-from ..staging import sync
+from ..system.staging import sync
 
 if TYPE_CHECKING:
     pass

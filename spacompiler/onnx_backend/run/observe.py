@@ -14,7 +14,7 @@ from ...evidence.calls import Batch
 from ...evidence.network import Place, See, Stored
 from ...evidence.scores import Scores
 from ...groups.solution import Solution
-from ...process import no_warnings
+from ...system.process import no_warnings
 from ..read.file import checked_feed, release
 from ..read.lower import OnnxTrace
 from .session import Session, alone, run

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ...errors import SpaError
-from ...staging import Scratch, told
+from ...system.staging import Scratch, told
 from ..read.file import external, skeleton
 from . import double as onnx_double
 

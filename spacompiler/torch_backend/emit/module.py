@@ -20,7 +20,6 @@ from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import edits, norm_changes
 from ..trace import Trace
-from ..untouched import untouched
 from ..weights import named_arrays
 from .apart import fresh
 from .attention import narrow
@@ -142,13 +141,6 @@ def _eps_changes(module: nn.Module, solution: Solution,
         for attribute in EPS:
             if isinstance(getattr(part, attribute, ""), (float, type(None))):
                 yield path, attribute, change.eps
-
-
-def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a module gives in eval mode, drawing random numbers from seed 0."""
-    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return module(*args, **kwargs)
 
 
 def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],

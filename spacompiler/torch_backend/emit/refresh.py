@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ...errors import SpaError
-from ...process import quiet
+from ...system.process import quiet
 from ..read.decompose import fake_mode
 from ..trace import copied
 

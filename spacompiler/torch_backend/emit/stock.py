@@ -20,8 +20,8 @@ from ...axes.expressions import Expr, Prod, atoms, product, resolve
 from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import norm_changes
-from ...process import no_progress_bars
 from ...store.completeness import untied
+from ...system.process import no_progress_bars
 
 LIMIT = 256
 

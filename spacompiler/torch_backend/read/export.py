@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from ...errors import SpaError, TraceError
 from ...evidence.calls import Inputs, as_call
 from ...graph.ir import Graph, Node, Ref, Tensor, Unknown
-from ...process import quiet
 from ...rows.aten_table import TABLE
+from ...system.process import quiet
 from ..caches import cacheless
 from ..run.runner import Runner
 from ..trace import Program, Trace

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import SpaError
-from .plan.plan import Plan
-from .stages.comparison import Comparison, compare
-from .store import folder as artifact
-from .store.arrays import sample
+from ..errors import SpaError
+from ..plan.plan import Plan
+from ..stages.comparison import Comparison, compare
+from ..store import folder as artifact
+from ..store.arrays import sample
+from .cuts import cuts
 
 
 def recorded(folder: Path, got: list[torch.Tensor]) -> Comparison:
@@ -115,8 +116,6 @@ def planned(plan: Plan, slices: Mapping[str, Any], solution: Any, tied: Mapping[
 
     A plan that is not one of this network at all differs from it.
     """
-    from .artifact.write import cuts
-
     try:
         want = cuts(solution, plan.choices(solution), tied)
     except SpaError as problem:

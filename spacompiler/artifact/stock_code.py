@@ -8,12 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import SpaError
-from .store import folder as artifact
+from ..errors import SpaError
+from ..store import folder as artifact
 
 CODE = ("auto_map", "custom_pipelines")
 """Entries of a configuration that name code which came along with it."""
 _PACKAGE = "transformers.models."
+
+
+class SourceNeeded(SpaError):
+    """The dense network is needed, and only the user may say what it is: its code is run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the network {name!r} cannot be built from the artifact alone",
+            why="what an artifact names is followed to the zoo and to transformers' classes only",
+            fix="give the dense model: load(dir, model=module), or --source MODEL")
 
 
 def check(file: Path) -> dict[str, Any]:
@@ -30,8 +40,6 @@ def check(file: Path) -> dict[str, Any]:
 def class_of(path: str) -> Any:
     """Return a model class of transformers by its full name; raises SourceNeeded for another."""
     from transformers import PreTrainedModel
-
-    from .artifact.load import SourceNeeded
 
     module, _, name = path.rpartition(".")
     if not path.startswith(_PACKAGE) or not re.fullmatch(r"[\w.]+", path):

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import SpaError
+from ..errors import SpaError
 
 BYTES = 2**28
 """Larger files are not read."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from .errors import SpaError
+from ..errors import SpaError
 
 
 def _natural(data: Any) -> bool:

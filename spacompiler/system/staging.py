@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from .errors import SpaError
+from ..errors import SpaError
 
 try:
     import fcntl
