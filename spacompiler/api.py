@@ -13,7 +13,7 @@ from torch import nn
 from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
-from .pipeline.request import make_job
+from .pipeline.request import example_of, make_job
 from .pipeline.run import STEPS, run
 from .plan.plan import Plan
 from .request.recipe import Recipe, check_names
@@ -114,6 +114,8 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
                     recover_data=recover_data if isinstance(recover_data, str) else "",
                     **options)
     found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
+    if example_inputs is None:
+        found.inputs, calibration = example_of(found.module, found.inputs, calibration)
     if recipe.onnx and out is not None and not dry_run:
         check_exportable(found.inputs)
     if recipe.decoder:

@@ -214,3 +214,21 @@ def test_training_without_labels_is_refused_where_a_loss_would_say_nothing():
         spacompiler.compile(model, inputs, target="body=70%", align=1, importance="magnitude",
                             recovery="full", recover_data=[inputs, inputs], onnx=False,
                             latency=False)
+
+
+def test_batches_of_a_loader_say_what_a_directory_is_called_with(tmp_path):
+    """Masks and token types beside the tokens, as collators give them."""
+    model, inputs, labels, _ = built("token")
+    model.save_pretrained(tmp_path / "model")
+    batch = {**inputs, "attention_mask": torch.ones_like(IDS), **labels}
+    result = spacompiler.compile(str(tmp_path / "model"), target="body=75%", align=1,
+                                 calibration=iter([batch, batch]), dry_run=True, onnx=False,
+                                 latency=False, repair="none")
+    assert set(result.job.trace.kwargs) == {"input_ids", "attention_mask"}
+    assert facts(result.job)["loss"]["labels"] == "given with the batches"
+
+
+def test_labels_among_example_inputs_are_no_inputs():
+    model, inputs, labels, _ = built("answers")
+    solved = spacompiler.inspect(model, {**inputs, **labels})
+    assert len(solved.graph.inputs) == 1

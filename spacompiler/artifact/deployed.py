@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..deploy.cases import Sizes, synthetic
+from ..deploy.cases import LENGTH, Sizes, synthetic
 from ..deploy.cases import cases as cases_of
 from ..deploy.decoder import export_decoder
 from ..deploy.decoder_parity import decoder_parity
@@ -18,6 +18,8 @@ from ..runtime.latency import compare_cases
 from ..stages.records import Job
 from ..store import folder as artifact
 from ..system.staging import Scratch
+from ..torch_backend.gather.texts import positions
+from .measured import measured
 
 TOLERANCE = 1e-3
 
@@ -50,7 +52,8 @@ def write_decoder(job: Job, folder: Path) -> dict[str, Any]:
                          "layers may differ (see --layout uniform)")
     else:
         artifact.write_json(folder / "genai_config.json", config)
-    return data | (_latency(job, path) if job.recipe.latency else {})
+    times = measured(job, "latency", lambda: _latency(job, path)) if job.recipe.latency else None
+    return data | (times or {})
 
 
 def _latency(job: Job, path: Path) -> dict[str, Any]:
@@ -60,13 +63,19 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
         dense = temporary / "dense.onnx"
         export_decoder(job.reference, dense)
         paths = {"dense": dense, "pruned": path}
-        cases = cases_of(paths, batches=(1,))
+        cases = cases_of(paths, batches=(1,), length=_length(job))
         times = compare_cases(paths, {c.name: c.inputs for c in cases}, repeats=20, seconds=20.0)
     keys = {"prefill": "latency", "decode": "decode_latency"}
     return {keys[case.phase]: {
         "case": case.name, "threads": 1,
         **{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
            for n, t in times[case.name, 1].items()}} for case in cases}
+
+
+def _length(job: Job) -> int:
+    """Tokens of the prompt that is timed; one more is written after it."""
+    most = positions(job.reference)
+    return min(LENGTH, most - 1) if most else LENGTH
 
 
 def write_int8(job: Job, folder: Path) -> dict[str, Any]:
@@ -79,15 +88,20 @@ def write_int8(job: Job, folder: Path) -> dict[str, Any]:
     """
     path, made = folder / "model.onnx", folder / "model.int8.onnx"
     quantize(path, made, job.recipe.int8_bits)
-    inputs = synthetic(path, Sizes(2, 16))
+    return {"int8": measured(job, "the difference of int8 weights",
+                             lambda: _int8_difference(job, path, made))}
+
+
+def _int8_difference(job: Job, path: Path, made: Path) -> dict[str, Any]:
+    inputs = synthetic(path, Sizes(2, min(16, positions(job.reference) or 16)))
     given = _calibration_batch(job, list(inputs))
     if given:
         shape = next(iter(given.values())).shape
         inputs = synthetic(path, Sizes(shape[0], shape[-1]))
         given = {n: a for n, a in given.items() if a.shape == inputs[n].shape}
     on = job.calibration.origin if given else "made-up inputs"
-    return {"int8": {**difference(path, made, {**inputs, **given}), "on": on,
-                     "bits": job.recipe.int8_bits, "kernels": integer_kernels()}}
+    return {**difference(path, made, {**inputs, **given}), "on": on,
+            "bits": job.recipe.int8_bits, "kernels": integer_kernels()}
 
 
 def _calibration_batch(job: Job, names: list[str]) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from ..stages.proof import relative_error
 from ..stages.records import Job
 from ..store import folder as artifact
 from ..store.arrays import save_check
+from .measured import measured
 
 EXTERNAL_BYTES = 2**30
 LATENCY_BYTES = 2**29
@@ -63,7 +64,7 @@ def write_file(job: Job, folder: Path, data: dict[str, Any]) -> None:
         job.notes.append(f"{refused}: checked by ONNX's reference implementation, not timed")
     if job.recipe.latency and not refused and size <= LATENCY_BYTES:
         job.progress("measuring latency", 2, 4)
-        data["latency"] = _latency(traced, path)
+        data["latency"] = measured(job, "latency", lambda: _latency(traced, path))
 
 
 def save(model: ir.Model, path: Path) -> int:

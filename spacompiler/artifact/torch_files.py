@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..deploy.cases import LENGTH
 from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
 from ..stages.proof import relative_error
@@ -21,8 +22,10 @@ from ..torch_backend.backend import pruned_program
 from ..torch_backend.emit import stock as hf
 from ..torch_backend.emit.attributes import differing
 from ..torch_backend.emit.biases import added
+from ..torch_backend.gather.texts import positions
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.weights import results
+from .measured import measured
 from .slices import plan_text, slices, without_places
 
 ONNX_TOLERANCE = 1e-3
@@ -150,7 +153,7 @@ def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] 
     program = pruned_program(job)
     export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
                 beside=sorted(folder.glob("model*.safetensors")))
-    sets = [other_inputs(job.trace, k) for k in (0, 1)]
+    sets = [other_inputs(job.trace, k, positions(job.reference)) for k in (0, 1)]
     feeds = [_feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
 
@@ -164,7 +167,8 @@ def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] 
                              where=str(check.shapes), fix="use --no-onnx, and please report it")
     rows = [{"shapes": {k: list(v) for k, v in c.shapes.items()}, "max_abs": c.max_abs,
              "max_rel": c.max_rel} for c in checks]
-    return rows, _latency(job, path) if job.recipe.latency else None
+    return rows, measured(job, "latency", lambda: _latency(job, path)) \
+        if job.recipe.latency else None
 
 
 def _latency(job: Job, path: Path) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
         dense = temporary / "dense.onnx"
         whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
         export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
-        args, kwargs = latency_inputs(job.trace)
+        args, kwargs = latency_inputs(job.trace, min(LENGTH, positions(job.reference) or LENGTH))
         times = compare_latency({"dense": dense, "pruned": path}, _feed(job.trace, args, kwargs))
     shapes = {n: list(a.shape) for n, a in _feed(job.trace, args, kwargs).items()}
     return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,16 @@ from torch.utils import _pytree as pytree
 from ..torch_backend.trace import Trace
 
 
-def other_inputs(trace: Trace, which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def other_inputs(trace: Trace, which: int,
+                 most: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs at other sizes than those traced: values repeat, cut or tiled.
 
-    Equal traced sizes of varying dimensions change alike.
+    Equal traced sizes of varying dimensions change alike; `most` bounds lengths.
     """
-    sizes = sorted({t.shape[d] for n in trace.graph.inputs
-                    for t in (trace.graph.tensors[n],) for d in t.dynamic})
+    bounds = _bounds(trace, most)
     new = {old: max(1, [old + 1 + i, max(1, old // 2) + i][which % 2])
-           for i, old in enumerate(sizes)}
+           for i, old in enumerate(sorted(bounds))}
+    new = {old: _within(size, old, which, *bounds[old]) for old, size in new.items()}
     names = iter(trace.graph.inputs)
 
     def resize(value: Any) -> Any:
@@ -35,20 +37,73 @@ def other_inputs(trace: Trace, which: int) -> tuple[tuple[Any, ...], dict[str, A
     return args, kwargs
 
 
+Range = tuple[float, float]
+
+
+def _within(size: int, old: int, which: int, low: float, high: float) -> int:
+    """A size that a program serves, another one than was traced where there is one."""
+    tries = (size, old + 1 + which, old - 1 - which, old + 1, old - 1)
+    return next((n for n in tries if max(1, low) <= n <= high), old)
+
+
+def _bounds(trace: Trace, most: int | None) -> dict[int, Range]:
+    """The least and the largest size that each traced size of a varying dimension may become."""
+    ranges = getattr(trace.program, "range_constraints", {})
+    known = {n.name: [_range(size, ranges) for size in getattr(n.meta.get("val"), "shape", ())]
+             for n in trace.program.graph.nodes if n.op == "placeholder"}
+    found: dict[int, Range] = {}
+    for name in trace.graph.inputs:
+        held = trace.graph.tensors[name]
+        for d in held.dynamic:
+            low, high = known[name][d]
+            low = low if low > 2 else 1  # torch.export says two of every size
+            before = found.get(held.shape[d], (1, float("inf")))
+            high = min(high, most) if most and d else high
+            found[held.shape[d]] = max(low, before[0]), min(high, before[1])
+    return found
+
+
+def _range(size: Any, ranges: Mapping[Any, Any]) -> Range:
+    node = getattr(size, "node", None)
+    known = ranges.get(node.expr) if node is not None else None
+    return _number(getattr(known, "lower", None), 1), \
+        _number(getattr(known, "upper", None), float("inf"))
+
+
+def _number(bound: Any, none: float) -> float:
+    try:
+        return float(int(bound))
+    except (TypeError, OverflowError, ValueError, AttributeError):  # no bound
+        return none
+
+
 def _feed(trace: Trace, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     return {name: t.numpy() for name, t in zip(trace.graph.inputs, tensors, strict=True)}
 
 
 def axis_names(trace: Trace) -> dict[str, dict[int, str]]:
-    """Readable names of varying dimensions: batch, sequence, then axis numbers."""
+    """Readable names of varying dimensions: batch, sequence, then axis numbers.
+
+    One name says one size: those of an input that may differ from the first one's bear its name.
+    """
     names = {0: "batch", 1: "sequence"}
-    return {n: {d: names.get(d, f"axis{d}") for d in trace.graph.tensors[n].dynamic}
-            for n in trace.graph.inputs if trace.graph.tensors[n].dynamic}
+    sizes = {n.name: [str(size) for size in getattr(n.meta.get("val"), "shape", ())]
+             for n in trace.program.graph.nodes if n.op == "placeholder"}
+    first: dict[str, str] = {}
+    found: dict[str, dict[int, str]] = {}
+    for name in trace.graph.inputs:
+        for d in sorted(trace.graph.tensors[name].dynamic):
+            said = names.get(d, f"axis{d}")
+            if first.setdefault(said, sizes[name][d]) != sizes[name][d]:
+                said = f"{name}_{said}"
+            found.setdefault(name, {})[d] = said
+    return found
 
 
 def latency_inputs(trace: Trace, length: int = 128) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs for timing: batch 1, sequences of `length`."""
+    """Return example inputs for timing: batch 1, sequences of `length` or what is possible."""
+    bounds = _bounds(trace, length)
     names = iter(trace.graph.inputs)
 
     def resize(value: Any) -> Any:
@@ -56,7 +111,8 @@ def latency_inputs(trace: Trace, length: int = 128) -> tuple[tuple[Any, ...], di
             return value
         dynamic = trace.graph.tensors[next(names)].dynamic
         for d in sorted(dynamic):
-            size = 1 if d == 0 else length
+            low, high = bounds[value.shape[d]]
+            size = 1 if d == 0 else int(max(low, min(length, high)))
             value = value.index_select(d, torch.arange(size) % value.shape[d])
         return value
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import SpaError, UsageError
@@ -25,6 +27,7 @@ from ..request import registry
 from ..request.recipe import Recipe
 from ..sources.backends import backend_of
 from ..stages.records import Job, Progress
+from ..torch_backend.gather.texts import Reader
 from . import defaults
 
 
@@ -49,20 +52,39 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
     if what is None and own is not None:
         return Calibration("the model's own", [as_batch(module, as_call(inputs), b)
                                                for b in own(max(1, samples // 2), seed)])
-    if what is None and tokenizer is not None:
-        return from_string(python_text(), tokenizer, samples=samples, length=length, batch=batch,
-                           seed=seed, origin=PYTHON_TEXT)
+    reader = Reader(module, as_call(inputs or {}), tokenizer)
+    if what is None and tokenizer is not None and not reader.refusal:
+        return reader.read(lambda length: from_string(
+            python_text(), tokenizer, samples=samples, length=length, batch=batch, seed=seed,
+            origin=PYTHON_TEXT), length)
     if what is None or what == "none":
         return Calibration("example inputs only", [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
         return from_arrays(Path(what), samples)
     if isinstance(what, (str, Path)):
-        return from_text(str(what), tokenizer, samples=samples, length=length, batch=batch,
-                         seed=seed)
+        return reader.read(lambda length: from_text(
+            str(what), tokenizer, samples=samples, length=length, batch=batch, seed=seed), length)
     batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
     return Calibration(f"{len(batches)} batches", _filled(batches))
+
+
+def example_of(module: Any, made: Inputs, calibration: Any) -> tuple[Inputs, Any]:
+    """Return example inputs where none were given, and the calibration that they came from.
+
+    They are the first batch of a data loader that holds other inputs than were made up.
+    """
+    if calibration is None or isinstance(calibration, (str, Path)) \
+            or not isinstance(module, nn.Module):
+        return made, calibration
+    batches = list(calibration)
+    if not batches or not isinstance(batches[0], Mapping):
+        return made, batches
+    first = {k: v for k, v in as_call(as_example(module, batches[0]))[1].items()
+             if isinstance(v, torch.Tensor)}
+    known = {k: v for k, v in as_call(made)[1].items() if isinstance(v, torch.Tensor)}
+    return (first if first.keys() != known.keys() else made), batches
 
 
 def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import SpaError, TraceError
 from ...evidence.calls import Inputs, as_call
+from ...evidence.labels import as_example
 from ...graph.ir import Graph, Node, Ref, Tensor, Unknown
 from ...rows.aten_table import TABLE
 from ...system.process import quiet
@@ -50,7 +51,7 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(f"{type(module).__name__} is TorchScript, which cannot be traced",
                          fix="give the Python module that it was made from")
-    args, kwargs = as_call(inputs)
+    args, kwargs = as_call(as_example(module, inputs))
     kwargs = cacheless(module, kwargs)
     with untouched(module):
         program = _record(module, args, kwargs) if quick else None
