@@ -132,7 +132,8 @@ def test_a_size_that_no_attribute_can_say_is_named(kind, width, why):
 
 
 @pytest.mark.parametrize("options", [
-    {"batch_first": True}, {"bias": False}, {"kdim": 24, "vdim": 24, "batch_first": True}])
+    {"batch_first": True}, {"bias": False}, {"kdim": 24, "vdim": 24, "batch_first": True},
+    {"add_bias_kv": True, "batch_first": True}, {"add_zero_attn": True}])
 def test_stock_attention_loses_heads(options, tmp_path):
     class Block(nn.Module):
         def __init__(self):
@@ -141,7 +142,7 @@ def test_stock_attention_loses_heads(options, tmp_path):
 
         def forward(self, x):
             mask = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool).triu(1) \
-                if options.get("batch_first") else None
+                if options.get("batch_first") else None  # positions come first otherwise
             return self.attention(x, x, x, need_weights=False, attn_mask=mask)[0]
 
     torch.manual_seed(1)
@@ -157,8 +158,8 @@ def test_stock_attention_loses_heads(options, tmp_path):
         for one in (x, x[None]):
             got, weights = attention(one, one, one)
             assert torch.allclose(got, attention(one, one, one, need_weights=False)[0], atol=1e-6)
-            assert weights.shape == (*one.shape[:-1], one.shape[-2]) or not options.get(
-                "batch_first")
+            keys = one.shape[-2] + ("add_bias_kv" in options)
+            assert weights.shape == (*one.shape[:-1], keys) or not options.get("batch_first")
 
 
 def test_a_stock_encoder_layer_loses_heads():

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import gcd, prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from ..axes.expressions import walk
 from ..errors import UsageError
 from ..groups.fibres import beside
 from ..groups.solution import Group, Solution
-
-if TYPE_CHECKING:
-    pass
+from .pieces import leads
 from .problem import Unit
 
 # --- which groups may go, and in which steps --------------------------------------------------
@@ -127,11 +125,15 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
           absolute: bool = False) -> tuple[Unit, ...]:
     """Build the units of an allocation problem, one per group or per family.
 
-    With `absolute`, error curves are sums of scores, not shares of each group's total.
+    Pieces of one split are one unit. With `absolute`, error curves are sums of scores, not shares
+    of each group's total.
     """
     bundles: dict[str, list[Group]] = {}
+    first: dict[Any, str] = {}
+    lead = leads(solution)
     for group in groups:
-        bundles.setdefault(family(group.name) if uniform else group.name, []).append(group)
+        name = first.setdefault(lead.get(group.atom, group.atom), group.name)
+        bundles.setdefault(family(name) if uniform else name, []).append(group)
     made: list[Unit] = []
     for name, bundle in bundles.items():
         sizes = {g.size for g in bundle}

@@ -49,6 +49,7 @@ def _prove_module(job: Job) -> Proof:
     dense = {**program.state_dict, **program.constants}
     if job.trace.repaired:  # the module itself has the arrays that it was traced with
         dense |= {n: a for n, a in job.module.state_dict().items() if n in dense}
+        dense |= job.trace.computed
     with torch.no_grad():
         traced = Runner(program, dense.__getitem__).call(args, kwargs)
     difference = runs_like(job.module, args, kwargs, traced)

@@ -41,7 +41,8 @@ class Trace:
     """A traced module: the program, its IR, and how to call it.
 
     `repaired` names the stored arrays that are no longer the module's own, `folded` those that the
-    program does not hold any more, as only statistics of them are read.
+    program does not hold any more, as only statistics of them are read;
+    `computed` are the arrays that it holds instead, as they were at first.
     """
 
     program: Program
@@ -51,6 +52,7 @@ class Trace:
     tied: dict[str, str]
     repaired: set[str] = field(default_factory=set)
     folded: tuple[str, ...] = ()
+    computed: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def exported(self) -> ExportedProgram:

@@ -24,6 +24,7 @@ class NarrowAttention(nn.MultiheadAttention):
                   for x in (query, key, value)]
         q, k, v = self._heads([x if self.batch_first else x.transpose(0, 1) for x in inputs])
         mask = _mask(q, attn_mask, key_padding_mask)
+        k, v, mask = self._with_own(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -48,6 +49,20 @@ class NarrowAttention(nn.MultiheadAttention):
                 for x, w, b in zip(inputs, matrices, biases, strict=True)]
 
 
+    def _with_own(self, k: Tensor, v: Tensor,
+                  mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append the key and value that the module holds, and those of zeros, if it has such."""
+        held = [b for b in (self.bias_k, self.bias_v) if b is not None]
+        own = [[b.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for b in held]] \
+            if held else []
+        if self.add_zero_attn:
+            own.append([torch.zeros_like(x[:1, :, :1]) for x in (k, v)])
+        for one in own:
+            k, v = (torch.cat([x, b.expand(x.shape[0], -1, -1, -1)], 2)
+                    for x, b in zip((k, v), one, strict=True))
+        return k, v, mask if mask is None else functional.pad(mask, (0, len(own)))
+
+
 def _mask(q: Tensor, attention: Tensor | None, padding: Tensor | None) -> Tensor | None:
     """One mask to add, from those that the stock class takes (True: not attended to)."""
     masks = []
@@ -64,8 +79,8 @@ def _mask(q: Tensor, attention: Tensor | None, padding: Tensor | None) -> Tensor
 def narrow(module: nn.Module) -> None:
     """Let every MultiheadAttention whose arrays lost heads go by its arrays."""
     for part in module.modules():
-        if type(part) in (nn.MultiheadAttention, NarrowAttention) and part.bias_k is None \
-                and not part.add_zero_attn:
+        if isinstance(part, nn.MultiheadAttention) and \
+                type(part) in (nn.MultiheadAttention, NarrowAttention):
             inner = part.out_proj.weight.shape[1]
             first = part.q_proj_weight if part.in_proj_weight is None else part.in_proj_weight
             if inner != first.shape[1] and inner % part.head_dim == 0:

@@ -24,6 +24,7 @@ from ..weights import named_arrays
 from .apart import fresh
 from .attention import narrow
 from .attributes import Change, assign
+from .reparametrised import remade
 from .slicer import Slicer
 
 Attribute = Callable[[nn.Module], Any]
@@ -83,8 +84,12 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
     slicer = Slicer(trace, solution, choices)
     memo: dict[int, Any] = {}
     made: dict[str, torch.Tensor] = {}
+    computed = remade(module, trace, slicer)
     for name, tensor in named_arrays(module):
         first = trace.tied.get(name)
+        if name in computed:
+            memo[id(tensor)] = _like(tensor, computed[name])
+            continue
         if first is None or slicer.untouched(name):
             memo.setdefault(id(tensor), fresh(tensor))
             continue
@@ -107,7 +112,8 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
     changes = [*_call_changes(module, solution, choices), *_eps_changes(module, solution, choices)]
     groups = {path: value for path, name, value in changes if name == "groups"}
     for path, part in module.named_modules():
-        for name, read in ATTRIBUTES.get(type(part).__name__, {}).items():
+        for name, read in ATTRIBUTES.get(
+                type(part).__name__.removeprefix("Parametrized"), {}).items():
             have = getattr(part, name, None)
             if have is None:
                 continue

@@ -41,6 +41,10 @@ class Slicer:
     def names(self) -> list[str]:
         return [n for n in self._stored if n in self._tied]
 
+    def dims(self, name: str) -> tuple[Expr, ...]:
+        """Return the axes of a stored array."""
+        return self._dims[self._tied.get(name, name)]
+
     def untouched(self, name: str) -> bool:
         """True if a plan and its repair leave an array as it is."""
         first = self._tied[name]

@@ -64,11 +64,13 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     drop_asserts(program.graph)
     spell_out(program.graph, lambda op: TABLE.get(op) is not None)
     _canonicalise(program.graph)
-    folded = fold_weights(program)
+    folded, sources = fold_weights(program)
     if isinstance(program, ExportedProgram):
         program.graph_module.recompile()
     graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
-    return Trace(program, graph, args, kwargs, tied, folded=folded)
+    graph.sources = sources
+    return Trace(program, graph, args, kwargs, tied, folded=folded,
+                 computed={name: program.state_dict[name] for name in sources})
 
 
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:

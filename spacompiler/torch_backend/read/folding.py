@@ -28,8 +28,11 @@ mean mv""".split())
 _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def fold_weights(program: Program) -> tuple[str, ...]:
-    """Store results that are statistics of weights; returns the names of what is no longer read.
+def fold_weights(program: Program) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Store results that are statistics of weights.
+
+    Returns the names of what is no longer read and, for each array that was stored instead, the
+    names of those that it is computed from.
 
     Changes the program where at least `SHARE` of its parameters are concerned.
     """
@@ -46,12 +49,15 @@ def fold_weights(program: Program) -> tuple[str, ...]:
     parameters = {node for node, spec in zip(places, specs, strict=True)
                   if spec.kind is InputKind.PARAMETER}
     if _numel(parameters & gone.keys()) < SHARE * _numel(parameters):
-        return ()
+        return (), {}
     values = {**program.constants, **program.state_dict}
+    made = {}
     for node in found:
-        _store(program, node, _value(node, {n: values[name] for n, name in stored.items()}))
+        origin = tuple(stored[n] for n in _before(node) if n in stored)
+        made[_store(program, node, _value(node, {n: values[m] for n, m in stored.items()}))] = \
+            origin
     _drop(program, gone)
-    return tuple(gone.values())
+    return tuple(gone.values()), made
 
 
 def _sources(graph: fx.Graph, stored: dict[fx.Node, str]) -> set[fx.Node]:
@@ -108,8 +114,8 @@ def _value(node: fx.Node, stored: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
     return values[node].to(node.meta["val"].dtype).contiguous()
 
 
-def _store(program: Program, node: fx.Node, value: torch.Tensor) -> None:
-    """Let a stored array, put before all others, take the place of a result."""
+def _store(program: Program, node: fx.Node, value: torch.Tensor) -> str:
+    """Let a stored array, put before all others, take the place of a result; returns its name."""
     name = f"{node.name}_folded"
     with program.graph.inserting_before(next(iter(program.graph.nodes))):
         made = program.graph.placeholder(f"p_{name}")
@@ -118,6 +124,7 @@ def _store(program: Program, node: fx.Node, value: torch.Tensor) -> None:
         0, InputSpec(InputKind.PARAMETER, TensorArgument(made.name), name))
     program.state_dict[name] = torch.nn.Parameter(value, requires_grad=False)
     node.replace_all_uses_with(made)
+    return name
 
 
 def _drop(program: Program, gone: dict[fx.Node, str]) -> None:
