@@ -30,13 +30,17 @@ def _weight_norm(given: Terms, cut: Cut, repaired: Tensor | None) -> dict[str, T
     g, v = given["g"].detach().double(), given["v"].detach()
     over = [d for d, size in enumerate(g.shape) if size == 1]
     if repaired is not None:
-        return {"v": repaired, "g": repaired.norm(dim=over, keepdim=True)}
-    scale = cut((g / v.double().norm(dim=over, keepdim=True)).expand_as(v).contiguous())
+        return {"v": repaired, "g": _norm(repaired, over).to(repaired.dtype)}
+    scale = cut((g / _norm(v, over)).expand_as(v).contiguous())
     made = cut(v)
     for d in over:
         scale = scale.narrow(d, 0, 1)
-    length = scale * made.double().norm(dim=over, keepdim=True)
+    length = scale * _norm(made, over)
     return {"v": made, "g": length.to(given["g"].dtype)}
+
+
+def _norm(x: Tensor, over: list[int]) -> Tensor:
+    return torch.linalg.vector_norm(x.double(), dim=over, keepdim=True)
 
 
 def _spectral_norm(given: Terms, cut: Cut, repaired: Tensor | None) -> dict[str, Tensor]:
