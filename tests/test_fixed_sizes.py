@@ -23,12 +23,22 @@ class Expands(nn.Module):
         return self.b(self.a(x).relu() + self.token.expand(len(x), -1))
 
 
+class Truncates(Expands):
+    """Computes the batch by a division, of which torch notes what must hold."""
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        windows = y.unflatten(1, (2, 8)).flatten(0, 1)
+        return self.b(windows.view(int(windows.shape[0] / (16 / 8)), -1))
+
+
 class Free(Expands):
     def forward(self, x):
         return self.b(self.a(x).relu() + self.token)
 
 
-@pytest.mark.parametrize("kind, fixed", [(Expands, [("x", 4)]), (Free, [])])
+@pytest.mark.parametrize("kind, fixed", [
+    (Expands, [("x", 4)]), (Truncates, [("x", 4)]), (Free, [])])
 def test_a_batch_that_the_code_fixes_is_not_dynamic(kind, fixed):
     traced = trace(kind(), (torch.randn(4, 8),))
     assert traced.fixed() == fixed

@@ -10,6 +10,7 @@ import numpy as np
 from ..axes.choices import Choices, indices
 from ..groups.solution import Solution
 from ..plan.effects import norm_changes
+from ..plan.terms import terms
 
 
 def cuts(solution: Solution, choices: Choices, tied: Mapping[str, str]) -> dict[str, Any]:
@@ -28,10 +29,21 @@ def cuts(solution: Solution, choices: Choices, tied: Mapping[str, str]) -> dict[
     gains = {c.norm.gain: {"factor": c.gain, "offset": c.norm.offset}
              for c in norm_changes(solution, choices)}
     shapes = {n: [e.size for e in dims] for n, dims in solution.weights().items() if n in arrays}
+    _terms(solution, arrays)
     for found in (arrays, gains, shapes):
         found |= {n: found[first] for n, first in tied.items() if first in found}
     return {"indices": {key: list(index) for index, key in lists.items()}, "arrays": arrays,
             "shapes": shapes, "corrected": gains}
+
+
+def _terms(solution: Solution, arrays: dict[str, Any]) -> None:
+    """List the arrays that a module computes cut weights from: one is cut as the weight is, the
+    others follow from the cut."""
+    for name, names in solution.graph.sources.items():
+        called, _ = terms(names)
+        if name in arrays and called:
+            arrays[called.pop("v")] = arrays[name]
+            arrays.update((other, "joint") for other in called.values())
 
 
 def _shared(lists: dict[tuple[int, ...], str], index: np.ndarray) -> str:

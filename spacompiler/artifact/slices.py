@@ -38,6 +38,9 @@ def slices(job: Job) -> dict[str, Any]:
     found = cuts(job.solution, job.choices, job.trace.tied)
     found["repaired"] = [name for name, first in job.trace.tied.items()
                          if first in job.trace.repaired]
+    sources = job.solution.graph.sources
+    found["repaired"] += [name for folded in sources.keys() & job.trace.repaired
+                          for name in sources[folded]]
     found["weights_hash"] = job.base_hash or job.plan.weights_hash
     if job.trained is not None:
         body = getattr(job.pruned, "body", job.pruned)

@@ -106,6 +106,7 @@ class Graph:
     """Nodes in topological order over named tensors.
 
     `written` are values that a call writes back into stored arrays, with these arrays' tensors.
+    `sources` name what a stored array is computed from by the network's own code.
     Where the graph holds parts of a network, `outside_macs` is the work of the others in one call,
     and `heads` names the arrays of the whole network's embeddings and output layer.
     """
@@ -115,6 +116,7 @@ class Graph:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     written: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     outside_macs: int = 0
     heads: frozenset[str] | None = None
     _makers: dict[str, Node] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -88,7 +88,7 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
     for name, tensor in named_arrays(module):
         first = trace.tied.get(name)
         if name in computed:
-            memo[id(tensor)] = _like(tensor, computed[name])
+            memo[id(tensor)] = fresh(tensor, computed[name])
             continue
         if first is None or slicer.untouched(name):
             memo.setdefault(id(tensor), fresh(tensor))

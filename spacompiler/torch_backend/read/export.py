@@ -29,6 +29,7 @@ from ..untouched import untouched
 from .decompose import spell_out
 from .folding import fold_weights
 from .functional import make_functional
+from .guards import settle
 from .record import record
 
 _KINDS = {
@@ -69,6 +70,7 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
         program.graph_module.recompile()
     graph, tied = lower(program, module, _seen_sizes(program, args, kwargs))
     graph.sources = sources
+    settle(graph, program, module, args, kwargs)
     return Trace(program, graph, args, kwargs, tied, folded=folded,
                  computed={name: program.state_dict[name] for name in sources})
 
