@@ -3,7 +3,7 @@
 A comparison has to survive a noisy machine: the models run turn by turn in one process, so that
 drift hits all of them, and CPU time is kept beside wall time, so that a neighbour's load shows.
 Ratios are taken turn by turn too: :func:`ratio` gives their median and quartiles.
-By default that process is a child (``python -m spacompiler.emit.latency``), so that the sessions
+By default that process is a child (``python -m spacompiler.runtime.latency``), so that the sessions
 never count towards the caller's memory. This module therefore imports neither torch nor onnx.
 """
 
