@@ -21,7 +21,7 @@ ROOT = Path(spacompiler.__file__).parents[1]
 WRITE = """
 import os, sys, time
 from pathlib import Path
-from spacompiler import artifact
+from spacompiler.store import folder as artifact
 with artifact.whole(Path(sys.argv[1])) as folder:
     (folder / "sub").mkdir()
     (folder / "sub" / "a.bin").write_bytes(b"x" * 1000)
