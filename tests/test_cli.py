@@ -70,12 +70,14 @@ def test_compile_a_saved_checkpoint_and_a_factory(tmp_path, checkpoint, monkeypa
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "a" / "config.json").exists()
     (tmp_path / "mynet.py").write_text(
-        "import torch\ndef make():\n    net = torch.nn.Sequential(torch.nn.Linear(5, 30), "
+        "import torch\ndef make():\n    torch.manual_seed(0)\n"
+        "    net = torch.nn.Sequential(torch.nn.Linear(5, 30), "
         "torch.nn.ReLU(), torch.nn.Linear(30, 2))\n    return net, (torch.randn(3, 5),)\n")
     monkeypatch.chdir(tmp_path)
     done = spa("compile", "mynet:make", *QUICK, "--out", tmp_path / "b")
     assert done.exit_code == 0, done.stderr
-    assert spa("verify", tmp_path / "b").exit_code == 0
+    for words, code in (((), 3), (("--strict",), 1), (("--source", "mynet:make"), 0)):
+        assert spa("verify", tmp_path / "b", *words).exit_code == code
 
 
 def test_inspect_lists_groups():

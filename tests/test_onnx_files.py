@@ -64,7 +64,8 @@ def test_small_arrays_may_lie_beside_the_file(threshold: int, tmp_path: Path) ->
               size_threshold=threshold)
     result = pruned(tmp_path / "m.onnx", tmp_path, only=["w1:1"])
     assert result.job.proof.error < 1e-10
-    assert all(check.passed for check in spacompiler.verify(tmp_path / "out"))
+    assert all(check.passed for check in spacompiler.verify(
+        tmp_path / "out", str(tmp_path / "m.onnx")))
     assert "m.onnx.data" not in str(onnx.load(tmp_path / "out/model.onnx",
                                               load_external_data=False))
 
@@ -141,7 +142,8 @@ def test_a_withdrawn_operator_is_read_and_written(tmp_path: Path) -> None:
     }"""), w1=(32, 3, 1, 1), w2=(24, 32, 1, 1), w3=(4, 24, 1, 1)),
         g=np.full(4, 1.5, np.float32), b=np.zeros(4, np.float32))
     assert {"w1:0.0", "w2:0"} <= pruned(model, tmp_path).job.solution.groups.keys()
-    assert all(check.passed for check in spacompiler.verify(tmp_path / "out"))
+    assert all(check.passed for check in spacompiler.verify(
+        tmp_path / "out", str(tmp_path / "m.onnx")))
 
 
 def decoder() -> onnx.ModelProto:
@@ -209,7 +211,8 @@ def test_newer_versions_are_written_and_said(opset: int, ir_version: int, said: 
                                              tmp_path: Path) -> None:
     result = pruned(gated(opset, ir_version), tmp_path)
     assert result.job.proof.error < 1e-10 and any(said in note for note in result.job.notes)
-    assert all(check.passed for check in spacompiler.verify(tmp_path / "out"))
+    assert all(check.passed for check in spacompiler.verify(
+        tmp_path / "out", str(tmp_path / "m.onnx")))
 
 
 def linear_attention() -> onnx.ModelProto:

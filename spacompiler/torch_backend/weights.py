@@ -46,13 +46,6 @@ def _line(problem: Exception) -> str:
     return f"{last.line} ({'/'.join(last.filename.split('/')[-2:])}:{last.lineno})"
 
 
-def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a module gives in eval mode, drawing random numbers from seed 0."""
-    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return module(*args, **kwargs)
-
-
 def results(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the tensors that a module gives in eval mode, drawing random numbers from seed 0."""
     return tensors(called(module, args, kwargs))
