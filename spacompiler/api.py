@@ -78,7 +78,7 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
         model: a module with `example_inputs`, or a name as on the command line.
         example_inputs: positional inputs as a tuple, or keywords as a dict; batch 2 or more.
         target: what stays: `params=70%`, `body=75%` (without embeddings and output layer) or
-            `macs=60%`.
+            `macs=60%`; `params~70%`: the nearest that can be reached.
         out: directory to write the artifact to; it must not exist.
         importance, allocation, repair: a pass by name, `module:object`, or as an object. The
             default importance is `taylor`, for ONNX files one without gradients. The

@@ -224,9 +224,9 @@ def pair():
 
 @pytest.mark.parametrize("make, options, more", [
     (lambda: nn.Linear(4, 4), {}, ""), (lambda: nn.Linear(4, 4), {"roles": ("head",)}, ""),
-    (pair, {"roles": ("head",)}, "--role or --only"), (pair, {"ignore": ("*",)}, "fewer --ignore"),
-    (normed, {}, "--only"), (normed, {"roles": ("hidden",)}, "--only or --approximate"),
-    (normed, {"roles": ("head",), "approximate": True}, "--role or --only"),
+    (pair, {"roles": ("head",)}, "--role channel"), (pair, {"ignore": ("*",)}, "fewer --ignore"),
+    (normed, {}, "--role hidden --approximate"), (normed, {"roles": ("hidden",)}, "--approximate"),
+    (normed, {"roles": ("head",), "approximate": True}, "--role hidden"),
 ])
 def test_nothing_to_prune_is_an_error_that_names_what_could_help(make, options, more):
     with pytest.raises(TargetError, match="nothing to prune") as caught:

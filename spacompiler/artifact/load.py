@@ -19,6 +19,7 @@ from ..system.process import alone
 from ..torch_backend import pretrained
 from ..torch_backend.emit.biases import with_biases
 from ..torch_backend.emit.module import resize
+from ..torch_backend.emit.unsaved import refusing
 from ..torch_backend.weights import named_arrays
 from ..trials.blocks import without
 from . import stock_code as stock
@@ -71,7 +72,7 @@ def _load(folder: Path, structure: dict[str, Any], model: Any) -> nn.Module:
     else:
         _check_whole(folder, _shapes(folder, dense, arrays), arrays)
         made = resize(dense, structure["attributes"], arrays)
-    return _finite(folder, made.eval())
+    return refusing(_finite(folder, made.eval()))
 
 
 def _check_whole(folder: Path, network: dict[str, tuple[int, ...] | None],

@@ -40,7 +40,8 @@ Trust = Annotated[bool, typer.Option(
 def compile(
     model: Model,
     target: Annotated[str, typer.Option(help="What stays: params=70%, body=75% (all but embeddings "
-                                             "and output layer) or macs=60%.")],
+                                             "and output layer) or macs=60%; params~70%: the "
+                                             "nearest that can be reached.")],
     out: Annotated[Path | None, typer.Option(help="Directory to write; must not exist.")] = None,
     importance: Annotated[str, typer.Option(
         help="Pass that scores slices (see `passes`). Default: taylor; for ONNX files one without "

@@ -26,7 +26,7 @@ from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
 from spacompiler.request import registry
-from spacompiler.request.recipe import Recipe, check_names, parse_target
+from spacompiler.request.recipe import Recipe, check_names, is_nearest, parse_target
 from spacompiler.store import strict_json
 from spacompiler.system.process import alone
 from spacompiler.torch_backend.machine import lanes
@@ -329,8 +329,8 @@ class Pruner:
     def _problem(self, units: Sequence[Unit]) -> Problem:
         metric, share = parse_target(self.recipe.target)
         self._price.set({g.atom: g.size for g in self.groups})
-        return Problem(tuple(units), self._price, share * self._dense_cost,
-                                  self._dense_cost, metric)
+        return Problem(tuple(units), self._price, share * self._dense_cost, self._dense_cost,
+                       metric, closest=is_nearest(self.recipe.target))
 
     # --- what is said and saved ---------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from ..plan import legal as allocation
 from ..plan.plan import costs, make_plan
 from ..plan.problem import TOLERANCE, Problem, Unit, check_met
 from ..plan.stock_units import expressible
-from ..request.recipe import parse_target
+from ..request.recipe import is_nearest, parse_target
 from ..stages.records import Job
 from ..torch_backend import unreached
 from ..torch_backend.emit import stock
@@ -55,7 +55,7 @@ def is_met(job: Job) -> bool:
         return False
     metric, share = parse_target(job.recipe.target)
     dense, left = job.whole[metric], cost(job.solution, metric).total
-    if left < (share - TOLERANCE) * dense:
+    if left < (share - TOLERANCE) * dense and not is_nearest(job.recipe.target):
         raise TargetError(
             f"target {job.recipe.target} is out of reach", where=job.name,
             why=f"without {len(job.dropped.paths)} blocks {left / dense:.1%} of {metric} remain",
@@ -72,20 +72,28 @@ def allocate_counts(job: Job) -> dict[str, int]:
     metric, share = parse_target(r.target)
     price = cost(job.solution, metric)
     dense = job.whole.get(metric, price.total)
-    for found in _units(job):
+    tried: list[tuple[float, _Layout, Problem, dict[str, int]]] = []
+    for layout in _layouts(job):
         price.set({g.atom: g.size for g in job.candidates})
-        problem = Problem(found, price, share * dense, dense, metric,
-                                     measure=_measure(job))
+        problem = Problem(layout.units, price, share * dense, dense, metric,
+                          measure=_measure(job), closest=is_nearest(r.target))
         kept = job.allocation.allocate(problem)
+        tried.append((abs(problem.price(kept) - problem.target), layout, problem, kept))
         if problem.met(kept):
             break
-        job.uniform = False
+    _, layout, problem, kept = min(tried, key=lambda one: one[0]) if problem.closest \
+        else tried[-1]
     try:
         check_met(problem, kept, finest=r.align == 1)
     except TargetError as error:
         error.why += _of_unreached(job)
         raise
-    return _counts(job, found, kept)
+    job.uniform = layout.uniform
+    job.notes.extend(layout.notes)
+    if problem.closest and not problem.met(kept):
+        job.notes.append(f"target {r.target}: the nearest that could be reached is "
+                         f"{problem.price(kept) / dense:.1%}")
+    return _counts(job, layout.units, kept)
 
 
 def _of_unreached(job: Job) -> str:
@@ -123,7 +131,15 @@ def statistics_of(job: Job) -> Any:
     return job.context or job.backend.context(job)
 
 
-def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
+class _Layout(NamedTuple):
+    """What to allocate over, and what is to be said if it is."""
+
+    uniform: bool
+    units: tuple[Unit, ...]
+    notes: list[str]
+
+
+def _layouts(job: Job) -> Iterator[_Layout]:
     """Yield what to allocate over: first the units that a stock config can express, then all."""
     r = job.recipe
 
@@ -142,7 +158,6 @@ def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
         found, notes = expressible(
             every, stock.fits(job.module, job.trace.tied, job.solution),
             type(job.module.config).__name__)
-        job.notes.extend(notes)
         if not found and r.layout == "uniform":
             why, fix = (notes[0], "use --layout any") if notes else \
                 ("the floor and the steps leave every group its full size",
@@ -150,10 +165,10 @@ def _units(job: Job) -> Iterator[tuple[Unit, ...]]:
                 ("there is none", "let more go: --role, --only, --ignore")
             raise TargetError("no group can shrink in the uniform layout", why=why, fix=fix)
         if found:
-            job.uniform = True
-            yield tuple(found)
+            yield _Layout(True, tuple(found), [f"{note}; --layout any lets them go"
+                                               for note in notes])
     if r.layout != "uniform":
-        if uniform_first:
-            job.notes.append("the target is out of reach of the uniform layout: layout any")
-        yield units(False)
+        out = ["the target is out of reach of the uniform layout: layout any"] \
+            if uniform_first else []
+        yield _Layout(False, units(False), out)
 

@@ -6,6 +6,7 @@ Each step is a function of the job so far; between any two of them the job can b
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,9 @@ from ..stages.proof import CONTROL
 from ..stages.records import Job
 from ..torch_backend.backend import TORCH
 from ..torch_backend.emit.biases import with_biases
+from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.gather.heads import fitting
+from ..torch_backend.kinds import is_hf
 from ..torch_backend.trace import Trace
 from ..torch_backend.vocabulary import check_tokens
 from ..torch_backend.weights import weights_hash
@@ -101,12 +104,10 @@ def analyse(job: Job) -> None:
         job.candidates = []
         return
     if not job.candidates:
-        roles = sorted({g.role for g in job.solution.groups.values()})
         more = allocation.openings(job.solution, **_asked(job))
         raise TargetError(
-            "nothing to prune", where=job.name,
-            why=f"no group has a role in {list(job.recipe.roles)}; groups found: "
-                f"{len(job.solution.groups)} ({', '.join(roles) or 'none'})",
+            "nothing to prune", where=job.name, why=allocation.why_none(
+                job.solution, **_asked(job)),
             fix="see `spacompiler inspect`" + (f"; let more go with {' or '.join(more)}"
                                                if more else ""))
 
@@ -322,6 +323,11 @@ def prove_plan(job: Job) -> None:
 def emit(job: Job) -> None:
     """Make the pruned model in memory."""
     job.backend.emit(job)
+    if job.layout == "any":
+        refusing(job.pruned)
+        if job.recipe.layout == "auto" and is_hf(job.reference):
+            job.notes.append(NOT_STOCK)
+            warnings.warn(NOT_STOCK, stacklevel=2)
 
 
 def set_apart(job: Job) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from math import gcd, prod
 from typing import Any
 
@@ -45,18 +47,42 @@ def candidates(solution: Solution, *, roles: Sequence[str], only: Sequence[str] 
 
 def openings(solution: Solution, *, roles: Sequence[str], only: Sequence[str],
              ignore: Sequence[str], approximate: bool) -> list[str]:
-    """Return the options of the command line that could each let more go than `candidates`."""
-    if not solution.groups:
-        return []
+    """Return the options of the command line that let more go than `candidates`, the fewest.
+
+    Each entry is one way: one option, or several where only together they let anything go.
+    """
     asked: dict[str, Any] = {"roles": roles, "only": only, "ignore": ignore,
                              "approximate": approximate}
-    widest: dict[str, dict[str, Any]] = {
-        "--role": {"roles": {g.role for g in solution.groups.values()}},
-        "--only": {"only": ["*"]}, "--approximate": {"approximate": True},
+    others = sorted({g.role for g in solution.groups.values()} - set(roles))
+    wider: dict[str, dict[str, Any]] = {
+        " ".join(f"--role {r!r}" if " " in r else f"--role {r}" for r in others):
+            {"roles": (*roles, *others), "only": ()},
+        "--approximate": {"approximate": True}, "other --only": {"only": ()},
         "fewer --ignore": {"ignore": ()}}
     now = len(candidates(solution, **asked))
-    return [name for name, change in widest.items()
-            if len(candidates(solution, **{**asked, **change})) > now]
+    for count in range(1, len(wider) + 1):
+        found = [" ".join(names) for names in combinations(wider, count)
+                 if all(names) and len(candidates(solution, **asked | {
+                     k: v for name in names for k, v in wider[name].items()})) > now]
+        if found:
+            return found
+    return []
+
+
+def why_none(solution: Solution, *, roles: Sequence[str], only: Sequence[str],
+             ignore: Sequence[str], approximate: bool) -> str:
+    """Say, by reason, why no group is a candidate."""
+    counts: Counter[str] = Counter()
+    for group in solution.groups.values():
+        if not (_lies_in(group, only) if only else group.role in roles):
+            counts["not chosen by --only" if only else f"of role {group.role}, not asked for"] += 1
+        elif _touches(group, ignore):
+            counts["kept by --ignore"] += 1
+        else:
+            counts["under a norm that would take other statistics (needs --approximate)"] += 1
+    found = len(solution.groups)
+    return f"groups found: {found}" + "".join(
+        f"; {number} {reason}" for reason, number in counts.items())
 
 
 def _match(name: str, patterns: Iterable[str]) -> bool:

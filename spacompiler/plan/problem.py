@@ -62,7 +62,8 @@ class Measured(Protocol):
 class Problem:
     """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance).
 
-    `measure` makes measurements on the network, for passes that ask for them.
+    `measure` makes measurements on the network, for passes that ask for them; `closest` says that
+    whatever is nearest to the target will do.
     """
 
     units: tuple[Unit, ...]
@@ -72,6 +73,7 @@ class Problem:
     metric: str = "params"
     tolerance: float = field(default=TOLERANCE)
     measure: Measured | None = None
+    closest: bool = False
 
     def price(self, kept: Mapping[str, int]) -> int:
         """Return the cost of a choice of counts."""
@@ -93,9 +95,12 @@ class Problem:
 def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False) -> None:
     """Raise TargetError, naming what binds, if the target is missed by more than a point.
 
-    `finest` says that steps cannot be asked to be smaller.
+    `finest` says that steps cannot be asked to be smaller. Where whatever is closest will do, only
+    a network that would stay whole is an error.
     """
     if problem.met(kept):
+        return
+    if problem.closest and problem.price(kept) < problem.price(problem.full()):
         return
     price, least = problem.price(kept), problem.price(problem.least())
     share, floor = price / problem.dense, least / problem.dense
@@ -113,8 +118,10 @@ def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False
         by = coarse.legal[-1] - coarse.legal[-2] if coarse else 1
         why = f"the nearest that could be reached is {share:.1%}" + (
             f": {coarse.name} moves in steps of {by} of {coarse.size}" if coarse else "")
-        fix = "use --align 1 for finer steps, or a target near that" if by > 1 and not finest \
-            else "take a target near that, or let more go: --role, --only, --ignore"
+        near = f"--target '{problem.metric}~{problem.target / problem.dense:.4g}'"
+        fix = f"take what is nearest: {near}; or " + (
+            "use --align 1 for finer steps" if by > 1 and not finest
+            else "let more go: --role, --only, --ignore")
     problem.price(kept)
     raise TargetError(
         f"target {problem.metric}={problem.target / problem.dense:.1%} cannot be met",

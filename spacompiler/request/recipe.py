@@ -58,8 +58,9 @@ SEEDS = 1 << 32
 class Recipe:
     """Options of one compile.
 
-    `target` is `metric=share%` of what stays; `roles`, `only`, `ignore` say what may go, and
-    `modules` which sub-modules to compile in place of the whole; `blocks` is how many whole blocks
+    `target` is `metric=share%` of what stays, or `metric~share%` for the nearest that can be
+    reached; `roles`, `only`, `ignore` say what may go, and `modules` which sub-modules to compile
+    in place of the whole; `blocks` is how many whole blocks
     go (a number, `auto`, or their paths with commas between); `align` is a multiple for widths
     (None: what the CPU wants); `floor` the least share of each group. `importance` auto is
     `taylor`; for an ONNX file, which has no gradients, `wanda` with calibration data, else
@@ -252,12 +253,18 @@ def parse_blocks(text: str) -> int | tuple[str, ...] | None:
     return paths
 
 
+def is_nearest(target: str) -> bool:
+    """Whether the nearest share that can be reached will do (`params~70%`)."""
+    return "~" in target
+
+
 def parse_target(text: str) -> tuple[str, float]:
     """Return (metric, share that stays); raises UsageError for anything but 0% < share < 100%."""
-    form = "write metric=share, e.g. params=70%, body=75% or macs=60%: the share that stays"
+    form = "write metric=share, e.g. params=70%, body=75% or macs=60%: the share that stays " \
+           "(params~70%: the nearest to it that can be reached)"
     if not isinstance(text, str):
         raise UsageError(f"a target is text, not {text!r}", fix=form)
-    found = re.fullmatch(r"\s*(\w+)\s*=\s*([-+]?[\d.]+)\s*(%?)\s*", text)
+    found = re.fullmatch(r"\s*(\w+)\s*[=~]\s*([-+]?[\d.]+)\s*(%?)\s*", text)
     if not found:
         raise UsageError(f"cannot read target {text!r}", fix=form)
     metric, number, percent = found.groups()

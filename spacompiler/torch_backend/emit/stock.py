@@ -8,7 +8,6 @@ model class, built from it on the meta device, has exactly the pruned arrays' sh
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -22,8 +21,10 @@ from ...groups.solution import Solution
 from ...plan.effects import norm_changes
 from ...store.completeness import untied
 from ...system.process import no_progress_bars
+from . import stock_search as search
+from .stock_search import Key
 
-LIMIT = 256
+LIMIT = search.LIMIT
 
 
 def uniform_config(module: Any, solution: Solution, choices: Choices,
@@ -35,11 +36,15 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
     """
     problems = []
     floats = _changed_eps(module.config, solution, choices)
-    for changes in _candidates(module.config, solution, choices):
+    for changes in search.candidates(
+            module.config, _changed_sizes(solution, choices),
+            lambda changes: len(_misfits(module, _changed(module.config, changes), shapes))):
         problem = mismatch(module, _changed(module.config, changes), shapes)
         if not problem:
-            least = _least(module, changes, shapes)
-            return _changed(module.config, {**least, **floats, **ties(module)})
+            least: dict[Key, Any] = _least(module, changes, shapes)
+            least.update(floats)
+            least.update(ties(module))
+            return _changed(module.config, least)
         problems.append(problem)
     raise SpaError(
         "no stock configuration describes the pruned shapes",
@@ -54,8 +59,8 @@ def ties(module: Any) -> dict[str, bool]:
     return {"tie_word_embeddings": False} if untied(module) else {}
 
 
-def _least(module: Any, changes: dict[str, Any],
-           shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _least(module: Any, changes: dict[Key, Any],
+           shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Any]:
     """Take back every change that the shapes do not need: it only happened to have that size."""
     for key in list(changes):
         fewer = {k: v for k, v in changes.items() if k != key}
@@ -64,12 +69,11 @@ def _least(module: Any, changes: dict[str, Any],
     return changes
 
 
-def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+def _changed(config: Any, changes: Mapping[Key, Any]) -> Any:
     """Return a copy of a config with entries changed, or None where it refuses them."""
     made = copy.deepcopy(config)
     try:
-        for key, value in changes.items():
-            setattr(made, key, value)
+        search.put(made, changes)
         made.validate() if hasattr(made, "validate") else None
     except Exception:  # a config validates what it is given in its own ways
         return None
@@ -100,24 +104,6 @@ def pruned_shapes(module: nn.Module, tied: Mapping[str, str], solution: Solution
         shapes[name] = tuple(tensor.shape) if known is None else \
             tuple(kept_size(e, choices) for e in known)
     return shapes
-
-
-def _candidates(config: Any, solution: Solution, choices: Choices) -> Iterator[dict[str, Any]]:
-    """Yield sets of changed entries, the largest first."""
-    sizes = _changed_sizes(solution, choices)
-    entries = [(key, value) for key, value in config.to_dict().items()
-               if isinstance(value, int) and not isinstance(value, bool) and value in sizes]
-    options = [[(key, new) for new in sorted(sizes[value])] + [None] for key, value in entries]
-    for chosen in itertools.islice(itertools.product(*options), LIMIT):
-        yield {**_pinned_head_dim(config), **dict(c for c in chosen if c)}
-
-
-def _pinned_head_dim(config: Any) -> dict[str, int]:
-    """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
-    heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
-    if getattr(config, "head_dim", 0) is None and heads and hidden % heads == 0:
-        return {"head_dim": hidden // heads}
-    return {}
 
 
 def _changed_sizes(solution: Solution, choices: Choices) -> dict[int, set[int]]:
@@ -160,19 +146,23 @@ def frozen(module: nn.Module) -> set[str]:
 
 def mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
+    return next(iter(_misfits(module, config, shapes)), "")
+
+
+def _misfits(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return how the model class built from a config differs from these shapes."""
+    none = [""] * (2 * len(shapes) + 1)
     if config is None:
-        return "the config refuses such sizes"
+        return ["the config refuses such sizes", *none]
     try:
         with torch.device("meta"):
             built = type(module)(config)
     except Exception as problem:
-        return f"{type(problem).__name__}: {problem}".splitlines()[0]
+        return [f"{type(problem).__name__}: {problem}".splitlines()[0], *none]
     have = {name: tuple(t.shape) for name, t in built.state_dict().items()}
-    for name, shape in shapes.items():
-        if have.get(name) != shape:
-            return f"{name} would be {have.get(name, 'missing')}, not {shape}"
-    extra = sorted(have.keys() - shapes.keys())
-    return f"{extra[0]} would be added" if extra else ""
+    found = [f"{name} would be {have.get(name, 'missing')}, not {shape}"
+             for name, shape in shapes.items() if have.get(name) != shape]
+    return found + [f"{name} would be added" for name in sorted(have.keys() - shapes.keys())]
 
 
 def build(module: Any, config: Any, arrays: Mapping[str, torch.Tensor],

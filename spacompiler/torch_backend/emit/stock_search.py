@@ -1,0 +1,93 @@
+"""Which entries of a transformers config say the pruned sizes: candidates, the likeliest first.
+
+Every integer of the config that equals a size that changed may have to change with it. Few are
+tried in every combination; many are searched one at a time, by how many arrays still differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+LIMIT = 256
+"""Combinations that are tried one by one."""
+LAYERS = "per_layer_config"
+
+Key = str | tuple[str, str, int]
+"""An entry's name, or (per_layer_config, name, old value): all layers that have this value."""
+
+
+def candidates(config: Any, sizes: Mapping[int, set[int]],
+               wrong: Callable[[dict[Key, Any]], int]) -> Iterator[dict[Key, Any]]:
+    """Yield sets of changed entries, the largest first; `wrong` counts the arrays that differ.
+
+    `sizes` are the new sizes by the old one.
+    """
+    options: list[list[Any]] = [[*((key, new) for new in sorted(sizes[value])), None]
+                                for key, value in _entries(config) if value in sizes]
+    pinned = _pinned_head_dim(config)
+    count = 1
+    for option in options:
+        count *= len(option)
+    if count <= LIMIT:
+        for chosen in itertools.product(*options):
+            yield {**pinned, **dict(c for c in chosen if c)}
+        return
+    for start in ([option[0] for option in options], [None] * len(options)):
+        yield _descended(options, start, pinned, wrong)
+
+
+def _descended(options: list[list[Any]], start: list[Any], pinned: dict[Key, Any],
+               wrong: Callable[[dict[Key, Any]], int]) -> dict[Key, Any]:
+    """Change one entry at a time while fewer arrays differ."""
+
+    def changes(chosen: list[Any]) -> dict[Key, Any]:
+        return {**pinned, **dict(c for c in chosen if c)}
+
+    chosen, best, better = list(start), wrong(changes(start)), True
+    while best and better:
+        better = False
+        for at, option in enumerate(options):
+            for other in option:
+                trial = [*chosen[:at], other, *chosen[at + 1:]]
+                if other != chosen[at] and (count := wrong(changes(trial))) < best:
+                    chosen, best, better = trial, count, True
+    return changes(chosen)
+
+
+def _entries(config: Any) -> Iterator[tuple[Key, int]]:
+    """Yield the integers of a config, those of single layers once for all with one value."""
+    data = config.to_dict()
+    for key, value in data.items():
+        if type(value) is int:
+            yield key, value
+    seen: set[Key] = set()
+    for layer in (data.get(LAYERS) or {}).values():
+        for key, value in layer.items():
+            if type(value) is int and (LAYERS, key, value) not in seen:
+                seen.add((LAYERS, key, value))
+                yield (LAYERS, key, value), value
+
+
+def put(config: Any, changes: Mapping[Key, Any]) -> None:
+    """Change entries of a config in place; what single layers say is said anew."""
+    layers = config.to_dict().get(LAYERS)
+    for key, value in changes.items():
+        if isinstance(key, str):
+            setattr(config, key, value)
+    if not layers:
+        return
+    inside = {key[1:]: value for key, value in changes.items() if not isinstance(key, str)}
+    setattr(config, LAYERS, {layer: {name: inside.get((name, value), value)
+                                     for name, value in own.items()}
+                             for layer, own in layers.items()})
+
+
+def _pinned_head_dim(config: Any) -> dict[Key, Any]:
+    """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
+    data = config.to_dict()
+    heads, hidden = data.get("num_attention_heads", 0), data.get("hidden_size", 0)
+    if "head_dim" in data and data["head_dim"] is None and heads and hidden % heads == 0:
+        return {"head_dim": hidden // heads}
+    return {}

@@ -1,0 +1,33 @@
+"""A transformers model whose widths no configuration says must not be saved as if one did."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import nn
+
+from ...errors import SpaError
+from ..kinds import is_hf
+
+NOT_STOCK = (
+    "layout any was taken, as the uniform one cannot say or reach this: stock transformers does "
+    "not load what save_pretrained would write of the result; result.save(DIR) and "
+    "spacompiler.load(DIR) do; layout='uniform' insists, layout='any' says that this is wanted")
+
+
+def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
+    """Stand in for `save_pretrained`. Raises SpaError: the directory would load nowhere."""
+    raise SpaError(
+        "save_pretrained would write what stock transformers cannot load",
+        why="layers of this model have widths of their own, which its configuration cannot say "
+            "(layout any)",
+        fix="keep the directory that the compile wrote, write module.state_dict() after training, "
+            "and load both: spacompiler.load(DIR).load_state_dict(...); or compile with "
+            "layout='uniform'")
+
+
+def refusing(module: nn.Module) -> nn.Module:
+    """Let a module of layout any refuse `save_pretrained`, if it has that."""
+    if is_hf(module):
+        vars(module)["save_pretrained"] = refuse_to_save
+    return module

@@ -1,0 +1,133 @@
+"""Targets that are met or missed, layouts that are taken, and what is said about either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import spacompiler
+from spacompiler.errors import SpaError, TargetError
+from spacompiler.request.recipe import parse_target
+from spacompiler.torch_backend.emit import stock_search
+
+Q: dict[str, Any] = {"importance": "magnitude", "align": 1, "latency": False, "onnx": False,
+                     "repair": "none"}
+IDS = {"input_ids": torch.arange(18).reshape(2, 9), "use_cache": False}
+
+
+def convs() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+
+def compiled(target: str, module: nn.Module | None = None, inputs: Any = None,
+             **options: Any) -> Any:
+    inputs = (torch.randn(2, 3, 8, 8),) if inputs is None else inputs
+    return spacompiler.compile(module or convs(), inputs, **{"target": target, **Q, **options})
+
+
+def test_the_nearest_share_will_do_where_it_is_asked_for() -> None:
+    assert parse_target("params~60%") == ("params", 0.6)
+    result = compiled("params~60%")
+    assert result.module[0].out_channels == 2
+    assert any("params~60%: the nearest" in note for note in result.job.notes)
+    pruner = spacompiler.Pruner(convs(), (torch.randn(2, 3, 8, 8),), target="params~60%",
+                                importance="magnitude")
+    pruner.finish()
+    assert pruner.kept == {"0.weight:0": 2}
+
+
+def test_a_target_that_is_missed_offers_the_nearest() -> None:
+    with pytest.raises(TargetError, match="cannot be met") as caught:
+        compiled("params=60%")
+    assert "--target 'params~0.6'" in caught.value.fix
+
+
+def test_a_nearest_share_that_leaves_all_is_an_error() -> None:
+    with pytest.raises(TargetError, match="cannot be met"):
+        compiled("params~97%")
+
+
+class Recurrent(nn.Module):
+    """Behind the only width stands a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.norm = nn.LSTM(4, 6, batch_first=True), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.rnn(x)[0]))
+
+
+def test_where_nothing_may_go_the_reason_and_all_options_are_said() -> None:
+    with pytest.raises(TargetError, match="nothing to prune") as caught:
+        compiled("params=60%", Recurrent(), (torch.randn(2, 5, 4),))
+    assert caught.value.why == "groups found: 1; 1 of role hidden, not asked for"
+    assert caught.value.fix.endswith("--role hidden --approximate")
+    with pytest.raises(TargetError, match="nothing to prune") as caught:
+        compiled("params=60%", Recurrent(), (torch.randn(2, 5, 4),), roles=("hidden",))
+    assert "1 under a norm that would take other statistics" in caught.value.why
+
+
+# --- layouts of transformers models -------------------------------------------------------------
+
+
+def llama(**changes: Any) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{
+        "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40, **changes})).eval()
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model whose first layer alone is cut, and its artifact."""
+    out = tmp_path_factory.mktemp("any") / "out"
+    with pytest.warns(UserWarning, match="stock transformers does not load"):
+        result = compiled("body=80%", llama(), IDS, only=("*layers.0.mlp*",), floor=0.01, out=out)
+    assert result.job.layout == "any"
+    return result, out
+
+
+def test_a_model_that_no_config_describes_refuses_to_be_saved_as_one(
+        unequal: Any, tmp_path: Any) -> None:
+    result, out = unequal
+    for module in (result.module, spacompiler.load(out)):
+        with pytest.raises(SpaError, match="stock transformers cannot load") as caught:
+            module.save_pretrained(tmp_path / "saved")
+        assert "load_state_dict" in caught.value.fix
+    assert not (tmp_path / "saved").exists()
+
+
+def test_many_entries_of_one_size_are_searched_one_at_a_time() -> None:
+    class Config:
+        def to_dict(self) -> dict[str, Any]:
+            return {f"size_{i}": 8 for i in range(20)}
+
+    right = {f"size_{i}": 6 if i % 3 else 4 for i in range(0, 20, 2)}
+    calls = []
+
+    def wrong(changes: dict[Any, Any]) -> int:
+        calls.append(changes)
+        return sum(changes.get(f"size_{i}", 8) != right.get(f"size_{i}", 8) for i in range(20))
+
+    found = list(stock_search.candidates(Config(), {8: {4, 6}}, wrong))
+    assert right in found and len(calls) < 256
+
+
+def test_a_config_with_entries_for_single_layers_is_uniform() -> None:
+    config = transformers.Gemma4TextConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, vocab_size=40, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=40, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+        per_layer_config={1: {"head_dim": 8}})
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    result = compiled("body~70%", model, IDS, prove=False)
+    assert result.job.layout == "uniform"
+    again = type(model)(result.module.config)
+    assert {n: p.shape for n, p in again.state_dict().items()} == {
+        n: p.shape for n, p in result.module.state_dict().items()}
