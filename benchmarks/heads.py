@@ -63,7 +63,7 @@ def page() -> Any:
 
 def cells() -> Any:
     """A question and a table, with what each token is."""
-    return {**text(), "token_type_ids": torch.zeros(2, 9, 7, dtype=torch.long)}
+    return {**text(), "token_type_ids": (torch.arange(9) > 3).long().view(1, 9, 1).repeat(2, 1, 7)}
 
 
 ROWS = (
@@ -99,7 +99,7 @@ ROWS = (
         f"{CLASS} (start_logits, end_logits)"),
     Row("AutoModelForTableQuestionAnswering", "tapas", TEXT, cells, OWN),
     Row("AutoModelForVisualQuestionAnswering", "vilt",
-        {**tiny.CLIP_TEXT, "image_size": 32, "patch_size": 8}, both, CLASS),
+        {**tiny.CLIP_TEXT, "image_size": 32, "patch_size": 8}, both, OWN),  # in parts
     Row("AutoModelForMultipleChoice", "bert", TEXT, choices, CLASS),
     Row("AutoModelForNextSentencePrediction", "bert", TEXT, text, CLASS),
     Row("AutoModelForImageClassification", "vit", tiny.IMAGE, picture, CLASS),

@@ -8,6 +8,7 @@ import transformers
 
 import spacompiler
 from spacompiler.torch_backend.caches import cacheless, caches_off
+from spacompiler.torch_backend.untouched import untouched
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 PAIR = {"vocab_size": 64, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -73,3 +74,24 @@ def test_a_call_that_brings_its_own_cache_keeps_it():
     given = {"past_key_values": object()}
     assert cacheless(model, given) == given
     assert cacheless(model, {"use_cache": True}) == {"use_cache": False}
+
+
+def test_hooks_that_a_module_puts_on_itself_go_with_what_it_notes_of_them():
+    """Else it puts them on once more when it next runs, and sees everything twice."""
+    seen = []
+
+    class Lazy(torch.nn.Linear):
+        def forward(self, x):
+            if not getattr(self, "hooked", False):
+                self.register_forward_hook(lambda *call: seen.append(1))
+                self.hooked = True
+            return super().forward(x)
+
+    net = Lazy(2, 2)
+    with untouched(net):
+        net(torch.ones(1, 2))
+    assert not net._forward_hooks and not hasattr(net, "hooked")
+    seen.clear()
+    for _ in range(3):  # the first call puts the hook on
+        net(torch.ones(1, 2))
+    assert len(seen) == 2

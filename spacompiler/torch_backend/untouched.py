@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,7 @@ def _version(array: torch.Tensor) -> int:
 
 
 def _entries(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, list, set) else None
+    return value.copy() if type(value) in (dict, OrderedDict, list, set) else None
 
 
 def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],
