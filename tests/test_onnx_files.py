@@ -14,6 +14,7 @@ import spacompiler
 from spacompiler.api import Result
 from spacompiler.onnx_backend.read.examples import guess
 from spacompiler.onnx_backend.read.file import open_model
+from spacompiler.sources.named import load as load_source
 
 RNG = np.random.default_rng(0)
 
@@ -77,7 +78,7 @@ def test_the_hash_of_a_file_is_over_small_arrays_beside_it_as_well(tmp_path: Pat
                         w=np.full((2, 2), seed, np.float32))
         onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="d",
                   size_threshold=0)
-        digests.append(spacompiler.source.load(str(tmp_path / "m.onnx")).module.digest)
+        digests.append(load_source(str(tmp_path / "m.onnx")).module.digest)
     assert digests[0] != digests[1]
 
 
