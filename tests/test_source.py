@@ -5,6 +5,7 @@ import fnmatch
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,35 @@ def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(copied, monkeypatch)
     assert any("tokenizer cannot be loaded" in note for note in found.notes)
 
 
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MyConfig(LlamaConfig):
+    model_type = "mine"
+
+class MyForCausalLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+def test_code_of_a_checkpoint_runs_when_trusted_and_never_goes_along(tmp_path, copied, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (copied / "mine.py").write_text(CODE)
+    change(copied / "config.json", model_type="mine", architectures=["MyForCausalLM"], auto_map={
+        "AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyForCausalLM"})
+    with pytest.raises(SpaError) as caught:
+        source.load(str(copied))
+    assert "--trust-remote-code" in caught.value.fix
+    result = spacompiler.compile(str(copied), target="body=70%", out=tmp_path / "out",
+                                 trust_remote_code=True, **QUICK)
+    assert type(result.module).__name__ == "MyForCausalLM"
+    assert result.report["files"]["left"]["mine.py"] == "code and pickles are not carried"
+    assert not [*(tmp_path / "out").rglob("*.py")]
+
+
 def pickled(folder):
     """Weights that are pickled, beside an array file of something else."""
     torch.save({}, folder / "pytorch_model.bin")
@@ -191,6 +221,11 @@ def adapter(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
 
 
+def adapter_inside(folder):
+    """An adapter in a model's directory, which transformers puts on it."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+
+
 def deep(folder):
     (folder / "config.json").write_text('{"a":' * 100_000)
 
@@ -207,6 +242,7 @@ def quantised(method, **more):
     (shard_of_pickles, "only safetensors are read"),
     (no_shard, "model-00001-of-00001.safetensors is missing"),
     (adapter, "spacompiler compile owner/base --adapter"),
+    (adapter_inside, "holds a model and an adapter"),
     (deep, "config.json cannot be read"),
     (quantised("gptq", bits=4), "quantised (gptq)"),
     (quantised("bitsandbytes", load_in_4bit=True), "quantised (bitsandbytes)"),

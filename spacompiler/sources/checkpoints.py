@@ -27,7 +27,9 @@ def _transformers(name: str, folder: Path, trust: bool = False,
     except Exception as problem:  # transformers raises many kinds
         raise SpaError(f"cannot load {name!r} with transformers",
                        why=str(problem).strip().splitlines()[0],
-                       fix="give a directory with config.json and model.safetensors, or a hub id"
+                       fix="read that code, and let it run by --trust-remote-code"
+                       if "trust_remote_code" in str(problem) else
+                       "give a directory with config.json and model.safetensors, or a hub id"
                        ) from problem
     module, report = pretrained.load(folder, _model_class(transformers, config), config,
                                      trust=trust, unused=unused)

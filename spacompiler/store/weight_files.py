@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ..errors import SpaError
 from . import strict_json
 
+ADAPTER = "adapter_config.json"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_LAYERS = 1000
 """More layers than this, and than there are arrays, cannot be what was stored."""
@@ -72,18 +73,29 @@ def check(path: str) -> Path:
         raise SpaError(f"{path!r} is a file, not a model directory",
                        why="weights alone do not say what network they belong to",
                        fix="give the directory that holds config.json, or a factory")
+    if (place / ADAPTER).is_file():
+        raise _adapter(place)
     if not (place / CONFIG).is_file():
         raise _no_config(place)
     weight_files(place)
     return place
 
 
+def _adapter(place: Path) -> SpaError:
+    """The error for an adapter's directory; transformers would put it on a model beside it."""
+    base = str(read(place / ADAPTER).get("base_model_name_or_path") or "BASE")
+    both = (place / CONFIG).is_file() and ((place / WEIGHTS).is_file() or (place / INDEX).is_file())
+    if both:
+        return SpaError(f"{str(place)!r} holds a model and an adapter",
+                        why=f"{ADAPTER} lies beside {CONFIG} and weights",
+                        fix="move the adapter's files to a directory of their own; give that as "
+                            "--adapter, if it is to be merged")
+    return SpaError(f"{str(place)!r} holds an adapter, not a model",
+                    why=f"{ADAPTER} names {base} as its base",
+                    fix=f"give both: spacompiler compile {base} --adapter {place} ...")
+
+
 def _no_config(place: Path) -> SpaError:
-    if (place / "adapter_config.json").is_file():
-        base = str(read(place / "adapter_config.json").get("base_model_name_or_path") or "BASE")
-        return SpaError(f"{str(place)!r} holds an adapter, not a model",
-                        why=f"adapter_config.json names {base} as its base",
-                        fix=f"give both: spacompiler compile {base} --adapter {place} ...")
     for name, why, fix in OTHERS:
         if (place / name).is_file():
             return SpaError(f"{str(place)!r} holds no model of transformers", why=why, fix=fix)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,8 +198,13 @@ def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
 
 
 def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
-    """Write config, weights (safetensors) and tokenizer, deterministically."""
+    """Write config, weights (safetensors) and tokenizer, deterministically.
+
+    Code that a trusted checkpoint brought along does not go into what others are given.
+    """
     with no_progress_bars():
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    for file in Path(folder).rglob("*.py"):
+        file.unlink()
