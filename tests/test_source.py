@@ -181,6 +181,7 @@ def test_code_of_a_checkpoint_runs_when_trusted_and_never_goes_along(tmp_path, c
     assert type(result.module).__name__ == "MyForCausalLM"
     assert result.report["files"]["left"]["mine.py"] == "code and pickles are not carried"
     assert not [*(tmp_path / "out").rglob("*.py")]
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def pickled(folder):

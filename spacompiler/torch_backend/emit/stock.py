@@ -8,6 +8,7 @@ model class, built from it on the meta device, has exactly the pruned arrays' sh
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,8 @@ def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
 def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
     """Write config, weights (safetensors) and tokenizer, deterministically.
 
-    Code that a trusted checkpoint brought along does not go into what others are given.
+    Code that a trusted checkpoint brought along does not go into what others are given, and nothing
+    there names it.
     """
     with no_progress_bars():
         model.save_pretrained(folder)
@@ -208,3 +210,7 @@ def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
             tokenizer.save_pretrained(folder)
     for file in Path(folder).rglob("*.py"):
         file.unlink()
+    config = Path(folder) / "config.json"
+    entries = json.loads(config.read_text(encoding="utf-8"))
+    if entries.pop("auto_map", None):
+        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
