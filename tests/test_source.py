@@ -299,9 +299,9 @@ def test_a_directory_with_brackets_in_its_name_is_written_and_shown(tmp_path, ch
 
     from spacompiler.cli.main import app
 
-    folder = shutil.copytree(checkpoint, tmp_path / "a[/b]")
+    folder = shutil.copytree(checkpoint, tmp_path / "a[bold]b")
     done = CliRunner().invoke(app, [
         "compile", str(folder), "--target", "body=70%", "--importance", "magnitude", "--align",
         "1", "--no-latency", "--no-onnx", "--no-prove", "--out", str(tmp_path / "out[/red]")])
     assert done.exit_code == 0, done.output
-    assert Path(tmp_path / "out[/red]" / "report.md").exists() and "a[/b]" in done.stdout
+    assert Path(tmp_path / "out[/red]" / "report.md").exists() and "a[bold]b" in done.stdout
