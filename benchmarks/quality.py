@@ -34,12 +34,11 @@ from spacompiler.pipeline import steps as pipeline
 from spacompiler.pipeline.decide import allocate_counts, decide
 from spacompiler.pipeline.request import make_job
 from spacompiler.plan import legal as allocation
-from spacompiler.repair.sites import unbiased
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
 from spacompiler.torch_backend.backend import TORCH
-from spacompiler.torch_backend.emit.biases import with_biases
+from spacompiler.torch_backend.emit.biases import unbiased, with_biases
 from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.gather.sampling import continued
 from spacompiler.trials import measure as measurements

@@ -29,6 +29,7 @@ from spacompiler.repair.repairer import Repairer
 from spacompiler.repair.sites import sites
 from spacompiler.torch_backend.backend import TORCH
 from spacompiler.torch_backend.gather.context import fresh_context
+from spacompiler.torch_backend.run.observe import ProgramNetwork
 from spacompiler.trials.measure import Measure, angles
 from spacompiler.trials.sensitivity import Change, Sensitivity
 
@@ -220,7 +221,8 @@ def test_divergence_is_that_of_the_pruned_network(network: Any) -> None:
     found, _ = sites(made.solution, made.plan(p, kept))
     lost = made.changes(p, kept, {}, 3)[1]
     net = copy.deepcopy(network[0])
-    worker = Repairer(made.trace, made.solution, made.plan(p, kept), made.compensation)
+    worker = Repairer(ProgramNetwork(made.trace), made.solution, made.plan(p, kept),
+                      made.compensation)
     for site in found:
         weight, bias = worker.weights(site, worker.of_dense(made.context, site))
         net.get_parameter(site.weight).data = weight

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import SpaError
+from ..onnx_backend.biases import with_biases
 from ..onnx_backend.read.file import OnnxFile, check_finite, open_model
 from ..onnx_backend.run.session import results
 from ..runtime.session import open_session, run_session
@@ -59,9 +60,11 @@ def _identity(folder: Path, structure: dict[str, Any], path: Path, model: Any) -
         yield {}, solution, traced.tied
 
     def source() -> OnnxFile:
-        if isinstance(model, OnnxFile):
-            return model
-        return dense_source(structure, model)  # type: ignore[no-any-return]
+        dense = model if isinstance(model, OnnxFile) else dense_source(structure, model)
+        if "biased" not in structure or dense.digest != structure["source_sha256"]:
+            return dense
+        traced, _ = backend_of(dense).trace(dense, check_inputs(folder, structure))
+        return with_biases(traced, structure["biased"])
 
     made, slices = ir.load(path).graph.initializers, artifact.read_slices(folder)["arrays"]
 

@@ -109,7 +109,8 @@ def structure(job: Job, traced: OnnxTrace) -> dict[str, Any]:
             "source": {"kind": job.source.get("kind", "onnx")},
             "attributes": [], "source_sha256": file.digest,
             "opset": dict(file.model.opset_imports),
-            "inputs": {"args": 0, "kwargs": list(traced.feeds), "constants": {}}}
+            "inputs": {"args": 0, "kwargs": list(traced.feeds), "constants": {}},
+            **({"biased": list(file.biased)} if file.biased else {})}
 
 
 def other_sizes(traced: OnnxTrace) -> dict[str, tuple[int, ...]] | None:
@@ -133,6 +134,7 @@ def elsewhere(job: Job) -> list[dict[str, Any]]:
     try:
         feeds = example(traced.file, found, seed=1)
         other = trace(traced.file, feeds)
+        other.repaired = traced.repaired
         solution = solve(other.graph, TABLE)
         precision, tolerance, error = onnx_proof.elsewhere(
             other, solution, job.plan.choices(solution),

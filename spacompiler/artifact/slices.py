@@ -36,10 +36,10 @@ def slices(job: Job) -> dict[str, Any]:
     `weights_hash` is that of the dense model, without the adapter if one was kept.
     """
     found = cuts(job.solution, job.choices, job.trace.tied)
-    found["repaired"] = [name for name, first in job.trace.tied.items()
-                         if first in job.trace.repaired]
+    names = job.trace.tied or {name: name for name in job.trace.repaired}
+    found["repaired"] = [name for name, first in names.items() if first in job.trace.repaired]
     sources = job.solution.graph.sources
-    found["repaired"] += [name for folded in sources.keys() & job.trace.repaired
+    found["repaired"] += [name for folded in sources.keys() & {*job.trace.repaired}
                           for name in sources[folded]]
     found["weights_hash"] = job.base_hash or job.plan.weights_hash
     if job.trained is not None:

@@ -9,6 +9,7 @@ from ..groups.solution import Solution, solve
 from ..rows.onnx_table import TABLE
 from ..stages.records import Backend, Job
 from . import prove as onnx_proof
+from .biases import unbiased, with_biases
 from .emit import rewrite
 from .read.file import OnnxFile, check_finite, checked_feed
 from .read.lower import OnnxTrace, trace
@@ -43,6 +44,16 @@ def check_weights(job: Job) -> None:
     check_finite(file, job.name)
 
 
+def add_biases(job: Job) -> bool:
+    """Let the job's file be a copy with zero biases where operators lack one; False if none does.
+    """
+    traced: Any = job.trace
+    names = unbiased(traced, job.solution, job.candidates)
+    if names:
+        job.module = cast(Any, with_biases(traced, names))
+    return bool(names)
+
+
 def emit(job: Job) -> None:
     """Make the pruned model; its arrays are sliced when they are written."""
     job.pruned = rewrite(cast(Any, job.trace), job.solution, job.choices)
@@ -55,4 +66,4 @@ BACKEND = Backend(
     digest=lambda job: cast(Any, job.module).digest,
     prove=lambda job: onnx_proof.prove(
         cast(Any, job.trace), job.solution, job.choices, seed=job.recipe.seed),
-    emit=emit)
+    emit=emit, add_biases=add_biases)

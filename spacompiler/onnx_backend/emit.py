@@ -43,9 +43,10 @@ class Arrays:
             c.norm.gain: c for c in norm_changes(solution, choices)}
 
     def changed(self) -> Iterator[str]:
-        """Yield the names of the arrays that a plan changes."""
+        """Yield the names of the arrays that a plan or a repair changes."""
         for name, dims in self._dims.items():
-            if name in self._gains or any(a in self._choices for e in dims for a in atoms(e)):
+            if name in self._gains or name in self._trace.repaired or any(
+                    a in self._choices for e in dims for a in atoms(e)):
                 yield name
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
     """
     model = trace.model.clone()
     arrays = Arrays(trace, solution, choices, wrong)
-    nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
+    nodes = dict(zip(trace.nodes, same_nodes(trace, model), strict=True))
     values = {v.name: v for v in _values(model)}
     for name in arrays.changed():
         _store(model, values[name], _lazy(arrays, name), arrays.shape(name))
@@ -299,7 +300,7 @@ def _know(facts: Facts, value: ir.Value, array: np.ndarray) -> None:
     facts.types[name] = int(ir.DataType.from_numpy(array.dtype))
 
 
-def _same_nodes(trace: OnnxTrace, model: ir.Model) -> Iterator[ir.Node]:
+def same_nodes(trace: OnnxTrace, model: ir.Model) -> Iterator[ir.Node]:
     """Yield the clones of the trace's nodes, in the trace's order."""
     order = {id(old): new for old, new in zip(
         trace.model.graph.all_nodes(), model.graph.all_nodes(), strict=True)}
@@ -345,10 +346,21 @@ def _source(facts: Facts, node: ir.Node, index: int,
 # --- masks ------------------------------------------------------------------------------------
 
 
-def masked(trace: OnnxTrace, solution: Solution, choices: Choices) -> ir.Model:
-    """Return the dense model in which every consumer of a removed slice reads zero."""
+MASKED = "_masked"
+"""What is added to a value's name for the one in which removed slices are zero."""
+
+
+def masked(trace: OnnxTrace, solution: Solution, choices: Choices,
+           arrays: Mapping[str, np.ndarray] | None = None) -> ir.Model:
+    """Return the dense model in which every consumer of a removed slice reads zero.
+
+    `arrays` (those that a repair made, if None) are in place of the file's own.
+    """
     model = trace.model.clone()
-    nodes = dict(zip(trace.nodes, _same_nodes(trace, model), strict=True))
+    nodes = dict(zip(trace.nodes, same_nodes(trace, model), strict=True))
+    values = {v.name: v for v in _values(model)}
+    for name, array in (trace.repaired if arrays is None else arrays).items():
+        _store(model, values[name], ir.Tensor(array, name=name), array.shape)
     made = _Masks(model)
     for name, tensors in touched(solution, choices).items():
         node = nodes[name]
@@ -391,7 +403,7 @@ class _Masks:
         stored = constant(self.model, mask, f"{name}_mask")
         step = ir.Node("", "Where", [stored, value, zero],
                        num_outputs=1, name=f"{name}_where")
-        step.outputs[0].name = f"{name}_masked"
+        step.outputs[0].name = name + MASKED
         readers = [user for user, _ in value.uses() if user.graph is graph and user is not step]
         first = min(readers, key=lambda user: self.order[id(user)], default=node)
         self.order[id(step)] = self.order[id(first)]

@@ -105,7 +105,7 @@ def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: A
     batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
                       samples=recipe.samples, length=recipe.length, batch=recipe.batch,
                       seed=recipe.seed, module=module)
-    fits = isinstance(module, nn.Module) and trains is None and not recipe.keep_adapter
+    fits = trains is None and not recipe.keep_adapter
     job = Job(recipe, module, inputs, scorer,
               registry.find("allocation", allocator or recipe.allocation), batches,
               backend_of(module), loss or default_loss, name or type(module).__name__, tokenizer,

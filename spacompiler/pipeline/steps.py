@@ -23,7 +23,6 @@ from ..repair.repairer import repair
 from ..stages.proof import CONTROL
 from ..stages.records import Job
 from ..torch_backend.backend import TORCH
-from ..torch_backend.emit.biases import with_biases
 from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.gather.heads import fitting
 from ..torch_backend.kinds import is_hf
@@ -196,14 +195,9 @@ def _asked(job: Job) -> dict[str, Any]:
 
 def _add_biases(job: Job) -> None:
     """Put zero biases where consumers lack one, and trace again if any was missing."""
-    from ..repair.sites import unbiased
-
-    if job.backend.kind != "torch":
+    if not job.backend.add_biases(job):
         return
-    paths = unbiased(job.module, job.solution, job.candidates)
-    if not paths:
-        return
-    job.module, job.biased = with_biases(job.module, paths, owned=job.owned), True
+    job.biased = True
     job.trace, job.solution = job.backend.trace(job.module, job.inputs)
     job.candidates = _candidates(job)
 
@@ -278,18 +272,15 @@ def _calibrated(job: Job, context: Any) -> Iterable[Group]:
 
 
 def mend(job: Job) -> None:
-    """Let the compensation pass repair what stays, in the traced program.
+    """Let the compensation pass repair what stays, in the network as it was read.
 
     Where that changes nothing, the report says so.
     """
     why = "no width changed"
     if job.choices:
-        if job.backend.kind != "torch":
-            raise SpaError(f"repair {job.compensation.name!r} needs a torch module",
-                           where=job.name, fix="use --repair none")
-        job.notes.extend(repair(
-            job.trace, job.solution, job.choices, job.compensation, statistics_of(job),
-            job.calibration.for_repair, must=job.must_repair))
+        context = statistics_of(job)
+        job.notes.extend(repair(context.network, job.solution, job.choices, job.compensation,
+                                context, job.calibration.for_repair, must=job.must_repair))
         job.context = None
         why = "" if job.trace.repaired else "no stored weights read what the plan removes"
     if why:

@@ -3,8 +3,8 @@
 A consumer multiplies X (samples, features) by W (outputs, features). A plan takes features away;
 a compensation pass sees the second moments of what is left and of what the output should be, and
 returns other weights for the kept features (and a bias, where the operator has one). The arrays
-change in the traced program, before the proof: the plan does not, and the proof then says that
-the dense program with repaired arrays, removed slices read as zero, is the pruned one.
+change in the network as it was read, before the proof: the plan does not, and the proof then says
+that the dense network with repaired arrays, removed slices read as zero, is the pruned one.
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ import torch
 
 from ..axes.choices import Choices
 from ..errors import SpaError
-from ..evidence.consumers import Consumer
 from ..graph.ir import Ref
 from ..groups.solution import Solution
-from ..torch_backend.run.lockstep import Lockstep
-from ..torch_backend.trace import Trace
 from .evidence import Evidence, _of_dense, _of_pair
-from .sites import Site, sites
+from .network import Lockstep, Repairable
+from .sites import Site, readings, sites
 
 
 @dataclass
 class Repairer:
-    """Applies a compensation pass to a traced program, site by site."""
+    """Applies a compensation pass to a network, site by site."""
 
-    trace: Trace
+    network: Repairable
     solution: Solution
     choices: Choices
     compensation: Any
 
     def stored(self, name: str) -> torch.Tensor:
-        program = self.trace.program
-        return (program.state_dict[name] if name in program.state_dict
-                else program.constants[name]).detach()
+        """Return a stored array as it is now."""
+        return self.network.stored(name)
 
     def weights(self, site: Site, evidence: Sequence[Evidence]) -> tuple[
             torch.Tensor, torch.Tensor | None]:
@@ -83,15 +80,15 @@ class Repairer:
         that a ridge leads back to are those of the one-shot repair; where data says which samples
         an array meets, others would meet it in the pruned network, and that is the repair.
         """
-        dense = Lockstep(self.trace, self.solution, {}, batches, self.stored)
+        dense = self.network.lockstep(self.solution, {}, batches)
         self.one_shot(context, batches, [s for s in found if s.consumer.route is not None])
-        pruned = Lockstep(self.trace, self.solution, self.choices, batches, self.stored)
+        pruned = self.network.lockstep(self.solution, self.choices, batches)
         for site in (s for s in found if s.consumer.route is None):
             at = site.consumer
             dense.advance(at.node.name)
             pruned.advance(at.node.name)
             weight = at.matrix(self.stored(site.weight))
-            gap = self._gap(at, dense, pruned) if residual else None
+            gap = self._gap(site, dense, pruned) if residual else None
             reads = dense.reads(at.node.name, at.tensor)
             evidence = _of_pair(at, weight, reads, pruned.reads(at.node.name, at.tensor), gap)
             if not site.kept.all():
@@ -105,19 +102,20 @@ class Repairer:
 
     def batch_norms(self, batches: Sequence[Any]) -> int:
         """Take the statistics of batch norms anew, one after the other, and return how many."""
-        pruned = Lockstep(self.trace, self.solution, self.choices, batches, self.stored)
+        pruned = self.network.lockstep(self.solution, self.choices, batches)
+        readers = readings(self.solution.graph)
         done = 0
         for node in self.solution.graph.nodes:
             places = _STATISTICS.get(node.op.rsplit(".", 1)[0])
             names = [name for i in places or () if (name := self._array(node.args[i]))]
-            if len(names) < 2:
+            if len(set(names)) < 2 or any(readers[name] > 1 for name in names):
                 continue
             pruned.advance(node.name)
             found = Channels()
             for x in pruned.reads(node.name, node.args[0].name):
                 found.add(x)
             for name, value in zip(names, (found.mean, found.variance), strict=True):
-                self._put(name, value.to(self.stored(name).dtype))
+                self.network.put(name, value.to(self.stored(name).dtype))
                 pruned.put(name, self.stored(name))
             done += 1
         return done
@@ -125,11 +123,12 @@ class Repairer:
     def _array(self, ref: Any) -> str | None:
         return self.solution.graph.tensors[ref.name].weight if isinstance(ref, Ref) else None
 
-    def _gap(self, at: Consumer, dense: Lockstep, pruned: Lockstep) -> list[torch.Tensor] | None:
+    def _gap(self, site: Site, dense: Lockstep, pruned: Lockstep) -> list[torch.Tensor] | None:
         """Dense minus pruned, of what the consumer's result is added to (a linear layer's)."""
-        graph, (out,) = self.solution.graph, at.node.outputs[:1]
+        graph, out = self.solution.graph, site.result
         users = [n for n in graph.nodes if out in n.refs()]
-        if at.patch or len(users) != 1 or not users[0].op.startswith("aten.add."):
+        if site.consumer.patch or len(users) != 1 \
+                or not users[0].op.startswith(("aten.add.", "Add")):
             return None
         others = [name for name in users[0].refs() if name != out]
         if len(others) != 1 or graph.tensors[others[0]].shape != graph.tensors[out].shape:
@@ -144,10 +143,10 @@ class Repairer:
                 again: bool = False) -> None:
         made, shift = self._solved(site, weight.double(), evidence, again=again)
         old = self.stored(site.weight)
-        self._put(site.weight, site.consumer.array(made.to(old.dtype), tuple(old.shape)))
+        self.network.put(site.weight, site.consumer.array(made.to(old.dtype), tuple(old.shape)))
         if site.bias is not None:
             bias = self.stored(site.bias)
-            self._put(site.bias, (bias.double() + shift).to(bias.dtype))
+            self.network.put(site.bias, (bias.double() + shift).to(bias.dtype))
 
     def _solved(self, site: Site, weight: torch.Tensor,
                 evidence: Sequence[Evidence], *,
@@ -157,15 +156,9 @@ class Repairer:
                  for w, each, kept in zip(weight, evidence, site.kept, strict=True)]
         return torch.stack([w for w, _ in parts]), torch.cat([shift for _, shift in parts])
 
-    def _put(self, name: str, value: torch.Tensor) -> None:
-        program = self.trace.program
-        home = program.state_dict if name in program.state_dict else program.constants
-        home[name] = torch.nn.Parameter(value.contiguous(), requires_grad=False) \
-            if isinstance(home[name], torch.nn.Parameter) else value.contiguous()
-        self.trace.repaired.add(self.trace.tied.get(name, name))
 
-
-_STATISTICS = {"aten.batch_norm": (3, 4), "aten._native_batch_norm_legit_no_training": (3, 4)}
+_STATISTICS = {"aten.batch_norm": (3, 4), "aten._native_batch_norm_legit_no_training": (3, 4),
+               "BatchNormalization": (3, 4)}
 
 
 @dataclass
@@ -211,14 +204,14 @@ def draft(compensation: Any) -> Any:
     return getattr(compensation, "draft", lambda: compensation)()
 
 
-def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any, context: Any,
-           batches: Sequence[Any], *, must: bool = True) -> list[str]:
-    """Let a compensation pass repair a traced program in place; return notes for the user.
+def repair(network: Repairable, solution: Solution, choices: Choices, compensation: Any,
+           context: Any, batches: Sequence[Any], *, must: bool = True) -> list[str]:
+    """Let a compensation pass repair a network; return notes for the user.
 
     Raises SpaError if it `must` and there is nothing to repair.
     """
     found, left = sites(solution, choices, every=getattr(compensation, "every", False))
-    worker = Repairer(trace, solution, choices, compensation)
+    worker = Repairer(network, solution, choices, compensation)
     if getattr(compensation, "weights", True) is False:
         found, left = [], []
     elif found and getattr(compensation, "sequential", False):
@@ -232,5 +225,8 @@ def repair(trace: Trace, solution: Solution, choices: Choices, compensation: Any
                            f"only {left[0]} reads it, whose weights are computed or used twice"
                            if left else "no stored weights read what the plan removes",
                        fix="use --repair none")
-    return [f"not repaired: {where}, whose weights are computed or used twice"
-            for where in left[:3]]
+    bare = [site.consumer.node.title() for site in found
+            if site.bias is None and getattr(compensation, "create_biases", False)]
+    return [*(f"not repaired: {where}, whose weights are computed or used twice"
+              for where in left[:3]),
+            *(f"no bias to repair: {where} has none and can be given none" for where in bare[:3])]

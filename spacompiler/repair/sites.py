@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from torch import nn
 
 from ..axes.choices import Choices, keep_mask
 from ..evidence.consumers import Consumer, consumer, gain
-from ..graph.ir import Ref
-from ..groups.solution import Group, Solution
+from ..graph.ir import Graph, Node, Ref
+from ..groups.solution import Solution
 
 _BIAS = {"aten.addmm": 0, "aten.layer_norm": 3, **dict.fromkeys(
     "aten.linear aten.conv1d aten.conv2d aten.conv3d aten.conv_transpose1d aten.convolution "
-    "aten.conv_transpose2d aten.conv_transpose3d".split(), 2)}
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    "aten.conv_transpose2d aten.conv_transpose3d Gemm Conv ConvTranspose".split(), 2)}
+_ADDED = {"MatMul": "Add"}
+"""Products without a bias of their own, and the operator that adds one."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A consumer that loses features: `kept` (shared, features); `bias` is its stored bias."""
+    """A consumer that loses features: `kept` (shared, features).
+
+    `bias` is its stored bias, `result` the tensor that product and bias make.
+    """
 
     consumer: Consumer
     weight: str
     bias: str | None
     kept: torch.Tensor
+    result: str
 
 
 def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *,
@@ -43,8 +46,7 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     """
     graph = solution.graph
     nodes = {node.name: node for node in graph.nodes}
-    readers = Counter(graph.tensors[name].weight or name for node in graph.nodes
-                      for name in dict.fromkeys(node.refs()))
+    readers = readings(graph)
     wanted = {read.node for group in solution.groups.values() if group.atom in choices
               for read in group.reads}
     wanted = wanted if among is None else wanted & among
@@ -67,22 +69,54 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
             before = gain(graph, at.tensor) if kept.all() else None
             gains |= {} if before is None else {before.node.name: before}
             continue
-        found.append(Site(at, weight, _bias(solution, at, readers), kept))
+        bias, result = _bias(graph, at, readers, kept)
+        found.append(Site(at, weight, bias, kept, result))
     for at in gains.values():
         tensor, whole = graph.tensors[at.weight], keep_mask(solution.dims(at.tensor), choices)
         if tensor.weight is not None and tensor.kind == "parameter" and whole.all() \
                 and readers[tensor.weight] == 1:
-            found.append(Site(at, tensor.weight, _bias(solution, at, readers),
-                              torch.ones(*tensor.shape, 1, dtype=torch.bool)))
+            every_one = torch.ones(*tensor.shape, 1, dtype=torch.bool)
+            bias, result = _bias(graph, at, readers, every_one)
+            found.append(Site(at, tensor.weight, bias, every_one, result))
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda site: order[site.consumer.node.name]), left
 
 
-def _bias(solution: Solution, at: Consumer, readers: Counter[str]) -> str | None:
-    position = _BIAS.get(at.node.op.rsplit(".", 1)[0], _BIAS.get(at.node.op))
-    ref = at.node.arg(position, "bias", None) if position is not None else None
-    name = solution.graph.tensors[ref.name].weight if isinstance(ref, Ref) else None
-    return name if name and readers[name] == 1 and len(solution.dims(name)) == 1 else None
+def readings(graph: Graph) -> Counter[str]:
+    """Count who reads each stored array, the caller of the network too, and each other tensor."""
+    return Counter(graph.tensors[name].weight or name for names in (
+        *(node.refs() for node in graph.nodes), graph.outputs) for name in dict.fromkeys(names))
+
+
+def _bias(graph: Graph, at: Consumer, readers: Counter[str],
+          kept: torch.Tensor) -> tuple[str | None, str]:
+    """Return a consumer's stored bias, one number an output, and what holds product and bias."""
+    out = at.node.outputs[0]
+    outputs = (prod(graph.tensors[at.weight].shape) // kept.shape[1],)
+    for ref, result in _added(graph, at, readers):
+        name = graph.tensors[ref].weight
+        if name and readers[name] == 1 and graph.tensors[ref].shape == outputs:
+            return name, result
+    return None, out
+
+
+def _added(graph: Graph, at: Consumer, readers: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Yield what may be the bias of a product, with the tensor that holds their sum."""
+    node, out = at.node, at.node.outputs[0]
+    position = _BIAS.get(node.op.rsplit(".", 1)[0], _BIAS.get(node.op))
+    ref = node.arg(position, "bias", None) if position is not None else None
+    if isinstance(ref, Ref) and _evenly(node):
+        yield ref.name, out
+    adds = _ADDED.get(node.op)
+    user = next((n for n in graph.nodes if out in n.refs()), None) if adds else None
+    if user is not None and user.op == adds and readers[out] == 1 and at.w_order[0] == ():
+        yield from ((name, user.outputs[0]) for name in user.refs() if name != out)
+
+
+def _evenly(node: Node) -> bool:
+    """False for a Gemm that scales its bias otherwise than its product (or to nothing)."""
+    product, bias = (*node.args[5:7], 1.0, 1.0)[:2] if node.op == "Gemm" else (1.0, 1.0)
+    return product == bias != 0
 
 
 def _kept(solution: Solution, at: Consumer, choices: Choices) -> torch.Tensor:
@@ -94,18 +128,3 @@ def _kept(solution: Solution, at: Consumer, choices: Choices) -> torch.Tensor:
         mask = mask.narrow(d, 0, 1)
     shape = [1 if d in dynamic else e.size for d, e in enumerate(dims)]
     return at.inputs(mask.double().expand(shape)).amax(1) > 0.5
-
-
-def unbiased(module: nn.Module, solution: Solution, groups: Sequence[Group]) -> list[str]:
-    """Return the linear layers and convolutions that read a group and could have a bias."""
-    nodes = {node.name: node for node in solution.graph.nodes}
-    read = dict.fromkeys(r.node for g in groups for r in g.reads)
-    found = []
-    for node in (nodes[name] for name in read):
-        at = consumer(solution.graph, node)
-        weight = solution.graph.tensors[at.weight].weight if at is not None else None
-        path = weight.rpartition(".")[0] if weight else ""
-        if path and getattr(module.get_submodule(path), "bias", 0) is None \
-                and isinstance(module.get_submodule(path), (nn.Linear, *_CONVS)):
-            found.append(path)
-    return list(dict.fromkeys(found))

@@ -22,7 +22,7 @@ def name(n: Node, index: int) -> str | None:
 
 
 def gemm(s: Solver, n: Node) -> None:
-    """Gemm(a, b, c, transA, transB): c broadcasts to the product."""
+    """Gemm(a, b, c, transA, transB, ...): c broadcasts to the product."""
     a, b = ("i n" if n.args[3] else "n i"), ("o i" if n.args[4] else "i o")
     p.relate_pattern(s, n, f"{a}, {b} -> n o", p.operands(n)[:2])
     _plus(s, n, 2)

@@ -67,7 +67,7 @@ STANDARD: dict[str, Op] = {
     **_each(_POINTWISE, p.pointwise), **_each(_SAME, p.same, "0"), "PRelu": Op(p.pointwise),
     # products
     "MatMul": Op(p.matmul, "0 1"),
-    "Gemm": Op(o.gemm, "0 1 2 @transA=0 @transB=0"),
+    "Gemm": Op(o.gemm, "0 1 2 @transA=0 @transB=0 @alpha=1.0 @beta=1.0"),
     "Einsum": Op(p.einsum, "@equation *"),
     "Conv": Op(p.convolution, "0 1 2 :strides :padding :dilations @group=1"),
     "ConvTranspose": Op(p.transposed_convolution, "0 1 2 _ _ _ @group=1"),

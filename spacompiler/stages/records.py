@@ -127,7 +127,8 @@ class Backend:
     `trace(module, inputs, quick=False)` returns a trace (with its `graph`) and its solution; a
     quick one serves groups and slicing only. `context` is what importance
     passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
-    `layout` and `emission`. `kind` says what a model is: a torch module, or an ONNX file.
+    `layout` and `emission`; `add_biases` gives `module` zero biases where consumers lack one (False
+    if none does). `kind` says what a model is: a torch module, or an ONNX file.
     """
 
     kind: Literal["torch", "onnx"]
@@ -137,3 +138,4 @@ class Backend:
     digest: Callable[[Job], str]
     prove: Callable[[Job], Proof]
     emit: Callable[[Job], None]
+    add_biases: Callable[[Job], bool]

@@ -19,6 +19,7 @@ from ..stages.records import Backend, Job
 from ..store.completeness import unsound
 from .emit import stock as hf
 from .emit.attributes import assign, resized, unmet, watch
+from .emit.biases import unbiased, with_biases
 from .emit.module import operate
 from .emit.program import Rewritten, rewrite, run_pruned
 from .emit.slicer import Slicer
@@ -40,6 +41,12 @@ def _trace_module(module: nn.Module, inputs: Inputs,
                   quick: bool = False) -> tuple[Trace, Solution]:
     traced = trace(module, inputs, quick=quick)
     return traced, solve(traced.graph, TABLE, rewire=True)
+
+
+def _add_biases(job: Job) -> bool:
+    paths = unbiased(job.module, job.solution, job.candidates)
+    job.module = with_biases(job.module, paths, owned=job.owned)
+    return bool(paths)
 
 
 def _prove_module(job: Job) -> Proof:
@@ -168,4 +175,5 @@ TORCH = Backend(
     digest=lambda job: weights_hash(job.module),
     prove=_prove_module,
     emit=_emit_module,
+    add_biases=_add_biases,
 )

@@ -25,6 +25,7 @@ from ..repair.evidence import Evidence
 from ..repair.repairer import Repairer
 from ..repair.sites import Site, sites
 from ..torch_backend.run.masks import masks
+from ..torch_backend.run.observe import ProgramNetwork
 from ..torch_backend.run.runner import Override, OverridingRunner, Runner
 from ..torch_backend.trace import Trace
 
@@ -77,7 +78,7 @@ class Sensitivity:
                  plan: Callable[[Problem, Mapping[str, int]], Choices]) -> None:
         self._trace, self._solution, self._context = trace, solution, context
         self._compensation, self._plan = compensation, plan
-        self._dense = Repairer(trace, solution, {}, None)
+        self._dense = Repairer(ProgramNetwork(trace), solution, {}, None)
         self._evidence: dict[str, list[Evidence]] = {}
         self._nodes = {node.name: node for node in trace.program.graph_module.graph.nodes}
 
@@ -110,7 +111,7 @@ class Sensitivity:
 
     def _arrays(self, choices: Choices, among: set[str]) -> dict[str, Arrays]:
         """Repaired weights and biases of the consumers that a plan takes features from."""
-        worker = Repairer(self._trace, self._solution, choices, self._compensation)
+        worker = Repairer(self._dense.network, self._solution, choices, self._compensation)
         found, _ = sites(self._solution, choices, among)
         for site in found:
             name = site.consumer.node.name

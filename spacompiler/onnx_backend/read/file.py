@@ -35,13 +35,15 @@ _PLAIN = frozenset(ir.DataType[n] for n in (
 class OnnxFile:
     """A checked model and where it came from; `notes` say what was changed on reading.
 
-    `data` are the files beside it that hold arrays.
+    `data` are the files beside it that hold arrays, `biased` the operators (by their names in the
+    IR) that have been given a bias of zeros.
     """
 
     path: Path
     model: ir.Model
     data: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
+    biased: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:

@@ -39,7 +39,8 @@ class Unknown(Exception):
 class OnnxTrace:
     """A file's graph as IR, with what is needed to go back: nodes, places, facts, inputs.
 
-    Nothing is `tied` by name nor `repaired`: a shared initialiser has one name.
+    Nothing is `tied` by name: a shared initialiser has one. `repaired` are the arrays that a repair
+    puts in place of the file's own, which stay as they are.
     """
 
     file: OnnxFile
@@ -50,14 +51,16 @@ class OnnxTrace:
     places: dict[tuple[str, int], Place] = field(default_factory=dict)
     filled: dict[str, ir.Node] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
-    repaired: dict[str, Any] = field(default_factory=dict)
+    repaired: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def model(self) -> ir.Model:
         return self.file.model
 
     def stored(self, name: str) -> np.ndarray:
-        """Return a stored array (mapped from disk where it lies)."""
+        """Return a stored array (mapped from disk where it lies), or what is in place of it."""
+        if name in self.repaired:
+            return self.repaired[name]
         if name in self.filled:
             node = self.filled[name]
             value = node.attributes.get("value")
@@ -66,6 +69,11 @@ class OnnxTrace:
         tensor = self.model.graph.initializers[name].const_value
         assert tensor is not None
         return tensor.numpy()
+
+    def array(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Return a value for a stored array in that array's type."""
+        kept = ir.DataType(self.facts.types[name]).numpy()
+        return np.ascontiguousarray(value.astype(kept, copy=False))
 
 
 def trace(file: OnnxFile, feeds: Mapping[str, np.ndarray] | None = None) -> OnnxTrace:

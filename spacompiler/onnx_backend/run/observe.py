@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ...axes.choices import Choices
 from ...evidence.calls import Batch
 from ...evidence.network import Place, See, Stored
 from ...evidence.scores import Scores
@@ -17,6 +18,7 @@ from ...groups.solution import Solution
 from ...system.process import no_warnings
 from ..read.file import checked_feed, release
 from ..read.lower import OnnxTrace
+from .lockstep import FileLockstep
 from .session import Session, alone, run
 
 EXPOSED = 2**28
@@ -30,7 +32,10 @@ def fresh_context(trace: OnnxTrace, solution: Solution, seed: int = 0) -> Scores
 
 @dataclass
 class FileNetwork:
-    """A file as a network that evidence is drawn from: ONNX Runtime returns what is asked for."""
+    """A file as a network that evidence is drawn from, and that can be repaired.
+
+    ONNX Runtime returns what is asked for, from the file's own arrays.
+    """
 
     trace: OnnxTrace
     _mapped: tuple[str, ...] = ()
@@ -67,6 +72,16 @@ class FileNetwork:
             yield {place for name in names for place in readers[name]}
         for _ in feeds if not together else ():
             tick()
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Let the trace have another value of a stored array; the file keeps its own."""
+        self.trace.repaired[name] = self.trace.array(name, value.numpy())
+
+    def lockstep(self, solution: Solution, choices: Choices,
+                 batches: Sequence[Batch]) -> FileLockstep:
+        """Run all batches from place to place, what `choices` remove read as zero."""
+        return FileLockstep(self.trace, solution, choices,
+                            [_feed(self.trace, batch) for batch in batches])
 
     def _costs(self, places: Mapping[Place, float],
                feeds: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ...axes.choices import Choices
 from ...evidence.calls import Batch, examples
 from ...evidence.network import Place, See, Stored
+from ...groups.solution import Solution
 from ..trace import Trace
+from .lockstep import Lockstep
 from .runner import Runner
 
 
 @dataclass
 class ProgramNetwork:
-    """A traced program as a network that evidence is drawn from."""
+    """A traced program as a network that evidence is drawn from, and that can be repaired."""
 
     trace: Trace
 
@@ -68,6 +71,19 @@ class ProgramNetwork:
             for run in side_by_side:
                 next(run)
             yield {(name, tensor) for tensor in by_node[name]}
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Let the program have another value of a stored array; the module's own stays."""
+        program = self.trace.program
+        home = program.state_dict if name in program.state_dict else program.constants
+        home[name] = torch.nn.Parameter(value.contiguous(), requires_grad=False) \
+            if isinstance(home[name], torch.nn.Parameter) else value.contiguous()
+        self.trace.repaired.add(self.trace.tied.get(name, name))
+
+    def lockstep(self, solution: Solution, choices: Choices,
+                 batches: Sequence[Batch]) -> Lockstep:
+        """Run batches side by side, what `choices` remove read as zero."""
+        return Lockstep(self.trace, solution, choices, batches, self.stored)
 
     def _steps(self, number: int, batch: Batch, by_node: Mapping[str, set[str]],
                see: See) -> Iterator[str]:
