@@ -135,7 +135,7 @@ def test_the_file_keeps_its_arrays_and_the_artifact_is_verified(tmp_path: Path) 
     for name, value in result.job.module.model.graph.initializers.items():
         np.testing.assert_array_equal(value.const_value.numpy(), arrays[name])
     assert {*result.job.trace.repaired} == {"w2", "b2"} and result.report["repair"] != "none"
-    found = {c.name: c for c in spacompiler.verify(tmp_path / "out")}
+    found = {c.name: c for c in spacompiler.verify(tmp_path / "out", str(tmp_path / "f/m.onnx"))}
     assert all(c.passed for c in found.values())
     assert "2 repaired" in found["plan identity"].detail
     written = ir.load(tmp_path / "out/model.onnx").graph.initializers["w2"].const_value
@@ -162,7 +162,7 @@ def test_a_bias_is_added_where_an_operator_may_have_one(tmp_path: Path) -> None:
     assert got.shape[1] == len(stored(job, "c_bias")) < want.shape[1]
     want, got = want.mean((0, 2, 3)), got.mean((0, 2, 3))
     assert all(np.abs(want - mean).min() < 1e-4 for mean in got)
-    assert all(c.passed for c in spacompiler.verify(tmp_path / "out"))
+    assert all(c.passed for c in spacompiler.verify(tmp_path / "out", str(tmp_path / "f/m.onnx")))
 
 
 def test_a_bias_that_cannot_be_added_is_said(tmp_path: Path) -> None:
