@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import SpaError
@@ -133,10 +133,23 @@ def trace_decoder(model: Any) -> Traced:
                        fix="leave --decoder out: model.onnx is then written without a cache"
                        ) from problem
     drop_asserts(program.graph)
+    _read_sizes_of_ids(program.graph)
     program.graph_module.recompile()
     parts = [(i, part) for i in range(len(past) // 2) for part in ("key", "value")]
     return Traced(program, [*(PAST.format(*p) for p in parts), *inputs],
                   ["logits", *(PRESENT.format(*p) for p in parts)])
+
+
+def _read_sizes_of_ids(graph: fx.Graph) -> None:
+    """Let batch and sequence be sizes of `input_ids`, the first input beside the cache.
+
+    The tracer reads a size where it likes; a loop may start with a cache of batch 0.
+    """
+    ids = next(node for node in graph.nodes if node.name == "inputs_0")
+    known = {str(size): d for d, size in enumerate(ids.meta["val"].shape)}
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.sym_size.int and str(node.meta["val"]) in known:
+            node.args = (ids, known[str(node.meta["val"])])
 
 
 @contextmanager

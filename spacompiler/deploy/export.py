@@ -25,6 +25,7 @@ from ..system.staging import Scratch
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
 from ..torch_backend.read.decompose import fake_mode, replace
 from ..torch_backend.trace import copied
+from .spelled import spell_out, without_zero_biases
 from .weights_beside import refer_to_safetensors
 
 OPSET = 20
@@ -83,6 +84,7 @@ def export_onnx(
     names = _check_names(ep, input_names, output_names)
     model = _to_ir(_without_idle_nodes(ep), names, output_names, opset)
     settle(model)
+    without_zero_biases(model)
     _name_axes(model, axes or {})
     _share_tied(model, [*ep.state_dict, *ep.constants])
     limit = min(external_bytes, _INLINE_LIMIT)
@@ -115,6 +117,7 @@ def _without_idle_nodes(ep: ExportedProgram) -> ExportedProgram:
     """Drop checks and whole-range slices; each would cost the exporter ten ONNX nodes."""
     module = copied(ep.graph_module)
     drop_metadata_asserts(module)
+    spell_out(module)
     for node in list(module.graph.nodes):
         if _is_idle_slice(node):
             node.replace_all_uses_with(node.args[0])
