@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import spacompiler
 from spacompiler.api import Result
+from spacompiler.errors import SpaError
 from spacompiler.onnx_backend.read.examples import guess
 from spacompiler.onnx_backend.read.file import open_model
 from spacompiler.sources.named import load as load_source
@@ -282,3 +284,91 @@ def test_the_default_looks_at_weights_where_no_product_reads_a_group(tmp_path: P
     result = pruned(model, tmp_path, importance="auto", roles=["head dim"],
                     calibration=[{"x": RNG.standard_normal((2, 6, 12)).astype(np.float32)}])
     assert result.job.importance.name == "magnitude"
+
+
+# --- integers ---------------------------------------------------------------------------------
+
+
+def quantised(folder: Path, **options: Any) -> Path:
+    """A small classifier whose products ONNX Runtime made products of integers."""
+    base = weights(parsed("""m (float[N, 3, 8, 8] x) => (float[N, 5] y) {
+        a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+        r = Relu(a)
+        c = Conv<pads=[1,1,1,1]>(r, w2, b2)
+        g = GlobalAveragePool(c)
+        f = Flatten(g)
+        h = Gemm(f, w3, b3)
+        t = Relu(h)
+        y = MatMul(t, w4)
+    }""", 13), w1=(32, 3, 3, 3), b1=(32,), w2=(24, 32, 3, 3), b2=(24,), w3=(24, 40), b3=(40,),
+        w4=(40, 5))
+    onnx.save(base, folder / "float.onnx")
+    quantize_dynamic(folder / "float.onnx", folder / "int.onnx",
+                     op_types_to_quantize=["Conv", "MatMul", "Gemm"], **options)
+    return folder / "int.onnx"
+
+
+@pytest.mark.parametrize(("kind", "per_channel"), [("QInt8", True), ("QUInt8", False)])
+def test_products_of_integers_are_entered(kind: str, per_channel: bool, tmp_path: Path) -> None:
+    """What is removed reads as the zero point, so that masked and pruned are equal."""
+    path = quantised(tmp_path, weight_type=getattr(QuantType, kind), per_channel=per_channel)
+    result = pruned(path, tmp_path)
+    assert result.job.proof.error < 1e-10
+    assert sorted(g.size for g in result.job.solution.groups.values()) == [24, 32, 40]
+
+
+def test_integers_are_scored_from_their_zero_point_on(tmp_path: Path) -> None:
+    """Criteria see unsigned weights as the floats that they stand for, but for the scale."""
+    path = quantised(tmp_path, weight_type=QuantType.QUInt8)
+    job = pruned(path, tmp_path, dry_run=True).job
+    found = job.backend.context(job).stored("w3_quantized").numpy()
+    dense = {t.name: t for t in onnx.load(tmp_path / "float.onnx").graph.initializer}
+    want = numpy_helper.to_array(dense["w3"])
+    scale = (found * want).sum() / (found**2).sum()
+    np.testing.assert_allclose(found * scale, want, atol=2 * scale)
+
+
+def test_products_of_integers_with_fixed_scales(tmp_path: Path) -> None:
+    model = numbers(parsed("""m (uint8[N, 3, 4, 4] x) => (float[N, 4, 4, 4] y) {
+        a = QLinearConv<pads=[1,1,1,1]>(x, s, zx, w1, ws, zw, s, z, b)
+        c = QLinearConv(a, s, z, w2, s, zero, s, z)
+        y = DequantizeLinear(c, s, z)
+    }"""), s=np.float32(0.05), ws=np.full(32, 0.02, np.float32), zx=np.uint8(7), z=np.uint8(100),
+        zw=np.zeros(32, np.int8), zero=np.int8(0), b=RNG.integers(-9, 9, 32).astype(np.int32),
+        w1=RNG.integers(-90, 90, (32, 3, 3, 3)).astype(np.int8),
+        w2=RNG.integers(-90, 90, (4, 32, 1, 1)).astype(np.int8))
+    result = pruned(model, tmp_path, target="params=69%")
+    assert {g.size for g in result.job.solution.groups.values()} == {32}
+
+
+# --- damaged files ----------------------------------------------------------------------------
+
+
+def untyped(tensor: onnx.TensorProto) -> None:
+    tensor.data_type = 0
+
+
+def far(tensor: onnx.TensorProto) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "a" * 5000), ("length", "16")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+
+
+def untyped_constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    node = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+    node.attribute[0].t.data_type = 0
+    return node
+
+
+@pytest.mark.parametrize(("damage", "what"), [
+    (untyped, "have no type"), (far, "aaa...aaa"), (untyped_constant, "cannot be read")])
+def test_damaged_arrays_are_one_clear_error(damage: Any, what: str, tmp_path: Path) -> None:
+    model = mlp()
+    node = damage(model.graph.initializer[0])
+    model.graph.node.extend([node] if node else [])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(SpaError) as caught:
+        open_model(tmp_path / "m.onnx")
+    assert what in caught.value.what + caught.value.why and len(str(caught.value)) < 600

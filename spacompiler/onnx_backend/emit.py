@@ -24,6 +24,7 @@ from ..errors import ProofError
 from ..groups.solution import Solution
 from ..plan.effects import NormChange, norm_changes, touched
 from ..rows.findings import Path
+from ..rows.onnx_integers import zero_point
 from .read.file import release
 from .read.lower import OnnxTrace, Place
 from .read.shapes import Facts, infer
@@ -369,7 +370,9 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices,
                 if value is not None and value.name == tensor:
                     mask = keep_mask(solution.solver.dims[tensor], choices)
                     number = trace.facts.types[tensor]
-                    node.replace_input_with(i, made.of(node, value, mask, number))
+                    at = zero_point(node.op_type, i)
+                    zero = node.inputs[at] if at is not None and at < len(node.inputs) else None
+                    node.replace_input_with(i, made.of(node, value, mask, number, zero))
     for edit in solution.solver.edits:
         place = trace.places.get((edit.node, edit.path[1]))
         if edit.value is not None and place is not None and place.kind == "attr" \
@@ -386,20 +389,25 @@ def _set_default(node: ir.Node, key: str, value: Any) -> None:
 
 
 class _Masks:
-    """The masked values of a model: Where(mask, value, 0), once for each."""
+    """The masked values of a model: Where(mask, value, 0), once for each.
+
+    Integers of a product read their zero point in place of 0.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.made: dict[str, ir.Value] = {}
         self.order = {id(n): i for i, n in enumerate(model.graph.all_nodes())}
 
-    def of(self, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int) -> ir.Value:
+    def of(self, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int,
+           zero: ir.Value | None = None) -> ir.Value:
         """Return the masked value, made before the first of its readers in the node's graph."""
         name = value.name or ""
         if name in self.made:
             return self.made[name]
         graph = node.graph
-        zero = constant(self.model, np.zeros((), ir.DataType(number).numpy()), f"{name}_zero")
+        zero = zero or constant(self.model, np.zeros((), ir.DataType(number).numpy()),
+                                f"{name}_zero")
         stored = constant(self.model, mask, f"{name}_mask")
         step = ir.Node("", "Where", [stored, value, zero],
                        num_outputs=1, name=f"{name}_where")

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from . import onnx_caches as c
+from . import onnx_integers as i
 from . import onnx_rows as o
 from . import primitives as p
 from . import reductions as r
@@ -61,7 +62,6 @@ SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert Sequence
 SplitToSequence ConcatFromSequence Optional OptionalGetElement OptionalHasElement
 """
 _TEXT = "StringConcat StringNormalizer StringSplit RegexFullMatch TfIdfVectorizer ImageDecoder"
-_INTEGER = "ConvInteger MatMulInteger QLinearConv QLinearMatMul"
 
 STANDARD: dict[str, Op] = {
     **_each(_POINTWISE, p.pointwise), **_each(_SAME, p.same, "0"), "PRelu": Op(p.pointwise),
@@ -129,8 +129,15 @@ STANDARD: dict[str, Op] = {
     "GridSample": Op(o.region_align, "0 1"),
     # numbers of fewer bits
     **_each("QuantizeLinear DequantizeLinear", o.quantize, "0 1 2 @axis=1"),
-    "DynamicQuantizeLinear": Op(p.frozen("takes its scale over everything")),
-    **_each(_INTEGER, p.frozen("removed integers are not zero where the zero point is not")),
+    "DynamicQuantizeLinear": Op(i.dynamic_quantize, "0"),
+    "ConvInteger": Op(i.convolution(0, 1, 7, window=4, per_output=(3,), single=(2,)),
+                      "0 1 2 3 :strides :padding :dilations @group=1"),
+    "MatMulInteger": Op(i.matmul(0, 1, per_output=(3,), single=(2,)), "0 1 2 3"),
+    "QLinearConv": Op(i.convolution(0, 3, 12, window=9, per_output=(4, 5, 8),
+                                    single=(1, 2, 6, 7)),
+                      "0 1 2 3 4 5 6 7 8 :strides :padding :dilations @group=1"),
+    "QLinearMatMul": Op(i.matmul(0, 3, per_output=(4, 5), single=(1, 2, 6, 7)),
+                        "0 1 2 3 4 5 6 7"),
     # what nothing passes
     **_each(_FIXED, p.frozen("makes numbers from sizes")),
     **_each(_SEQUENCES, p.frozen("works on sequences")),

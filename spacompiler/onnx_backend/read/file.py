@@ -71,18 +71,15 @@ def open_model(path: str | Path) -> OnnxFile:
                        fix="give an .onnx file")
     try:
         model = ir.load(place)
-    except Exception as problem:  # protobuf and onnx_ir raise many kinds
-        raise _unreadable(place, problem) from problem
-    for tensor in _tensors(model):
-        _check_tensor(tensor, place)
-    made = OnnxFile(place, model, tuple(sorted(_external_files(model))))
-    _take_in(model)
-    _check_model(made)
-    try:
+        for tensor in _tensors(model):
+            _check_tensor(tensor, place)
+        made = OnnxFile(place, model, tuple(sorted(_external_files(model))))
+        _take_in(model)
+        _check_model(made)
         _prepare(made)
     except SpaError:
         raise
-    except Exception as problem:
+    except Exception as problem:  # protobuf and onnx_ir raise many kinds
         raise _unreadable(place, problem) from problem
     return made
 
@@ -153,27 +150,45 @@ def _check_tensor(tensor: ir.TensorProtocol, place: Path) -> None:
     if any(n < 0 for n in shape) or np.prod(shape, dtype=float) > LIMIT:
         raise SpaError(f"stored tensor {tensor.name!r} has the absurd shape {list(shape)}",
                        where=str(place), fix="the file is damaged; export it again")
-    if not isinstance(tensor, ir.ExternalTensor):
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise SpaError(f"stored tensor {tensor.name!r} cannot be read", where=str(place),
+                       why="its numbers have no type (0)",
+                       fix="the file is damaged; export it again")
+    if isinstance(tensor, ir.ExternalTensor):
+        try:
+            _check_external(tensor, place)
+        except OSError as problem:
+            raise SpaError("the place of external data cannot be looked up", where=str(place),
+                           why=f"tensor {tensor.name!r} is said to be stored in "
+                               f"{_short(str(tensor.location))}: {problem.strerror}",
+                           fix="the file is damaged; export it again") from problem
+    else:
         _check_bytes(tensor, place)
-        return
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:60]}...{name[-10:]}")
+
+
+def _check_external(tensor: ir.ExternalTensor, place: Path) -> None:
     folder, name = place.parent.resolve(), str(tensor.location)
     data = place.parent / name.replace("\0", "?")
     if "\0" in name or Path(name).is_absolute() or not data.resolve().is_relative_to(folder):
         raise SpaError(f"stored tensor {tensor.name!r} lies outside the model's folder",
-                       where=str(place), why=f"its external data is {name!r}",
+                       where=str(place), why=f"its external data is {_short(name)}",
                        fix="keep external data beside the model")
     if not data.is_file():
-        raise SpaError(f"the external data {name!r} is missing", where=str(place),
+        raise SpaError(f"the external data {_short(name)} is missing", where=str(place),
                        why=f"tensor {tensor.name!r} is stored there",
                        fix="put the data file beside the model")
     size, offset = data.stat().st_size, tensor.offset or 0
     if offset < 0 or offset + (tensor.length or tensor.nbytes) > size:
-        raise SpaError(f"the external data {name!r} is too short", where=str(place),
+        raise SpaError(f"the external data {_short(name)} is too short", where=str(place),
                        why=f"tensor {tensor.name!r} would end beyond its {size} bytes",
                        fix="the file is damaged; copy or export it again")
     if tensor.length is not None and tensor.length < tensor.nbytes:
         raise SpaError(f"stored tensor {tensor.name!r} is too short", where=str(place),
-                       why=f"{tensor.length} bytes for the shape {list(shape)}",
+                       why=f"{tensor.length} bytes for the shape {list(sizes_of(tensor))}",
                        fix="the file is damaged; export it again")
 
 

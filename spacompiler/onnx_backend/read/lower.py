@@ -360,7 +360,9 @@ def _window(attribute: str) -> Callable[[_Lowering, ir.Node, str, int], list[Any
 
 def _padding(low: _Lowering, node: ir.Node, name: str, at: int) -> list[Any]:
     """Return (begin, end) for each spatial dimension of a convolution."""
-    x, w = (low.facts.shapes[v.name or ""][2:] for v in node.inputs[:2] if v is not None)
+    both = (0, 3) if node.op_type == "QLinearConv" else (0, 1)
+    x, w = (low.facts.shapes[node.inputs[i].name or ""][2:]  # type: ignore[union-attr]
+            for i in both)
     (strides,), (dilations,) = (_window(a)(low, node, name, at) for a in ("strides", "dilations"))
     auto = node.attributes.get_string("auto_pad", "NOTSET")
     if auto in ("SAME_UPPER", "SAME_LOWER"):

@@ -15,6 +15,7 @@ from ...evidence.calls import Batch
 from ...evidence.network import Place, See, Stored
 from ...evidence.scores import Scores
 from ...groups.solution import Solution
+from ...rows.onnx_integers import zero_point
 from ...system.process import no_warnings
 from ..read.file import checked_feed, release
 from ..read.lower import OnnxTrace
@@ -42,11 +43,12 @@ class FileNetwork:
     _made: dict[str | None, ir.Value] = field(default_factory=dict)
 
     def stored(self, name: str) -> torch.Tensor:
-        """Return a stored array as it lies; integers (quantised weights) as floats."""
+        """Return a stored array as it lies; integers (quantised weights) as floats from their
+        zero point on."""
         model = self.trace.model
         self._mapped = (*(n for n in self._mapped if not release(model, n)), name)
         found = _tensor(self.trace.stored(name))
-        return found if found.is_floating_point() else found.float()
+        return found if found.is_floating_point() else found.float() - _zero(model, name)
 
     def static(self, name: str, stored: Stored) -> torch.Tensor:
         """Return a stored array, or what follows from the file's own alone (a transposed weight).
@@ -118,6 +120,17 @@ def _fitting(costs: Mapping[str, float]) -> Iterator[list[str]]:
         total += cost
     if held:
         yield held
+
+
+def _zero(model: ir.Model, name: str) -> torch.Tensor:
+    """The zero point of stored integers."""
+    value = model.graph.initializers.get(name)
+    for node, i in value.uses() if value is not None else ():
+        at = zero_point(node.op_type, i)
+        zero = node.inputs[at] if at is not None and at < len(node.inputs) else None
+        if zero is not None and zero.const_value is not None and zero.const_value.size == 1:
+            return torch.tensor(float(zero.const_value.numpy().reshape(())))
+    return torch.zeros(())
 
 
 def _elements(feed: dict[str, np.ndarray]) -> int:
