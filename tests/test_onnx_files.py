@@ -358,7 +358,7 @@ def far(tensor: onnx.TensorProto) -> None:
 
 def untyped_constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
     node = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
-    node.attribute[0].t.data_type = 0
+    node.attribute[0].t.CopyFrom(onnx.TensorProto(dims=[1]))
     return node
 
 
