@@ -51,7 +51,7 @@ def fetch(cache: Path, wanted: str) -> Path:
 # --- inputs -----------------------------------------------------------------------------------
 
 
-def kinds_of_files(each: int = 24) -> list[Path]:
+def kinds_of_files(each: int = 12) -> list[Path]:
     """Files of the Python installation, at most so many of each ending, in a seeded order."""
     seen: Counter[str] = Counter()
     places = [Path(sysconfig.get_path(key)) for key in ("stdlib", "platlib")]

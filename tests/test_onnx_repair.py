@@ -52,7 +52,8 @@ def compiled(made: onnx.ModelProto, folder: Path, data: np.ndarray | None = None
     folder.mkdir(exist_ok=True)
     onnx.save(made, folder / "m.onnx")
     batches = None if data is None else [
-        {"x": part.astype(np.float32)} for part in np.split(data, 4)]
+        {"x": part.astype(np.float32)}
+        for part in (data if data.ndim == 3 else np.split(data, 4))]
     return api.compile(str(folder / "m.onnx"), **{
         "target": "params=70%", "importance": "wanda", "align": 1, "latency": False,
         "calibration": batches, **options})
@@ -98,6 +99,19 @@ def test_what_stays_is_least_squares(name: str, tmp_path: Path) -> None:
     best = np.linalg.lstsq(columns, want - known, rcond=None)[0]
     np.testing.assert_allclose(got, columns @ best + known, atol=2e-4)
     assert ("b2" in job.trace.repaired) == free
+
+
+def test_what_is_added_across_outputs_is_no_bias(tmp_path: Path) -> None:
+    made = model("a = MatMul(w1, x) h = Tanh(a) p = MatMul(w2, h) y = Add(p, b2)",
+                 "6, 5", "5, 5", w1=(64, 6), w2=(5, 64), b2=(5,))
+    data = np.split(RNG.standard_normal((6, 400)), 80, axis=1)
+    job = compiled(made, tmp_path / "f", np.stack(data), repair=EXACT).job
+    want = [values(job, "p", pruned=False, data=x)[0] for x in data]
+    h, got = zip(*(values(job, "h", "p", data=x) for x in data), strict=True)
+    columns = np.concatenate(h, 1).T
+    best = np.linalg.lstsq(columns, np.concatenate(want, 1).T, rcond=None)[0]
+    np.testing.assert_allclose(np.concatenate(got, 1).T, columns @ best, atol=2e-4)
+    assert {*job.trace.repaired} == {"w2"}
 
 
 CONVOLUTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -196,9 +210,11 @@ def test_a_sequential_repair_reads_what_the_repaired_file_gives(tmp_path: Path) 
     np.testing.assert_allclose(got, g @ best, atol=1e-3)
 
 
-def test_shared_and_computed_weights_stay_and_are_named(tmp_path: Path) -> None:
-    made = model("a = Gemm(x, w1) h = Tanh(a) t = Transpose(w2) y = MatMul(h, t)",
-                 "N, 6", "N, 5", w1=(6, 64), w2=(5, 64))
+@pytest.mark.parametrize("last", [
+    "t = Transpose(w2) y = MatMul(h, t)",
+    "g = Sigmoid(a) p = Gemm<transB=1>(h, w2) q = Gemm<transB=1>(g, w2) y = Add(p, q)"])
+def test_shared_and_computed_weights_stay_and_are_named(last: str, tmp_path: Path) -> None:
+    made = model(f"a = Gemm(x, w1) h = Tanh(a) {last}", "N, 6", "N, 5", w1=(6, 64), w2=(5, 64))
     with pytest.raises(SpaError, match="nothing to repair") as caught:
         compiled(made, tmp_path / "f", X, repair="refit")
-    assert "MatMul" in caught.value.why
+    assert "computed or used twice" in caught.value.why

@@ -39,7 +39,7 @@ def slices(job: Job) -> dict[str, Any]:
     names = job.trace.tied or {name: name for name in job.trace.repaired}
     found["repaired"] = [name for name, first in names.items() if first in job.trace.repaired]
     sources = job.solution.graph.sources
-    found["repaired"] += [name for folded in sources.keys() & {*job.trace.repaired}
+    found["repaired"] += [name for folded in sorted(sources.keys() & {*job.trace.repaired})
                           for name in sources[folded]]
     found["weights_hash"] = job.base_hash or job.plan.weights_hash
     if job.trained is not None:

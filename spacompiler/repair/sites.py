@@ -93,6 +93,9 @@ def _bias(graph: Graph, at: Consumer, readers: Counter[str],
     """Return a consumer's stored bias, one number an output, and what holds product and bias."""
     out = at.node.outputs[0]
     outputs = (prod(graph.tensors[at.weight].shape) // kept.shape[1],)
+    last = (len(graph.tensors[out].shape) - 1,)
+    if at.patch is None and (*at.y_order[0], *at.y_order[2]) != last:
+        return None, out  # what is added along the last dimension goes by samples
     for ref, result in _added(graph, at, readers):
         name = graph.tensors[ref].weight
         if name and readers[name] == 1 and graph.tensors[ref].shape == outputs:
@@ -109,7 +112,7 @@ def _added(graph: Graph, at: Consumer, readers: Counter[str]) -> Iterator[tuple[
         yield ref.name, out
     adds = _ADDED.get(node.op)
     user = next((n for n in graph.nodes if out in n.refs()), None) if adds else None
-    if user is not None and user.op == adds and readers[out] == 1 and at.w_order[0] == ():
+    if user is not None and user.op == adds and readers[out] == 1:
         yield from ((name, user.outputs[0]) for name in user.refs() if name != out)
 
 
