@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 import spacompiler
 from spacompiler import api
-from spacompiler.errors import SpaError
+from spacompiler.errors import SpaError, UsageError
 from spacompiler.onnx_backend.run.session import Session
 
 RNG = np.random.default_rng(0)
@@ -163,6 +163,17 @@ def test_repair_goes_by_what_scoring_reads(importance: str, data: Any, repairs: 
     made = dense("y = MatMul(h, w2)", w2=(64, 5))
     job = compiled(made, tmp_path / "f", data, importance=importance).job
     assert bool(job.trace.repaired) == repairs == (job.compensation is not None)
+
+
+def test_a_file_is_sampled_by_example_inputs_alone(tmp_path: Path) -> None:
+    onnx.save(dense("y = MatMul(h, w2)", w2=(64, 5)), tmp_path / "m.onnx")
+    options: dict[str, Any] = {"target": "params=70%", "importance": "wanda", "align": 1,
+                               "calibration": "sampled", "latency": False}
+    with pytest.raises(UsageError, match="cannot be made up"):
+        api.compile(str(tmp_path / "m.onnx"), **options)
+    job = api.compile(str(tmp_path / "m.onnx"), {"x": X[:8].astype(np.float32)}, **options).job
+    drawn = {np.asarray(kwargs["x"]).tobytes() for _, kwargs in job.calibration.batches}
+    assert len(drawn) == len(job.calibration.batches) > 2 and job.trace.repaired
 
 
 def test_a_bias_is_added_where_an_operator_may_have_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,13 +28,17 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Any, *, samples: int, 
     drawn from a normal distribution of mean 0 and variance 1, in the shape of the example inputs:
     what a network that was trained on normalised images expects to first order.
 
-    Raises UsageError if inputs are integers that the module cannot make up.
+    Raises UsageError if there are no example inputs, or inputs are integers that the module cannot
+    make up.
     """
     if tokenizer is not None and callable(getattr(module, "generate", None)):
         start = torch.full((samples, 1), _start(module, tokenizer))
         ids = _written(module, start, length + 1, seed)[:, 1:]
         return [((), {"input_ids": part}) for part in ids.split(batch)]
     args, kwargs = as_call(inputs)
+    if not args and not kwargs:
+        raise UsageError("inputs cannot be made up", why="there are no example inputs to go by",
+                         fix="give --calibration inputs.npz, or example inputs from Python")
     generator = torch.Generator().manual_seed(seed)
     return [(tuple(_noise(a, generator) for a in args),
              {k: _noise(v, generator) for k, v in kwargs.items()})
@@ -87,6 +92,8 @@ def _written(module: Any, prompts: torch.Tensor, length: int, seed: int) -> torc
 
 
 def _noise(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
         return value
     if not value.is_floating_point():
