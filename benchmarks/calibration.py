@@ -24,15 +24,15 @@ ROWS = (
 def measure(model: str, name: str, samples: int, length: int, batch: int) -> dict[str, Any]:
     """Score every channel and head group of a model; no plan is made."""
     from spacompiler.pipeline import steps as pipeline
-    from spacompiler.pipeline.request import make_job
+    from spacompiler.pipeline.request import Given, make_job
     from spacompiler.request import registry
     from spacompiler.request.recipe import Recipe
     from spacompiler.sources import named as source
 
     recipe = Recipe("params=80%", importance=name, samples=samples, length=length, batch=batch)
     found = source.load(model)
-    job = make_job(found.module, found.inputs, recipe, own=found.calibration,
-                            tokenizer=found.tokenizer, name=found.name)
+    job = make_job(found.module, found.inputs, recipe, Given(
+        own=found.calibration, tokenizer=found.tokenizer, name=found.name))
     pipeline.analyse(job)
     before, wall = time.process_time(), time.monotonic()
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,7 +26,7 @@ from torch.nn import functional
 from spacompiler.errors import SpaError
 from spacompiler.pipeline import steps as pipeline
 from spacompiler.pipeline.decide import decide
-from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.request import Given, make_job
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
 from spacompiler.stages.records import Job
@@ -101,11 +101,10 @@ def _where(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def _job(module: Any, batches: Any, loss: Callable[..., torch.Tensor], criterion: str,
          repair: str, share: int, seed: int) -> Job:
-    options: dict[str, Any] = {"repair": repair}
     recipe = Recipe(f"macs={share}%", importance=criterion, align=1, layout="any", seed=seed,
                     floor=0.05)
-    return make_job(module, batches[0][0], recipe, importance=criterion,
-                             calibration=batches, loss=loss, **options)
+    return make_job(module, batches[0][0], recipe, Given(
+        importance=criterion, repair=repair, calibration=batches, loss=loss))
 
 
 def table(points: Sequence[Point], shares: Sequence[int], repairs: Sequence[str]) -> str:

@@ -44,7 +44,7 @@ from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import heads
 from spacompiler.groups.solution import Solution, solve
 from spacompiler.pipeline import steps as pipeline
-from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.request import Given, make_job
 from spacompiler.pipeline.run import STEPS, carry_out
 from spacompiler.plan.legal import candidates
 from spacompiler.request.recipe import ROLES, Recipe
@@ -104,7 +104,7 @@ def _told(problem: Exception) -> str:
 
 def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> Job:
     recipe = Recipe(TARGET, **DEFAULT)
-    job = make_job(module, inputs, recipe, calibration="none", name=row.model)
+    job = make_job(module, inputs, recipe, Given(calibration="none", name=row.model))
     pipeline.check_weights(job)
     pipeline.trace_whole_or_parts(job)
     row.traced = not isinstance(job.module, Parts)

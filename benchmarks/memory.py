@@ -77,7 +77,7 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
 
     from spacompiler.evidence.losses import default_loss
     from spacompiler.pipeline import steps as pipeline
-    from spacompiler.pipeline.request import make_job
+    from spacompiler.pipeline.request import Given, make_job
     from spacompiler.request.recipe import Recipe
 
     module = source(synthetic)
@@ -85,8 +85,8 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
     ids = torch.randint(0, module.config.vocab_size, (batch, length), generator=generator)
     example = {"input_ids": ids[:, :8].repeat(2, 1)[:2], "use_cache": False}
     call = {"input_ids": ids, "use_cache": False}
-    job = make_job(module, example, Recipe(target="body=70%"), owned=True,
-                            importance=WAYS[way] or "taylor-element", calibration=[call])
+    job = make_job(module, example, Recipe(target="body=70%"), Given(
+        owned=True, importance=WAYS[way] or "taylor-element", calibration=[call]))
     pipeline.analyse(job)
 
     def plain() -> None:

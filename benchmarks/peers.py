@@ -28,7 +28,7 @@ from torch import nn
 
 from spacompiler.groups.solution import solve
 from spacompiler.pipeline import steps as pipeline
-from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.request import Given, make_job
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import make_plan
 from spacompiler.request.recipe import ROLES, Recipe
@@ -111,7 +111,7 @@ def ours(suite: str, model: str) -> Timing:
         recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
                         layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
                         approximate=True)
-        job = make_job(module, inputs, recipe, calibration="none", name=model)
+        job = make_job(module, inputs, recipe, Given(calibration="none", name=model))
         job.trace = trace(module, inputs, quick=True)
         traced = time.process_time()
         graphs = [job.trace.graph, *(copy.deepcopy(job.trace.graph) for _ in range(REPEATS - 1))]

@@ -32,7 +32,7 @@ from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import Covariance
 from spacompiler.pipeline import steps as pipeline
 from spacompiler.pipeline.decide import allocate_counts, decide
-from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.request import Given, make_job
 from spacompiler.plan import legal as allocation
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
@@ -256,9 +256,9 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
         f"{method.only} {method.floor}" + " continued" * method.continued
     known = bench.done.setdefault("counts", {})
     with peak() as memory:
-        job = make_job(bench.module, bench.inputs, recipe, importance=method.importance,
-                                allocator=method.allocation, repair=method.repair,
-                                calibration=[kwargs for _, kwargs in bench.batches])
+        job = make_job(bench.module, bench.inputs, recipe, Given(
+            importance=method.importance, allocation=method.allocation, repair=method.repair,
+            calibration=[kwargs for _, kwargs in bench.batches]))
         job.trace, job.solution, job.context = bench.trace, bench.solution, bench.context
         _give(bench.context, bench.inputs_of[method.continued])
         if method.continued:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from torch import nn
 from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
-from .pipeline.request import example_of, make_job
+from .pipeline.request import Data, Given, example_of, make_job
 from .pipeline.run import STEPS, run
 from .plan.plan import Plan
-from .request.recipe import Recipe, check_names
+from .request.options import listing
+from .request.recipe import Errand, Recipe
 from .sources import named as source
 from .sources.backends import backend_of
 from .sources.checkpoints import example_inputs
 from .sources.source import Source
 from .stages.records import Job, Progress
 from .store.place import check_out
-from .store.said import said
 from .system.process import alone
 from .torch_backend.kinds import is_hf
 from .torch_backend.read.readable import check_exportable, check_readable
@@ -39,14 +39,17 @@ class Result:
 
     @property
     def module(self) -> nn.Module:
+        """The pruned module."""
         return self.job.pruned
 
     @property
     def plan(self) -> Plan:
+        """What goes: the kept indices of every group, as plain data."""
         return self.job.plan
 
     @property
     def solution(self) -> Solution:
+        """The solved axes and groups."""
         return self.job.solution
 
     @alone()
@@ -61,78 +64,76 @@ class Result:
         return self.path
 
 
+# The signature of `compile` is public: what may be an object here, or is of another type than in a
+# recipe, is spelt out for editors and type checkers; every other option comes from the table alone.
 @alone()
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
-            out: str | Path | None = None, importance: Any = "auto",
-            allocation: Any = "uniform", schedule: Any = "", repair: Any = "auto",
-            calibration: Any = None,
-            loss: Callable[..., Any] | None = None, tokenizer: Any = None,
-            adapter: str | Path | Sequence[str | Path] = (),
-            recovery: Any = None, recover_data: Any = None, checkpoint: str | Path | None = None,
-            name: str = "", dry_run: bool = False,
+            out: str | Path | None = None, importance: object = "auto",
+            allocation: object = "uniform", schedule: object = "", repair: object = "auto",
+            recovery: object = "", calibration: Data = None, recover_data: Data = None,
+            loss: Callable[..., Any] | None = None, tokenizer: Callable[..., Any] | None = None,
+            adapter: str | Path | Sequence[str | Path] = (), name: str = "",
+            checkpoint: str | Path | None = None, dry_run: bool = False,
             trust_remote_code: bool = False, progress: Progress | None = None,
-            **options: Any) -> Result:
+            **options: object) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
+
+    Passes are given by name, as `module:object`, or as objects; `calibration` and `recover_data`
+    as files, by the words below, or as iterables of inputs (a batch's `labels` go to the loss
+    alone). A PeftModel is merged, and the user's stays as it is.
 
     Args:
         model: a module with `example_inputs`, or a name as on the command line.
         example_inputs: positional inputs as a tuple, or keywords as a dict; batch 2 or more.
-        target: what stays: `params=70%`, `body=75%` (without embeddings and output layer) or
-            `macs=60%`; `params~70%`: the nearest that can be reached.
-        out: directory to write the artifact to; it must not exist.
-        importance, allocation, repair: a pass by name, `module:object`, or as an object. The
-            default importance is `taylor`, for ONNX files one without gradients. The
-            default repair is `refit` where scoring reads real calibration data anyway.
-        schedule: a pass that decides what goes while it trains on the calibration batches
-            (`lora-prune`), in place of `importance`; none: one shot.
-        calibration: a text file, an iterable of inputs, "none", or None for the model's own.
+        loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
         tokenizer: turns calibration text into `input_ids`; saved with the artifact.
         name: what the report calls the model, and where `load` finds its code again.
-        adapter: adapters, peft's directories or files of other origins (`PATH` or `PATH=weight`),
-            merged first; a PeftModel as `model` is merged likewise (the user's stays as it is).
-        recovery: a pass that trains the pruned module, by name, `module:object` or as an object.
-        recover_data: what it trains on, given as `calibration` is (default: the same source);
-            a batch's keyword `labels` goes to the loss alone.
-        checkpoint: directory that a training is saved to, and continued from if it is there.
-        loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
-        options: further fields of `Recipe` (roles, only, ignore, align, floor, layout, seed, …).
+        progress: is called with (stage, done, total) as the work goes on.
+{options}
 
     Raises:
         UsageError: the request is malformed. TargetError: the target cannot be met.
         ProofError: the result would be wrong. SpaError: anything else that is not our bug.
     """
-    check_names(options, signature(compile).parameters)
-    if out is not None:
-        check_out(Path(out))
+    given = Given(importance, allocation, schedule, repair, recovery, calibration, recover_data,
+                  loss=loss, tokenizer=tokenizer, name=name, progress=progress)
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
-    recipe = Recipe(target=target, importance=_named(importance), allocation=_named(allocation),
-                    schedule=_named(schedule),
-                    repair=_named(repair),
-                    calibration=calibration if isinstance(calibration, str) else "",
-                    adapters=tuple(map(str, adapters)),
-                    recovery=_named(recovery) if recovery else "",
-                    recover_data=recover_data if isinstance(recover_data, str) else "",
-                    **options)
-    found = _source(model, example_inputs, tokenizer, trust_remote_code, recipe, progress)
-    if example_inputs is None:
-        found.inputs, calibration = example_of(found.module, found.inputs, calibration)
-    if recipe.onnx and out is not None and not dry_run:
+    recipe = Recipe.of({"target": target, "adapter": tuple(map(str, adapters)), **given.names(),
+                        **options}, beside=PUBLIC)
+    return _compile(model, example_inputs, recipe, given, Errand.of({
+        "out": out, "dry_run": dry_run, "checkpoint": checkpoint,
+        "trust_remote_code": trust_remote_code}))
+
+
+PUBLIC = frozenset(signature(compile).parameters) - {"options"}
+"""Keywords that `compile` spells out."""
+compile.__doc__ = (compile.__doc__ or "").replace("{options}", "\n".join(
+    listing(table, " " * 8) for table in (Recipe, Errand)))
+
+
+def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
+             errand: Errand) -> Result:
+    out = None if errand.dry_run else errand.out
+    if errand.out is not None:
+        check_out(errand.out)
+    found = _source(model, inputs, given.tokenizer, errand.trust_remote_code, recipe,
+                    given.progress)
+    if inputs is None:
+        found.inputs, data = example_of(found.module, found.inputs, given.calibration)
+        given = replace(given, calibration=data)
+    if recipe.onnx and out is not None:
         check_exportable(found.inputs)
     if recipe.decoder:
         from .deploy.decoder import check_causal_lm
 
         check_causal_lm(found.module)
-    job = make_job(
-        found.module, found.inputs, recipe, importance=importance, allocator=allocation,
-        repair=repair,
-        calibration=calibration, own=found.calibration, loss=loss, tokenizer=found.tokenizer,
-        name=name or found.name, progress=progress, owned=isinstance(model, str),
-        recovery=recovery, recover_data=recover_data,
-        checkpoint=Path(checkpoint) if checkpoint is not None else None, schedule=schedule)
-    job.source, job.folder = found.facts or {"kind": _kind(name)}, found.folder
+    job = make_job(found.module, found.inputs, recipe, replace(
+        given, own=found.calibration, tokenizer=found.tokenizer, name=given.name or found.name,
+        owned=isinstance(model, str), checkpoint=errand.checkpoint))
+    job.source, job.folder = found.facts or {"kind": _kind(given.name)}, found.folder
     job.notes.extend(found.notes)
-    result = Result(run(job, dry_run=dry_run))
-    if out is not None and not dry_run:
+    result = Result(run(job, dry_run=errand.dry_run))
+    if out is not None:
         result.save(out)
     return result
 
@@ -159,12 +160,8 @@ def _kind(name: str) -> str:
     return kind if kind in ("zoo", "factory", "directory") else "module"
 
 
-def _named(what: Any) -> str:
-    return what if isinstance(what, str) else said(what)
-
-
-def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Any, trust: bool,
-            recipe: Recipe | None, progress: Progress | None) -> Source:
+def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Callable[..., Any] | None,
+            trust: bool, recipe: Recipe | None, progress: Progress | None) -> Source:
     if isinstance(model, str):
         if progress is not None:
             progress(f"loading {model}", 0, len(STEPS))

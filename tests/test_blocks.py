@@ -11,7 +11,7 @@ from torch import nn
 import spacompiler
 from spacompiler import models_zoo
 from spacompiler.errors import ControlError, ProofError, SpaError, TargetError, UsageError
-from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.request import Given, make_job
 from spacompiler.plan.plan import pruned_bytes
 from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
@@ -212,7 +212,7 @@ def test_names_are_numbered_anew() -> None:
 
 def job(module: nn.Module, **options: object) -> Job:
     recipe = Recipe("body=50%", importance="magnitude", **{**QUICK, **options})
-    return make_job(module, inputs(), recipe, calibration=[((), inputs())])
+    return make_job(module, inputs(), recipe, Given(calibration=[((), inputs())]))
 
 
 def test_blocks_that_do_least_go_first() -> None:

@@ -10,7 +10,8 @@ import spacompiler
 from spacompiler.adapters import combining, files, merging
 from spacompiler.adapters.clusters import clustered
 from spacompiler.errors import SpaError, UsageError
-from spacompiler.request.recipe import COMBINATIONS, Recipe, parse_combination
+from spacompiler.request.combinations import COMBINATIONS, parse_combination
+from spacompiler.request.recipe import Recipe
 
 pytest.importorskip("peft")
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from spacompiler.evidence.losses import CHUNK, cross_entropy, next_token
 from spacompiler.live import probe
 from spacompiler.pipeline import steps as pipeline
-from spacompiler.pipeline.request import make_job
+from spacompiler.pipeline.request import Given, make_job
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
@@ -30,8 +30,8 @@ CASES = [("zoo:llama-gqa", "taylor"), ("zoo:llama-gqa", "taylor-element(per='bat
 @lru_cache
 def analysed(model: str) -> Job:
     found = source.load(model)
-    job = make_job(found.module, found.inputs, Recipe("params=80%"),
-                            calibration=[found.inputs], tokenizer=found.tokenizer, owned=True)
+    job = make_job(found.module, found.inputs, Recipe("params=80%"), Given(
+        calibration=[found.inputs], tokenizer=found.tokenizer, owned=True))
     pipeline.analyse(job)
     return job
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import SpaError
-from ..request.recipe import parse_combination
+from ..request.combinations import parse_combination
 from .clusters import clustered
 from .files import PREFIX, Adapter
 from .kinds import COMBINATION_TRAPS

@@ -9,7 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..stages.records import Progress
 
 MODEL, TARGET, OUT = "zoo:smollm2-135m", "body=75%", Path("out/demo")
 WINDOW, WINDOWS = 256, 24
@@ -18,14 +23,14 @@ PROMPT = "The Python programming language is"
 
 def main() -> int:
     """Compile the model to OUT, print one table and a sentence from both models."""
-    from .main import _errors, _progress
+    from .console import errors, progress
 
-    with _errors(False):
+    with errors(False):
         out = _free(OUT)
         print(f"compiling {MODEL} to {TARGET} (the share of the body that stays); the first run "
               "downloads the model (93 MB)", file=sys.stderr, flush=True)
         started = time.monotonic()
-        with _progress() as tick:
+        with progress() as tick:
             rows, sentences, data = _run(out, tick)
         _print(rows, sentences, data, out, time.monotonic() - started)
     return 0
@@ -37,7 +42,7 @@ def _free(out: Path) -> Path:
     return out if not out.exists() else next(p for p in numbered if not p.exists())
 
 
-def _run(out: Path, tick: Any) -> tuple[list[tuple[str, ...]], list[str], dict[str, Any]]:
+def _run(out: Path, tick: Progress) -> tuple[list[tuple[str, ...]], list[str], dict[str, Any]]:
     from .. import api
     from ..artifact import report
     from ..evidence.calibration import python_text, windows
@@ -62,7 +67,7 @@ def _run(out: Path, tick: Any) -> tuple[list[tuple[str, ...]], list[str], dict[s
     return [tuple(row) for row in rows], sentences, result.report
 
 
-def _sentence(module: Any, tokenizer: Any) -> str:
+def _sentence(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     made = module.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape),
                            max_new_tokens=24, do_sample=False, pad_token_id=0)

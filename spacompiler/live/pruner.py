@@ -26,13 +26,15 @@ from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
 from spacompiler.request import registry
-from spacompiler.request.recipe import Recipe, check_names, is_nearest, parse_target
+from spacompiler.request.recipe import Recipe, is_nearest, parse_target
 from spacompiler.store import strict_json
 from spacompiler.system.process import alone
 from spacompiler.torch_backend.machine import lanes
 from spacompiler.torch_backend.read.readable import check_readable
 
 STATE_VERSION = 1
+OPTIONS = ("target", "roles", "only", "ignore", "approximate", "align", "floor", "seed", "layout")
+"""Options of a recipe that say something of a model while it trains."""
 
 
 class Pruner:
@@ -77,9 +79,9 @@ class Pruner:
             raise UsageError("a DistributedDataParallel module cannot shrink in place",
                              why="its gradient buckets have fixed sizes",
                              fix="prune in one process, or before wrapping the module")
-        check_names(options, signature(type(self)).parameters)
+        self.recipe = Recipe.of({"target": target, "align": align, **options}, among=OPTIONS,
+                                beside=set(signature(type(self)).parameters) - {"options"})
         check_readable(self.model)
-        self.recipe = Recipe(target=target, align=align, **options)
         self.schedule = ramp.find(schedule)
         self.importance = registry.find("importance", importance)
         self.allocation = registry.find("allocation", allocation)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..request import registry
 from ..stages.records import Job
 
 
-def importance_for(module: Any, asked: Any, calibration: Any) -> Any:
+def importance_for(module: object, asked: object, calibration: object) -> object:
     """The criterion that `auto` stands for: one of gradients where there are any."""
     if asked != "auto":
         return asked

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,9 +25,11 @@ from ..evidence.calls import Inputs, as_call
 from ..evidence.labels import as_batch, as_example
 from ..evidence.losses import default_loss
 from ..request import registry
+from ..request.options import known
 from ..request.recipe import Recipe
 from ..sources.backends import backend_of
 from ..stages.records import Job, Progress
+from ..store.said import said
 from ..torch_backend.gather.texts import Reader
 from . import defaults
 
@@ -35,9 +38,61 @@ def _holds_arrays(place: Path) -> bool:
     return place.suffix in (".npz", ".npy") or os.path.isdir(place)
 
 
-def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None,
-            samples: int = 16, length: int = 128, batch: int = 2, seed: int = 0,
-            module: Any = None) -> Calibration:
+Data = str | Path | Iterable[Any] | None
+"""What to calibrate with, or to train on: see `resolve`."""
+
+
+class Windows(NamedTuple):
+    """How much of a text is read: windows, tokens in each, windows in a batch, and the seed."""
+
+    samples: int = 16
+    length: int = 128
+    batch: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller hands over as objects, of which a recipe can keep no more than the names.
+
+    Passes are names or objects, in place of the recipe's; `own(n, seed)` yields example batches
+    where the model brings its own; `loss` is (results, args, kwargs) -> scalar; `tokenizer` turns
+    text into `input_ids`; `owned` says that the compile may use the module up, `checkpoint` where
+    a training is saved.
+    """
+
+    importance: object = None
+    allocation: object = None
+    schedule: object = None
+    repair: object = None
+    recovery: object = None
+    calibration: Data = None
+    recover_data: Data = None
+    own: Callable[[int, int], Iterable[Any]] | None = None
+    loss: Callable[..., Any] | None = None
+    tokenizer: Callable[..., Any] | None = None
+    name: str = ""
+    progress: Progress | None = None
+    checkpoint: Path | None = None
+    owned: bool = False
+
+    def names(self) -> dict[str, str]:
+        """What a recipe keeps: names of passes, and of files of data."""
+        passes = {entry.name: getattr(self, entry.name) for entry in known(Recipe)
+                  if entry.about.passes}
+        data = {"calibration": self.calibration, "recover_data": self.recover_data}
+        return {**{kind: what if isinstance(what, str) else said(what)
+                   for kind, what in passes.items() if what is not None},
+                **{word: what for word, what in data.items() if isinstance(what, str)}}
+
+    def asked(self, recipe: Recipe, option: str) -> object:
+        """The pass that an option of a recipe names, or the one in its place."""
+        return getattr(self, option) or getattr(recipe, option)
+
+
+def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
+            tokenizer: Callable[..., Any] | None = None,
+            own: Callable[[int, int], Iterable[Any]] | None = None) -> Calibration:
     """Return the calibration that a user asked for.
 
     `what` is a path, an iterable of inputs, "none" (the example inputs only), "sampled" (what
@@ -48,29 +103,30 @@ def resolve(what: Any, inputs: Inputs, *, tokenizer: Any = None, own: Any = None
         from ..torch_backend.gather.sampling import sampled
 
         return Calibration("sampled from the model itself", sampled(
-            module, inputs, tokenizer, samples=samples, length=length, batch=batch, seed=seed))
+            module, inputs, tokenizer, **windows._asdict()))
     if what is None and own is not None:
         return Calibration("the model's own", [as_batch(module, as_call(inputs), b)
-                                               for b in own(max(1, samples // 2), seed)])
+                                               for b in own(max(1, windows.samples // 2),
+                                                        windows.seed)])
     reader = Reader(module, as_call(inputs or {}), tokenizer)
     if what is None and tokenizer is not None and not reader.refusal:
         return reader.read(lambda length: from_string(
-            python_text(), tokenizer, samples=samples, length=length, batch=batch, seed=seed,
-            origin=PYTHON_TEXT), length)
+            python_text(), tokenizer, origin=PYTHON_TEXT,
+            **windows._replace(length=length)._asdict()), windows.length)
     if what is None or what == "none":
         return Calibration("example inputs only", [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
-        return from_arrays(Path(what), samples)
+        return from_arrays(Path(what), windows.samples)
     if isinstance(what, (str, Path)):
         return reader.read(lambda length: from_text(
-            str(what), tokenizer, samples=samples, length=length, batch=batch, seed=seed), length)
+            str(what), tokenizer, **windows._replace(length=length)._asdict()), windows.length)
     batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
     return Calibration(f"{len(batches)} batches", _filled(batches))
 
 
-def example_of(module: Any, made: Inputs, calibration: Any) -> tuple[Inputs, Any]:
+def example_of(module: nn.Module, made: Inputs, calibration: Data) -> tuple[Inputs, Data]:
     """Return example inputs where none were given, and the calibration that they came from.
 
     They are the first batch of a data loader that holds other inputs than were made up.
@@ -87,42 +143,44 @@ def example_of(module: Any, made: Inputs, calibration: Any) -> tuple[Inputs, Any
     return (first if first.keys() != known.keys() else made), batches
 
 
-def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, *, importance: Any = None,
-             allocator: Any = None, repair: Any = None, calibration: Any = None,
-             own: Any = None, loss: Any = None, tokenizer: Any = None, name: str = "",
-             progress: Progress | None = None, owned: bool = False, recovery: Any = None,
-             recover_data: Any = None, checkpoint: Path | None = None,
-             schedule: Any = None) -> Job:
+def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, given: Given | None = None) -> Job:
     """Resolve passes and calibration data; raises before anything is computed."""
+    given = given or Given()
     scorer = registry.find("importance", defaults.importance_for(
-        module, importance or recipe.importance, calibration))
-    schedule = schedule or recipe.schedule
+        module, given.asked(recipe, "importance"), given.calibration))
+    schedule, mends = given.asked(recipe, "schedule"), given.asked(recipe, "repair")
     trains = registry.find("schedule", schedule) if schedule else None
-    mends = repair or recipe.repair
     needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
         or bool(recipe.blocks)
     inputs = as_example(module, inputs)
-    batches = resolve(calibration, inputs, tokenizer=tokenizer, own=own if needs else None,
-                      samples=recipe.samples, length=recipe.length, batch=recipe.batch,
-                      seed=recipe.seed, module=module)
+    batches = resolve(given.calibration, inputs, module,
+                      Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed),
+                      tokenizer=given.tokenizer, own=given.own if needs else None)
     fits = trains is None and not recipe.keep_adapter
     job = Job(recipe, module, inputs, scorer,
-              registry.find("allocation", allocator or recipe.allocation), batches,
-              backend_of(module), loss or default_loss, name or type(module).__name__, tokenizer,
-              progress or (lambda stage, done, total: None), owned=owned, schedule=trains,
+              registry.find("allocation", given.asked(recipe, "allocation")), batches,
+              backend_of(module), given.loss or default_loss, given.name or type(module).__name__,
+              given.tokenizer, given.progress or (lambda stage, done, total: None),
+              owned=given.owned, schedule=trains,
               compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
-              must_repair=mends != "auto", given=None if owned else module)
-    if recovery or recipe.recovery:
-        job.recovery, job.checkpoint = registry.find("recovery", recovery or recipe.recovery), \
-            checkpoint
-        job.recover_data = resolve(
-            calibration if recover_data is None else recover_data, inputs, tokenizer=tokenizer,
-            own=own, samples=recipe.recover_samples, length=recipe.length,
-            batch=recipe.recover_batch, seed=recipe.seed + 1, module=module)
+              must_repair=mends != "auto", given=None if given.owned else module)
+    _set_recovery(job, given)
     return job
 
 
-def _compensation(what: Any, batches: Calibration, fits: bool) -> Any:
+def _set_recovery(job: Job, given: Given) -> None:
+    """Find the pass that trains what is left, and its data, if one is asked for."""
+    recipe, asked = job.recipe, given.asked(job.recipe, "recovery")
+    if not asked:
+        return
+    job.recovery, job.checkpoint = registry.find("recovery", asked), given.checkpoint
+    job.recover_data = resolve(
+        given.calibration if given.recover_data is None else given.recover_data, job.inputs,
+        job.module, Windows(recipe.recover_samples, recipe.length, recipe.recover_batch,
+                            recipe.seed + 1), tokenizer=given.tokenizer, own=given.own)
+
+
+def _compensation(what: object, batches: Calibration, fits: bool) -> Any:
     """The compensation pass, or None: then what stays keeps its weights.
 
     `fits` says that one may be taken unasked.

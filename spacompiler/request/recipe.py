@@ -6,232 +6,185 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UsageError, did_you_mean
-from .registry import parse
+from .combinations import check_combination
+from .options import (
+    ADAPTERS,
+    CHECKS,
+    DANGEROUS,
+    DATA,
+    EXPORTS,
+    GOES,
+    MAIN,
+    QUALITY,
+    RECOVERY,
+    Options,
+    at_least,
+    one_of,
+    option,
+    required,
+)
 
 METRICS = ("params", "body", "macs")
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
 LAYOUTS = ("auto", "uniform", "any")
-
-
-@dataclass(frozen=True)
-class Combination:
-    """A way to make one adapter of several: its options with their defaults.
-
-    `alone` says, from the options given, whether it acts on one adapter too.
-    """
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    alone: Callable[[Mapping[str, Any]], Any] = lambda options: False
-
-
-def _always(options: Mapping[str, Any]) -> bool:
-    return True
-
-
-def _to_rank(options: Mapping[str, Any]) -> bool:
-    return bool(options["rank"])
-
-
-COMBINATIONS: Mapping[str, Combination] = {
-    "cat": Combination(alone=_always),
-    "linear": Combination(),
-    "svd": Combination({"rank": 0}, _to_rank),
-    "ties": Combination({"density": 0.5, "sign": "total"}, _always),
-    "dare_linear": Combination({"density": 0.5}, _always),
-    "dare_ties": Combination({"density": 0.5, "sign": "total"}, _always),
-    "dare": Combination({"density": 0.5, "q": 0.0}, _always),
-    "lego": Combination({"rank": 0, "output": False}, _to_rank),
-    "fair": Combination({"ridge": 1e-2}),
-}
-
 SEEDS = 1 << 32
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Options of one compile.
+def _check_floor(floor: float) -> None:
+    if not 0 <= floor < 1:
+        raise UsageError(f"floor must be a share from 0 to below 1, not {floor}")
 
-    `target` is `metric=share%` of what stays, or `metric~share%` for the nearest that can be
-    reached; `roles`, `only`, `ignore` say what may go, and `modules` which sub-modules to compile
-    in place of the whole; `blocks` is how many whole blocks
-    go (a number, `auto`, or their paths with commas between); `align` is a multiple for widths
-    (None: what the CPU wants); `floor` the least share of each group. `importance` auto is
-    `taylor`; for an ONNX file, which has no gradients, `wanda` with calibration data, else
-    `magnitude`. `repair` auto is `refit`
-    where scoring reads real calibration data anyway, else none; with `continued` it is fit to what
-    the model itself writes on from each calibration window, too, and so are scores by covariance
-    and curvature; `adapters` are directories, `DIR` or `DIR=weight`; `unused` are patterns over
-    arrays of a checkpoint that its network has no use for.
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"seed must be a whole number from 0 to {SEEDS - 1}, not {seed}")
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in (7, 8):
+        raise UsageError(f"int8 weights have 7 or 8 bits, not {bits}",
+                         fix="7 is right on every processor, 8 on those with VNNI alone")
+
+
+def _check_blocks(blocks: str) -> None:
+    if blocks:
+        parse_blocks(blocks)
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """Options of one compile; an option is one field here, and nothing elsewhere.
+
+    For an ONNX file, which has no gradients, importance auto is `wanda` with calibration data, else
+    `magnitude`.
     """
 
-    target: str
-    importance: str = "auto"
-    allocation: str = "uniform"
-    schedule: str = ""
-    repair: str = "auto"
-    roles: tuple[str, ...] = ("channel", "head")
-    only: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    blocks: str = ""
-    approximate: bool = False
-    align: int | None = None
-    floor: float = 0.1
-    layout: str = "auto"
-    calibration: str = ""
-    continued: bool = False
-    samples: int = 16
-    length: int = 128
-    batch: int = 2
-    seed: int = 0
-    prove: bool = True
-    onnx: bool = True
-    decoder: bool = False
-    int8: bool = False
-    int8_bits: int = 7
-    latency: bool = True
-    adapters: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    combine: str = "cat"
-    keep_adapter: bool = False
-    recovery: str = ""
-    recover_data: str = ""
-    recover_samples: int = 512
-    recover_batch: int = 4
+    target: str = required(
+        MAIN, "What stays: params=70%, body=75% (all but embeddings and output layer) or macs=60%; "
+        "params~70%: the nearest that can be reached.")
+    importance: str = option(
+        "auto", QUALITY, "Pass that scores slices (see `passes`). Default: taylor; for ONNX files "
+        "one without gradients.", passes="importance")
+    allocation: str = option(
+        "uniform", QUALITY, "Pass that turns scores into counts.", passes="allocation")
+    schedule: str = option(
+        "", QUALITY, "Pass that decides what goes while it trains on the calibration data, e.g. "
+        "'lora-prune(steps=200)'. Default: none, one shot.", passes="schedule")
+    repair: str = option(
+        "auto", QUALITY, "Pass that mends what stays: refit, bias, batch-norm or none; auto: refit "
+        "where scoring reads real calibration data anyway.", passes="compensation")
+    roles: tuple[str, ...] = option(
+        ("channel", "head"), GOES, "What may go: channel, head, 'head dim', hidden, expert. "
+        "Repeatable. Default: channel and head.", flag="--role", check=one_of(ROLES, "role"))
+    only: tuple[str, ...] = option(
+        (), GOES, "Pattern over groups and parameters: nothing else goes. Repeatable.")
+    ignore: tuple[str, ...] = option(
+        (), GOES, "Pattern over groups and parameters that stay. Repeatable.")
+    modules: tuple[str, ...] = option(
+        (), GOES, "Path of a sub-module to compile in place of the whole. Repeatable.",
+        flag="--module")
+    blocks: str = option(
+        "", GOES, "Whole blocks to leave out before widths are cut: how many, auto (as many as are "
+        "cheaper than widths), or which (paths, commas between).",
+        flag="--drop-blocks", metavar="N|auto|PATHS", check=_check_blocks)
+    approximate: bool = option(
+        False, GOES, "Let axes go whose norm takes other statistics then.",
+        flag="--approximate/--no-approximate")
+    align: int | None = option(
+        None, GOES, "Widths become multiples of this. Default: what this CPU's kernels want.",
+        check=at_least(1, "align must be at least 1, not {value}"))
+    floor: float = option(
+        0.1, GOES, "Least share of each group that stays.", check=_check_floor)
+    layout: str = option(
+        "auto", GOES, "auto, uniform (stock transformers) or any.",
+        check=one_of(LAYOUTS, "layout"))
+    calibration: str = option(
+        "", DATA, "A text file, sampled (what the model makes up) or none (example inputs only). "
+        "Default: the model's own data, or text that Python carries.")
+    continued: bool = option(
+        False, DATA, "Let the model write on from each calibration window; repair, and scores by "
+        "covariance and curvature, see that text too.")
+    samples: int = option(
+        16, DATA, "Calibration windows.", check=at_least(1, "samples must be at least 1"))
+    length: int = option(
+        128, DATA, "Tokens in a calibration window.",
+        check=at_least(2, "length must be at least 2 tokens"))
+    batch: int = option(
+        2, DATA, "Windows in a calibration batch.", check=at_least(1, "batch must be at least 1"))
+    seed: int = option(0, DATA, "Same seed, same bytes.", check=_check_seed)
+    prove: bool = option(True, CHECKS, "Prove masked dense = pruned in float64.")
+    onnx: bool = option(True, EXPORTS, "Export model.onnx and check it.")
+    decoder: bool = option(
+        False, EXPORTS, "Give model.onnx a key/value cache, for writing text: a causal language "
+        "model of transformers.")
+    int8: bool = option(
+        False, EXPORTS, "Write model.int8.onnx too: int8 weights, the difference measured.")
+    int8_bits: int = option(
+        7, EXPORTS, "Bits of int8 weights: 7 is right on every processor, 8 on those with VNNI "
+        "alone.", check=_check_bits)
+    latency: bool = option(True, CHECKS, "Time dense against pruned in ONNX Runtime.")
+    adapters: tuple[str, ...] = option(
+        (), ADAPTERS, "An adapter, merged before pruning: a directory of peft's or a file of "
+        "another origin. Repeatable.", flag="--adapter", keyword="adapter",
+        metavar="PATH[=WEIGHT]")
+    unused: tuple[str, ...] = option(
+        (), CHECKS, "Arrays of the checkpoint that the network has no use for, such as a head of "
+        "another task. Repeatable.", metavar="PATTERN")
+    combine: str = option(
+        "cat", ADAPTERS, "How several adapters become one: cat (exact weighted sum), linear, svd, "
+        "ties, dare_linear, dare_ties, dare, lego, fair; with options, "
+        "dare(density=0.1, q='auto').")
+    keep_adapter: bool = option(
+        False, ADAPTERS, "Keep the adapter beside the pruned base, cut to its size.")
+    recovery: str = option(
+        "", RECOVERY, "Train what is left: lora, norms, full, or lora(lr=2e-3, logits=1).",
+        flag="--recover", metavar="PASS", passes="recovery")
+    recover_data: str = option(
+        "", RECOVERY, "Text to train on. Default: where calibration comes from.", metavar="FILE")
+    recover_samples: int = option(
+        512, RECOVERY, "Windows to train on.",
+        check=at_least(1, "recover_samples must be at least 1"))
+    recover_batch: int = option(
+        4, RECOVERY, "Windows in a batch to train on.",
+        check=at_least(1, "recover_batch must be at least 1"))
 
     def __post_init__(self) -> None:
         parse_target(self.target)
-        for entry in fields(self):
-            object.__setattr__(self, entry.name, _typed(entry, getattr(self, entry.name)))
-        for role in self.roles:
-            if role not in ROLES:
-                raise UsageError(f"unknown role {role!r}", fix=did_you_mean(role, ROLES))
-        if self.layout not in LAYOUTS:
-            raise UsageError(f"unknown layout {self.layout!r}",
-                             fix=did_you_mean(self.layout, LAYOUTS))
-        if self.align is not None and self.align < 1:
-            raise UsageError(f"align must be at least 1, not {self.align}")
-        if not 0 <= self.floor < 1:
-            raise UsageError(f"floor must be a share from 0 to below 1, not {self.floor}")
-        for name in ("samples", "batch", "recover_samples", "recover_batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1")
+        super().__post_init__()
         check_combination(self.combine, len(self.adapters), self.keep_adapter)
         if self.keep_adapter and not self.adapters:
             raise UsageError("there is no adapter to keep", fix="give --adapter DIR")
         for name in ("decoder", "int8"):
             if getattr(self, name) and not self.onnx:
                 raise UsageError(f"--{name} is about model.onnx, which --no-onnx leaves out")
-        if self.int8_bits not in (7, 8):
-            raise UsageError(f"int8 weights have 7 or 8 bits, not {self.int8_bits}",
-                             fix="7 is right on every processor, 8 on those with VNNI alone")
-        if self.blocks:
-            parse_blocks(self.blocks)
-            for option in ("modules", "keep_adapter"):
-                if getattr(self, option):
-                    raise UsageError(f"blocks cannot be dropped with {option}",
-                                     fix="drop blocks first, and compile the result again")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
-            raise UsageError(f"seed must be a whole number from 0 to {SEEDS - 1}, "
-                             f"not {self.seed}")
-        if self.length < 2:
-            raise UsageError("length must be at least 2 tokens")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        for name in ("modules", "keep_adapter"):
+            if self.blocks and getattr(self, name):
+                raise UsageError(f"blocks cannot be dropped with {name}",
+                                 fix="drop blocks first, and compile the result again")
 
 
-OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "density": (lambda v: _number(v) and 0 < v < 1, "a share between 0 and 1: what stays"),
-    "q": (lambda v: v == "auto" or (_number(v) and v >= 0), "a number above 0, or 'auto'"),
-    "rank": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 1"),
-    "ridge": (lambda v: _number(v) and v > 0, "a number above 0"),
-    "sign": (lambda v: v in ("total", "frequency"), "'total' or 'frequency'"),
-    "output": (lambda v: isinstance(v, bool), "True or False"),
-}
+@dataclass(frozen=True)
+class Trusting(Options):
+    """Whether code that comes with a model may run."""
+
+    trust_remote_code: bool = option(
+        False, DANGEROUS, "Dangerous: run code that the checkpoint brings along.")
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class Errand(Trusting):
+    """What one run does with a recipe: asked for like its options, but no part of the result."""
 
-
-def parse_combination(text: str) -> tuple[str, dict[str, Any]]:
-    """Return (name, options) of a combination; raises UsageError for what does not exist.
-
-    >>> parse_combination("dare_ties(density=0.2)")
-    ('dare_ties', {'density': 0.2, 'sign': 'total'})
-    """
-    name, given = parse(text)
-    if name not in COMBINATIONS:
-        raise UsageError(f"unknown combination {name!r}", fix=did_you_mean(name, COMBINATIONS))
-    options = COMBINATIONS[name].options
-    for key, value in given.items():
-        if key not in options:
-            raise UsageError(f"combination {name!r} has no option {key!r}",
-                             fix=f"options: {', '.join(options) or 'none'}")
-        fits, form = OPTION_RANGES[key]
-        if not fits(value):
-            raise UsageError(f"{key}={value!r} cannot be in combination {name!r}",
-                             fix=f"{key} is {form}")
-    return name, {**options, **given}
-
-
-def check_names(given: Iterable[str], beside: Iterable[str]) -> None:
-    """Raise UsageError for a keyword that is no option; `beside` are those that no recipe holds."""
-    known = {*beside, *(option.name for option in fields(Recipe))} - {"self", "options", "adapters"}
-    for name in given:
-        if name not in known:
-            raise UsageError(f"there is no option {name!r}", fix=did_you_mean(name, known))
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "int | None": (int, type(None)), "float": (float, int),
-    "bool": (bool,), "tuple[str, ...]": (tuple,)}
-_WORDS = {"str": "text", "int": "a whole number", "int | None": "a whole number or None",
-          "float": "a number", "bool": "True or False", "tuple[str, ...]": "a list of texts"}
-
-
-def _typed(option: Field[Any], value: Any) -> Any:
-    """Return an option of its own type: one text alone is a list of one, an index an int.
-
-    Raises UsageError for any other type.
-    """
-    kind = str(option.type)
-    if kind not in _TYPES:
-        return value
-    if kind == "tuple[str, ...]" and isinstance(value, (str, list, tuple)):
-        value = (value,) if isinstance(value, str) else tuple(value)
-    if kind.startswith("int") and hasattr(value, "__index__") and not isinstance(value, bool):
-        value = operator.index(value)
-    fits = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if not fits or (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
-        raise UsageError(f"{option.name} must be {_WORDS[kind]}, not {value!r}")
-    return value
-
-
-def check_combination(text: str, adapters: int, keep: bool) -> None:
-    """Raise UsageError where a combination has nothing to act on, or its result would be kept."""
-    name, options = parse_combination(text)
-    if name == "cat":
-        return
-    if not adapters:
-        raise UsageError(f"--combine {name} has nothing to combine",
-                         why="no adapter is given, and a PeftModel is merged as it stands",
-                         fix="give --adapter DIR, or leave --combine out")
-    if adapters == 1 and not COMBINATIONS[name].alone(options):
-        raise UsageError(f"--combine {name} needs several adapters", why="one was given",
-                         fix="leave --combine out, or give --adapter twice")
-    if keep:
-        raise UsageError("a combined adapter cannot be kept", where=f"--combine {text}",
-                         why="the adapter that is cut is the one that was given",
-                         fix="leave out --combine, or --keep-adapter")
+    out: Path | None = option(None, MAIN, "Directory to write; must not exist.")
+    dry_run: bool = option(False, MAIN, "Stop at the plan.")
+    checkpoint: Path | None = option(
+        None, RECOVERY, "Save the training here, and continue it if it was stopped.",
+        metavar="DIR")
 
 
 def parse_blocks(text: str) -> int | tuple[str, ...] | None:

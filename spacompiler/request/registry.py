@@ -85,7 +85,7 @@ def describe(entry: EntryPoint) -> tuple[str, str]:
     return options, doc
 
 
-def find(kind: str, what: Any) -> Any:
+def find(kind: str, what: object) -> Any:
     """Return a pass object for a name, `module:object`, `file.py:object` or an object.
 
     Names may carry options: `name(option=value, ...)`.
@@ -151,7 +151,11 @@ def _from_file(path: str) -> ModuleType:
     return module
 
 
-def construct(found: Any, options: dict[str, Any], text: str) -> Any:
+def construct(found: object, options: Mapping[str, Any], text: str) -> Any:
+    """Return a pass made with options of its class; an object that is no class stands as it is.
+
+    Raises UsageError for options that it does not take.
+    """
     if not isinstance(found, type):
         return found
     try:
@@ -163,7 +167,7 @@ def construct(found: Any, options: dict[str, Any], text: str) -> Any:
                          fix=f"options: {', '.join(known) or 'none'}") from problem
 
 
-def _checked(kind: str, found: Any, text: str) -> Any:
+def _checked(kind: str, found: object, text: str) -> Any:
     if not callable(getattr(found, _METHODS[kind], None)):
         raise UsageError(f"{text} is no {kind} pass", why=f"it has no {_METHODS[kind]}()")
     return found

@@ -1,0 +1,92 @@
+"""Commands that write: compile, and lift for what was trained on the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from ..request.options import known
+from ..request.recipe import Errand, Recipe
+from .console import errors, progress
+from .options import AsJson, Model, asked, taking
+
+
+@taking(Recipe, Errand)
+def compile(model: Model, as_json: AsJson = False, **given: object) -> None:
+    """Prune MODEL to a target and write a smaller model that is proved right."""
+    recipe, errand = asked(Recipe, given), asked(Errand, given)
+    out = errand.get("out")
+    with errors(as_json, out):
+        if out is None and not errand["dry_run"]:
+            raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
+        check_early(Recipe.of(recipe), out)
+        from .. import api
+        from ..artifact import report
+
+        with progress() as tick:
+            result = api.compile(model, progress=tick, **recipe, **errand)
+        data = result.report or report.facts(result.job)
+        if as_json:
+            print(json.dumps({**data, "out": str(out) if out else None}, default=str))
+        else:
+            _print_compiled(data, None if errand["dry_run"] else out)
+
+
+def check_early(recipe: Recipe, out: Path | None) -> None:
+    """Find mistakes in the request before torch is imported.
+
+    Raises UsageError for a place that cannot be written, or a pass that there is not.
+    """
+    from ..request import registry
+    from ..store.place import check_out
+
+    if out is not None:
+        check_out(out)
+    for entry in known(type(recipe)):
+        name = getattr(recipe, entry.name)
+        if entry.about.passes and (name or entry.default):
+            registry.check_name(entry.about.passes, name)
+
+
+def _print_compiled(data: Mapping[str, Any], out: Path | None) -> None:
+    from rich.console import Console
+
+    from ..artifact.report import deployed
+    from .tables import compiled
+
+    console = Console(soft_wrap=True)
+    console.print(compiled(data))
+    if data["proof"]:
+        proof = data["proof"]
+        console.print(f"proof: relative error {proof['relative_error']:.1e} in "
+                      f"{proof['precision']}; a wrong index gives {proof['negative_control']:.1e}")
+    for check, result in deployed(data):
+        console.print(f"{check}: {result}", highlight=False, markup=False)
+    for note in data["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"written to {out}" if out else "dry run: nothing written", markup=False)
+
+
+def lift(
+    adapter: Annotated[Path, typer.Argument(
+        metavar="ADAPTER", help="A directory in peft's format, trained on the pruned model.")],
+    plan: Annotated[Path, typer.Option(
+        metavar="DIR", help="The pruned model's directory, as `compile` wrote it.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory to write; must not exist.")],
+    as_json: AsJson = False,
+) -> None:
+    """Scatter an adapter of a pruned model to the dense model."""
+    with errors(as_json, out):
+        from ..store.place import check_artifact, check_out
+
+        check_out(out)
+        check_artifact(plan)
+        from ..adapters.lifting import lift as run
+
+        run(adapter, plan, out)
+        print(json.dumps({"out": str(out)}) if as_json else f"written to {out}")

@@ -1,0 +1,97 @@
+"""What is said in a terminal: errors and progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..errors import SpaError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PIPE = 200
+"""Columns of a table where there is no terminal to fit it to."""
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a table, as wide as the terminal."""
+    from rich.console import Console
+
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    fits = "COLUMNS" in os.environ or any(s is not None and s.isatty() for s in streams)
+    Console(width=None if fits else PIPE).print(renderable)
+
+
+@contextmanager
+def errors(as_json: bool, out: Path | None = None) -> Iterator[None]:
+    """Print a SpaError as one message on stderr and exit with its code.
+
+    `out` is what appears as the last thing, whole: an interrupt says whether it is there.
+    """
+    before = False
+    try:
+        before = out is not None and out.exists()
+        yield
+    except SpaError as error:
+        raise _told(error, as_json) from None
+    except OSError as problem:
+        raise _told(_of_the_system(problem), as_json) from None
+    except KeyboardInterrupt:
+        there = out is not None and out.exists() and not before
+        print(f"interrupted: {out} was written, and is whole" if there else
+              "interrupted: nothing written", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _told(error: SpaError, as_json: bool) -> typer.Exit:
+    """Print an error, and return the exit with its code."""
+    if as_json:
+        print(json.dumps({"error": error.what, "where": error.where, "why": error.why,
+                          "fix": error.fix}))
+    print(f"error: {error}", file=sys.stderr)
+    return typer.Exit(error.code)
+
+
+def _of_the_system(problem: OSError) -> SpaError:
+    """Say what the operating system refused; a name that no file can have is the request's."""
+    usage = problem.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+    where = str(problem.filename) if problem.filename is not None else ""
+    return (UsageError if usage else SpaError)(
+        "a file or directory cannot be used", where=where,
+        why=problem.strerror or str(problem), fix="see that it is there, and free space and rights")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; plain lines where stderr is no terminal."""
+    from ..system.process import no_warnings
+
+    with no_warnings(), _lines_or_bar() as tick:
+        yield tick
+
+
+@contextmanager
+def _lines_or_bar() -> Iterator[Callable[[str, int, int], None]]:
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: print(f"… {stage}" + (
+            f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True) \
+            if not stage.startswith("training") or done % max(1, total // 10) == 0 else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
+               TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda stage, done, total: bar.update(
+            task, description=stage, completed=done, total=total)

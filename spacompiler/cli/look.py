@@ -1,0 +1,157 @@
+"""Commands that look: inspect, verify, bench and passes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from ..request.options import DANGEROUS, MAIN, Options, at_least, option
+from ..request.recipe import Trusting
+from .console import errors, progress, show
+from .options import AsJson, Model, asked, taking
+
+UNCHECKED = 3
+"""Exit code of what could not be checked whole."""
+
+_count = at_least(1, "sizes and numbers must be at least 1, not {value}")
+
+
+@dataclass(frozen=True)
+class Dense(Options):
+    """Where the dense model of an artifact is, if its record is not followed."""
+
+    source: str | None = option(
+        None, DANGEROUS, "The dense model, as given to compile. What artifacts name is followed to "
+        "the zoo and transformers' classes only.", metavar="MODEL")
+
+
+@dataclass(frozen=True)
+class Timing(Dense):
+    """How files are timed."""
+
+    batches: tuple[int, ...] = option(
+        (1, 8), MAIN, "Batch size. Repeatable. Default: 1 and 8.", flag="--batch", check=_count)
+    threads: tuple[int, ...] = option(
+        (1, 2), MAIN, "Threads inside an operator. Repeatable. Default: 1 and 2.", check=_count)
+    length: int = option(128, MAIN, "Tokens of a prompt, or of other free axes.", check=_count)
+    repeats: int = option(20, MAIN, "Timed turns of each case.", check=_count)
+    seconds: float = option(
+        20.0, MAIN, "Begin no turn of a case after this time, once five are done.")
+
+
+@taking(Trusting)
+def inspect(
+    model: Model,
+    why: Annotated[tuple[str, str] | None, typer.Option(
+        metavar="PARAM:DIM PARAM:DIM", help="Print the chain of operators that couples two "
+                                            "dimensions.")] = None,
+    graph: Annotated[Path | None, typer.Option(
+        help="Write groups and dimensions as a graph: .dot, .graphml or .html.")] = None,
+    module: Annotated[list[str] | None, typer.Option(
+        help="Path of a sub-module to look at in place of the whole. Repeatable.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="List members and frozen arrays.")] = False,
+    as_json: AsJson = False, **given: object,
+) -> None:
+    """Show the coupled groups of MODEL."""
+    with errors(as_json):
+        from .. import api
+        from . import inspection
+
+        if graph is not None:
+            inspection.check_graph(graph)
+        with progress() as tick:
+            tick(f"tracing {model}", 0, 1)
+            solution = api.inspect(model, modules=tuple(module or ()), **asked(Trusting, given))
+        if graph is not None:
+            inspection.write_graph(solution, graph)
+        if why is not None:
+            chain = inspection.explain(solution, *why)
+            print(json.dumps(chain) if as_json else "\n".join(chain))
+        elif as_json:
+            print(json.dumps(inspection.as_data(solution)))
+        elif full:
+            print(solution)
+        else:
+            show(inspection.table(solution))
+
+
+@taking(Dense)
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `compile` "
+                                                                  "wrote.")],
+    strict: Annotated[bool, typer.Option(
+        "--strict", help="What could not be checked has failed: exit code 1.")] = False,
+    as_json: AsJson = False, **given: object,
+) -> None:
+    """Check an artifact again: hashes, reload, plan identity, ONNX parity.
+
+    Exit code 0: all is ok; 1: something failed; 3: nothing failed, but not all could be checked.
+    """
+    with errors(as_json):
+        from ..store.place import check_artifact
+
+        check_artifact(directory)
+        from ..artifact.verify import verify as run
+
+        with progress() as tick:
+            tick(f"verifying {directory}", 0, 1)
+            found = run(directory, **asked(Dense, given))
+        if as_json:
+            print(json.dumps([{"check": c.name, "passed": c.passed, "detail": c.detail}
+                              for c in found]))
+        else:
+            words = {True: "ok", False: "FAILED", None: "skipped"}
+            for check in found:
+                print(f"{words[check.passed]:8}{check.name}: {check.detail}")
+        bad = {check.passed for check in found} - {True}
+        if bad:
+            raise typer.Exit(1 if False in bad or strict else UNCHECKED)
+
+
+@taking(Timing)
+def bench(
+    path: Annotated[Path, typer.Argument(
+        metavar="DIR_OR_ONNX", help="A directory that `compile` wrote (alone: against the dense "
+                                    "model of its recipe), or an .onnx file.")],
+    other: Annotated[Path | None, typer.Argument(
+        metavar="OTHER", help="A directory or file to compare with it.")] = None,
+    as_json: AsJson = False, **given: object,
+) -> None:
+    """Time ONNX files against each other in ONNX Runtime, turn by turn."""
+    with errors(as_json):
+        timing = asked(Timing, given)
+        Timing.of(timing)
+        for place in (path, other):
+            if place is not None and not place.exists():
+                raise UsageError(f"there is nothing at {str(place)!r}",
+                                 fix="give an .onnx file or a directory that `compile` wrote")
+        from . import bench as benchmark
+
+        with progress() as tick:
+            tick(f"timing {path}", 0, 1)
+            rows = benchmark.run(path, other, **timing)
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            show(benchmark.table(rows))
+
+
+def passes(as_json: AsJson = False) -> None:
+    """List the installed passes."""
+    with errors(as_json):
+        from ..request import registry
+
+        rows = [(kind, entry.name, *registry.describe(entry))
+                for kind, entry in registry.available()]
+        if as_json:
+            print(json.dumps([dict(zip(("kind", "name", "options", "what"), row, strict=True))
+                              for row in rows]))
+        else:
+            from .tables import table
+
+            show(table(("kind", "name", "options", "what"), rows))

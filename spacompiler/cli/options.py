@@ -1,0 +1,79 @@
+"""Options of the command line, made from tables of options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from ..request.options import MAIN, PANELS, Known, Options, known
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
+
+Model = Annotated[str, typer.Argument(
+    metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, an .onnx file, or "
+                          "package.module:factory (returns module, example inputs)")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_TYPES: Mapping[object, object] = {
+    tuple[str, ...]: list[str] | None, tuple[int, ...]: list[int] | None}
+"""What typer calls the types of lists."""
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def taking(*tables: type[Options]) -> Callable[[Command], Command]:
+    """Give a command the options of tables where it is written to take any (`**given`)."""
+    def give(command: Command) -> Command:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values()
+               if p.kind is not p.VAR_KEYWORD]
+        made = [_parameter(entry) for table in tables for entry in known(table)]
+        wanted = [*(p for p in own if p.default is p.empty), *made,
+                  *(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.default is not p.empty)]
+        command.__signature__ = inspect.Signature(wanted)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in wanted}
+        return command
+    return give
+
+
+def _parameter(entry: Known) -> inspect.Parameter:
+    """What typer reads of an option; None stands for one that was not given and has no value."""
+    about, default = entry.about, entry.default
+    if default is MISSING:
+        default = inspect.Parameter.empty
+    elif default == "" or entry.repeatable:
+        default = None
+    return inspect.Parameter(
+        entry.name, inspect.Parameter.KEYWORD_ONLY, default=default,
+        annotation=Annotated[_TYPES.get(entry.type, entry.type), typer.Option(
+            entry.flag, help=about.help, metavar=about.metavar or None,
+            rich_help_panel=about.panel)])
+
+
+def asked(table: type[Options], given: Mapping[str, object]) -> dict[str, Any]:
+    """Return what a command was given of a table, by Python's keywords."""
+    found = {entry.keyword: given.get(entry.name) for entry in known(table)}
+    return {word: tuple(value) if isinstance(value, list) else value
+            for word, value in found.items() if value is not None and value != []}
+
+
+class Panels(TyperCommand):
+    """A command whose help lists options under headings."""
+
+    def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Write the arguments, then each panel's options, those that run foreign code last."""
+        found: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{p: [] for p in PANELS}}
+        for param in self.get_params(ctx):
+            row = param.get_help_record(ctx)
+            if row is not None:
+                panel = "Arguments" if param.param_type_name == "argument" else \
+                    getattr(param, "rich_help_panel", None) or MAIN
+                found.setdefault(panel, []).append(row)
+        for panel, rows in found.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
