@@ -100,7 +100,7 @@ def verify(
 
         with progress() as tick:
             tick(f"verifying {directory}", 0, 1)
-            found = run(directory, **asked(Dense, given))
+            found = run(directory, Dense.of(asked(Dense, given)).source)
         if as_json:
             print(json.dumps([{"check": c.name, "passed": c.passed, "detail": c.detail}
                               for c in found]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -23,20 +24,23 @@ _TYPES: Mapping[object, object] = {
     tuple[str, ...]: list[str] | None, tuple[int, ...]: list[int] | None}
 """What typer calls the types of lists."""
 
-Command = TypeVar("Command", bound=Callable[..., None])
 
-
-def taking(*tables: type[Options]) -> Callable[[Command], Command]:
+def taking(*tables: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of tables where it is written to take any (`**given`)."""
-    def give(command: Command) -> Command:
+    def give(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values()
                if p.kind is not p.VAR_KEYWORD]
         made = [_parameter(entry) for table in tables for entry in known(table)]
         wanted = [*(p for p in own if p.default is p.empty), *made,
                   *(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.default is not p.empty)]
-        command.__signature__ = inspect.Signature(wanted)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in wanted}
-        return command
+
+        @functools.wraps(command)
+        def dressed(*args: object, **given: object) -> None:
+            command(*args, **given)
+
+        dressed.__signature__ = inspect.Signature(wanted)  # type: ignore[attr-defined]
+        dressed.__annotations__ = {p.name: p.annotation for p in wanted}
+        return dressed
     return give
 
 
