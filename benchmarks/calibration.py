@@ -23,24 +23,24 @@ ROWS = (
 
 def measure(model: str, name: str, samples: int, length: int, batch: int) -> dict[str, Any]:
     """Score every channel and head group of a model; no plan is made."""
-    from spacompiler.pipeline import steps as pipeline
-    from spacompiler.pipeline.request import Given, make_job
+    from spacompiler.pipeline.analyse import analyse
+    from spacompiler.pipeline.request import Given, make_request
+    from spacompiler.pipeline.score import score
     from spacompiler.request import registry
     from spacompiler.request.recipe import Recipe
     from spacompiler.sources import named as source
 
     recipe = Recipe("params=80%", importance=name, samples=samples, length=length, batch=batch)
     found = source.load(model)
-    job = make_job(found.module, found.inputs, recipe, Given(
-        own=found.calibration, tokenizer=found.tokenizer, name=found.name))
-    pipeline.analyse(job)
+    ask, subject, traced = analyse(*make_request(found.module, found.inputs, recipe, Given(
+        own=found.calibration, tokenizer=found.tokenizer, name=found.name)))
     before, wall = time.process_time(), time.monotonic()
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipeline.score(job)
+    score(ask, subject, traced)
     return {"criterion": name, "needs": " ".join(registry.find("importance", name).needs),
             "seconds": time.process_time() - before, "wall": time.monotonic() - wall,
             "windows": sum(len(k["input_ids"]) if k else len(a[0])
-                           for a, k in job.calibration.batches),
+                           for a, k in ask.calibration.batches),
             "before": base / 2**20, "peak": resource.getrusage(
                 resource.RUSAGE_SELF).ru_maxrss / 2**20}
 

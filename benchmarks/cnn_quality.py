@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from small_images import MODELS, accuracy, digits, trained
 from torch.nn import functional
 
 from spacompiler.errors import SpaError
-from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline import finish
+from spacompiler.pipeline.analyse import analyse
 from spacompiler.pipeline.decide import decide
-from spacompiler.pipeline.request import Given, make_job
+from spacompiler.pipeline.request import Given, make_request
+from spacompiler.pipeline.score import score
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
-from spacompiler.stages.records import Job
+from spacompiler.stages.records import Request, Scored, Subject
 from spacompiler.torch_backend.emit.program import Rewritten, rewrite
 
 SHARES = (80, 60, 40)
@@ -65,27 +67,24 @@ def prunings(name: str, criteria: Sequence[str], repairs: Sequence[str], seed: i
         at = _where(args[0], x)
         return functional.cross_entropy(outputs[0], labels[at])
 
-    first = _job(module, batches, loss, criteria[0], "none", 60, seed)
-    pipeline.analyse(first)
+    ask, subject, first = analyse(*_request(module, batches, loss, criteria[0], "none", 60, seed))
     kept = {n: t.detach().clone() for n, t in first.trace.program.state_dict.items()}
     for criterion in criteria:
-        scores: dict[str, Any] | None = None
+        scored: Scored | None = None
         for repair in repairs:
             for share in shares:
-                job = _job(module, batches, loss, criterion, repair, share, seed)
-                job.trace, job.solution = first.trace, first.solution
-                job.candidates, job.scores = first.candidates, scores or {}
-                if scores is None:
+                ask, subject = _request(module, batches, loss, criterion, repair, share, seed)
+                if scored is None:
                     try:
-                        pipeline.score(job)
+                        scored = score(ask, subject, first)
                     except SpaError:  # a criterion that this model has no use for
                         break
-                    scores = job.scores
-                decide(job)
+                decided = decide(ask, subject, first, scored)
                 if repair != "none":
-                    pipeline.mend(job)
-                pruned = Rewritten(rewrite(job.trace, job.solution, job.choices, {}))
-                cost = job.plan.costs["macs"]
+                    decided = finish.repair(ask, subject, scored, decided)
+                scored = replace(scored, context=None)
+                pruned = Rewritten(rewrite(decided.trace, decided.solution, decided.choices, {}))
+                cost = decided.plan.costs["macs"]
                 yield Point(name, criterion, repair, share, 100 * cost["pruned"] / cost["dense"],
                             100 * accuracy(pruned, test_x, test_y))
                 with torch.no_grad():
@@ -99,11 +98,11 @@ def _where(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
                         for one in part])
 
 
-def _job(module: Any, batches: Any, loss: Callable[..., torch.Tensor], criterion: str,
-         repair: str, share: int, seed: int) -> Job:
+def _request(module: Any, batches: Any, loss: Callable[..., torch.Tensor], criterion: str,
+         repair: str, share: int, seed: int) -> tuple[Request, Subject]:
     recipe = Recipe(f"macs={share}%", importance=criterion, align=1, layout="any", seed=seed,
                     floor=0.05)
-    return make_job(module, batches[0][0], recipe, Given(
+    return make_request(module, batches[0][0], recipe, Given(
         importance=criterion, repair=repair, calibration=batches, loss=loss))
 
 

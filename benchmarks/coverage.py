@@ -43,18 +43,21 @@ from spacompiler.errors import ProofError, SpaError, TargetError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import heads
 from spacompiler.groups.solution import Solution, solve
-from spacompiler.pipeline import steps as pipeline
-from spacompiler.pipeline.request import Given, make_job
-from spacompiler.pipeline.run import STEPS, carry_out
+from spacompiler.pipeline.analyse import trace_whole_or_parts
+from spacompiler.pipeline.prepare import check_weights
+from spacompiler.pipeline.request import Given, make_request
+from spacompiler.pipeline.run import resumed
 from spacompiler.plan.legal import candidates
 from spacompiler.request.recipe import ROLES, Recipe
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.compiled import Compiled
 from spacompiler.stages.proof import relative_error
-from spacompiler.stages.records import Job
+from spacompiler.stages.records import Request, Subject, Traced
 from spacompiler.torch_backend.emit.program import run_pruned
 from spacompiler.torch_backend.parts import Parts
 from spacompiler.torch_backend.prove import masked_dense
 from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
 
 SUITES = {"transformers": "tiny_transformers", "torchvision": "tiny_torchvision",
           "timm": "tiny_timm", "packages": "package_networks"}
@@ -102,20 +105,23 @@ def _told(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"
 
 
-def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> Job:
+First = tuple[Request, Subject, Traced]
+
+
+def _analyse(row: Row, module: nn.Module, inputs: Inputs) -> First:
     recipe = Recipe(TARGET, **DEFAULT)
-    job = make_job(module, inputs, recipe, Given(calibration="none", name=row.model))
-    pipeline.check_weights(job)
-    pipeline.trace_whole_or_parts(job)
-    row.traced = not isinstance(job.module, Parts)
+    ask, subject = make_request(module, inputs, recipe,
+                                Given(calibration="none", name=row.model))
+    ask, subject, traced = trace_whole_or_parts(ask, check_weights(ask, subject))
+    row.traced = not isinstance(subject.model, Parts)
     start = time.perf_counter()
-    job.solution = solve(job.trace.graph, TABLE)
+    traced = replace(traced, solution=solve(traced.trace.graph, TABLE))
     row.solve_ms = 1000 * (time.perf_counter() - start)
-    row.groups = len(job.solution.groups)
-    row.opaque = dict(Counter(node.op for node in job.solution.solver.opaque))
-    row.clashes = job.solution.solver.space.clashes
-    row.share, row.frozen = _share(job.solution)
-    return job
+    row.groups = len(traced.solution.groups)
+    row.opaque = dict(Counter(node.op for node in traced.solution.solver.opaque))
+    row.clashes = traced.solution.solver.space.clashes
+    row.share, row.frozen = _share(traced.solution)
+    return ask, subject, traced
 
 
 def _share(solution: Solution) -> tuple[float, dict[str, int]]:
@@ -138,18 +144,18 @@ def _share(solution: Solution) -> tuple[float, dict[str, int]]:
     return prunable / max(total, 1), dict(stuck.most_common())
 
 
-def _attempt(first: Job, **options: Any) -> Job:
+def _attempt(first: First, **options: Any) -> Compiled:
     """The steps after the analysis, under another recipe."""
-    job = replace(first, recipe=replace(first.recipe, **options), scores={}, notes=[])
-    r = job.recipe
-    job.candidates = candidates(job.solution, roles=r.roles, approximate=r.approximate)
-    if not job.candidates:
-        raise TargetError(f"no group of {len(job.solution.groups)} may shrink")
-    done = [step for _, step in STEPS].index(pipeline.analyse) + 1
-    return carry_out(job, STEPS[done:])
+    ask, subject, traced = first
+    r = replace(ask.recipe, **options)
+    found = candidates(traced.solution, roles=r.roles, approximate=r.approximate)
+    if not found:
+        raise TargetError(f"no group of {len(traced.solution.groups)} may shrink")
+    return resumed(replace(ask, recipe=r, notes=[]), subject,
+                   replace(traced, candidates=tuple(found)))
 
 
-def _compile(row: Row, first: Job) -> Job:
+def _compile(row: Row, first: First) -> Compiled:
     try:
         job = _attempt(first)
     except TargetError as short:
@@ -165,38 +171,39 @@ def _compile(row: Row, first: Job) -> Job:
     return job
 
 
-def _check(row: Row, job: Job, first: Job) -> None:
+def _check(row: Row, job: Compiled, first: First) -> None:
     """Compare what was emitted (of parts: the parts) with the masked dense program."""
     row.kind = row.result = "ok"
-    model = job.pruned if row.traced else Parts(job.pruned, first.module.paths)
-    for which, call in (("traced inputs", (first.trace.args, first.trace.kwargs)),
-                        ("other inputs", _others(first))):
-        error = _error(model, replace(job, trace=first.trace), call)
-        if not error <= max(NEAR, 2 * _noise(first, job, call, error)):
+    model = job.pruned if row.traced else Parts(job.pruned, first[1].model.paths)
+    trace = first[2].trace
+    for which, call in (("traced inputs", (trace.args, trace.kwargs)),
+                        ("other inputs", _others(trace))):
+        error = _error(model, trace, job, call)
+        if not error <= max(NEAR, 2 * _noise(trace, job, call, error)):
             row.kind, row.result = "wrong", f"emitted model differs by {error:.1e} on {which}"
             return
 
 
-def _noise(first: Job, job: Job, call: tuple[Any, Any], error: float) -> float:
+def _noise(trace: Trace, job: Compiled, call: tuple[Any, Any], error: float) -> float:
     """How far float32 itself is from float64 on the pruned program, asked if it may matter."""
     if error <= NEAR:
         return 0.0
-    at = replace(first.trace, args=call[0], kwargs=call[1])
+    at = replace(trace, args=call[0], kwargs=call[1])
     single, double = (run_pruned(at, job.solution, job.choices, double=d) for d in (False, True))
     return relative_error(single, double)
 
 
-def _error(model: nn.Module, job: Job, call: tuple[Any, Any]) -> float:
+def _error(model: nn.Module, trace: Trace, job: Compiled, call: tuple[Any, Any]) -> float:
     """How far the emitted model is from the masked dense one in float64."""
     args, kwargs = call
-    want = masked_dense(replace(job.trace, args=args, kwargs=kwargs), job.solution, job.choices)
+    want = masked_dense(replace(trace, args=args, kwargs=kwargs), job.solution, job.choices)
     with torch.no_grad():
         got = torch.utils._pytree.tree_leaves(model.eval()(*args, **kwargs))
     tensors = [[t for t in ts if isinstance(t, torch.Tensor)] for ts in (got, want)]
     return relative_error(*tensors)
 
 
-def _reloads(job: Job) -> str:
+def _reloads(job: Compiled) -> str:
     """Whether the artifact of a module loads again with the same arrays and results."""
     if job.emission != "module":
         return ""
@@ -207,7 +214,7 @@ def _reloads(job: Job) -> str:
             return f"{problem.what} ({problem.why})"
 
 
-def _generates(job: Job) -> str:
+def _generates(job: Compiled) -> str:
     """Whether a pruned module generates; the first token must be that of one forward pass."""
     module, ids = job.pruned, job.trace.kwargs.get("input_ids")
     if job.emission != "module" or ids is None or not getattr(
@@ -230,7 +237,7 @@ def _generates(job: Job) -> str:
     return "yes" if torch.equal(made[:, length], logits[:, -1].argmax(-1)) else "another token"
 
 
-def _others(job: Job) -> tuple[Any, Any]:
+def _others(trace: Trace) -> tuple[Any, Any]:
     """Inputs that were not traced, of the same sizes."""
     def other(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.ndim:
@@ -241,7 +248,7 @@ def _others(job: Job) -> tuple[Any, Any]:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return torch.utils._pytree.tree_map(other, (job.trace.args, job.trace.kwargs))
+        return torch.utils._pytree.tree_map(other, (trace.args, trace.kwargs))
 
 
 # --- all models -------------------------------------------------------------------------------

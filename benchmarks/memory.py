@@ -76,8 +76,9 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
     import torch
 
     from spacompiler.evidence.losses import default_loss
-    from spacompiler.pipeline import steps as pipeline
-    from spacompiler.pipeline.request import Given, make_job
+    from spacompiler.pipeline.analyse import analyse
+    from spacompiler.pipeline.request import Given, make_request
+    from spacompiler.pipeline.score import score
     from spacompiler.request.recipe import Recipe
 
     module = source(synthetic)
@@ -85,15 +86,15 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
     ids = torch.randint(0, module.config.vocab_size, (batch, length), generator=generator)
     example = {"input_ids": ids[:, :8].repeat(2, 1)[:2], "use_cache": False}
     call = {"input_ids": ids, "use_cache": False}
-    job = make_job(module, example, Recipe(target="body=70%"), Given(
-        owned=True, importance=WAYS[way] or "taylor-element", calibration=[call]))
-    pipeline.analyse(job)
+    ask, subject, traced = analyse(*make_request(
+        module, example, Recipe(target="body=70%"), Given(
+            owned=True, importance=WAYS[way] or "taylor-element", calibration=[call])))
 
     def plain() -> None:
         default_loss([module(**call).logits], (), call).backward()
 
     start = time.process_time()
-    found = above(plain if not WAYS[way] else lambda: pipeline.score(job))
+    found = above(plain if not WAYS[way] else lambda: score(ask, subject, traced))
     return {"bytes": found, "seconds": time.process_time() - start,
             "model": sum(p.numel() * p.element_size() for p in module.parameters())}
 

@@ -27,12 +27,13 @@ import torch
 from torch import nn
 
 from spacompiler.groups.solution import solve
-from spacompiler.pipeline import steps as pipeline
-from spacompiler.pipeline.request import Given, make_job
+from spacompiler.pipeline.request import Given, make_request
+from spacompiler.pipeline.score import score
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import make_plan
 from spacompiler.request.recipe import ROLES, Recipe
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.stages.records import Traced
 from spacompiler.torch_backend.emit.module import operate
 from spacompiler.torch_backend.read.export import trace
 
@@ -111,18 +112,18 @@ def ours(suite: str, model: str) -> Timing:
         recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
                         layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
                         approximate=True)
-        job = make_job(module, inputs, recipe, Given(calibration="none", name=model))
-        job.trace = trace(module, inputs, quick=True)
+        ask, subject = make_request(module, inputs, recipe,
+                                    Given(calibration="none", name=model))
+        program = trace(module, inputs, quick=True)
         traced = time.process_time()
-        graphs = [job.trace.graph, *(copy.deepcopy(job.trace.graph) for _ in range(REPEATS - 1))]
-        job.solution = _found(timing, lambda: solve(graphs.pop(), TABLE))
+        graphs = [program.graph, *(copy.deepcopy(program.graph) for _ in range(REPEATS - 1))]
+        solution = _found(timing, lambda: solve(graphs.pop(), TABLE))
         repeats = time.process_time() - traced - timing.find_s
-        job.candidates = allocation.candidates(job.solution, roles=ROLES, approximate=True)
-        pipeline.score(job)
-        job.plan = make_plan(job.candidates, job.scores, {
-            g.name: max(1, int(g.size * SHARE)) for g in job.candidates})
-        job.choices = job.plan.choices(job.solution)
-        operate(job.trace, module, job.solution, job.choices)
+        candidates = tuple(allocation.candidates(solution, roles=ROLES, approximate=True))
+        scored = score(ask, subject, Traced(program, solution, candidates))
+        plan = make_plan(candidates, scored.scores, {
+            g.name: max(1, int(g.size * SHARE)) for g in candidates})
+        operate(program, module, solution, plan.choices(solution))
         timing.total_s = time.process_time() - start - repeats
         return "ok"
     return _timed(model, suite, run)

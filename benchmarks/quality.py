@@ -30,13 +30,14 @@ from spacompiler.evidence.calibration import python_text, windows
 from spacompiler.evidence.losses import default_loss, perplexity
 from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import Covariance
-from spacompiler.pipeline import steps as pipeline
+from spacompiler.pipeline import finish
 from spacompiler.pipeline.decide import allocate_counts, decide
-from spacompiler.pipeline.request import Given, make_job
+from spacompiler.pipeline.request import Given, make_request
 from spacompiler.plan import legal as allocation
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
+from spacompiler.stages.records import Scored, Traced
 from spacompiler.torch_backend.backend import TORCH
 from spacompiler.torch_backend.emit.biases import unbiased, with_biases
 from spacompiler.torch_backend.gather.context import fresh_context
@@ -256,29 +257,32 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
         f"{method.only} {method.floor}" + " continued" * method.continued
     known = bench.done.setdefault("counts", {})
     with peak() as memory:
-        job = make_job(bench.module, bench.inputs, recipe, Given(
+        ask, subject = make_request(bench.module, bench.inputs, recipe, Given(
             importance=method.importance, allocation=method.allocation, repair=method.repair,
             calibration=[kwargs for _, kwargs in bench.batches]))
-        job.trace, job.solution, job.context = bench.trace, bench.solution, bench.context
         _give(bench.context, bench.inputs_of[method.continued])
         if method.continued:
-            job.calibration = replace(job.calibration, beside=bench.beside)
-        job.candidates = bench.candidates(method)
-        job.scores = {n: s.numpy() for n, s in bench.scores[name].items()}
+            ask = replace(ask, calibration=replace(ask.calibration, beside=bench.beside))
+        traced = Traced(bench.trace, bench.solution, tuple(bench.candidates(method)))
+        scored = Scored(ask.importance, traced.candidates, {
+            n: s.numpy() for n, s in bench.scores[name].items()}, context=bench.context)
         if key not in known:
-            known[key] = {"kept": allocate_counts(job), "seconds": time.process_time() - start}
+            kept, uniform = allocate_counts(ask, subject, traced, scored)
+            known[key] = {"kept": kept, "uniform": uniform,
+                          "seconds": time.process_time() - start}
             start = time.process_time()
-        job.counts = known[key]["kept"]
-        decide(job)
-        if job.compensation is not None:
-            pipeline.mend(job)
-        pipeline.emit(job)
+        scored = replace(scored, counts=known[key]["kept"],
+                         uniform=known[key].get("uniform", False))
+        decided = decide(ask, subject, traced, scored)
+        if ask.compensation is not None:
+            decided = finish.repair(ask, subject, scored, decided)
+        emitted = finish.emit(ask, subject, decided)
     spent = time.process_time() - start + known[key]["seconds"]
-    costs = job.plan.costs
+    costs = decided.plan.costs
     found = {"parameters": costs["params"]["pruned"],
              "body": costs["body"]["pruned"] / costs["body"]["dense"],
              "cpu_seconds": round(spent, 1), "memory_mb": memory[0],
-             **{text: perplexity(job.pruned, ids, batch=2) for text, ids in bench.texts.items()}}
+             **{text: perplexity(emitted.model, ids, batch=2) for text, ids in bench.texts.items()}}
     bench.restore()
     return found
 

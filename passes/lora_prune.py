@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import ceil
@@ -22,7 +22,7 @@ from spacompiler.live.sites import MASKED, Masks, sites
 from spacompiler.live.watch import Watch
 from spacompiler.plan.legal import family
 from spacompiler.request import registry
-from spacompiler.stages.records import Job
+from spacompiler.stages.records import Scheduling, Scored
 
 LETS_GO: dict[str, Any] = {"protect_first": 0, "protect_last": 0, "targets": ""}
 """Options that keep groups, and what they are where they keep none."""
@@ -77,76 +77,77 @@ class LoraPrune:
         if min(self.epochs, self.accumulate, self.every) < 1 or self.steps < 0:
             raise TypeError("epochs, accumulate and every must be at least 1, steps at least 0")
 
-    def run(self, job: Job, allocate: Callable[[], dict[str, int]]) -> None:
-        """Train the job's module in place; sets its candidates, counts and scores.
+    def run(self, task: Scheduling) -> Scored:
+        """Train the task's module in place; return what may go, with counts and scores.
 
         Raises SpaError if training diverges; TargetError if nothing may go.
         """
         criterion = registry.find("importance", self.criterion)
-        asked = job.candidates
-        reachable = adaptable(job.module, asked, self.targets)
-        job.candidates = self._free(job, criterion)
-        places = sites(job.module, job.trace, job.solution, job.candidates)
-        job.candidates = _seen(job, places, asked)
+        asked = task.candidates
+        reachable = adaptable(task.module, asked, self.targets)
+        task = replace(task, candidates=tuple(self._free(task, criterion)))
+        places = sites(task.module, task.trace, task.solution, task.candidates)
+        task = replace(task, candidates=tuple(_seen(task, places, asked)))
         if not reachable:
-            raise self._nothing(job, asked, criterion)
-        job.scores = {g.name: np.ones(g.shape) for g in job.candidates}
-        job.counts = allocate()
-        attached = Attached(job.module, reachable, adapter=self.adapter, dtype=self.dtype,
+            raise self._nothing(task, asked, criterion)
+        counts, uniform = task.allocate(
+            task.candidates, {g.name: np.ones(g.shape) for g in task.candidates})
+        attached = Attached(task.module, reachable, adapter=self.adapter, dtype=self.dtype,
                             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
-        masks = Masks(job.module, job.solution, places)
-        adapters = attached.parameters()
-        watch = Watch(job.module, job.trace, job.solution, places, criterion.needs,
-                      job.recipe.seed, stream=job.candidates)
-        training = job.module.training
+        masks = Masks(task.module, task.solution, places)
+        watch = Watch(task.module, task.trace, task.solution, places, criterion.needs,
+                      task.seed, stream=task.candidates)
+        training = task.module.training
         try:
-            job.module.train()
-            kept, scores = self._train(job, adapters, masks, watch, criterion)
+            task.module.train()
+            kept, scores = self._train(task, counts, attached, masks, watch, criterion)
         finally:
-            job.module.train(training)
+            task.module.train(training)
             watch.stop()
             masks.remove()
         attached.off(merge=True)
-        job.scores = {name: np.where(kept.table(name), score, -1.0)
-                      for name, score in scores.items()}
+        return Scored(criterion, task.candidates, {
+            name: np.where(kept.table(name), score, -1.0) for name, score in scores.items()},
+            counts, uniform)
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def _train(self, job: Job, adapters: list[torch.nn.Parameter], masks: Masks, watch: Watch,
-               criterion: Any) -> tuple[Kept, dict[str, np.ndarray]]:
-        total = self.steps or self.epochs * ceil(len(job.calibration.batches) / self.accumulate)
+    def _train(self, task: Scheduling, counts: dict[str, int], attached: Attached, masks: Masks,
+               watch: Watch, criterion: Any) -> tuple[Kept, dict[str, np.ndarray]]:
+        adapters = attached.parameters()
+        total = self.steps or self.epochs * ceil(len(task.calibration.batches) / self.accumulate)
         ramp = Cubic(total, self.every, self.warmup, self.cooldown, self.start)
         optimizer = torch.optim.AdamW(adapters, lr=self.lr,
                                       weight_decay=self.weight_decay)
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(
             step, total, min(self.warmup_steps, total // 10)))
-        calls = _endless(job.calibration.batches, job.recipe.seed)
-        kept = Kept(job.solution, {})
-        average = {g.name: np.zeros(g.shape) for g in job.candidates}
+        calls = _endless(task.calibration.batches, task.seed)
+        kept = Kept(task.solution, {})
+        average = {g.name: np.zeros(g.shape) for g in task.candidates}
         losses = []
         for step in range(1, total + 1):
-            losses.append(self._backward(job, calls))
+            losses.append(self._backward(task, calls))
             torch.nn.utils.clip_grad_norm_(adapters, self.clip)
-            self._measure(job.candidates, watch, criterion, average)
+            self._measure(task.candidates, watch, criterion, average)
             optimizer.step()
             rates.step()
             optimizer.zero_grad()
             if ramp.due(step):
-                kept = self._masked(job, kept, average, ramp.share(step))
+                kept = self._masked(task, counts, kept, average, ramp.share(step))
                 masks.set(kept.choices())
-            job.progress(f"training, loss {losses[-1]:.3f}", step, total)
+            task.tell(f"training, loss {losses[-1]:.3f}", step, total)
         few = max(1, total // 20)
-        job.notes.append(f"{self.name}: {total} steps on {job.calibration.origin}, loss "
+        task.notes.append(f"{self.name}: {total} steps on {task.calibration.origin}, loss "
                          f"{np.mean(losses[:few]):.3f} at first, {np.mean(losses[-few:]):.3f} at "
                          "the end, pruned")
         return kept, average
 
-    def _backward(self, job: Job, calls: Iterator[Any]) -> float:
+    def _backward(self, task: Scheduling, calls: Iterator[Any]) -> float:
         total = 0.0
         for _ in range(self.accumulate):
-            given, labelled = job.trace.labelled(*next(calls))
-            args, kwargs = job.trace.match(given, labelled)
-            loss = job.loss(pytree.tree_leaves(job.module(*args, **kwargs)), args, labelled)
+            given, labelled = task.trace.labelled(*next(calls))
+            args, kwargs = task.trace.match(given, labelled)
+            loss = task.loss(pytree.tree_leaves(task.module(*args, **kwargs)), args, labelled)
             (loss / self.accumulate).backward()
             total += loss.item() / self.accumulate
         if not np.isfinite(total):
@@ -163,49 +164,49 @@ class LoraPrune:
             for name, score in found.items():
                 average[name] = self.ema * average[name] + (1 - self.ema) * score
 
-    def _masked(self, job: Job, kept: Kept, average: dict[str, np.ndarray],
-                share: float) -> Kept:
+    def _masked(self, task: Scheduling, counts: dict[str, int], kept: Kept,
+                average: dict[str, np.ndarray], share: float) -> Kept:
         """Return what stays when `share` of the removal is due; masks only grow."""
         tables = dict(kept.tables)
-        for group in job.candidates:
-            due = group.size - int((group.size - job.counts[group.name]) * share + 1e-9)
+        for group in task.candidates:
+            due = group.size - int((group.size - counts[group.name]) * share + 1e-9)
             if due < kept.count(group.name):
                 tables[group.name] = lowest_out(kept, group, average[group.name], due)
-        return Kept(job.solution, tables)
+        return Kept(task.solution, tables)
 
     # --- what may go --------------------------------------------------------------------------
 
-    def _free(self, job: Job, criterion: Any) -> list[Group]:
+    def _free(self, task: Scheduling, criterion: Any) -> list[Group]:
         """Candidates that may go; a note counts those of protected layers."""
-        free = self._judged(job, job.candidates, criterion)
-        protected = self._protected(job.candidates)
+        free = self._judged(task, task.candidates, criterion)
+        protected = self._protected(task.candidates)
         if protected:
-            job.notes.append(f"{len(protected)} groups of the first and last layers stay whole")
+            task.notes.append(f"{len(protected)} groups of the first and last layers stay whole")
         if not free:
-            raise self._nothing(job, job.candidates, criterion)
+            raise self._nothing(task, task.candidates, criterion)
         return free
 
-    def _judged(self, job: Job, groups: Sequence[Group], criterion: Any) -> list[Group]:
+    def _judged(self, task: Scheduling, groups: Sequence[Group], criterion: Any) -> list[Group]:
         """Groups outside of protected layers that the criterion can judge."""
-        protected, adapted = self._protected(groups), self._adapted(job, groups)
+        protected, adapted = self._protected(groups), self._adapted(task, groups)
         return [g for g in groups if g.name not in protected and (
             "adapter_steps" not in criterion.needs or g.name in adapted)]
 
-    def _adapted(self, job: Job, groups: Sequence[Group]) -> set[str]:
+    def _adapted(self, task: Scheduling, groups: Sequence[Group]) -> set[str]:
         """Groups that pass through a layer that an adapter fits on."""
-        arrays = {f"{path}.weight" for path in adaptable(job.module, groups, self.targets)}
+        arrays = {f"{path}.weight" for path in adaptable(task.module, groups, self.targets)}
         return {g.name for g in groups if any(m.weight in arrays for m in g.members)}
 
-    def _nothing(self, job: Job, groups: Sequence[Group], criterion: Any) -> TargetError:
+    def _nothing(self, task: Scheduling, groups: Sequence[Group], criterion: Any) -> TargetError:
         """Why none of the groups may go, and the fewest options that would let some, by trial."""
         helps = (names for count in range(1, len(LETS_GO) + 1)
                  for names in combinations(LETS_GO, count)
                  for other in [replace(self, **{name: LETS_GO[name] for name in names})]
-                 if other._adapted(job, groups) and other._judged(job, groups, criterion))
+                 if other._adapted(task, groups) and other._judged(task, groups, criterion))
         names = next(helps, ())
         return TargetError(
-            "nothing to prune", where=job.name,
-            why=f"of {len(groups)} groups adapters fit on {len(self._adapted(job, groups))}, and "
+            "nothing to prune", where=task.name,
+            why=f"of {len(groups)} groups adapters fit on {len(self._adapted(task, groups))}, and "
                 f"{len(self._protected(groups))} of the first and last layers stay whole",
             fix=f"lora-prune({', '.join(f'{name}={LETS_GO[name]!r}' for name in names)})"
                 if names else ONE_SHOT)
@@ -233,21 +234,21 @@ def _unmasked(groups: Sequence[Group], places: Sequence[Any]) -> dict[str, str]:
             for g in groups}
 
 
-def _seen(job: Job, places: Sequence[Any], asked: Sequence[Group]) -> list[Group]:
+def _seen(task: Scheduling, places: Sequence[Any], asked: Sequence[Group]) -> list[Group]:
     """Candidates that can be masked where they are read; a note names the others.
 
     Raises TargetError if there is none; `asked` are all that the user would let go.
     """
-    why = _unmasked(job.candidates, places)
-    job.notes.extend(f"{name} stays: {reason}" for name, reason in why.items() if reason)
+    why = _unmasked(task.candidates, places)
+    task.notes.extend(f"{name} stays: {reason}" for name, reason in why.items() if reason)
     if all(why.values()):
         names = {g.name for g in asked}
-        others = [g for g in job.solution.groups.values() if g.name not in names]
-        more = _unmasked(others, sites(job.module, job.trace, job.solution, others))
-        raise TargetError("nothing to prune", where=job.name, why=job.notes[-1],
+        others = [g for g in task.solution.groups.values() if g.name not in names]
+        more = _unmasked(others, sites(task.module, task.trace, task.solution, others))
+        raise TargetError("nothing to prune", where=task.name, why=task.notes[-1],
                           fix=ONE_SHOT if all(more.values()) else
                           f"let more go with --role or --only, or {ONE_SHOT}")
-    return [g for g in job.candidates if not why[g.name]]
+    return [g for g in task.candidates if not why[g.name]]
 
 
 def _linear(step: int, total: int, warmup: int) -> float:

@@ -13,8 +13,8 @@ from torch import nn
 from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
-from .pipeline.request import Data, Given, example_of, make_job
-from .pipeline.run import STEPS, run
+from .pipeline.request import Data, Given, example_of, make_request
+from .pipeline.run import STAGES, run
 from .plan.plan import Plan
 from .request.options import listing
 from .request.recipe import Errand, Recipe
@@ -22,7 +22,8 @@ from .sources import named as source
 from .sources.backends import backend_of
 from .sources.checkpoints import example_inputs
 from .sources.source import Source
-from .stages.records import Job, Progress
+from .stages.compiled import Compiled
+from .stages.records import Progress
 from .store.place import check_out
 from .system.process import alone
 from .torch_backend.kinds import is_hf
@@ -33,7 +34,7 @@ from .torch_backend.read.readable import check_exportable, check_readable
 class Result:
     """What a compile made: `module` is the pruned module (None after a dry run)."""
 
-    job: Job
+    job: Compiled
     report: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
@@ -127,12 +128,13 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
         from .deploy.decoder import check_causal_lm
 
         check_causal_lm(found.module)
-    job = make_job(found.module, found.inputs, recipe, replace(
+    ask, subject = make_request(found.module, found.inputs, recipe, replace(
         given, own=found.calibration, tokenizer=found.tokenizer, name=given.name or found.name,
         owned=isinstance(model, str), checkpoint=errand.checkpoint))
-    job.source, job.folder = found.facts or {"kind": _kind(given.name)}, found.folder
-    job.notes.extend(found.notes)
-    result = Result(run(job, dry_run=errand.dry_run))
+    subject = replace(subject, source=found.facts or {"kind": _kind(given.name)},
+                      folder=found.folder)
+    ask.notes.extend(found.notes)
+    result = Result(run(ask, subject, dry_run=errand.dry_run))
     if out is not None:
         result.save(out)
     return result
@@ -164,7 +166,7 @@ def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Callable[.
             trust: bool, recipe: Recipe | None, progress: Progress | None) -> Source:
     if isinstance(model, str):
         if progress is not None:
-            progress(f"loading {model}", 0, len(STEPS))
+            progress(f"loading {model}", 0, len(STAGES))
         found = source.load(model, trust_remote_code=trust,
                             unused=("*",) if recipe is None else recipe.unused)
         if inputs is not None:

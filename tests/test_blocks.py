@@ -11,11 +11,11 @@ from torch import nn
 import spacompiler
 from spacompiler import models_zoo
 from spacompiler.errors import ControlError, ProofError, SpaError, TargetError, UsageError
-from spacompiler.pipeline.request import Given, make_job
+from spacompiler.pipeline.request import Given, make_request
 from spacompiler.plan.plan import pruned_bytes
 from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
-from spacompiler.stages.records import Job
+from spacompiler.stages.records import Request
 from spacompiler.torch_backend.weights import results
 from spacompiler.trials import blocks, depth
 from spacompiler.trials.blocks import bypassed, drop, removable, without
@@ -210,9 +210,9 @@ def test_names_are_numbered_anew() -> None:
 # --- the step ---------------------------------------------------------------------------------
 
 
-def job(module: nn.Module, **options: object) -> Job:
+def asked(module: nn.Module, **options: object) -> Request:
     recipe = Recipe("body=50%", importance="magnitude", **{**QUICK, **options})
-    return make_job(module, inputs(), recipe, Given(calibration=[((), inputs())]))
+    return make_request(module, inputs(), recipe, Given(calibration=[((), inputs())]))[0]
 
 
 def test_blocks_that_do_least_go_first() -> None:
@@ -223,8 +223,8 @@ def test_blocks_that_do_least_go_first() -> None:
             layer.self_attn.o_proj.weight.mul_(scale)
             layer.mlp.down_proj.weight.mul_(scale)
     known = [f"model.layers.{i}" for i in range(4)]
-    assert depth.order(job(module), known, 2) == [known[2], known[0]]
-    assert depth.order(job(module), known, 2, known[:1]) == [known[0], known[2]]
+    assert depth.order(asked(module), module, known, 2) == [known[2], known[0]]
+    assert depth.order(asked(module), module, known, 2, known[:1]) == [known[0], known[2]]
 
 
 @pytest.mark.parametrize("target, width", [("body=75%", False), ("body=50%", True)])

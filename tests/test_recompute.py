@@ -11,12 +11,13 @@ from torch.nn import functional
 
 from spacompiler.evidence.losses import CHUNK, cross_entropy, next_token
 from spacompiler.live import probe
-from spacompiler.pipeline import steps as pipeline
-from spacompiler.pipeline.request import Given, make_job
+from spacompiler.pipeline.analyse import analyse
+from spacompiler.pipeline.request import Given, make_request
+from spacompiler.pipeline.score import score
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
 from spacompiler.sources import named as source
-from spacompiler.stages.records import Job
+from spacompiler.stages.records import Request, Scored, Subject, Traced
 from spacompiler.torch_backend.gather import gradients
 from spacompiler.torch_backend.run import recompute, runner
 from spacompiler.torch_backend.run.recompute import LEAST, Budget, borders, budget, segments
@@ -28,19 +29,17 @@ CASES = [("zoo:llama-gqa", "taylor"), ("zoo:llama-gqa", "taylor-element(per='bat
 
 
 @lru_cache
-def analysed(model: str) -> Job:
+def analysed(model: str) -> tuple[Request, Subject, Traced]:
     found = source.load(model)
-    job = make_job(found.module, found.inputs, Recipe("params=80%"), Given(
+    ask, subject = make_request(found.module, found.inputs, Recipe("params=80%"), Given(
         calibration=[found.inputs], tokenizer=found.tokenizer, owned=True))
-    pipeline.analyse(job)
-    return job
+    return analyse(ask, subject)
 
 
-def scored(model: str, criterion: str) -> Job:
+def scored(model: str, criterion: str) -> Scored:
     torch.manual_seed(0)  # of the adapters
-    job = replace(analysed(model), importance=registry.find("importance", criterion), scores={})
-    pipeline.score(job)
-    return job
+    ask, subject, traced = analysed(model)
+    return score(replace(ask, importance=registry.find("importance", criterion)), subject, traced)
 
 
 @pytest.mark.parametrize("left", [0, 1 << 40], ids=["nothing", "products"])
@@ -64,8 +63,7 @@ def test_what_is_computed_again_is_the_same(model: str, criterion: str, left: in
 
 
 def test_segments_are_the_program_in_order() -> None:
-    job = analysed("zoo:llama-gqa")
-    graph = job.trace.program.graph
+    graph = analysed("zoo:llama-gqa")[2].trace.program.graph
     parts = segments(graph)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     assert [n for part in parts for n in part] == nodes
@@ -78,13 +76,13 @@ def test_segments_are_the_program_in_order() -> None:
 
 
 def test_what_is_small_is_held() -> None:
-    job = analysed("zoo:llama-gqa")
-    graph, traced = job.solution.graph, (job.trace.args, job.trace.kwargs)
+    found = analysed("zoo:llama-gqa")[2]
+    graph, traced = found.solution.graph, (found.trace.args, found.trace.kwargs)
     assert budget(graph, traced, traced) is None
     many = {"input_ids": torch.zeros(400, 4000, dtype=torch.int8)}
-    found = budget(graph, traced, ((), many))
-    assert found is not None
-    assert found.left == LEAST  # its weights are few
+    budgeted = budget(graph, traced, ((), many))
+    assert budgeted is not None
+    assert budgeted.left == LEAST  # its weights are few
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -150,8 +148,8 @@ def test_backward_gives_memory_back_segment_by_segment(monkeypatch: pytest.Monke
     monkeypatch.setattr(runner, "give_back", lambda: before_the_head.append(True))
     monkeypatch.setattr(gradients, "OverridingRunner", Watched)
     monkeypatch.setattr(gradients, "budget", lambda *call: Budget(0))
-    job = scored("zoo:llama-gqa", "taylor")
-    batches = len(job.calibration.batches)
+    scored("zoo:llama-gqa", "taylor")
+    batches = len(analysed("zoo:llama-gqa")[0].calibration.batches)
     assert ended == [0] * batches
     assert len(calls) >= 4 * batches
     assert len(before_the_head) == batches

@@ -15,7 +15,7 @@ from ..deploy.genai import genai_config
 from ..deploy.int8 import difference, integer_kernels, quantize
 from ..errors import ProofError, SpaError
 from ..runtime.latency import compare_cases
-from ..stages.records import Job
+from ..stages.compiled import Compiled
 from ..store import folder as artifact
 from ..system.staging import Scratch
 from ..torch_backend.gather.texts import positions
@@ -24,7 +24,7 @@ from .measured import measured
 TOLERANCE = 1e-3
 
 
-def write_decoder(job: Job, folder: Path) -> dict[str, Any]:
+def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
     """Write model.onnx as a decoder with its cache, and return what the report says about it.
 
     Raises:
@@ -56,7 +56,7 @@ def write_decoder(job: Job, folder: Path) -> dict[str, Any]:
     return data | (times or {})
 
 
-def _latency(job: Job, path: Path) -> dict[str, Any]:
+def _latency(job: Compiled, path: Path) -> dict[str, Any]:
     """Time prefill and decode of the dense and the pruned decoder, at batch 1 on one thread."""
     job.progress("measuring latency", 3, 4)
     with Scratch() as temporary:
@@ -72,13 +72,13 @@ def _latency(job: Job, path: Path) -> dict[str, Any]:
            for n, t in times[case.name, 1].items()}} for case in cases}
 
 
-def _length(job: Job) -> int:
+def _length(job: Compiled) -> int:
     """Tokens of the prompt that is timed; one more is written after it."""
     most = positions(job.reference)
     return min(LENGTH, most - 1) if most else LENGTH
 
 
-def write_int8(job: Job, folder: Path) -> dict[str, Any]:
+def write_int8(job: Compiled, folder: Path) -> dict[str, Any]:
     """Write model.int8.onnx from model.onnx, and return its measured difference and size.
 
     Measured on the first calibration batch as far as the file takes it, else on made-up inputs.
@@ -92,7 +92,7 @@ def write_int8(job: Job, folder: Path) -> dict[str, Any]:
                              lambda: _int8_difference(job, path, made))}
 
 
-def _int8_difference(job: Job, path: Path, made: Path) -> dict[str, Any]:
+def _int8_difference(job: Compiled, path: Path, made: Path) -> dict[str, Any]:
     inputs = synthetic(path, Sizes(2, min(16, positions(job.reference) or 16)))
     given = _calibration_batch(job, list(inputs))
     if given:
@@ -104,7 +104,7 @@ def _int8_difference(job: Job, path: Path, made: Path) -> dict[str, Any]:
             "bits": job.recipe.int8_bits, "kernels": integer_kernels()}
 
 
-def _calibration_batch(job: Job, names: list[str]) -> dict[str, np.ndarray]:
+def _calibration_batch(job: Compiled, names: list[str]) -> dict[str, np.ndarray]:
     """The first calibration batch by the names of a file's inputs, as far as it has them."""
     args, kwargs = job.calibration.batches[0] if job.calibration.batches else ((), {})
     found = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..stages.records import Job
+from ..stages.compiled import Compiled
 
 T = TypeVar("T")
 
 
-def measured(job: Job, what: str, run: Callable[[], T]) -> T | None:
+def measured(job: Compiled, what: str, run: Callable[[], T]) -> T | None:
     """Return a measurement; None, and a note with the reason, where it fails."""
     try:
         return run()

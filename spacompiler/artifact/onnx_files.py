@@ -24,8 +24,8 @@ from ..onnx_backend.run.session import results
 from ..rows.onnx_table import OPS, TABLE
 from ..runtime.latency import compare_latency
 from ..runtime.session import open_session, run_session
+from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
-from ..stages.records import Job
 from ..store import folder as artifact
 from ..store.arrays import save_check
 from .measured import measured
@@ -35,7 +35,7 @@ LATENCY_BYTES = 2**29
 RELOAD_TOLERANCE = 1e-4
 
 
-def write_file(job: Job, folder: Path, data: dict[str, Any]) -> None:
+def write_file(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     """Write model.onnx, structure.json and check.safetensors into an artifact's folder.
 
     Raises ProofError if the file does not pass ONNX's full check or gives other results.
@@ -102,7 +102,7 @@ def full_check(path: Path) -> None:
                          fix="please report it") from problem
 
 
-def structure(job: Job, traced: OnnxTrace) -> dict[str, Any]:
+def structure(job: Compiled, traced: OnnxTrace) -> dict[str, Any]:
     """Return what a loader needs beside the file."""
     file: OnnxFile = traced.file
     return {"layout": "onnx", "emission": "graph", "model": Path(job.name).name, "class": "",
@@ -125,7 +125,7 @@ def other_sizes(traced: OnnxTrace) -> dict[str, tuple[int, ...]] | None:
     return sizes(traced.file, pick) if varies else None
 
 
-def elsewhere(job: Job) -> list[dict[str, Any]]:
+def elsewhere(job: Compiled) -> list[dict[str, Any]]:
     """Compare the pruned model with the masked dense one at other sizes, solved anew for them."""
     traced: OnnxTrace = job.trace  # type: ignore[assignment]
     found = other_sizes(traced)

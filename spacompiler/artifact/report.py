@@ -8,14 +8,14 @@ from typing import Any
 from ..evidence.statistics import forward_only
 from ..groups.solution import Solution
 from ..plan.plan import widths
-from ..stages.records import Job
+from ..stages.compiled import Compiled
 from ..store.said import said
 from ..torch_backend.gather.heads import Fitting
 
 LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
 
 
-def facts(job: Job) -> dict[str, Any]:
+def facts(job: Compiled) -> dict[str, Any]:
     """Return everything that is known before files are written."""
     plan = job.plan
     return {
@@ -52,7 +52,7 @@ def facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _loss(job: Job) -> dict[str, str] | None:
+def _loss(job: Compiled) -> dict[str, str] | None:
     """The loss that was used, and where its labels came from; None where none was."""
     if isinstance(job.loss, Fitting):
         return job.loss.facts()

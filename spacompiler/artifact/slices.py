@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..stages.records import Job
+from ..stages.compiled import Compiled
 from ..store.said import nameless
 from . import recorded
 from .cuts import cuts
 
 
-def without_places(job: Job) -> Callable[[Any], Any]:
+def without_places(job: Compiled) -> Callable[[Any], Any]:
     """What takes the places of the user's files out of data: files keep their names."""
     r = job.recipe
     given = [job.name, r.calibration, r.recover_data, *(a.rpartition("=")[0] or a
@@ -22,12 +22,12 @@ def without_places(job: Job) -> Callable[[Any], Any]:
     return lambda data: nameless(data, given)
 
 
-def plan_text(job: Job) -> str:
+def plan_text(job: Compiled) -> str:
     """The plan as JSON, without places of the user's files."""
     return replace(job.plan, recipe=without_places(job)(job.plan.recipe)).to_json()
 
 
-def slices(job: Job) -> dict[str, Any]:
+def slices(job: Compiled) -> dict[str, Any]:
     """Return, per stored array that changed, the kept indices of each dimension.
 
     Equal index lists are stored once; `null` keeps a whole dimension; arrays whose values were

@@ -12,8 +12,8 @@ import torch
 from ..deploy.cases import LENGTH
 from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
+from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
-from ..stages.records import Job
 from ..store import beside
 from ..store import folder as artifact
 from ..store.arrays import save_check, save_weights
@@ -34,7 +34,7 @@ ONNX_TOLERANCE = 1e-3
 RELOAD_TOLERANCE = 1e-6
 
 
-def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
+def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     """Write a pruned torch module: weights that load again, and ONNX."""
     _weights(job, folder)
     job.progress("checking the reload", 1, 4)
@@ -51,7 +51,7 @@ def write_module(job: Job, folder: Path, data: dict[str, Any]) -> None:
         data["onnx"], data["latency"] = _onnx(job, folder)
 
 
-def _weights(job: Job, folder: Path) -> None:
+def _weights(job: Compiled, folder: Path) -> None:
     if job.layout == "uniform":
         hf.save(job.pruned, folder, _tokenizer(job))
         return
@@ -70,13 +70,13 @@ def _weights(job: Job, folder: Path) -> None:
             job.tokenizer.save_pretrained(folder)
 
 
-def _tokenizer(job: Job) -> Any:
+def _tokenizer(job: Compiled) -> Any:
     """The tokenizer to save: none where its files go along as they lie."""
     carried = job.folder is not None and beside.has_tokenizer(job.folder)
     return None if carried else job.tokenizer
 
 
-def _widths(job: Job) -> dict[int, int]:
+def _widths(job: Compiled) -> dict[int, int]:
     """Which width of the hidden state became which: what modules behind the network read."""
     if not (is_hf(job.reference) and is_hf(job.pruned)):
         return {}
@@ -92,14 +92,14 @@ def _widths(job: Job) -> dict[int, int]:
     return found
 
 
-def _sliced_buffers(job: Job) -> dict[str, torch.Tensor]:
+def _sliced_buffers(job: Compiled) -> dict[str, torch.Tensor]:
     """Buffers that a state dict leaves out, where a plan changed their shape."""
     dense, kept = dict(job.module.named_buffers()), job.pruned.state_dict()
     return {name: tensor for name, tensor in job.pruned.named_buffers()
             if name not in kept and name in dense and tensor.shape != dense[name].shape}
 
 
-def _reload(job: Job, folder: Path) -> str:
+def _reload(job: Compiled, folder: Path) -> str:
     """Load what was written by the means a user has; arrays must be bit-equal, results too.
 
     (Kernels may round differently when an array lies elsewhere in memory; the report says so.)
@@ -129,7 +129,7 @@ def _differing_array(one: torch.nn.Module, other: torch.nn.Module) -> str:
                  if k not in a or k not in b or not torch.equal(a[k], b[k])), "")
 
 
-def structure(job: Job) -> dict[str, Any]:
+def structure(job: Compiled) -> dict[str, Any]:
     """Return what a loader needs beside the weights."""
     attributes = [] if job.layout == "uniform" or job.emission == "program" else \
         [list(change) for change in differing(job.module, job.pruned)]
@@ -145,12 +145,12 @@ def structure(job: Job) -> dict[str, Any]:
                                      if not isinstance(v, torch.Tensor)}}}
 
 
-def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     from ..deploy.export import export_onnx
     from ..deploy.parity import parity
 
     path = folder / "model.onnx"
-    program = pruned_program(job)
+    program = pruned_program(job.made)
     export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
                 beside=sorted(folder.glob("model*.safetensors")))
     sets = [other_inputs(job.trace, k, positions(job.reference)) for k in (0, 1)]
@@ -171,7 +171,7 @@ def _onnx(job: Job, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] 
         if job.recipe.latency else None
 
 
-def _latency(job: Job, path: Path) -> dict[str, Any]:
+def _latency(job: Compiled, path: Path) -> dict[str, Any]:
     from ..deploy.export import export_onnx
     from ..runtime.latency import compare_latency
 

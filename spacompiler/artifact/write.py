@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plan.plan import pruned_bytes
-from ..stages.records import Job
+from ..stages.compiled import Compiled
 from ..store import folder as artifact
 from ..store.said import said
 from . import report
@@ -21,7 +21,7 @@ NAMING = ("model", "importance", "allocation", "repair", "calibration", "recover
 """Entries of the report that may name files of the user's."""
 
 
-def write(job: Job, out: Path) -> dict[str, Any]:
+def write(job: Compiled, out: Path) -> dict[str, Any]:
     """Write the artifact of a job to a new directory and return the report's data.
 
     Raises SpaError, leaving nothing behind, if any file cannot be written or a check fails.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-from ..errors import UsageError
 from ..groups.solution import Solution, solve
 from ..rows.onnx_table import TABLE
-from ..stages.records import Backend, Job
+from ..stages.backend import Backend
+from ..stages.proof import Proof
+from ..stages.records import Decided, Emitted, Subject, Traced
 from . import prove as onnx_proof
 from .biases import unbiased, with_biases
 from .emit import rewrite
@@ -31,39 +32,32 @@ def analyse(file: OnnxFile, inputs: Any, quick: bool = False) -> tuple[OnnxTrace
     return traced, solve(traced.graph, TABLE)
 
 
-def check_weights(job: Job) -> None:
-    """Raise SpaError if a stored array is not finite; take example inputs from calibration."""
-    file: Any = job.module
-    first = next(iter(job.calibration.batches), ((), {}))
-    if not job.inputs and any(first):
-        job.inputs = first[1] or first[0]
-    if job.recovery is not None or job.schedule is not None:
-        raise UsageError("an ONNX file cannot be trained", why="ONNX Runtime computes forward only",
-                         fix="leave out recovery, or train the torch model and export it")
-    job.notes.extend(file.notes)
-    check_finite(file, job.name)
+def check(file: OnnxFile, where: str) -> None:
+    """Raise SpaError if a stored array is not finite."""
+    check_finite(file, where)
 
 
-def add_biases(job: Job) -> bool:
-    """Let the job's file be a copy with zero biases where operators lack one; False if none does.
-    """
-    traced: Any = job.trace
-    names = unbiased(traced, job.solution, job.candidates)
-    if names:
-        job.module = cast(Any, with_biases(traced, names))
-    return bool(names)
+def add_biases(file: OnnxFile, traced: Traced, owned: bool) -> OnnxFile | None:
+    """Return a copy of a file with zero biases where operators lack one; None if none does."""
+    del file, owned
+    names = unbiased(traced.trace, traced.solution, traced.candidates)
+    return with_biases(traced.trace, names) if names else None
 
 
-def emit(job: Job) -> None:
+def emit(subject: Subject, decided: Decided, layout: str, notes: list[str]) -> Emitted:
     """Make the pruned model; its arrays are sliced when they are written."""
-    job.pruned = rewrite(cast(Any, job.trace), job.solution, job.choices)
-    job.layout, job.emission = "onnx", "graph"
+    del layout, notes
+    model = rewrite(decided.trace, decided.solution, decided.choices)
+    return Emitted(model, "onnx", "graph", decided, subject)
+
+
+def prove(file: OnnxFile, decided: Decided, seed: int) -> Proof:
+    """Compare the masked dense model with the pruned one, and with a wrong index."""
+    del file
+    return onnx_proof.prove(decided.trace, decided.solution, decided.choices, seed=seed)
 
 
 BACKEND = Backend(
-    kind="onnx", check_weights=check_weights, trace=analyse,
-    context=lambda job: fresh_context(cast(Any, job.trace), job.solution, job.recipe.seed),
-    digest=lambda job: cast(Any, job.module).digest,
-    prove=lambda job: onnx_proof.prove(
-        cast(Any, job.trace), job.solution, job.choices, seed=job.recipe.seed),
-    emit=emit, add_biases=add_biases)
+    kind="onnx", check=check, trace=analyse, context=fresh_context,
+    digest=lambda file: file.digest, prove=prove, emit=emit,
+    add_biases=add_biases)

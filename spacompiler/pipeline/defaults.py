@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..request import registry
-from ..stages.records import Job
+from ..stages.records import Request, Subject, Traced
 
 
 def importance_for(module: object, asked: object, calibration: object) -> object:
@@ -17,18 +17,20 @@ def importance_for(module: object, asked: object, calibration: object) -> object
     return "magnitude" if calibration is None or calibration == "none" else "wanda"
 
 
-def settle_importance(job: Job) -> None:
-    """Say what was taken for a file without gradients, once its groups are known.
+def settled(ask: Request, subject: Subject, traced: Traced) -> Any:
+    """Return the criterion that scores; say what was taken for a file without gradients.
 
     A criterion of inputs gives way to one of weights if it cannot score every group.
     """
-    if job.recipe.importance != "auto" or isinstance(job.module, nn.Module):
-        return
-    if job.importance.needs:
-        context = job.backend.context(job)
-        blind = next((g.name for g in job.candidates if not context.measurable(g)), None)
+    taken = ask.importance
+    if ask.recipe.importance != "auto" or isinstance(subject.model, nn.Module):
+        return taken
+    if taken.needs:
+        context = subject.backend.context(traced.trace, traced.solution, ask.recipe.seed)
+        blind = next((g.name for g in traced.candidates if not context.measurable(g)), None)
         if blind is not None:
-            job.importance = registry.find("importance", "magnitude")
-            job.notes.append(f"no product with weights reads {blind}: scored by weights alone")
-    job.notes.append(f"importance: {job.importance.name} (the default, taylor, needs gradients, "
+            taken = registry.find("importance", "magnitude")
+            ask.notes.append(f"no product with weights reads {blind}: scored by weights alone")
+    ask.notes.append(f"importance: {taken.name} (the default, taylor, needs gradients, "
                      "and ONNX Runtime computes forward only)")
+    return taken

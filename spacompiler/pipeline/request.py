@@ -1,10 +1,10 @@
-"""From a request to a job: passes and calibration data, found before work begins."""
+"""From what is asked to a request and its subject: passes and data, found before work begins."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from ..request import registry
 from ..request.options import known
 from ..request.recipe import Recipe
 from ..sources.backends import backend_of
-from ..stages.records import Job, Progress
+from ..stages.records import Progress, Request, Subject
 from ..store.said import said
 from ..torch_backend.gather.texts import Reader
 from . import defaults
@@ -143,41 +143,43 @@ def example_of(module: nn.Module, made: Inputs, calibration: Data) -> tuple[Inpu
     return (first if first.keys() != known.keys() else made), batches
 
 
-def make_job(module: nn.Module, inputs: Inputs, recipe: Recipe, given: Given | None = None) -> Job:
+def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
+                 given: Given | None = None) -> tuple[Request, Subject]:
     """Resolve passes and calibration data; raises before anything is computed."""
     given = given or Given()
     scorer = registry.find("importance", defaults.importance_for(
-        module, given.asked(recipe, "importance"), given.calibration))
+        model, given.asked(recipe, "importance"), given.calibration))
     schedule, mends = given.asked(recipe, "schedule"), given.asked(recipe, "repair")
     trains = registry.find("schedule", schedule) if schedule else None
     needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
         or bool(recipe.blocks)
-    inputs = as_example(module, inputs)
-    batches = resolve(given.calibration, inputs, module,
+    inputs = as_example(model, inputs)
+    batches = resolve(given.calibration, inputs, model,
                       Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed),
                       tokenizer=given.tokenizer, own=given.own if needs else None)
     fits = trains is None and not recipe.keep_adapter
-    job = Job(recipe, module, inputs, scorer,
-              registry.find("allocation", given.asked(recipe, "allocation")), batches,
-              backend_of(module), given.loss or default_loss, given.name or type(module).__name__,
-              given.tokenizer, given.progress or (lambda stage, done, total: None),
-              owned=given.owned, schedule=trains,
-              compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
-              must_repair=mends != "auto", given=None if given.owned else module)
-    _set_recovery(job, given)
-    return job
+    ask = Request(
+        recipe, scorer, registry.find("allocation", given.asked(recipe, "allocation")), batches,
+        compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
+        must_repair=mends != "auto", schedule=trains, loss=given.loss or default_loss,
+        tokenizer=given.tokenizer, name=given.name or type(model).__name__,
+        tell=given.progress or (lambda stage, done, total: None))
+    return _with_recovery(ask, given, model, inputs), Subject(
+        model, inputs, backend_of(model), owned=given.owned,
+        given=None if given.owned else model)
 
 
-def _set_recovery(job: Job, given: Given) -> None:
+def _with_recovery(ask: Request, given: Given, model: nn.Module, inputs: Inputs) -> Request:
     """Find the pass that trains what is left, and its data, if one is asked for."""
-    recipe, asked = job.recipe, given.asked(job.recipe, "recovery")
+    recipe, asked = ask.recipe, given.asked(ask.recipe, "recovery")
     if not asked:
-        return
-    job.recovery, job.checkpoint = registry.find("recovery", asked), given.checkpoint
-    job.recover_data = resolve(
-        given.calibration if given.recover_data is None else given.recover_data, job.inputs,
-        job.module, Windows(recipe.recover_samples, recipe.length, recipe.recover_batch,
-                            recipe.seed + 1), tokenizer=given.tokenizer, own=given.own)
+        return ask
+    data = resolve(
+        given.calibration if given.recover_data is None else given.recover_data, inputs, model,
+        Windows(recipe.recover_samples, recipe.length, recipe.recover_batch, recipe.seed + 1),
+        tokenizer=given.tokenizer, own=given.own)
+    return replace(ask, recovery=registry.find("recovery", asked), recover_data=data,
+                   checkpoint=given.checkpoint)
 
 
 def _compensation(what: object, batches: Calibration, fits: bool) -> Any:

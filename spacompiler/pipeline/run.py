@@ -1,90 +1,119 @@
-"""Carry out the steps of a compile that are asked for."""
+"""A compile as one flat list of steps: each takes the records that it needs, and makes one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from ..adapters import keeping
 from ..errors import SpaError
-from ..stages.records import Job
+from ..stages.compiled import Compiled
+from ..stages.records import Emitted, Request, Subject, Traced
+from ..trials import depth
+from . import finish, prepare, recover
+from .analyse import analyse
 from .decide import decide
-from .steps import (
-    analyse,
-    check_weights,
-    emit,
-    keep_adapter,
-    mend,
-    merge_adapters,
-    prove_plan,
-    recover,
-    score,
-    set_apart,
-    write_on,
-)
+from .score import score
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def drop_blocks(job: Job) -> None:
-    """Take whole blocks out before anything is traced; `auto` compiles copies in memory."""
-    from ..trials import depth
-
-    depth.drop_blocks(job, lambda copy: carry_out(copy, _IN_MEMORY))
-
-
-STEPS: tuple[tuple[str, Callable[[Job], None]], ...] = (
-    ("merging adapters", merge_adapters),
-    ("checking weights", check_weights),
-    ("continuing text", write_on),
-    ("dropping blocks", drop_blocks),
-    ("tracing and solving axes", analyse),
-    ("scoring", score),
-    ("allocating", decide),
-    ("repairing", mend),
-    ("proving", prove_plan),
-    ("emitting", emit),
-    ("setting the result apart", set_apart),
-    ("keeping the adapter", keep_adapter),
-    ("recovering", recover),
-)
-
-
-DRY_STEPS = 7
-
-
-_IN_MEMORY = [(stage, step) for stage, step in STEPS if step in (
-    analyse, score, decide, mend, emit)]
-
-
-ASKED: Mapping[str, Callable[[Job], bool]] = {
-    "continuing text": lambda job: job.recipe.continued,
-    "dropping blocks": lambda job: bool(job.recipe.blocks),
-    "repairing": lambda job: job.compensation is not None,
-    "setting the result apart": lambda job: isinstance(job.given, nn.Module),
-    "keeping the adapter": lambda job: job.recipe.keep_adapter,
-    "recovering": lambda job: job.recovery is not None,
+STAGES = ("merging adapters", "checking weights", "continuing text", "dropping blocks",
+          "tracing and solving axes", "scoring", "allocating", "repairing", "proving", "emitting",
+          "setting the result apart", "keeping the adapter", "recovering")
+DRY_STAGES = STAGES[:7]
+IN_MEMORY = (*STAGES[4:8], STAGES[9])
+ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
+    "continuing text": lambda ask, _: ask.recipe.continued,
+    "dropping blocks": lambda ask, _: bool(ask.recipe.blocks),
+    "repairing": lambda ask, _: ask.compensation is not None,
+    "setting the result apart": lambda _, subject: isinstance(subject.given, nn.Module),
+    "keeping the adapter": lambda ask, _: ask.recipe.keep_adapter,
+    "recovering": lambda ask, _: ask.recovery is not None,
 }
-"""Steps that are carried out only if they are asked for."""
+"""Stages that are carried out only if they are asked for."""
 
 
-def run(job: Job, *, dry_run: bool = False) -> Job:
-    """Carry out the steps that are asked for; a dry run stops at the plan."""
-    return carry_out(job, STEPS[:DRY_STEPS] if dry_run else STEPS)
+def run(ask: Request, subject: Subject, *, dry_run: bool = False) -> Compiled:
+    """Compile a model as a request says; a dry run stops at the plan.
+
+    Raises SpaError (TargetError, ProofError, ...) where the request cannot be carried out.
+    """
+    do = Walk(ask, subject, DRY_STAGES if dry_run else STAGES)
+    subject = do("merging adapters", prepare.merge_adapters, ask, subject)
+    subject = do("checking weights", prepare.check_weights, ask, subject)
+    if "continuing text" in do.stages:
+        ask = do("continuing text", prepare.write_on, ask, subject)
+    if "dropping blocks" in do.stages:
+        subject = do("dropping blocks", depth.drop_blocks, ask, subject, in_memory)
+    ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
+    return carry_on(do.knowing(ask, traced), subject, traced, dry_run=dry_run)
 
 
-def carry_out(job: Job, steps: Iterable[tuple[str, Callable[[Job], None]]]) -> Job:
-    """Carry out those of some steps that are asked for."""
-    asked = [(stage, step) for stage, step in steps if stage not in ASKED or ASKED[stage](job)]
-    for i, (stage, step) in enumerate(asked):
-        job.progress(stage, i, len(asked))
-        with _settings(job.recipe.seed), _fitting(job):
-            step(job)
-    return job
+def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = False) -> Compiled:
+    """The steps of a compile after the analysis."""
+    ask = do.ask
+    scored = do("scoring", score, ask, subject, traced)
+    decided = do("allocating", decide, ask, subject, traced, scored)
+    if dry_run:
+        return Compiled(ask, subject, traced, scored, decided)
+    if "repairing" in do.stages:
+        decided = do("repairing", finish.repair, ask, subject, scored, decided)
+    scored = replace(scored, context=None)  # statistics are large, and nobody asks for them now
+    proof = None
+    if "proving" in do.stages:
+        proof = do("proving", finish.prove, ask, subject, decided)
+    emitted = do("emitting", finish.emit, ask, subject, decided)
+    if "setting the result apart" in do.stages:
+        emitted = do("setting the result apart", finish.set_apart, emitted)
+    if "keeping the adapter" in do.stages:
+        emitted = do("keeping the adapter", keeping.keep, ask, emitted)
+    if "recovering" in do.stages:
+        emitted = do("recovering", recover.recover, ask, emitted)
+    return Compiled(ask, subject, traced, scored, decided, proof, emitted)
+
+
+def in_memory(ask: Request, subject: Subject) -> Emitted:
+    """The steps from tracing to the model in memory: for trials."""
+    do = Walk(ask, subject, IN_MEMORY)
+    ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
+    return carry_on(do.knowing(ask, traced), subject, traced).made
+
+
+def resumed(ask: Request, subject: Subject, traced: Traced) -> Compiled:
+    """Compile what is traced and analysed already, as a request says."""
+    do = Walk(ask, subject, STAGES[STAGES.index("scoring"):])
+    return carry_on(do.knowing(ask, traced), subject, traced)
+
+
+class Walk:
+    """Goes through stages: tells of each, seeds it, and says plainly where batches do not fit."""
+
+    def __init__(self, ask: Request, subject: Subject, stages: tuple[str, ...]) -> None:
+        self.ask = ask
+        self.trace: Any = None
+        self.stages = [s for s in stages if s not in ASKED or ASKED[s](ask, subject)]
+
+    def knowing(self, ask: Request, traced: Traced) -> Walk:
+        """The same walk, once the analysis has settled the request and traced a program."""
+        self.ask, self.trace = ask, traced.trace
+        return self
+
+    def __call__(self, stage: str, step: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Carry out one step."""
+        self.ask.tell(stage, self.stages.index(stage), len(self.stages))
+        with _seeded(self.ask.recipe.seed), _fitting(self.ask, self.trace):
+            return partial(step, *args, **kwargs)()
 
 
 @contextmanager
-def _fitting(job: Job) -> Iterator[None]:
+def _fitting(ask: Request, trace: Any) -> Iterator[None]:
     """Say it plainly where a step fails on batches of other shapes than the program was traced at.
 
     Which ones it serves beside them is not always known before.
@@ -94,22 +123,22 @@ def _fitting(job: Job) -> Iterator[None]:
     except IndexError as problem:
         if "index out of range" not in str(problem):
             raise
-        raise SpaError("a batch reaches beyond a table of the network", where=job.name,
+        raise SpaError("a batch reaches beyond a table of the network", where=ask.name,
                        why=str(problem).splitlines()[0],
                        fix="a sequence may be longer than the network has positions "
                            "(--length), or a token beyond its vocabulary") from problem
     except RuntimeError as problem:
-        misfit = getattr(job.trace, "misfit", lambda *call: "")
-        shapes = next(filter(None, (misfit(*call) for call in job.calibration.for_repair)), "")
+        misfit = getattr(trace, "misfit", lambda *call: "")
+        shapes = next(filter(None, (misfit(*call) for call in ask.calibration.for_repair)), "")
         if not shapes:
             raise
-        raise SpaError("calibration inputs do not fit the example inputs", where=job.name,
+        raise SpaError("calibration inputs do not fit the example inputs", where=ask.name,
                        why=f"{shapes}: {str(problem).splitlines()[0]}",
                        fix="give batches of the example's shapes") from problem
 
 
 @contextmanager
-def _settings(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """Seed torch's generator for one step and give the user's state back."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..stages.records import Backend
+from ..stages.backend import Backend
 from ..torch_backend.backend import TORCH
 from ..torch_backend.parts import PARTS, Parts
 

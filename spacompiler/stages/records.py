@@ -1,15 +1,18 @@
-"""A compile under way, and the steps of it that depend on where the model lives."""
+"""What each step of a compile hands to the next: frozen records, each made by one step.
+
+A request says what is wanted; a subject is the model that it is about; then come what was traced,
+scored, decided, repaired and emitted. `compiled.Compiled` holds all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..axes.choices import Choices
 from ..evidence.calibration import Calibration
@@ -17,8 +20,42 @@ from ..evidence.calls import Inputs
 from ..evidence.losses import default_loss
 from ..groups.solution import Group, Solution
 from ..plan.plan import Plan
+from ..plan.problem import Allocation
 from ..request.recipe import Recipe
-from .proof import Proof
+from .backend import Backend
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted: a recipe, the passes that it names, and the data.
+
+    `compensation`, `schedule` and `recovery` are None where nothing is repaired or trained.
+    `notes` is what the steps have to tell the user, in their order; it only grows.
+    """
+
+    recipe: Recipe
+    importance: Any
+    allocation: Allocation
+    calibration: Calibration
+    compensation: Any = None
+    must_repair: bool = True
+    schedule: Any = None
+    recovery: Any = None
+    recover_data: Calibration | None = None
+    checkpoint: Path | None = None
+    loss: Callable[..., torch.Tensor] = default_loss
+    tokenizer: Any = None
+    name: str = ""
+    tell: Progress = lambda stage, done, total: None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the recipe says of groups that may go."""
+        r = self.recipe
+        return {"roles": r.roles, "only": r.only, "ignore": r.ignore, "approximate": r.approximate}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,107 +72,126 @@ class Dropped:
     bypassed: str = ""
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model that a compile is about, as far as it has come.
+
+    `model` is a torch module or an ONNX file, `backend` what carries out a compile of its kind.
+    Where whole blocks were dropped it is the network without them, `dense` the one with them and
+    `whole` the costs of that by metric (and bytes). Where parts were entered it is those, and
+    `whole_inputs` are the network's. `arrays` are the names of the user's own, `biased` says that
+    biases were added. `owned` models may be changed; `given` is the user's, with which the result
+    shares no memory. `base` are arrays as they were before adapters were merged. `source` is what
+    is known of where it comes from, and `folder` where its files lie.
+    """
+
+    model: Any
+    inputs: Inputs
+    backend: Backend
+    owned: bool = False
+    given: Any = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    dense: Any = None
+    dropped: Dropped | None = None
+    whole: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    whole_inputs: Any = None
+    biased: bool = False
+    arrays: frozenset[str] = frozenset()
+    adapters: tuple[Any, ...] = ()
+    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base_hash: str = ""
+
+    @property
+    def reference(self) -> Any:
+        """The dense network, with all of its blocks."""
+        return self.model if self.dense is None else self.dense
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced program, its solved axes, and the groups that may shrink."""
+
+    trace: Any
+    solution: Solution
+    candidates: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of groups by name, (*outer slices, slices) each; counts where a schedule set them.
+
+    `context` still holds the statistics that were gathered. `importance` is the pass that scored.
+    """
+
+    importance: Any
+    candidates: tuple[Group, ...] = ()
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    uniform: bool = False
+    context: Any = None
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What stays of a traced program: a plan, and its choices by atom.
+
+    `uniform` says that a stock configuration can express it; `idle` that a repair was asked for
+    and changed nothing.
+    """
+
+    trace: Any
+    solution: Solution
+    plan: Plan
+    choices: Choices
+    uniform: bool = False
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The pruned model: how it was made, for what, and what was done to it since.
+
+    `program` is its re-written program where it is emitted as one. `kept` is an adapter cut to its
+    size, `trained` what a recovery reports.
+    """
+
+    model: Any
+    layout: str
+    emission: str
+    decided: Decided
+    subject: Subject
+    program: Any = None
+    kept: Any = None
+    trained: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """What a schedule is given: a module that it may train, data, and how counts are allocated.
+
+    `allocate(candidates, scores)` returns counts by the target and the allocation pass, and whether
+    a stock configuration can express them.
+    """
+
+    module: Any
+    trace: Any
+    solution: Solution
+    candidates: tuple[Group, ...]
+    calibration: Calibration
+    loss: Callable[..., torch.Tensor]
+    allocate: Callable[[Sequence[Group], Mapping[str, np.ndarray]], tuple[dict[str, int], bool]]
+    seed: int = 0
+    name: str = ""
+    tell: Progress = lambda stage, done, total: None
+    notes: list[str] = field(default_factory=list)
+
+
 class Schedule(Protocol):
     """Decide what goes while training: masks grow, and what was learned is folded in."""
 
     name: ClassVar[str]
 
-    def run(self, job: Job, allocate: Callable[[], dict[str, int]]) -> None:
-        """Train the job's module in place and set its `candidates`, `counts` and `scores`.
-
-        `allocate()` returns counts for the job's candidates by the target and the allocation.
-        """
-
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Job:
-    """A compile under way; later fields are filled by later steps.
-
-    `module` is a torch module, or what another front end reads: then it brings its `backend`. Where
-    whole blocks were dropped it is the network without them; `dense` is the one with them, and
-    `whole` are its costs by metric (and bytes). `idle` says that repair changed nothing.
-    `backend` carries out what depends on where the model lives; `source` is what is known of where
-    the module comes from, and `folder` where its files lie.
-    `given` is the user's own module, with which the result shares no memory (None: the compile may
-    use it up).
-    """
-
-    recipe: Recipe
-    module: nn.Module
-    inputs: Inputs
-    importance: Any
-    allocation: Any
-    calibration: Calibration
-    backend: Backend
-    loss: Any = default_loss
-    name: str = ""
-    tokenizer: Any = None
-    progress: Progress = lambda stage, done, total: None
-    trace: Any = None
-    solution: Solution = None  # type: ignore[assignment]
-    candidates: list[Group] = field(default_factory=list)
-    scores: dict[str, np.ndarray] = field(default_factory=dict)
-    compensation: Any = None
-    must_repair: bool = True
-    idle: bool = False
-    context: Any = None
-    plan: Plan = None  # type: ignore[assignment]
-    choices: Choices = field(default_factory=dict)
-    proof: Proof | None = None
-    pruned: Any = None
-    program: Any = None
-    layout: str = ""
-    emission: str = ""
-    notes: list[str] = field(default_factory=list)
-    obstacles: tuple[str, ...] = ()
-    whole_inputs: Any = None
-    uniform: bool = False
-    biased: bool = False
-    arrays: frozenset[str] = frozenset()
-    owned: bool = False
-    dense: Any = None
-    dropped: Dropped | None = None
-    whole: dict[str, int] = field(default_factory=dict)
-    recovery: Any = None
-    recover_data: Calibration | None = None
-    checkpoint: Path | None = None
-    trained: dict[str, Any] | None = None
-    schedule: Any = None
-    counts: dict[str, int] = field(default_factory=dict)
-    base: dict[str, torch.Tensor] = field(default_factory=dict)
-    base_hash: str = ""
-    adapters: tuple[Any, ...] = ()
-    kept: Any = None
-    source: dict[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-    given: Any = None
-    parts: tuple[str, ...] = ()
-
-    @property
-    def reference(self) -> Any:
-        """The dense network, with all of its blocks."""
-        return self.module if self.dense is None else self.dense
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The steps of a compile that depend on where the model lives: mostly functions of the job.
-
-    `trace(module, inputs, quick=False)` returns a trace (with its `graph`) and its solution; a
-    quick one serves groups and slicing only. `context` is what importance
-    passes see, `digest` the hash of the dense weights, `prove` the proof; `emit` sets `pruned`,
-    `layout` and `emission`; `add_biases` gives `module` zero biases where consumers lack one (False
-    if none does). `kind` says what a model is: a torch module, or an ONNX file.
-    """
-
-    kind: Literal["torch", "onnx"]
-    check_weights: Callable[[Job], None]
-    trace: Callable[..., tuple[Any, Solution]]
-    context: Callable[[Job], Any]
-    digest: Callable[[Job], str]
-    prove: Callable[[Job], Proof]
-    emit: Callable[[Job], None]
-    add_biases: Callable[[Job], bool]
+    def run(self, task: Scheduling) -> Scored:
+        """Train the task's module in place; return what may go, with scores and counts."""

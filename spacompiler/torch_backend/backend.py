@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,9 @@ from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs
 from ..groups.solution import Solution, solve
 from ..rows.aten_table import TABLE
+from ..stages.backend import Backend
 from ..stages.proof import Proof
-from ..stages.records import Backend, Job
+from ..stages.records import Decided, Emitted, Subject, Traced
 from ..store.completeness import unsound
 from .emit import stock as hf
 from .emit.attributes import assign, resized, unmet, watch
@@ -31,9 +33,9 @@ from .trace import Trace
 from .weights import runs_like, weights_hash
 
 
-def _check_module(job: Job) -> None:
-    if name := unsound(job.module):
-        raise SpaError(f"weight {name} holds NaN or infinity", where=job.name,
+def _check_module(module: nn.Module, where: str) -> None:
+    if name := unsound(module):
+        raise SpaError(f"weight {name} holds NaN or infinity", where=where,
                        fix="use a checkpoint with finite weights")
 
 
@@ -43,28 +45,29 @@ def _trace_module(module: nn.Module, inputs: Inputs,
     return traced, solve(traced.graph, TABLE, rewire=True)
 
 
-def _add_biases(job: Job) -> bool:
-    paths = unbiased(job.module, job.solution, job.candidates)
-    job.module = with_biases(job.module, paths, owned=job.owned)
-    return bool(paths)
+def _add_biases(module: nn.Module, traced: Traced, owned: bool) -> nn.Module | None:
+    """The module with zero biases where consumers lack one; None if none does."""
+    paths = unbiased(module, traced.solution, traced.candidates)
+    return with_biases(module, paths, owned=owned) if paths else None
 
 
-def _prove_module(job: Job) -> Proof:
+def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     """Prove the plan on the traced program, and that the program is the module."""
-    args, kwargs = job.trace.args, job.trace.kwargs
-    program = job.trace.program
+    trace: Trace = decided.trace
+    args, kwargs = trace.args, trace.kwargs
+    program = trace.program
     dense = {**program.state_dict, **program.constants}
-    if job.trace.repaired:  # the module itself has the arrays that it was traced with
-        dense |= {n: a for n, a in job.module.state_dict().items() if n in dense}
-        dense |= job.trace.computed
+    if trace.repaired:  # the module itself has the arrays that it was traced with
+        dense |= {n: a for n, a in module.state_dict().items() if n in dense}
+        dense |= trace.computed
     with torch.no_grad():
         traced = Runner(program, dense.__getitem__).call(args, kwargs)
-    difference = runs_like(job.module, args, kwargs, traced)
-    if difference and not runs_like(job.module, args, kwargs, _called(job.module, args, kwargs)):
+    difference = runs_like(module, args, kwargs, traced)
+    if difference and not runs_like(module, args, kwargs, _called(module, args, kwargs)):
         raise ProofError(
             "the traced program does not compute what the module does", why=difference,
             fix="the module's code may write into values that others alias, or choose by data")
-    return prove(job.trace, job.solution, job.choices, seed=job.recipe.seed)
+    return prove(trace, decided.solution, decided.choices, seed=seed)
 
 
 def _called(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
@@ -77,73 +80,91 @@ def _called(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
         module.train(was)
 
 
-def _emit_module(job: Job) -> None:
+@dataclass(frozen=True)
+class _Made:
+    """A pruned model, its program where it is one, and what stood in the way of a better form."""
+
+    model: Any
+    decided: Decided
+    program: Any = None
+    obstacles: tuple[str, ...] = ()
+
+
+Emitter = Callable[[Subject, Decided], _Made]
+
+
+def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str]) -> Emitted:
     """Take the first emitter whose result agrees with the proved program."""
-    want = run_pruned(job.trace, job.solution, job.choices, double=False)
+    trace: Trace = decided.trace
+    want = run_pruned(trace, decided.solution, decided.choices, double=False)
     problems: dict[str, str] = {}
+    obstacles: tuple[str, ...] = ()
     for layout, emission, make in EMITTERS:
-        if layout == "uniform" and not job.uniform:
+        if layout == "uniform" and not decided.uniform:
             continue
         try:
-            model = make(job)
+            made = make(subject, decided)
         except SpaError as problem:
             difference = f"{problem.what} ({problem.why})"
         except (RuntimeError, TypeError) as problem:  # a module that cannot be copied or built
             difference = f"{type(problem).__name__}: {problem}".splitlines()[0]
         else:
-            difference = runs_like(model, job.trace.args, job.trace.kwargs, want)
+            obstacles = made.obstacles or obstacles
+            difference = runs_like(made.model, trace.args, trace.kwargs, want)
             if not difference:
-                job.pruned, job.layout, job.emission = model, layout, emission
                 problems.pop(f"layout {layout} by {emission}", None)
-                job.notes.extend(f"{k} is not possible: {why}" for k, why in problems.items())
-                return
-        if job.recipe.layout == layout == "uniform":
+                notes.extend(f"{k} is not possible: {why}" for k, why in problems.items())
+                return Emitted(made.model, layout, emission, made.decided, subject, made.program)
+        if asked == layout == "uniform":
             raise SpaError("the uniform layout cannot be made", why=difference,
                            fix="use --layout any")
-        problems[f"layout {layout} by {emission}"] = "; ".join((difference, *job.obstacles[:2]))
+        problems[f"layout {layout} by {emission}"] = "; ".join((difference, *obstacles[:2]))
     raise ProofError("no emitted model is the proved one", fix="please report it",
                      why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
-def _uniform(job: Job) -> Any:
-    shapes = hf.pruned_shapes(job.module, job.trace.tied, job.solution, job.choices)
-    config = hf.uniform_config(job.module, job.solution, job.choices, shapes)
-    slicer = Slicer(job.trace, job.solution, job.choices)
+def _uniform(subject: Subject, decided: Decided) -> _Made:
+    module, trace = subject.model, decided.trace
+    shapes = hf.pruned_shapes(module, trace.tied, decided.solution, decided.choices)
+    config = hf.uniform_config(module, decided.solution, decided.choices, shapes)
+    slicer = Slicer(trace, decided.solution, decided.choices)
     made: dict[str, torch.Tensor] = {}
-    for name in job.module.state_dict():
-        first = job.trace.tied.get(name, name)
+    for name in module.state_dict():
+        first = trace.tied.get(name, name)
         if first not in made:
             made[first] = slicer.array(first).detach()
-    return hf.build(job.module, config, {
-        name: made[job.trace.tied.get(name, name)] for name in job.module.state_dict()},
-        hf.frozen(job.module))
+    model = hf.build(module, config, {
+        name: made[trace.tied.get(name, name)] for name in module.state_dict()},
+        hf.frozen(module))
+    return _Made(model, decided)
 
 
-def _surgery(job: Job) -> Any:
-    return operate(job.trace, job.module, job.solution, job.choices)
+def _surgery(subject: Subject, decided: Decided) -> _Made:
+    return _Made(operate(decided.trace, subject.model, decided.solution, decided.choices), decided)
 
 
-def _watched(job: Job, distinct: bool = False) -> Any:
+def _watched(subject: Subject, decided: Decided, distinct: bool = False) -> _Made:
     """Surgery, with the sizes that the module's code was seen to read brought in step too.
 
     Functions with caches return what plain sizes gave them before: `distinct` ones they don't
     know.
     """
-    args, kwargs = job.trace.args, job.trace.kwargs
-    seen = watch(job.module, args, kwargs, distinct=distinct)
-    sizes = resized(seen.uses, job.trace, job.solution, job.choices)
-    model = operate(job.trace, job.module, job.solution, job.choices, sizes=sizes.changes)
+    trace: Trace = decided.trace
+    args, kwargs = trace.args, trace.kwargs
+    seen = watch(subject.model, args, kwargs, distinct=distinct)
+    sizes = resized(seen.uses, trace, decided.solution, decided.choices)
+    model = operate(trace, subject.model, decided.solution, decided.choices, sizes=sizes.changes)
     for path, name, value in unmet(model, args, kwargs, seen):
         assign(model.get_submodule(path), name, value)
-    job.obstacles = sizes.problems
-    return model
+    return _Made(model, decided, obstacles=sizes.problems)
 
 
-def _rewritten(job: Job) -> Any:
-    return Rewritten(_program(job))
+def _rewritten(subject: Subject, decided: Decided) -> _Made:
+    program, decided = _program(subject, decided, {})
+    return _Made(Rewritten(program), decided, program)
 
 
-EMITTERS: tuple[tuple[str, str, Callable[[Job], Any]], ...] = (
+EMITTERS: tuple[tuple[str, str, Emitter], ...] = (
     ("uniform", "module", _uniform),
     ("any", "module", _surgery),
     ("any", "module", _watched),
@@ -152,28 +173,24 @@ EMITTERS: tuple[tuple[str, str, Callable[[Job], Any]], ...] = (
 )
 
 
-def _program(job: Job) -> Any:
-    if job.program is None:
-        if not isinstance(job.trace.program, ExportedProgram):  # it was recorded, not exported
-            job.trace, job.solution = _trace_module(job.module, job.inputs)
-            job.choices = job.plan.choices(job.solution)
-        shared = dict(job.pruned.state_dict()) if job.emission == "module" else {}
-        job.program = rewrite(job.trace, job.solution, job.choices, shared)
-    return job.program
+def _program(subject: Subject, decided: Decided,
+             shared: dict[str, torch.Tensor]) -> tuple[Any, Decided]:
+    """Return the re-written program, and the decision about the exported program it came from."""
+    if not isinstance(decided.trace.program, ExportedProgram):  # it was recorded, not exported
+        trace, solution = _trace_module(subject.model, subject.inputs)
+        decided = replace(decided, trace=trace, solution=solution,
+                          choices=decided.plan.choices(solution))
+    return rewrite(decided.trace, decided.solution, decided.choices, shared), decided
 
 
-def pruned_program(job: Job) -> Any:
-    """Return the re-written exported program (made once, sharing the module's arrays)."""
-    return _program(job)
+def pruned_program(emitted: Emitted) -> Any:
+    """Return the re-written exported program, sharing the module's arrays."""
+    if emitted.program is not None:
+        return emitted.program
+    return _program(emitted.subject, emitted.decided, dict(emitted.model.state_dict()))[0]
 
 
 TORCH = Backend(
-    kind="torch",
-    check_weights=_check_module,
-    trace=_trace_module,
-    context=lambda job: fresh_context(job.trace, job.solution, job.recipe.seed),
-    digest=lambda job: weights_hash(job.module),
-    prove=_prove_module,
-    emit=_emit_module,
-    add_biases=_add_biases,
-)
+    kind="torch", check=_check_module, trace=_trace_module, context=fresh_context,
+    digest=weights_hash, prove=_prove_module, emit=_emit_module,
+    add_biases=_add_biases)

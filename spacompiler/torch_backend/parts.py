@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ProofError, SpaError, UsageError, did_you_mean
+from ..evidence.calibration import Calibration
 from ..evidence.calls import Inputs, as_call
 from ..evidence.labels import inputs_only
 from ..graph.ir import Tensor
@@ -30,7 +31,7 @@ from ..groups.solution import Solution, solve
 from ..plan.plan import Plan
 from ..rows.aten_table import TABLE
 from ..stages.comparison import compare
-from ..stages.records import Job
+from ..stages.records import Decided, Emitted, Subject
 from .backend import TORCH
 from .emit.apart import fresh
 from .emit.program import Rewritten, rewrite
@@ -185,20 +186,22 @@ class _Holder(nn.Module):
 # --- the steps of a compile -------------------------------------------------------------------
 
 
-def enter(job: Job, paths: Sequence[str]) -> None:
-    """Make a job about parts of its module.
+def enter(subject: Subject, calibration: Calibration,
+          paths: Sequence[str]) -> tuple[Subject, Calibration, list[str]]:
+    """Make a compile about parts of its module: the subject, its data, and what to tell the user.
 
     Raises UsageError for wrong paths, SpaError for a part that the example inputs do not reach.
     """
-    whole = job.module
-    job.whole_inputs, job.parts, job.backend = job.inputs, tuple(paths), PARTS
-    job.module, job.inputs = of(whole, paths, job.inputs)
+    whole = subject.model
+    parts, inputs = of(whole, paths, subject.inputs)
     batches, beside = ([as_call(_inputs(whole, paths, (args, inputs_only(whole, kwargs))))
                         for args, kwargs in given]
-                       for given in (job.calibration.batches, job.calibration.beside))
-    job.calibration = replace(job.calibration, batches=batches, beside=beside)
-    job.notes += [f"compiled in parts: {', '.join(paths)}",
-                  *filter(None, (left_out(whole, paths),))]
+                       for given in (calibration.batches, calibration.beside))
+    notes = [f"compiled in parts: {', '.join(paths)}",
+             *filter(None, (left_out(whole, paths),))]
+    return replace(subject, model=parts, inputs=inputs, whole_inputs=subject.inputs,
+                   parts=tuple(paths), backend=PARTS), \
+        replace(calibration, batches=batches, beside=beside), notes
 
 
 def of(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Parts, tuple[Call, ...]]:
@@ -245,23 +248,25 @@ def _mark_outside(traced: Trace, parts: Parts) -> None:
             held.kind = "outside"
 
 
-def _emit(job: Job) -> None:
+def _emit(subject: Subject, decided: Decided, layout: str, notes: list[str]) -> Emitted:
     """Emit the parts, put them into a copy of the whole, and check the whole.
 
-    From here on the job is about the whole.
+    From here on the compile is about the whole.
     """
-    TORCH.emit(job)
-    parts: Parts = job.module  # type: ignore[assignment]
-    if job.emission == "module":
-        made = {path: job.pruned.get_submodule(path) for path in parts.paths}
+    emitted = TORCH.emit(subject, decided, layout, notes)
+    parts: Parts = subject.model
+    if emitted.emission == "module":
+        made = {path: emitted.model.get_submodule(path) for path in parts.paths}
     else:
-        made = rewritten(parts, job.inputs, job.plan)  # type: ignore[arg-type]
-    job.module, job.pruned = parts.whole, put_back(parts.whole, made)
-    job.backend = TORCH
-    args, kwargs = as_call(job.whole_inputs)
-    job.trace = replace(job.trace, args=args, kwargs=kwargs)
-    job.recipe = replace(job.recipe, onnx=False, latency=False)
-    _check_whole(job, parts)
+        made = rewritten(parts, subject.inputs, decided.plan)  # type: ignore[arg-type]
+    args, kwargs = as_call(subject.whole_inputs)
+    last: Decided = emitted.decided
+    whole: Emitted = replace(
+        emitted, model=put_back(parts.whole, made),
+        subject=replace(subject, model=parts.whole, backend=TORCH),
+        decided=replace(last, trace=replace(last.trace, args=args, kwargs=kwargs)))
+    _check_whole(whole, parts)
+    return whole
 
 
 class Rebuilt(nn.Module):
@@ -326,14 +331,14 @@ def _shell(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _check_whole(job: Job, parts: Parts) -> None:
+def _check_whole(emitted: Emitted, parts: Parts) -> None:
     """The whole with pruned parts equals the dense whole that only calls the pruned parts."""
-    reference = _shell(parts.whole)
+    trace, reference = emitted.decided.trace, _shell(parts.whole)
     for path in parts.paths:
-        reference.get_submodule(path).forward = job.pruned.get_submodule(path).forward
-    with untouched(job.pruned):  # the parts' own mode counts too
-        want = called(reference, job.trace.args, job.trace.kwargs)
-    found = compare(called(job.pruned, job.trace.args, job.trace.kwargs), want)
+        reference.get_submodule(path).forward = emitted.model.get_submodule(path).forward
+    with untouched(emitted.model):  # the parts' own mode counts too
+        want = called(reference, trace.args, trace.kwargs)
+    found = compare(called(emitted.model, trace.args, trace.kwargs), want)
     if not found.within(WHOLE_TOLERANCE):
         raise ProofError("the whole network uses more of a part than its results",
                          where=", ".join(parts.paths),
@@ -342,5 +347,4 @@ def _check_whole(job: Job, parts: Parts) -> None:
 
 
 PARTS = replace(
-    TORCH, trace=_trace, digest=lambda job: weights_hash(job.module.whole),  # type: ignore
-    emit=_emit)
+    TORCH, trace=_trace, digest=lambda parts: weights_hash(parts.whole), emit=_emit)

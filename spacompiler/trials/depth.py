@@ -14,13 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import SpaError, TargetError, UsageError
 from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
 from ..plan.problem import TOLERANCE
 from ..request.recipe import parse_blocks, parse_target
-from ..stages.records import Job
+from ..stages.records import Emitted, Request, Subject
 from ..torch_backend.weights import results
 from . import blocks
 from .measure import angles
@@ -29,33 +30,34 @@ SHORTLIST = 4
 BATCHES = 4
 
 
-def drop_blocks(job: Job, trial: Callable[[Job], Job]) -> None:
-    """Take whole blocks out of the job's module, as its recipe asks.
+def drop_blocks(ask: Request, subject: Subject,
+                trial: Callable[[Request, Subject], Emitted]) -> Subject:
+    """Take whole blocks out of the subject's module, as the recipe asks.
 
-    `trial(job)` compiles a copy of the job in memory, for `auto`.
+    `trial(ask, subject)` compiles in memory, for `auto`.
     """
     from ..torch_backend.backend import TORCH
 
-    if job.backend is not TORCH:
-        raise SpaError("blocks can be dropped from a torch module only", where=job.name,
+    if subject.backend is not TORCH:
+        raise SpaError("blocks can be dropped from a torch module only", where=ask.name,
                        fix="drop them before exporting to ONNX, or give the module itself")
-    known = blocks.removable(job.module, job.inputs)
+    known = blocks.removable(subject.model, subject.inputs)
     if not known:
-        raise blocks.none_found(job.name)
-    asked = parse_blocks(job.recipe.blocks)
+        raise blocks.none_found(ask.name)
+    asked = parse_blocks(ask.recipe.blocks)
     if isinstance(asked, tuple):
         blocks.check_paths(asked, known)
         _check_count(len(asked), known)
         chosen: Sequence[str] = asked
     elif asked is not None:
         _check_count(asked, known)
-        chosen = order(job, known, asked)
+        chosen = order(ask, subject.model, known, asked)
     else:
-        chosen = _cheapest(job, known, trial)
+        chosen = _cheapest(ask, subject, known, trial)
         if not chosen:
-            job.notes.append("blocks: all stay, widths are cheaper")
-            return
-    _drop(job, chosen, known)
+            ask.notes.append("blocks: all stay, widths are cheaper")
+            return subject
+    return _without(ask, subject, chosen, known)
 
 
 def _check_count(count: int, known: Sequence[str]) -> None:
@@ -65,44 +67,46 @@ def _check_count(count: int, known: Sequence[str]) -> None:
                          fix="drop fewer, or prune widths")
 
 
-def _drop(job: Job, chosen: Sequence[str], known: Sequence[str]) -> None:
+def _without(ask: Request, subject: Subject, chosen: Sequence[str],
+             known: Sequence[str]) -> Subject:
     """Put the shorter network in the dense one's place, and note what the dense one costs."""
     from ..plan.plan import costs, pruned_bytes
 
-    _, solution = job.backend.trace(job.module, job.inputs, True)
+    _, solution = subject.backend.trace(subject.model, subject.inputs, True)
     places = {path: i for i, path in enumerate(known)}
     paths = sorted(chosen, key=places.__getitem__)
-    made, dropped = blocks.drop(job.module, job.inputs, paths, known)
-    job.whole = {metric: pair["dense"] for metric, pair in costs(solution, {}).items()}
-    job.whole["bytes"] = pruned_bytes(solution, {})["dense"]
-    job.dense, job.module, job.dropped = job.module, made, dropped
-    job.notes.append(f"blocks dropped: {', '.join(paths)}; names below are those of the network "
+    made, dropped = blocks.drop(subject.model, subject.inputs, paths, known)
+    whole = {metric: pair["dense"] for metric, pair in costs(solution, {}).items()}
+    whole["bytes"] = pruned_bytes(solution, {})["dense"]
+    ask.notes.append(f"blocks dropped: {', '.join(paths)}; names below are those of the network "
                      "without them")
+    return replace(subject, dense=subject.model, model=made, dropped=dropped, whole=whole)
 
 
-def order(job: Job, known: Sequence[str], count: int, first: Sequence[str] = ()) -> list[str]:
+def order(ask: Request, module: nn.Module, known: Sequence[str], count: int,
+          first: Sequence[str] = ()) -> list[str]:
     """Return so many blocks in the order in which they should go; `first` are known to begin it."""
-    batches = job.calibration.batches[:BATCHES]
-    wanted = list(_results(job.module, batches))
+    batches = ask.calibration.batches[:BATCHES]
+    wanted = list(_results(module, batches))
     gone = list(first)
     for i in range(len(gone), count):
-        job.progress("choosing blocks", i, count)
+        ask.tell("choosing blocks", i, count)
         left = [path for path in known if path not in gone]
-        with blocks.bypassed(job.module, gone):
+        with blocks.bypassed(module, gone):
             influence = {p: 1 - cosine for p, (_, cosine) in
-                         angles(job.module, left, batches).items()}
+                         angles(module, left, batches).items()}
         near = sorted(influence, key=influence.__getitem__)[:SHORTLIST]
         if not near:
-            raise blocks.none_found(job.name)
-        gone.append(min(near, key=lambda p: _moved(job, (*gone, p), batches, wanted)))
+            raise blocks.none_found(ask.name)
+        gone.append(min(near, key=lambda p: _moved(module, (*gone, p), batches, wanted)))
     return gone
 
 
-def _moved(job: Job, paths: Sequence[str], batches: Sequence[Any],
+def _moved(module: nn.Module, paths: Sequence[str], batches: Sequence[Any],
            wanted: Sequence[torch.Tensor]) -> float:
     """How far the results are from the dense network's without some blocks."""
-    with blocks.bypassed(job.module, paths):
-        return _distance(job.module, batches, wanted)
+    with blocks.bypassed(module, paths):
+        return _distance(module, batches, wanted)
 
 
 def _results(module: Any, batches: Sequence[Any]) -> Iterator[torch.Tensor]:
@@ -115,30 +119,32 @@ def _distance(module: Any, batches: Sequence[Any], wanted: Sequence[torch.Tensor
     return sum(float(distance(got, want)) for got, want in found) / len(wanted)
 
 
-def _cheapest(job: Job, known: Sequence[str], trial: Callable[[Job], Job]) -> list[str]:
+def _cheapest(ask: Request, subject: Subject, known: Sequence[str],
+              trial: Callable[[Request, Subject], Emitted]) -> list[str]:
     """Return the blocks without which the compiled network is nearest to the dense one.
 
     The numbers tried double until twice in a row there is nothing gained, or too little is left.
     """
-    batches = job.calibration.batches[:BATCHES]
-    wanted = list(_results(job.module, batches))
+    batches = ask.calibration.batches[:BATCHES]
+    wanted = list(_results(subject.model, batches))
     chosen: list[str] = []
     best, least, worse = 0, float("inf"), 0
-    for count in (0, *_doubling(min(len(known) - 1, max(1, _most(job, known))))):
-        chosen = order(job, known, count, chosen)
-        job.progress(f"trying without {count} blocks", 0, 1)
-        one = replace(job, recipe=replace(job.recipe, blocks="", prove=False, onnx=False,
-                                          latency=False, recovery="", int8=False, decoder=False),
-                      notes=[], scores={}, counts={}, choices={}, owned=False, recovery=None)
+    for count in (0, *_doubling(min(len(known) - 1, max(1, _most(ask, subject.model, known))))):
+        chosen = order(ask, subject.model, known, count, chosen)
+        ask.tell(f"trying without {count} blocks", 0, 1)
+        one = replace(ask, notes=[], recovery=None, recipe=replace(
+            ask.recipe, blocks="", prove=False, onnx=False, latency=False, recovery="", int8=False,
+            decoder=False))
+        shorter = replace(subject, owned=False)
         try:
             if count:
-                _drop(one, chosen[:count], known)
-            moved = _distance(trial(one).pruned, batches, wanted)
+                shorter = _without(one, shorter, chosen[:count], known)
+            moved = _distance(trial(one, shorter).model, batches, wanted)
         except TargetError:
             if count:
                 break
             continue  # widths alone do not reach the target
-        job.notes.append(f"blocks: without {count}, divergence {moved:.3g} from the dense network")
+        ask.notes.append(f"blocks: without {count}, divergence {moved:.3g} from the dense network")
         if moved < least:
             best, least, worse = count, moved, 0
         else:
@@ -156,10 +162,10 @@ def _doubling(most: int) -> Iterator[int]:
     yield most
 
 
-def _most(job: Job, known: Sequence[str]) -> int:
+def _most(ask: Request, module: nn.Module, known: Sequence[str]) -> int:
     """How many blocks may go before less than the target is left (by parameters)."""
-    share = parse_target(job.recipe.target)[1]
-    sizes = [sum(p.numel() for p in job.module.get_submodule(path).parameters())
+    share = parse_target(ask.recipe.target)[1]
+    sizes = [sum(p.numel() for p in module.get_submodule(path).parameters())
              for path in known]
-    total = sum(p.numel() for p in job.module.parameters())
+    total = sum(p.numel() for p in module.parameters())
     return int((1 - share + TOLERANCE) * total // max(1, min(sizes)))

@@ -1,0 +1,141 @@
+"""Trace the module (or parts of it), solve its axes, and list the groups that may shrink."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from torch import nn
+
+from ..errors import TargetError, TraceError, UsageError
+from ..evidence.losses import default_loss
+from ..plan import legal
+from ..stages.records import Request, Subject, Traced
+from ..torch_backend.backend import TORCH
+from ..torch_backend.gather.heads import fitting
+from ..torch_backend.parts import Parts, enter, traceable
+from ..torch_backend.trace import Trace
+from ..torch_backend.vocabulary import check_tokens
+from .decide import is_met
+
+
+def analyse(ask: Request, subject: Subject) -> tuple[Request, Subject, Traced]:
+    """Trace, solve and list groups; what follows from the network (a loss, parts) is asked for.
+
+    Raises TargetError if no group may shrink, TraceError if nothing of it can be traced.
+    """
+    if ask.schedule is not None and not subject.owned:  # it trains
+        subject = replace(subject, model=copy.deepcopy(subject.model), owned=True)
+    ask, subject, traced = trace_whole_or_parts(ask, subject)
+    ask = _with_loss(ask, subject)
+    if isinstance(traced.trace, Trace):
+        check_tokens(traced.trace, ask.calibration.for_repair)
+    _note_folded(ask, traced)
+    _note_fixed(ask, subject, traced)
+    traced = replace(traced, candidates=tuple(legal.candidates(traced.solution, **ask.asked)))
+    if ask.compensation is not None and ask.compensation.create_biases:
+        subject, traced = _with_biases(ask, subject, traced)
+    if is_met(ask, subject, traced.solution):
+        return ask, subject, replace(traced, candidates=())
+    if not traced.candidates:
+        raise _nothing(ask, traced)
+    return ask, subject, traced
+
+
+def _nothing(ask: Request, traced: Traced) -> TargetError:
+    """Why no group may shrink, and what would let some."""
+    more = legal.openings(traced.solution, **ask.asked)
+    return TargetError(
+        "nothing to prune", where=ask.name, why=legal.why_none(traced.solution, **ask.asked),
+        fix="see `spacompiler inspect`" + (f"; let more go with {' or '.join(more)}"
+                                           if more else ""))
+
+
+def trace_whole_or_parts(ask: Request, subject: Subject) -> tuple[Request, Subject, Traced]:
+    """Trace and solve; what cannot be traced whole is entered by its largest parts."""
+    given = ask.recipe.modules
+    if given:
+        ask, subject = _entered(ask, subject, given)
+    try:
+        traced = subject.backend.trace(subject.model, subject.inputs, is_quick(ask))
+    except TraceError as problem:
+        found = () if given else traceable(subject.model, subject.inputs)
+        if not found:
+            raise
+        ask.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
+        ask, subject = _entered(ask, subject, found)
+        traced = subject.backend.trace(subject.model, subject.inputs)
+    return ask, subject, Traced(*traced)
+
+
+def _entered(ask: Request, subject: Subject,
+             paths: tuple[str, ...]) -> tuple[Request, Subject]:
+    subject, calibration, notes = enter(subject, ask.calibration, paths)
+    ask.notes.extend(notes)
+    return replace(ask, calibration=calibration), subject
+
+
+def _with_loss(ask: Request, subject: Subject) -> Request:
+    """Where no loss was given, take the one that fits the network's head, once it is asked for.
+
+    Raises UsageError if training would minimise what says nothing of what is right.
+    """
+    if not isinstance(subject.model, nn.Module):
+        return ask
+    entered = isinstance(subject.model, Parts)
+    whole = subject.model.whole if isinstance(subject.model, Parts) else subject.model
+    if ask.loss is not default_loss:
+        if entered and ask.importance.needs:
+            ask.notes.append("the given loss is taken of what the parts give, in their order")
+        return ask
+    loss = fitting(subject.model, subject.inputs, parts_only=entered)
+    own = fitting(whole, subject.whole_inputs if entered else subject.inputs)
+    data = ask.recover_data.batches if ask.recover_data else ()
+    if getattr(ask.recovery, "task", 0) and not own.teaches(data):
+        raise UsageError("there is nothing to train on: the results have no labels",
+                         where=ask.name, why=f"its loss would be {own.head.facts((), {})['name']}",
+                         fix="give batches with labels, a loss, or distil alone: "
+                             f"{ask.recovery.name}(task=0, blocks=1)")
+    return replace(ask, loss=loss)
+
+
+def _note_folded(ask: Request, traced: Traced) -> None:
+    """Say which arrays were replaced by what follows from them."""
+    folded = getattr(traced.trace, "folded", ())
+    if folded:
+        ask.notes.append(f"{len(folded)} arrays are read through statistics of themselves alone "
+                         f"({folded[0]}, ...): what follows from them was computed once")
+
+
+def _note_fixed(ask: Request, subject: Subject, traced: Traced) -> None:
+    """Say that what is written as a program serves the example's batch alone."""
+    if subject.backend is not TORCH or is_quick(ask):
+        return
+    fixed: list[tuple[str, int]] = traced.trace.fixed()
+    if fixed:
+        sizes = ", ".join(f"{size} of {name}" for name, size in fixed[:4])
+        ask.notes.append(f"the module's code fixes the first dimension of its inputs ({sizes}): "
+                         "its traced program and model.onnx serve no other batch")
+    if single := traced.trace.single():
+        ask.notes.append(f"the example inputs are a single example ({', '.join(single[:4])}), and "
+                         "a size of one is traced as fixed: the traced program and model.onnx "
+                         "serve one example at a time; give two or more for a free batch")
+
+
+def is_quick(ask: Request) -> bool:
+    """True if the compile looks at weights alone, and needs no program of the network."""
+    recipe = ask.recipe
+    runs = recipe.prove or recipe.onnx or recipe.latency or recipe.keep_adapter \
+        or bool(ask.importance.needs) or recipe.modules
+    return not (runs or ask.compensation or ask.recovery or ask.schedule)
+
+
+def _with_biases(ask: Request, subject: Subject, traced: Traced) -> tuple[Subject, Traced]:
+    """Put zero biases where consumers lack one, and trace again if any was missing."""
+    model = subject.backend.add_biases(subject.model, traced, subject.owned)
+    if model is None:
+        return subject, traced
+    subject = replace(subject, biased=True, model=model)
+    again = Traced(*subject.backend.trace(subject.model, subject.inputs))
+    return subject, replace(again, candidates=tuple(
+        legal.candidates(again.solution, **ask.asked)))

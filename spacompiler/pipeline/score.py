@@ -1,0 +1,100 @@
+"""Score every candidate: by calibration data, by weights alone, or by a schedule that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import SpaError, UsageError
+from ..evidence.statistics import forward_only
+from ..groups.solution import Group
+from ..stages.records import Request, Scheduling, Scored, Subject, Traced
+from ..torch_backend.backend import TORCH
+from . import defaults
+from .decide import allocate_counts
+
+
+def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
+    """Run calibration if the importance pass needs it, then score every candidate.
+
+    A schedule trains instead, and leaves scores and counts.
+    """
+    if not traced.candidates:
+        return Scored(ask.importance)
+    if ask.schedule is not None:
+        return _scheduled(ask, subject, traced)
+    importance = defaults.settled(ask, subject, traced)
+    context = _context(importance, subject, traced, ask.recipe.seed)
+    scored = Scored(importance, traced.candidates, context=context)
+    try:
+        scores = {group.name: _checked(importance, group, context)
+                  for group in _calibrated(ask, scored, context)}
+    finally:
+        getattr(context, "close", lambda: None)()
+    kept = None if "adapter_steps" in importance.needs else context
+    return replace(scored, scores=scores, context=kept)
+
+
+def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
+    def allocate(candidates: Sequence[Group],
+                 scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], bool]:
+        return allocate_counts(ask, subject, traced,
+                               Scored(ask.importance, tuple(candidates), scores))
+
+    assert ask.schedule is not None
+    found: Scored = ask.schedule.run(Scheduling(
+        subject.model, traced.trace, traced.solution, traced.candidates, ask.calibration, ask.loss,
+        allocate, ask.recipe.seed, ask.name, ask.tell, ask.notes))
+    return replace(found, importance=ask.importance)
+
+
+def _context(importance: Any, subject: Subject, traced: Traced, seed: int) -> Any:
+    """What importance passes see. Adapters' gradients come from the module itself."""
+    if "adapter_steps" not in importance.needs:
+        return subject.backend.context(traced.trace, traced.solution, seed)
+    from ..live.probe import Probe
+
+    if subject.backend is not TORCH:
+        raise UsageError(f"{importance.name!r} needs a torch module",
+                         fix="use a criterion without gradients")
+    return Probe(subject.model, traced.trace, traced.solution, importance.needs, seed)
+
+
+def _checked(importance: Any, group: Group, context: Any) -> np.ndarray:
+    value = torch.as_tensor(importance.score(group, context)).detach().double()
+    if tuple(value.shape) != group.shape or not torch.isfinite(value).all():
+        raise SpaError(
+            f"importance pass {importance.name!r} gave no valid scores for {group.name}",
+            why=f"shape {tuple(value.shape)} for {group.shape}, "
+                f"finite: {bool(torch.isfinite(value).all())}",
+            fix="a score is a finite tensor of shape group.shape")
+    return np.asarray(value.numpy())
+
+
+def _calibrated(ask: Request, scored: Scored, context: Any) -> Iterable[Group]:
+    """Yield the candidates as their statistics become complete.
+
+    Covariances are held for one block at a time where the backend can stream them.
+    """
+    needs, batches = scored.importance.needs, ask.calibration.batches
+    total = len(batches)
+    done = iter(range(1, total + 1))
+    if not needs:
+        return scored.candidates
+    if forward_only(needs) and "covariance" in needs and hasattr(context, "stream"):
+        ask.tell("calibrating", 0, total)
+        streamed: Iterable[Group] = context.stream(needs, ask.calibration.for_repair,
+                                                   scored.candidates)
+        return streamed
+    context.calibrate(needs, batches, ask.loss, groups=scored.candidates,
+                      tick=lambda: ask.tell("calibrating", next(done), total))
+    wider = {"covariance", "curvature"} & set(needs)
+    if not getattr(scored.importance, "continued", True):
+        wider -= {"curvature"}
+    if ask.calibration.beside and wider:
+        context.widen(wider, ask.calibration.beside, ask.loss, scored.candidates)
+    return scored.candidates
