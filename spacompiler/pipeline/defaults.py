@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..evidence.protocol import Importance
 from ..request import registry
 from ..stages.records import Request, Subject, Traced
 
@@ -17,7 +18,7 @@ def importance_for(module: object, asked: object, calibration: object) -> object
     return "magnitude" if calibration is None or calibration == "none" else "wanda"
 
 
-def settled(ask: Request, subject: Subject, traced: Traced) -> Any:
+def settled(ask: Request, subject: Subject, traced: Traced) -> Importance:
     """Return the criterion that scores; say what was taken for a file without gradients.
 
     A criterion of inputs gives way to one of weights if it cannot score every group.
