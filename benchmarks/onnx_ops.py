@@ -26,9 +26,10 @@ from spacompiler.axes.choices import Choice, take
 from spacompiler.axes.expressions import reasons
 from spacompiler.errors import SpaError
 from spacompiler.groups.solution import solve
-from spacompiler.onnx_backend.emit import masked, rewrite
+from spacompiler.onnx_backend.emit import rewrite
 from spacompiler.onnx_backend.read.file import OnnxFile, checked_feed, open_model
 from spacompiler.onnx_backend.read.lower import trace
+from spacompiler.onnx_backend.run.masks import masked
 from spacompiler.onnx_backend.run.session import Session
 from spacompiler.rows.onnx_table import OPS, TABLE
 

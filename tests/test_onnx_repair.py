@@ -165,6 +165,20 @@ def test_repair_goes_by_what_scoring_reads(importance: str, data: Any, repairs: 
     assert bool(job.trace.repaired) == repairs == (job.compensation is not None)
 
 
+@pytest.mark.parametrize("options", [{"importance": "wanda"},
+                                     {"importance": "magnitude", "repair": "refit"},
+                                     {"importance": "magnitude",
+                                      "repair": "refit(sequential=True)"}])
+def test_what_is_made_inside_a_branch_is_not_observed(options: Any, tmp_path: Path) -> None:
+    made = model("""a = MatMul(x, w1) h = Tanh(a) s = ReduceSum<keepdims=0>(x) c = Greater(s, zero)
+        y = If (c) <then_branch = t () => (float[N, 5] p) { g = Relu(h) p = MatMul(g, w2) },
+                    else_branch = e () => (float[N, 5] q) { q = MatMul(h, w3) }>""",
+                 "N, 6", "N, 5", w1=(6, 64), w2=(64, 5), w3=(64, 5), zero=())
+    with pytest.raises(SpaError, match=r"'g(_masked)?' cannot be observed") as caught:
+        compiled(made, tmp_path / "f", X, **options)
+    assert "inside a branch" in caught.value.why
+
+
 def test_a_file_is_sampled_by_example_inputs_alone(tmp_path: Path) -> None:
     onnx.save(dense("y = MatMul(h, w2)", w2=(64, 5)), tmp_path / "m.onnx")
     options: dict[str, Any] = {"target": "params=70%", "importance": "wanda", "align": 1,

@@ -18,17 +18,16 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from ..axes.choices import Choices, keep_mask, kept_size, take
+from ..axes.choices import Choices, kept_size, take
 from ..axes.expressions import atoms
 from ..errors import ProofError
 from ..groups.solution import Solution
-from ..plan.effects import NormChange, norm_changes, touched
+from ..plan.effects import NormChange, norm_changes
 from ..rows.findings import Path
-from ..rows.onnx_integers import zero_point
 from .read.file import release
 from .read.lower import OnnxTrace, Place
 from .read.shapes import Facts, infer
-from .run.constants import Constants, constant
+from .run.constants import Constants
 
 MaybeWrong = Mapping[str, Choices]
 
@@ -82,19 +81,20 @@ def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
     model = trace.model.clone()
     arrays = Arrays(trace, solution, choices, wrong)
     nodes = dict(zip(trace.nodes, same_nodes(trace, model), strict=True))
-    values = {v.name: v for v in _values(model)}
+    values = {v.name: v for v in values_of(model)}
     for name in arrays.changed():
-        _store(model, values[name], _lazy(arrays, name), arrays.shape(name))
+        store(model, values[name], _lazy(arrays, name), arrays.shape(name))
     _Sizes(trace, solution, choices, model, nodes).write()
     if double:
         exact = Arrays(trace, solution, choices, wrong, double=True)
         for change in norm_changes(solution, choices):
             values[change.norm.gain].const_value = _lazy(exact, change.norm.gain)
-    _clean(model)
+    clean(model)
     return model
 
 
-def _values(model: ir.Model) -> Iterator[ir.Value]:
+def values_of(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield every value of a model, stored ones of bodies too."""
     graph = model.graph
     yield from graph.inputs
     yield from graph.initializers.values()
@@ -112,7 +112,7 @@ def _lazy(arrays: Arrays, name: str) -> ir.LazyTensor:
         shape=ir.Shape(arrays.shape(name)), name=name)
 
 
-def _store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
+def store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
            shape: tuple[int, ...]) -> None:
     """Let a value be the initialiser `tensor`; a node that made it goes."""
     maker = value.producer()
@@ -129,7 +129,7 @@ def _store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
     value.shape = ir.Shape(shape)
 
 
-def _clean(model: ir.Model) -> None:
+def clean(model: ir.Model) -> None:
     """Drop dead nodes and unused initialisers, and what the file said about shapes inside."""
     passes.RemoveUnusedNodesPass()(model)
     own = {id(value) for value in model.graph.outputs}
@@ -342,80 +342,3 @@ def _source(facts: Facts, node: ir.Node, index: int,
                 return _source(facts, maker, i, element)
             element -= size
     return None
-
-
-# --- masks ------------------------------------------------------------------------------------
-
-
-MASKED = "_masked"
-"""What is added to a value's name for the one in which removed slices are zero."""
-
-
-def masked(trace: OnnxTrace, solution: Solution, choices: Choices,
-           arrays: Mapping[str, np.ndarray] | None = None) -> ir.Model:
-    """Return the dense model in which every consumer of a removed slice reads zero.
-
-    `arrays` (those that a repair made, if None) are in place of the file's own.
-    """
-    model = trace.model.clone()
-    nodes = dict(zip(trace.nodes, same_nodes(trace, model), strict=True))
-    values = {v.name: v for v in _values(model)}
-    for name, array in (trace.repaired if arrays is None else arrays).items():
-        _store(model, values[name], ir.Tensor(array, name=name), array.shape)
-    made = _Masks(model)
-    for name, tensors in touched(solution, choices).items():
-        node = nodes[name]
-        for tensor in sorted(tensors):
-            for i, value in enumerate(node.inputs):
-                if value is not None and value.name == tensor:
-                    mask = keep_mask(solution.solver.dims[tensor], choices)
-                    number = trace.facts.types[tensor]
-                    at = zero_point(node.op_type, i)
-                    zero = node.inputs[at] if at is not None and at < len(node.inputs) else None
-                    node.replace_input_with(i, made.of(node, value, mask, number, zero))
-    for edit in solution.solver.edits:
-        place = trace.places.get((edit.node, edit.path[1]))
-        if edit.value is not None and place is not None and place.kind == "attr" \
-                and kept_size(edit.when, choices) != edit.when.size:
-            _set_default(nodes[edit.node], place.key, edit.value)
-    _clean(model)
-    return model
-
-
-def _set_default(node: ir.Node, key: str, value: Any) -> None:
-    """Write a number that the file leaves to the operator, rounded as the pruned model has it."""
-    if key not in node.attributes:
-        node.attributes[key] = ir.convenience.convert_attribute(key, value)
-
-
-class _Masks:
-    """The masked values of a model: Where(mask, value, 0), once for each.
-
-    Integers of a product read their zero point in place of 0.
-    """
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
-        self.made: dict[str, ir.Value] = {}
-        self.order = {id(n): i for i, n in enumerate(model.graph.all_nodes())}
-
-    def of(self, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int,
-           zero: ir.Value | None = None) -> ir.Value:
-        """Return the masked value, made before the first of its readers in the node's graph."""
-        name = value.name or ""
-        if name in self.made:
-            return self.made[name]
-        graph = node.graph
-        zero = zero or constant(self.model, np.zeros((), ir.DataType(number).numpy()),
-                                f"{name}_zero")
-        stored = constant(self.model, mask, f"{name}_mask")
-        step = ir.Node("", "Where", [stored, value, zero],
-                       num_outputs=1, name=f"{name}_where")
-        step.outputs[0].name = name + MASKED
-        readers = [user for user, _ in value.uses() if user.graph is graph and user is not step]
-        first = min(readers, key=lambda user: self.order[id(user)], default=node)
-        self.order[id(step)] = self.order[id(first)]
-        graph.insert_before(first, step)  # type: ignore[union-attr]
-        if graph is self.model.graph:
-            self.made[name] = step.outputs[0]
-        return step.outputs[0]

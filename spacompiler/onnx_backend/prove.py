@@ -20,10 +20,11 @@ from ..errors import ProofError, SpaError
 from ..groups.cost import cost
 from ..groups.solution import Solution
 from ..stages.proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
-from .emit import masked, rewrite
+from .emit import rewrite
 from .read.file import release
 from .read.lower import OnnxTrace
 from .run import double as onnx_double
+from .run.masks import masked
 from .run.session import Session
 
 DOUBLE_BYTES = 2**28

@@ -16,9 +16,9 @@ import torch
 from ...axes.choices import Choices
 from ...groups.solution import Solution
 from ...plan.effects import touched
-from ..emit import MASKED, masked
 from ..read.lower import OnnxTrace
-from .session import Session
+from .masks import MASKED, masked
+from .session import Session, hidden
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
@@ -68,7 +68,9 @@ class FileLockstep:
 
 def _cut(model: ir.Model, name: str) -> None:
     """Leave what leads to one value of a graph, which is then its only result."""
-    wanted = next(v for node in model.graph for v in node.outputs if v.name == name)
+    wanted = next((v for node in model.graph for v in node.outputs if v.name == name), None)
+    if wanted is None:
+        raise hidden(name)
     model.graph.outputs.clear()
     model.graph.outputs.append(wanted)
     passes.RemoveUnusedNodesPass()(model)

@@ -20,7 +20,7 @@ from ...system.process import no_warnings
 from ..read.file import checked_feed, release
 from ..read.lower import OnnxTrace
 from .lockstep import FileLockstep
-from .session import Session, alone, run
+from .session import Session, alone, hidden, run
 
 EXPOSED = 2**28
 """Bytes of tensors (and of their statistics) that one run returns: more would be held at once."""
@@ -64,11 +64,15 @@ class FileNetwork:
     def observe(self, batches: Iterable[Batch], places: Mapping[Place, float], see: See, *,
                 together: bool = False, tick: Callable[[], None] = lambda: None,
                 ) -> Iterator[set[Place]]:
-        """Run over all batches with as many tensors exposed as fit, yield places, and so on."""
+        """Run over all batches with as many tensors exposed as fit, yield places, and so on.
+
+        Raises SpaError for what is read of a branch's own values.
+        """
         feeds = [_feed(self.trace, batch) for batch in batches]
         readers: dict[str, list[Place]] = {}
         for place in places:
             readers.setdefault(place[1], []).append(place)
+        self._check_outside(readers)
         for names in _fitting(self._costs(places, feeds)):
             self._expose(names, readers, feeds, see)
             yield {place for name in names for place in readers[name]}
@@ -84,6 +88,13 @@ class FileNetwork:
         """Run all batches from place to place, what `choices` remove read as zero."""
         return FileLockstep(self.trace, solution, choices,
                             [_feed(self.trace, batch) for batch in batches])
+
+    def _check_outside(self, readers: Mapping[str, list[Place]]) -> None:
+        graph = self.trace.model.graph
+        known = {v.name for v in graph.inputs} | {o.name for node in graph for o in node.outputs}
+        inside = next((name for name in readers if name not in known), None)
+        if inside is not None:
+            raise hidden(inside)
 
     def _costs(self, places: Mapping[Place, float],
                feeds: list[dict[str, np.ndarray]]) -> dict[str, float]:

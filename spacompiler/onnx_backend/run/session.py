@@ -83,6 +83,15 @@ def _refused(what: str, problem: Exception) -> SpaError:
                         "version of ONNX Runtime lacks an operator")
 
 
+def hidden(name: str) -> SpaError:
+    """Return the error for a value that no run returns."""
+    return SpaError(
+        f"{name!r} cannot be observed", why="it is made inside a branch, and ONNX Runtime returns "
+        "values of the whole graph alone",
+        fix="use --importance magnitude and --repair none, or --ignore the groups that are read "
+            "from it")
+
+
 def run(model: ir.Model, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
     """Run a model once and return the named values."""
     return dict(zip(names, Session(model, names).run(feeds, names), strict=True))
