@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from spacompiler.artifact import torch_files
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.models_zoo import load
 from spacompiler.stages import proof as judged
+from spacompiler.stages.tolerances import CONTROL, ONNX
 from spacompiler.store import folder as artifact
 
 FAST = {"importance": "magnitude", "latency": False}
@@ -225,14 +227,14 @@ def test_existing_output_is_kept(tmp_path):
 
 
 def test_wrong_onnx_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_files, "ONNX_TOLERANCE", -1.0)
+    monkeypatch.setattr(torch_files, "ONNX", replace(ONNX, value=-1.0))
     with pytest.raises(ProofError, match="ONNX Runtime differs"):
         compiled("mlp", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_control_that_is_not_caught_stops_the_compile(tmp_path, monkeypatch):
-    monkeypatch.setattr(judged, "CONTROL", 1e9)
+    monkeypatch.setattr(judged, "CONTROL", replace(CONTROL, value=1e9))
     with pytest.raises(ProofError, match="negative control"):
         compiled("mlp", tmp_path / "out")
 

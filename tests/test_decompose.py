@@ -12,7 +12,7 @@ from torch import nn
 
 from spacompiler.groups.solution import solve
 from spacompiler.rows.aten_table import TABLE
-from spacompiler.stages.proof import TOLERANCE
+from spacompiler.stages.tolerances import PROOF
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.run.runner import Runner
 from spacompiler.torch_backend.trace import Trace
@@ -65,7 +65,7 @@ def test_an_operator_is_spelt_out(name: str, quick: bool) -> None:
     assert any(group.size > 1 for group in solution.groups.values()) == (name != "diag_embed")
     for _ in range(3):
         errors = differences(found, solution, choose(solution, rng))
-        assert max(errors.values()) <= TOLERANCE
+        assert max(errors.values()) <= PROOF.value
 
 
 def test_what_cannot_be_spelt_out_is_named() -> None:

@@ -30,6 +30,7 @@ from spacompiler.request.recipe import Recipe
 from spacompiler.runtime.decoder import Decoder
 from spacompiler.runtime.latency import Latency, compare_cases, ratio
 from spacompiler.runtime.session import open_session, run_session
+from spacompiler.stages.tolerances import ONNX
 from spacompiler.torch_backend.read.export import trace
 
 FAST = {"importance": "magnitude", "latency": False, "align": 1}
@@ -130,7 +131,7 @@ def test_another_models_file_is_caught(llama, tmp_path):
     gain.const_value = ir.tensor(gain.const_value.numpy() * 1.05, name=gain.name)
     ir.save(model, tmp_path / "model.onnx")
     found = decoder_parity(result.module, tmp_path / "model.onnx", steps=4)
-    assert max(check.max_rel for check in found) > deploy.TOLERANCE
+    assert max(check.max_rel for check in found) > ONNX.value
 
 
 def test_a_wrong_decoder_is_not_written(llama, tmp_path, monkeypatch):

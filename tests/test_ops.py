@@ -35,7 +35,7 @@ from spacompiler.groups.solution import Solution, solve
 from spacompiler.plan.legal import step as step_of
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.rows.solver import Row
-from spacompiler.stages.proof import TOLERANCE
+from spacompiler.stages.tolerances import PROOF
 from spacompiler.torch_backend.emit.program import run_pruned
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.trace import Trace
@@ -92,7 +92,7 @@ def test_slicing_commutes(case: Case) -> None:
     assert case.op in packets, "the case does not reach its row"
     assert free_dims(solved(case)) == case.free
     assert any(tried(case, solved(case))) == ("*" in case.free)  # not vacuous
-    assert worst(case) <= TOLERANCE
+    assert worst(case) <= PROOF.value
 
 
 def test_macs_are_those_that_torch_counts() -> None:
@@ -127,7 +127,7 @@ def test_a_kernel_takes_only_multiples() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_row_is_caught(fault: str) -> None:
     wrong, case = FAULTS[fault]
-    assert worst(case) <= TOLERANCE
+    assert worst(case) <= PROOF.value
     table = type(TABLE)({**TABLE, case.op: wrong})
     try:
         error = worst(case, table)
@@ -193,7 +193,7 @@ def test_slicing_commutes_at_other_shapes(name: str) -> None:
         tried.add(str(case))
         for _ in range(2):
             errors = differences(found, solution, choose(solution, rng, case.least), case.random)
-            assert max(errors.values(), default=0.0) <= TOLERANCE
+            assert max(errors.values(), default=0.0) <= PROOF.value
 
     commutes()
     assert tried - {str(case) for case in CASES} or name == "as_strided"  # strides are sizes
@@ -252,4 +252,4 @@ def test_slicing_commutes_with_programs(shape: list[int], steps: list[tuple[str,
     solution, rng = solve(found.graph, TABLE, rewire=True), np.random.default_rng(seed)
     for _ in range(4):
         errors = differences(found, solution, choose(solution, rng))
-        assert max(errors.values()) <= TOLERANCE
+        assert max(errors.values()) <= PROOF.value

@@ -19,7 +19,7 @@ from spacompiler.axes.expressions import atoms, concat, deal, product, show
 from spacompiler.axes.space import Clash, Space
 from spacompiler.groups.solution import Solution, solve
 from spacompiler.rows.aten_table import TABLE
-from spacompiler.stages.proof import TOLERANCE
+from spacompiler.stages.tolerances import PROOF
 from spacompiler.torch_backend.emit.module import operate
 from spacompiler.torch_backend.emit.program import Rewritten, rewrite, run_pruned
 from spacompiler.torch_backend.prove import prove
@@ -85,7 +85,7 @@ def test_rows(name: str, rewire: bool) -> None:
     rng = np.random.default_rng(0)
     for _ in range(6):
         errors = differences(found, solution, choose(solution, rng))
-        assert max(errors.values()) <= TOLERANCE
+        assert max(errors.values()) <= PROOF.value
 
 
 def test_frozen_rows_say_why() -> None:

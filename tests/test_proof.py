@@ -19,7 +19,8 @@ from spacompiler.rows import primitives as p
 from spacompiler.rows import shapes
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.rows.solver import Row
-from spacompiler.stages.proof import CONTROL, TOLERANCE, relative_error, swap
+from spacompiler.stages.proof import relative_error, swap
+from spacompiler.stages.tolerances import CONTROL, PROOF
 from spacompiler.torch_backend import prove as proof
 from spacompiler.torch_backend.emit.program import run_pruned
 from spacompiler.torch_backend.prove import masked_dense, prove
@@ -66,7 +67,7 @@ def test_half_of_everything(name: str) -> None:
     solution = solved(name)
     choices = half(solution)
     found = prove(traced(name), solution, choices, seed=SEED.get(name, 0))
-    assert found.error <= TOLERANCE and found.control >= CONTROL and found.holds
+    assert found.error <= PROOF.value and found.control >= CONTROL.value and found.holds
     dims = solution.weights()[found.swapped]
     assert any(kept_size(e, choices) < e.size for e in dims)
     inexact = any(group.approximate for group in solution.groups.values())
@@ -93,7 +94,7 @@ def test_other_batch_sizes(name: str) -> None:
         call = with_batch(traced(name), rows)
         want = masked_dense(call, solution, choices)
         got = run_pruned(call, solution, choices)
-        assert relative_error(got, want) <= TOLERANCE
+        assert relative_error(got, want) <= PROOF.value
         assert any(isinstance(x, torch.Tensor) and rows in x.shape for x in got)
 
 

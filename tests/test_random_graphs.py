@@ -13,7 +13,7 @@ from words import WORDS
 from spacompiler.axes.choices import Choice
 from spacompiler.groups.solution import Solution, solve
 from spacompiler.rows.aten_table import TABLE
-from spacompiler.stages.proof import TOLERANCE
+from spacompiler.stages.tolerances import PROOF
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.trace import Trace
 
@@ -26,7 +26,7 @@ def check(found: Trace, seed: int, tries: int = 3) -> Solution:
     for _ in range(tries):
         choices = choose(solution, rng)
         wrong = {name: error for name, error in differences(found, solution, choices).items()
-                 if not error <= TOLERANCE}
+                 if not error <= PROOF.value}
         assert not wrong, [(a, c.table.astype(int).tolist()) for a, c in choices.items()]
     return solution
 
@@ -99,4 +99,4 @@ def test_a_wrong_row_is_found() -> None:
     kept = np.array([True, True, True, False, False, False])
     errors = differences(found, solution, {a.atom: Choice(kept) for a in
                                            solution.groups.values()})
-    assert max(errors.values()) > TOLERANCE
+    assert max(errors.values()) > PROOF.value

@@ -18,10 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import SpaError
+from ..stages.tolerances import LOW_RANK, WEIGHT_ROUNDING
 from .files import CONFIG, ORIGIN, PREFIX, WEIGHTS, Adapter
 
-RANK = 1e-5  # relative error of a low-rank difference
-ROUNDING = 3e-7  # of the float32 weights that it is the difference of
 FROM_WEIGHTS = ("lora_magnitude_vector", "ln_tuning_layers.weight", "ln_tuning_layers.bias")
 
 
@@ -185,7 +184,7 @@ def _as_lora(adapter: Adapter, merged: Mapping[str, torch.Tensor],
     for name in sorted(base):
         path = name.removesuffix(".weight")
         change = merged[name].double() - base[name].double()
-        noise = ROUNDING * merged[name].double().norm()
+        noise = WEIGHT_ROUNDING.value * merged[name].double().norm()
         factors = low_rank(change, rank, noise) if path != name and change.ndim == 2 else None
         if factors is None:
             raise SpaError("this adapter cannot be written as LoRA", where=name,
@@ -216,7 +215,7 @@ def low_rank(change: torch.Tensor, rank: int, noise: torch.Tensor | float = 0.0
         b = torch.nn.functional.pad(b, (0, rank - b.shape[1]))
         a = torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
     gap = (b @ a - change).norm()
-    return (b, a) if gap <= RANK * change.norm() + noise else None
+    return (b, a) if gap <= LOW_RANK.value * change.norm() + noise else None
 
 
 # --- lifting ----------------------------------------------------------------------------------

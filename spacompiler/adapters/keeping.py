@@ -11,11 +11,10 @@ from ..axes.choices import indices
 from ..errors import ProofError, SpaError
 from ..stages.proof import relative_error
 from ..stages.records import Decided, Emitted, Request
+from ..stages.tolerances import KEPT_ADAPTER
 from ..torch_backend.emit.slicer import Slicer
 from . import files, foreign, merging
 from .cutting import Cut, check_sliceable, sliced
-
-TOLERANCE = 1e-4
 
 
 def keep(ask: Request, emitted: Emitted) -> Emitted:
@@ -49,7 +48,7 @@ def keep(ask: Request, emitted: Emitted) -> Emitted:
     _put(pruned, own)  # unloading leaves whole modules of the adapter in place
     for p in pruned.parameters():
         p.requires_grad_(p.is_floating_point())
-    if error > TOLERANCE:
+    if error > KEPT_ADAPTER.value:
         raise ProofError("the pruned base with the cut adapter is not the pruned merged model",
                          where=str(adapter.path), why=f"results differ by {error:.1e}",
                          fix="merge it: leave out --keep-adapter, or use --repair none (only "

@@ -18,15 +18,12 @@ from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs, as_call
 from ..stages.comparison import tensors
 from ..stages.proof import relative_error
+from ..stages.tolerances import MERGED, MERGED_ROUNDING, OF_EFFECT
 from ..system.process import no_warnings
 from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
 from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type
 from .kinds import KINDS, LAYER_TRAPS
-
-PROBE = 1e-4  # largest relative difference of results, adapter against merged, in float32
-ROUNDING = 1e-5  # below this, a difference is rounding ...
-OF_EFFECT = 1e-2  # ... above it, it must be small beside what the adapter changes
 
 
 def library() -> Any:
@@ -132,7 +129,7 @@ def fold(tuned: Any, probe: Callable[[nn.Module], list[Any]], before: Sequence[A
                        fix="merge it with peft, save the model, and prune that") from problem
     effect = relative_error(adapted, list(before))
     error = relative_error(probe(merged), adapted)
-    if error > min(PROBE, max(OF_EFFECT * effect, ROUNDING)):
+    if error > min(MERGED.value, max(OF_EFFECT.value * effect, MERGED_ROUNDING.value)):
         raise ProofError(
             "the merged model is not the adapted one", where=where,
             why=f"results differ by {error:.1e} where the adapter changes them by {effect:.1e}",

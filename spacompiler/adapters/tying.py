@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..stages.tolerances import TIED
 from .combining import FACTORS, exactly
 from .files import PREFIX, Adapter
-
-TIED = 1e-6  # relative difference of two arrays that are one but for rounding
 
 
 def copied(tuned: Any) -> Any:
@@ -63,7 +62,7 @@ def tied_again(merged: nn.Module, pairs: Sequence[Pair]) -> list[str]:
     for pair in pairs:
         mine, theirs = (merged.get_submodule(p) for p in (pair.path, pair.other))
         a, b = mine.get_parameter("weight"), theirs.get_parameter("weight")
-        if (a - b).abs().max() > TIED * b.abs().max():
+        if (a - b).abs().max() > TIED.value * b.abs().max():
             notes.append(f"{pair.path} was untied from {pair.other}: an adapter changes only one "
                          "of them")
             continue

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TOLERANCE = 1e-4
-
 
 @dataclass(frozen=True, slots=True)
 class Check:

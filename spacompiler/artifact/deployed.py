@@ -16,12 +16,11 @@ from ..deploy.int8 import difference, integer_kernels, quantize
 from ..errors import ProofError, SpaError
 from ..runtime.latency import compare_cases
 from ..stages.compiled import Compiled
+from ..stages.tolerances import ONNX
 from ..store import folder as artifact
 from ..system.staging import Scratch
 from ..torch_backend.gather.texts import positions
 from .measured import measured
-
-TOLERANCE = 1e-3
 
 
 def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
     export_decoder(job.pruned, path, beside=sorted(folder.glob("model*.safetensors")))
     checks = decoder_parity(job.pruned, path)
     for check in checks:
-        if not check.max_rel <= TOLERANCE:
+        if not check.max_rel <= ONNX.value:
             raise ProofError(f"ONNX Runtime differs from torch by {check.max_rel:.1e}",
                              where=f"{check.batch} rows, {check.tokens} tokens written",
                              fix="leave --decoder out, and please report it")

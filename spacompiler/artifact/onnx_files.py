@@ -26,13 +26,13 @@ from ..runtime.latency import compare_latency
 from ..runtime.session import open_session, run_session
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
+from ..stages.tolerances import RELOAD_FILE
 from ..store import folder as artifact
 from ..store.arrays import save_check
 from .measured import measured
 
 EXTERNAL_BYTES = 2**30
 LATENCY_BYTES = 2**29
-RELOAD_TOLERANCE = 1e-4
 
 
 def write_file(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def write_file(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     again, _ = results(ir.load(path), traced.feeds)
     error = relative_error(as_tensors(again), as_tensors(want))
     got = again if refused else run_session(open_session(path), traced.feeds)
-    if not error <= RELOAD_TOLERANCE:
+    if not error <= RELOAD_FILE.value:
         raise ProofError("the written file differs from the model in memory",
                          why=f"relative error {error:.1e}",
                          fix="please report it")

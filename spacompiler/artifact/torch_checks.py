@@ -12,13 +12,12 @@ from torch import nn
 from ..errors import SpaError
 from ..plan.plan import Plan
 from ..stages.comparison import compare, tensors
+from ..stages.tolerances import ONNX, RECORDED
 from ..store import folder as artifact
 from . import recorded
-from .check import TOLERANCE, Check
+from .check import Check
 from .load import check_inputs, dense_source, prepared
 from .stock_code import SourceNeeded
-
-ONNX_TOLERANCE = 1e-3
 
 
 def tried(name: str, check: Callable[[], Check]) -> Check:
@@ -49,7 +48,7 @@ def _reload(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check
 def reproduced(folder: Path, results: list[torch.Tensor]) -> Check:
     """Recorded results against those given."""
     found = recorded.recorded(folder, results)
-    return Check("reload", found.within(TOLERANCE),
+    return Check("reload", found.within(RECORDED.value),
                  found.why or f"recorded results reproduced to {found.relative:.1e}")
 
 
@@ -151,7 +150,7 @@ def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
             return Check("onnx", False, found.why)
         worst = max(worst, min(found.absolute, found.relative))
         shapes.append(str([list(v.shape) for v in values]))
-    return Check("onnx", worst <= ONNX_TOLERANCE,
+    return Check("onnx", worst <= ONNX.value,
                  f"ONNX Runtime = torch to {worst:.1e} at {' and '.join(shapes)}")
 
 
@@ -161,7 +160,7 @@ def _decoder(path: Path, module: nn.Module) -> Check:
 
     found = decoder_parity(module, path)
     same, tokens = (sum(getattr(c, key) for c in found) for key in ("same", "tokens"))
-    return Check("onnx", all(c.max_rel <= ONNX_TOLERANCE for c in found),
+    return Check("onnx", all(c.max_rel <= ONNX.value for c in found),
                  f"ONNX Runtime with its cache = torch to {max(c.max_rel for c in found):.1e}; "
                  f"{same} of {tokens} likeliest tokens agree")
 

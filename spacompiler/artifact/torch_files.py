@@ -14,6 +14,7 @@ from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
+from ..stages.tolerances import ONNX, RELOAD_MODULE
 from ..store import beside
 from ..store import folder as artifact
 from ..store.arrays import save_check, save_weights
@@ -27,11 +28,6 @@ from ..torch_backend.kinds import is_hf
 from ..torch_backend.weights import results
 from .measured import measured
 from .slices import plan_text, slices, without_places
-
-ONNX_TOLERANCE = 1e-3
-
-
-RELOAD_TOLERANCE = 1e-6
 
 
 def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
@@ -113,7 +109,7 @@ def _reload(job: Compiled, folder: Path) -> str:
     artifact.write_json(folder / "slices.json", slices(job))
     again = load_folder(folder, model=job.reference)
     got = results(again, job.trace.args, job.trace.kwargs)
-    if _differing_array(job.pruned, again) or not relative_error(got, want) <= RELOAD_TOLERANCE:
+    if _differing_array(job.pruned, again) or not relative_error(got, want) <= RELOAD_MODULE.value:
         raise ProofError("the reloaded model differs from the one in memory",
                          where=_differing_array(job.pruned, again) or "its results",
                          fix="please report it")
@@ -162,7 +158,7 @@ def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
 
     checks = parity(path, reference, feeds)
     for check in checks:
-        if not check.max_abs <= ONNX_TOLERANCE and not check.max_rel <= ONNX_TOLERANCE:
+        if not check.max_abs <= ONNX.value and not check.max_rel <= ONNX.value:
             raise ProofError(f"ONNX Runtime differs from torch by {check.max_abs:.1e}",
                              where=str(check.shapes), fix="use --no-onnx, and please report it")
     rows = [{"shapes": {k: list(v) for k, v in c.shapes.items()}, "max_abs": c.max_abs,

@@ -17,13 +17,14 @@ from spacompiler.live.shrunk import shrunk
 from spacompiler.live.surgery import Undo, operate_in_place
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.stages.proof import Proof
+from spacompiler.stages.tolerances import LIVE_BFLOAT16, LIVE_FLOAT16, LIVE_FLOAT32, LIVE_FLOAT64
 from spacompiler.torch_backend.emit.attributes import Seen, assign, resized, unmet, watch
 from spacompiler.torch_backend.prove import masked_dense, prove
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.weights import named_arrays, runs_like
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2,
-              torch.bfloat16: 5e-2}
+TOLERANCES = {torch.float64: LIVE_FLOAT64, torch.float32: LIVE_FLOAT32,
+              torch.float16: LIVE_FLOAT16, torch.bfloat16: LIVE_BFLOAT16}
 
 
 class Shrinking:
@@ -111,7 +112,8 @@ class Shrinking:
 
     def _tolerance(self) -> float:
         kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        return max((TOLERANCES.get(kind, 1e-4) for kind in kinds), default=1e-4)
+        return max((TOLERANCES.get(kind, LIVE_FLOAT32).value for kind in kinds),
+                   default=LIVE_FLOAT32.value)
 
     def _refresh(self) -> None:
         """Look up arrays that the user's code has put in the place of others (buffers)."""

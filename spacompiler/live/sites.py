@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from spacompiler.axes.choices import Choices, keep_mask
 from spacompiler.axes.expressions import atoms
 from spacompiler.groups.solution import Group, Solution
+from spacompiler.stages.tolerances import SITE
 from spacompiler.torch_backend.run.runner import Runner
 from spacompiler.torch_backend.trace import Trace
 from spacompiler.torch_backend.untouched import untouched
@@ -90,7 +91,7 @@ def _same(got: Any, want: torch.Tensor) -> bool:
     if not isinstance(got, torch.Tensor) or got.numel() != want.numel() or not got.ndim:
         return False
     got, want = got.reshape(-1).double(), want.reshape(-1).double()
-    return bool((got - want).abs().max() <= 1e-3 * want.abs().max() + 1e-12)
+    return bool((got - want).abs().max() <= SITE.value * want.abs().max() + 1e-12)
 
 
 def hook(module: nn.Module, found: Iterable[Site], change: Change) -> list[RemovableHandle]:

@@ -19,7 +19,8 @@ from ..axes.choices import Choices, take
 from ..errors import ProofError, SpaError
 from ..groups.cost import cost
 from ..groups.solution import Solution
-from ..stages.proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
+from ..stages.proof import CONTROLS, Proof, needed, relative_error, swap
+from ..stages.tolerances import LOCATED, NOISE_FACTOR, ONNX_NOISE, PROOF
 from .emit import rewrite
 from .read.file import release
 from .read.lower import OnnxTrace
@@ -30,7 +31,6 @@ from .run.session import Session
 DOUBLE_BYTES = 2**28
 """Above this many bytes of weights no float64 copy is made."""
 REFERENCE_MACS = 4 * 10**9
-NOISE = 64.0
 PERTURBED_BYTES = 2**26
 
 
@@ -75,18 +75,18 @@ def prove(trace: OnnxTrace, solution: Solution, choices: Choices, *, seed: int =
         raise ProofError(
             f"the pruned model is not the masked dense model: relative error {error:.1e} in "
             f"{engine.precision}, allowed {tolerance:.1e}",
-            where=locate(trace, solution, choices, max(tolerance, 1e-4)),
+            where=locate(trace, solution, choices, max(tolerance, LOCATED.value)),
             why="an operator's row relates axes wrongly, or the model computes with its sizes",
             fix="please report it; --ignore the groups of that layer to go on")
     weight, control = _control(trace, solution, choices, engine, want, seed,
-                               max(CONTROL, 10 * tolerance))
+                               needed(tolerance))
     return Proof(error, control, weight, None, engine.precision, tolerance)
 
 
 def compare(trace: OnnxTrace, solution: Solution, choices: Choices, engine: Engine,
             want: list[torch.Tensor], pruned: ir.Model) -> tuple[float, float]:
     """Return (what rounding may do, relative error) of a pruned model, at the trace's inputs."""
-    tolerance = TOLERANCE if engine.double else _noise(trace, solution, choices, want)
+    tolerance = PROOF.value if engine.double else _noise(trace, solution, choices, want)
     return tolerance, _error(engine, pruned, trace, want)
 
 
@@ -147,7 +147,7 @@ def _noise(trace: OnnxTrace, solution: Solution, choices: Choices,
     feeds = {n: _moved(a, rng) if a.dtype == np.float32 else a for n, a in trace.feeds.items()}
     floor = relative_error(ORT_SINGLE.run(model, feeds), want)
     release(trace.model)
-    return min(NOISE * max(floor, 2.0**-23), 1e-2)
+    return min(NOISE_FACTOR.value * max(floor, 2.0**-23), ONNX_NOISE.value)
 
 
 def _moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..groups.cost import cost
 from ..groups.solution import Solution
 from ..plan import legal
 from ..plan.plan import costs, make_plan
-from ..plan.problem import TOLERANCE, Problem, Unit, check_met
+from ..plan.problem import MISS, Problem, Unit, check_met
 from ..plan.stock_units import expressible
 from ..request.recipe import is_nearest, parse_target
 from ..stages.records import Decided, Request, Scored, Subject, Traced
@@ -62,12 +62,12 @@ def is_met(ask: Request, subject: Subject, solution: Solution) -> bool:
         return False
     metric, share = parse_target(ask.recipe.target)
     dense, left = subject.whole[metric], cost(solution, metric).total
-    if left < (share - TOLERANCE) * dense and not is_nearest(ask.recipe.target):
+    if left < (share - MISS) * dense and not is_nearest(ask.recipe.target):
         raise TargetError(
             f"target {ask.recipe.target} is out of reach", where=ask.name,
             why=f"without {len(subject.dropped.paths)} blocks {left / dense:.1%} of {metric} "
                 "remain", fix="drop fewer blocks")
-    return left <= (share + TOLERANCE) * dense
+    return left <= (share + MISS) * dense
 
 
 def allocate_counts(ask: Request, subject: Subject, traced: Traced,
@@ -109,7 +109,7 @@ def _of_unreached(subject: Subject, traced: Traced) -> str:
         return ""
     found = unreached.unreached(subject.model, traced.trace)
     part = unreached.share(found, subject.model)
-    return "" if part < TOLERANCE else \
+    return "" if part < MISS else \
         f"; {part:.1%} of the parameters lie in {', '.join(list(found)[:3])}, which the example " \
         "inputs do not reach"
 

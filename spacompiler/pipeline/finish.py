@@ -11,8 +11,9 @@ import torch
 
 from ..errors import ControlError
 from ..repair.repairer import repair as repaired
-from ..stages.proof import CONTROL, Proof
+from ..stages.proof import Proof
 from ..stages.records import Decided, Emitted, Request, Scored, Subject
+from ..stages.tolerances import CONTROL
 from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.kinds import is_hf
 from .decide import statistics_of
@@ -52,7 +53,8 @@ def prove(ask: Request, subject: Subject, decided: Decided) -> Proof | None:
         raise ControlError(
             "the proof's negative control was not caught",
             why=f"a wrong index in {proof.swapped} changes results by {proof.control:.1e} only "
-                f"(needed {CONTROL:.0e}; error {proof.error:.1e}, allowed {proof.tolerance:.0e})",
+                f"(needed {CONTROL.value:.0e}; error {proof.error:.1e}, "
+                f"allowed {proof.tolerance:.0e})",
             fix="the example inputs may not reach that layer; pass other ones")
     if proof.approximate is not None:
         ask.notes.append(

@@ -13,7 +13,8 @@ from ..errors import TargetError
 from ..groups.cost import Cost
 from ..groups.solution import Group
 
-TOLERANCE = 0.01
+MISS = 0.01
+"""What a plan may miss its target by, as a share of the dense cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Problem:
     target: float
     dense: int
     metric: str = "params"
-    tolerance: float = field(default=TOLERANCE)
+    tolerance: float = field(default=MISS)
     measure: Measured | None = None
     closest: bool = False
 

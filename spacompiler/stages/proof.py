@@ -14,12 +14,7 @@ from ..axes.choices import Choice, Choices
 from ..evidence.slots import rows
 from ..groups.solution import Solution
 from .comparison import compare, tensors
-
-TOLERANCE = 1e-10
-
-
-CONTROL = 1e-4
-
+from .tolerances import CONTROL, CONTROL_FACTOR, PROOF
 
 CONTROLS = 8
 
@@ -36,13 +31,18 @@ class Proof:
     swapped: str = ""
     approximate: float | None = None
     precision: str = "float64"
-    tolerance: float = TOLERANCE
+    tolerance: float = PROOF.value
 
     @property
     def holds(self) -> bool:
         """True if the pruned model is right and the control shows that a wrong one is caught."""
         return self.error <= self.tolerance and (
-            self.control is None or self.control >= max(CONTROL, 10 * self.tolerance))
+            self.control is None or self.control >= needed(self.tolerance))
+
+
+def needed(tolerance: float) -> float:
+    """Return the least by which a control must show, where rounding may do `tolerance`."""
+    return max(CONTROL.value, CONTROL_FACTOR.value * tolerance)
 
 
 def relative_error(got: Any, want: Any) -> float:

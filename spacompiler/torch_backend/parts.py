@@ -32,6 +32,7 @@ from ..plan.plan import Plan
 from ..rows.aten_table import TABLE
 from ..stages.comparison import compare
 from ..stages.records import Decided, Emitted, Subject
+from ..stages.tolerances import WHOLE
 from .backend import TORCH
 from .emit.apart import fresh
 from .emit.program import Rewritten, rewrite
@@ -42,8 +43,6 @@ from .untouched import untouched
 from .weights import called, named_arrays, weights_hash
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-WHOLE_TOLERANCE = 1e-4
 
 
 class _Kept:
@@ -339,7 +338,7 @@ def _check_whole(emitted: Emitted, parts: Parts) -> None:
     with untouched(emitted.model):  # the parts' own mode counts too
         want = called(reference, trace.args, trace.kwargs)
     found = compare(called(emitted.model, trace.args, trace.kwargs), want)
-    if not found.within(WHOLE_TOLERANCE):
+    if not found.within(WHOLE.value):
         raise ProofError("the whole network uses more of a part than its results",
                          where=", ".join(parts.paths),
                          why=found.why or f"results differ by {found.relative:.1e}",

@@ -15,7 +15,8 @@ from ..axes.choices import Choices
 from ..errors import ProofError
 from ..groups.solution import Solution
 from ..plan.effects import rescaled
-from ..stages.proof import CONTROL, CONTROLS, TOLERANCE, Proof, relative_error, swap
+from ..stages.proof import CONTROLS, Proof, relative_error, swap
+from ..stages.tolerances import CONTROL, PROOF
 from .emit.program import run_pruned
 from .emit.slicer import kept
 from .run.draws import check_draws_nothing
@@ -52,7 +53,7 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
     for attempt in range(CONTROLS):
         weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt, attempt)
         control = _error(trace, solution, choices, want, wrong)
-        if control >= CONTROL:  # a slice that these inputs do not excite shows nothing
+        if control >= CONTROL.value:  # a slice that these inputs do not excite shows nothing
             break
     approximate = None
     if any(g.approximate for g in solution.groups.values() if g.atom in choices):
@@ -69,7 +70,7 @@ def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
         error = relative_error(run_pruned(trace, solution, choices, wrong=wrong), want)
     except (RuntimeError, ValueError, IndexError, TypeError) as raised:
         error, problem = float("inf"), str(raised).splitlines()[0]
-    if wrong is None and not error <= TOLERANCE:
+    if wrong is None and not error <= PROOF.value:
         check_draws_nothing(trace, solution.graph)
         raise ProofError(
             f"the pruned model is not the masked dense model: relative error {error:.1e}",
@@ -93,7 +94,7 @@ def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
             return
         want = kept(solution, name, dense[name], choices)
         if value.is_floating_point() and torch.isfinite(want).any() and \
-                not relative_error([value], [want]) <= TOLERANCE:
+                not relative_error([value], [want]) <= PROOF.value:
             found.append(name)
 
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..stages.comparison import compare, tensors
+from ..stages.tolerances import SAME_RESULTS
 from .untouched import untouched
 
 
@@ -28,7 +29,7 @@ def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-              want: list[Any], tolerance: float = 1e-4) -> str:
+              want: list[Any], tolerance: float = SAME_RESULTS.value) -> str:
     """Return "" if the module's results equal the program's (to rounding), else how they differ."""
     try:
         got = results(module, args, kwargs)

@@ -20,14 +20,13 @@ from ..errors import ControlError, ProofError, SpaError, UsageError, did_you_mea
 from ..evidence.calls import Inputs, as_call
 from ..stages.proof import relative_error
 from ..stages.records import Dropped
+from ..stages.tolerances import BYPASS, CONTROL
 from ..torch_backend.emit.apart import fresh
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.untouched import untouched
 from ..torch_backend.weights import results
 from .shorter import shorter
 
-TOLERANCE = 1e-5
-CONTROL = 1e-4
 CONTROLS = 3
 
 
@@ -213,18 +212,18 @@ def drop(module: nn.Module, inputs: Inputs, paths: Sequence[str],
             return relative_error(got, results(module, args, kwargs))
 
     error = gap()
-    if not error <= TOLERANCE:
+    if not error <= BYPASS.value:
         raise ProofError(f"the network without {', '.join(paths)} is not the one that bypasses "
                          "them", why=f"results differ by {error:.1e}",
                          fix="its code may go by a block's number; drop other blocks")
     control, other = 0.0, ""
     for other in [p for p in known if p not in paths][-CONTROLS:]:
         control = gap([other])
-        if control >= CONTROL:
+        if control >= CONTROL.value:
             break
-    if other and control < CONTROL:
+    if other and control < CONTROL.value:
         raise ControlError("a wrong bypass is not seen", why=f"bypassing {other} as well changes "
-                           f"results by {control:.1e} only (needed {CONTROL:.0e})",
+                           f"results by {control:.1e} only (needed {CONTROL.value:.0e})",
                            fix="the example inputs may not reach these blocks; pass other ones")
     return made, Dropped(tuple(paths), error, control, other)
 

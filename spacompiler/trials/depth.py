@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import SpaError, TargetError, UsageError
 from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
-from ..plan.problem import TOLERANCE
+from ..plan.problem import MISS
 from ..request.recipe import parse_blocks, parse_target
 from ..stages.records import Emitted, Request, Subject
 from ..torch_backend.weights import results
@@ -168,4 +168,4 @@ def _most(ask: Request, module: nn.Module, known: Sequence[str]) -> int:
     sizes = [sum(p.numel() for p in module.get_submodule(path).parameters())
              for path in known]
     total = sum(p.numel() for p in module.parameters())
-    return int((1 - share + TOLERANCE) * total // max(1, min(sizes)))
+    return int((1 - share + MISS) * total // max(1, min(sizes)))

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from ...errors import SpaError
 from ...evidence.calls import Inputs, as_call
 from ...evidence.losses import IGNORED, cross_entropy, next_token
+from ...stages.tolerances import CAUSAL
 from ..kinds import is_encoder_decoder, is_hf
 from ..untouched import untouched
 
@@ -341,5 +342,5 @@ def _looks_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     one, two = (_tensors(_called(module, *call))[head.parts[0].at]
                 for call in ((args, kwargs), swapped))
     fits = one.ndim == 3 and one.shape[:2] == ids.shape and int(ids.max()) < one.shape[-1]
-    return fits and torch.allclose(one[:, :-1], two[:, :-1], atol=1e-5) \
+    return fits and torch.allclose(one[:, :-1], two[:, :-1], atol=CAUSAL.value) \
         and not torch.equal(one[:, -1], two[:, -1])
