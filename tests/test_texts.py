@@ -11,7 +11,7 @@ import spacompiler
 from spacompiler.artifact.report import facts
 from spacompiler.deploy.inputs import axis_names, other_inputs
 from spacompiler.errors import UsageError
-from spacompiler.pipeline.request import resolve
+from spacompiler.pipeline.request import Windows, resolve
 from spacompiler.torch_backend.read.export import trace
 
 WORDS = 40
@@ -40,17 +40,17 @@ def model(cls, config, **options):
     ("GPT2LMHeadModel", "GPT2Config", 24), ("RobertaForMaskedLM", "RobertaConfig", 22)])
 def test_windows_are_no_longer_than_the_network(cls, config, length, tokenizer):
     net = model(cls, config, **TEXT, n_embd=16, n_layer=1, n_head=2, n_positions=24)
-    found = resolve(None, {"input_ids": IDS}, tokenizer=tokenizer, samples=4, module=net)
+    found = resolve(None, {"input_ids": IDS}, net, Windows(4), tokenizer=tokenizer)
     assert found.batches[0][1]["input_ids"].shape == (2, length)
     assert f"{length} tokens a window" in found.origin
-    asked = resolve(None, {"input_ids": IDS}, tokenizer=tokenizer, samples=4, module=net, length=8)
+    asked = resolve(None, {"input_ids": IDS}, net, Windows(4, 8), tokenizer=tokenizer)
     assert asked.batches[0][1]["input_ids"].shape == (2, 8) and "window" not in asked.origin
 
 
 def test_windows_of_a_masked_language_model_are_masked(tokenizer):
     net = model("BertForMaskedLM", "BertConfig", **TEXT)
     example = {"input_ids": IDS, "token_type_ids": IDS * 0, "attention_mask": IDS * 0 + 1}
-    found = resolve(None, example, tokenizer=tokenizer, samples=8, module=net)
+    found = resolve(None, example, net, Windows(8), tokenizer=tokenizer)
     ids, labels = (torch.cat([kwargs[k] for _, kwargs in found.batches])
                    for k in ("input_ids", "labels"))
     asked = labels >= 0
@@ -67,7 +67,7 @@ def test_a_decoder_reads_the_text_that_it_is_to_write(tokenizer):
     net = model("T5ForConditionalGeneration", "T5Config", vocab_size=WORDS, d_model=16, d_kv=8,
                 d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
     example = {"input_ids": IDS, "decoder_input_ids": IDS[:, :7]}
-    found = resolve(None, example, tokenizer=tokenizer, samples=4, length=16, module=net)
+    found = resolve(None, example, net, Windows(4, 16), tokenizer=tokenizer)
     kwargs = found.batches[0][1]
     assert torch.equal(kwargs["decoder_input_ids"][:, 1:], kwargs["input_ids"][:, :-1])
     assert not kwargs["decoder_input_ids"][:, 0].any()
@@ -77,10 +77,11 @@ def test_text_is_no_calibration_of_images(tokenizer, tmp_path):
     net = model("ViTForImageClassification", "ViTConfig", hidden_size=16, num_hidden_layers=1,
                 num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8)
     example = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    assert resolve(None, example, tokenizer=tokenizer, module=net).origin == "example inputs only"
+    found = resolve(None, example, net, Windows(), tokenizer=tokenizer)
+    assert found.origin == "example inputs only"
     (tmp_path / "text.txt").write_text("some words " * 99)
     with pytest.raises(UsageError, match="does not fit this network") as problem:
-        resolve(str(tmp_path / "text.txt"), example, tokenizer=tokenizer, module=net)
+        resolve(str(tmp_path / "text.txt"), example, net, Windows(), tokenizer=tokenizer)
     assert "no rows of tokens" in problem.value.why
 
 
