@@ -78,17 +78,13 @@ def more(monkeypatch):
     return made
 
 
-def test_a_field_that_is_added_is_an_option_of_everything(more, monkeypatch, tmp_path):
+def test_a_field_that_is_added_is_an_option_of_everything(more, tmp_path):
     shown = RUN.invoke(more, ["--help"]).stdout
     assert "--spoons <int>" in shown and "Spoons in the drawer.  [default: 3]" in shown
-    seen = []
-    real = api.run
-    monkeypatch.setattr(api, "run", lambda job, **how: seen.append(job.recipe) or real(job, **how))
     done = RUN.invoke(more, ["zoo:mlp", "--target", "macs=60%", "--importance", "magnitude",
                              "--align", "1", "--no-onnx", "--out", str(tmp_path / "out"),
                              "--spoons", "5", "--fork", "a", "--fork", "b"])
     assert done.exit_code == 0, done.stderr
-    assert seen[0].as_dict()["spoons"] == 5 and seen[0].forks == ("a", "b")
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["spoons"] == 5 and recipe["forks"] == ["a", "b"]
     done = RUN.invoke(more, ["zoo:mlp", "--target", "macs=60%", "--dry-run", "--spoons", "0"])
