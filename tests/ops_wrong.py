@@ -12,7 +12,7 @@ from ops_norms import normed
 from ops_products import attend
 
 from spacompiler.axes.expressions import concat, product
-from spacompiler.rows import chosen, reductions, shapes, writes
+from spacompiler.rows import chosen, cuts, reductions, shapes, writes
 from spacompiler.rows import primitives as p
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.rows.solver import Row
@@ -47,13 +47,13 @@ def right_part(s: Any, n: Any) -> None:
 
 
 def pieces_swapped(s: Any, n: Any) -> None:
-    shapes.split(s, n)
+    cuts.split(s, n)
     first, last = n.outputs
     s.dims[first], s.dims[last] = s.dims[last], s.dims[first]
 
 
 def first_slice(s: Any, n: Any) -> None:
-    shapes.select(s, replace_args(n, (*n.args[:2], 0)))
+    cuts.select(s, replace_args(n, (*n.args[:2], 0)))
 
 
 def replace_args(n: Any, args: tuple[Any, ...]) -> Any:
@@ -200,7 +200,7 @@ FAULTS: dict[str, tuple[Row, Case]] = {
     "channel_shuffle keeps the order": (same_order, Case(
         "channel_shuffle", op("channel_shuffle", 2), ((2, 4, 4, 4),), "****")),
     "prelu over the last": (p.pointwise, Case("prelu", op("prelu"), ((2, 4, 4), (4,)), "*** *")),
-    "as_strided keeps its sizes": (without_edits(shapes.as_strided), Case(
+    "as_strided keeps its sizes": (without_edits(cuts.as_strided), Case(
         "as_strided", lambda x: aten.as_strided(x, [4, 2], [6, 1]), ((4, 6),), "*.")),
     "fft element by element": (p.pointwise, Case(
         "fft_fft", lambda x: aten.fft_fft(x, None, 1).abs(), SQUARE[:1], "*.")),
@@ -216,11 +216,11 @@ FAULTS: dict[str, tuple[Row, Case]] = {
                                  case_of("index_add")),
     "index_put with free rows": (lambda s, n: s.put(n.outputs[0], s.dims[n.args[0].name]),
                                  case_of("index_put")),
-    "as_strided keeps its strides": (without_edits(shapes.as_strided), case_of("as_strided", 3)),
+    "as_strided keeps its strides": (without_edits(cuts.as_strided), case_of("as_strided", 3)),
     "unfold with free positions": (free_windows, case_of("unfold")),
     "grid_sampler with free positions": (pattern("b c h w, b !* -> b c h w"), Case(
         "grid_sampler", op("grid_sampler", 0, 0, False), ((2, 3, 4, 4), (2, 4, 4, 2)),
         "**.. *...")),
-    "pad copies": (lambda s, n: shapes.pad(s, replace_args(n, n.args[:2])), Case(
+    "pad copies": (lambda s, n: cuts.pad(s, replace_args(n, n.args[:2])), Case(
         "pad", op("pad", [1, 1, 1, 1], "replicate"), ((2, 2, 3, 4),), "**..")),
 }

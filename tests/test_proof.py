@@ -15,8 +15,8 @@ from spacompiler.axes.choices import Choice, Choices, kept_size
 from spacompiler.axes.expressions import concat, product
 from spacompiler.errors import ProofError
 from spacompiler.groups.solution import Group, Solution, solve
+from spacompiler.rows import cuts
 from spacompiler.rows import primitives as p
-from spacompiler.rows import shapes
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.rows.solver import Row
 from spacompiler.stages.proof import relative_error, swap
@@ -135,7 +135,7 @@ def test_a_wrong_index_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def reversed_cat(s: Any, n: Any) -> None:
-    shapes.cat(s, n)
+    cuts.cat(s, n)
     dims = list(s.dims[n.outputs[0]])
     at = n.arg(1, "dim", 0)
     dims[at] = concat(s.dims[ref.name][at] for ref in reversed(n.args[0]))

@@ -13,8 +13,8 @@ import spacompiler
 from spacompiler import models_zoo
 from spacompiler.api import Result
 from spacompiler.errors import SpaError
-from spacompiler.evidence.consumers import Route
 from spacompiler.evidence.losses import default_loss
+from spacompiler.evidence.origins import Route
 from spacompiler.evidence.statistics import Covariance, Fluctuation, Moments
 from spacompiler.groups.solution import Solution, solve
 from spacompiler.passes.refit import Refit

@@ -35,6 +35,7 @@ class Atom:
 
     @property
     def frozen(self) -> bool:
+        """True if no slice may go; `reasons` say why."""
         return bool(self.reasons)
 
     def __repr__(self) -> str:

@@ -12,19 +12,17 @@ these are the shared index, and a `Route` deals the samples out to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from ..axes.notation import Pattern, align, parse
-from ..graph.idioms import moved
 from ..graph.ir import Graph, Node, Ref
+from .origins import Dims, Origin, Route, origin
 
 Shaper = Callable[[torch.Tensor], torch.Tensor]
-Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +38,6 @@ class Form:
     patch: Shaper | None = None
     kernel: tuple[int, ...] | None = None
     ends: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Which index along dimension `dim` of a stored array each sample meets, out of `count`.
-
-    `tensor`, as `node` reads it, holds one for each sample; with `ends`, samples are in order and
-    it says where those of each index end.
-    """
-
-    node: str
-    tensor: str
-    dim: int
-    count: int
-    ends: bool = False
-
-    def deal(self, rows: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Deal rows (samples, n) out: (count, most samples, n), zeros after the last one of each,
-        and how many there are (count,)."""
-        if self.ends:
-            seen = value.diff(prepend=value.new_zeros(1))
-        else:
-            index = value.flatten() % self.count
-            index = index.repeat_interleave(len(rows) // max(len(index), 1))
-            seen, rows = index.bincount(minlength=self.count), rows[index.argsort(stable=True)]
-        parts = rows[: int(seen.sum())].split(seen.tolist())
-        return pad_sequence(parts, batch_first=True), seen
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The stored array `weight` behind an operand: which of its dimensions each one is.
-
-    `views` are the tensors between them.
-    """
-
-    weight: str
-    dims: Dims
-    views: tuple[str, ...] = ()
-    route: Route | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,22 +102,23 @@ def _ordered(value: torch.Tensor, order: tuple[tuple[int, ...], ...]) -> torch.T
 # --- which operators multiply what ------------------------------------------------------------
 
 
-def _names(node: Node, *at: int) -> tuple[str, str]:
+def operands(node: Node, *at: int) -> tuple[str, str]:
+    """Return the names of the two tensors at these positions of a node's arguments."""
     one, two = (node.args[i].name for i in at)
     return one, two
 
 
 def _product(one: int, two: int, pattern: str) -> Callable[[Graph, Node], Form]:
-    return lambda graph, node: Form(_names(node, one, two), pattern)
+    return lambda graph, node: Form(operands(node, one, two), pattern)
 
 
 def _grouped(graph: Graph, node: Node) -> Form:
     """grouped_mm(x, weights, ends)."""
-    return Form(_names(node, 0, 1), "n i, e i o -> n o", ends=node.args[2].name)
+    return Form(operands(node, 0, 1), "n i, e i o -> n o", ends=node.args[2].name)
 
 
 def _matmul(graph: Graph, node: Node) -> Form:
-    names = _names(node, 0, 1)
+    names = operands(node, 0, 1)
     one, two = (len(graph.tensors[name].shape) for name in names)
     left, n = ("k", "") if one == 1 else ("... n k", "n ")
     right, m = ("k", "") if two == 1 else ("... k m", "m")
@@ -169,7 +128,7 @@ def _matmul(graph: Graph, node: Node) -> Form:
 def _gemm(graph: Graph, node: Node) -> Form:
     """ONNX's Gemm(a, b, c, transA, transB)."""
     a, b = ("k n" if node.args[3] else "n k"), ("m k" if node.args[4] else "k m")
-    return Form(_names(node, 0, 1), f"{a}, {b} -> n m")
+    return Form(operands(node, 0, 1), f"{a}, {b} -> n m")
 
 
 def _einsum(graph: Graph, node: Node) -> Form:
@@ -183,7 +142,7 @@ def _convolution(at: int, transposed: Callable[[Node], bool]) -> Callable[[Graph
     """Groups stand at argument `at`. A transposed one scatters each position by itself."""
 
     def form(graph: Graph, node: Node) -> Form:
-        names = _names(node, 0, 1)
+        names = operands(node, 0, 1)
         shape = graph.tensors[names[1]].shape
         groups, across = node.arg(at, "groups", 1), transposed(node)
 
@@ -253,7 +212,7 @@ def consumer(graph: Graph, node: Node) -> Consumer | None:
     if arrays[0] == arrays[1] or (form.patch and arrays[0]):
         return None
     w = arrays.index(True)
-    known = _origin(graph, form.operands[w]) if form.kernel is None else None
+    known = origin(graph, form.operands[w]) if form.kernel is None else None
     if tensors[w].looked and known is None:
         return None
     behind = known or Origin(form.operands[w], tuple(range(len(form.kernel or tensors[w].shape))))
@@ -270,47 +229,6 @@ def consumer(graph: Graph, node: Node) -> Consumer | None:
                     key if route is None else f"{key} {route.tensor}", form.patch, form.kernel,
                     x_order, (own[0] if route is None else (route.dim,), own[1], own[2]), result,
                     behind.views, route)
-
-
-# --- which operators give back a stored array as another one ----------------------------------
-
-
-def _view(dims: Callable[[Node, Dims], Iterable[int]]) -> Callable[..., Origin]:
-    """A view that keeps every dimension, by a function of the dimensions that it is given."""
-    return lambda graph, node, behind: replace(behind, dims=tuple(dims(node, behind.dims)))
-
-
-def _lookup(graph: Graph, node: Node, behind: Origin) -> Origin | None:
-    """index(array, [which]) along the first dimension, where data says which."""
-    if not graph.tensors[node.outputs[0]].looked or len(node.args[1]) != 1:
-        return None
-    at, dims = node.args[1][0].name, behind.dims
-    count = graph.tensors[node.args[0].name].shape[0]
-    return replace(behind, dims=dims[:1] * len(graph.tensors[at].shape) + dims[1:],
-                   route=Route(node.name, at, dims[0], count))
-
-
-ORIGINS: dict[str, Callable[[Graph, Node, Origin], Origin | None]] = {
-    **dict.fromkeys("aten.to aten._to_copy aten.clone aten.contiguous".split(),
-                    _view(lambda n, d: d)),
-    **dict.fromkeys("aten.permute aten.transpose aten.swapaxes".split(), _view(moved)),
-    **dict.fromkeys("aten.t aten.numpy_T".split(), _view(lambda n, d: d[::-1])),
-    "aten.index": _lookup,
-}
-
-
-def _origin(graph: Graph, name: str) -> Origin | None:
-    """Return the stored array that an operand is a view of, or looked up in."""
-    tensor = graph.tensors[name]
-    if tensor.weight is not None:
-        return Origin(name, tuple(range(len(tensor.shape))))
-    node = graph.maker(name)
-    row = ORIGINS.get(node.op.rsplit(".", 1)[0]) if node is not None else None
-    if node is None or row is None:
-        return None
-    behind = _origin(graph, node.args[0].name)
-    found = row(graph, node, behind) if behind is not None else None
-    return None if found is None else replace(found, views=(*found.views, name))
 
 
 def _roles(graph: Graph, node: Node, form: Form, w: int, dealt: Dims) -> tuple[
@@ -356,61 +274,3 @@ def _rank(graph: Graph, node: Node, form: Form, pattern: Pattern) -> int:
 def _window(node: Node, form: Form) -> str:
     arguments = [a for a in (*node.args, *node.kwargs.values()) if not isinstance(a, Ref)]
     return f"{form.kernel and form.kernel[0]} {form.kernel and form.kernel[2]} {arguments}"
-
-
-# --- gains: arrays that scale each channel by itself ------------------------------------------
-
-
-def _scaled(graph: Graph, node: Node) -> tuple[str, str, Shaper | None] | None:
-    """mul(x, gain), either way round."""
-    if not all(isinstance(a, Ref) for a in node.args[:2]):
-        return None
-    one, two = _names(node, 0, 1)
-    return (two, one, None) if graph.tensors[one].static else (one, two, None)
-
-
-def _normed(norm: Callable[..., torch.Tensor], eps: int) -> Callable[
-        [Graph, Node], tuple[str, str, Shaper | None] | None]:
-    """A norm of the last dimension, (x, shape, gain, ...), with eps at an argument."""
-
-    def row(graph: Graph, node: Node) -> tuple[str, str, Shaper | None] | None:
-        shape, by = node.args[1], node.arg(eps, "eps", None)
-        if len(shape) != 1 or not isinstance(node.arg(2, "weight", None), Ref):
-            return None
-        more = {} if by is None else {"eps": by}
-        return *_names(node, 0, 2), lambda x: norm(x, shape, **more)  # type: ignore[return-value]
-
-    return row
-
-
-GAINS: dict[str, Callable[[Graph, Node], tuple[str, str, Shaper | None] | None]] = {
-    "aten.mul": _scaled, "aten.layer_norm": _normed(functional.layer_norm, 4),
-    "aten.rms_norm": _normed(functional.rms_norm, 3),
-}
-_SAME = {f"aten.{op}" for op in "to _to_copy clone contiguous dropout view reshape slice".split()}
-
-
-def gain(graph: Graph, name: str) -> Consumer | None:
-    """Return what scales the channels (last dimension) of a tensor, as one product for each.
-
-    X is (channels, samples, 1), W (channels, 1, 1). Between it and the tensor may lie what leaves
-    channels as they are. None where no stored array does that.
-    """
-    node = next((n for n in graph.nodes if name in n.outputs), None)
-    op = node.op.rsplit(".", 1)[0] if node is not None else ""
-    if node is None or (op in _SAME and graph.tensors[node.args[0].name].shape[-1:]
-                        != graph.tensors[name].shape[-1:]):
-        return None
-    if op in _SAME:
-        return gain(graph, node.args[0].name)
-    found = GAINS[op](graph, node) if op in GAINS else None
-    if found is None:
-        return None
-    tensor, weight, patch = found
-    shape, rank = graph.tensors[weight].shape, len(graph.tensors[tensor].shape)
-    if graph.tensors[weight].weight is None or graph.tensors[tensor].shape[-1:] != shape \
-            or graph.tensors[name].shape[-1:] != shape:
-        return None
-    order: tuple[Dims, Dims, Dims] = ((rank - 1,), tuple(range(rank - 1)), ())
-    return Consumer(node, tensor, weight, f"gain {node.name}", patch, None, order, ((0,), (), ()),
-                    order)

@@ -65,7 +65,7 @@ class Node:
     source: str = ""
     _read: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
-    def arg(self, index: int, keyword: str, default: Any = None) -> Any:
+    def arg(self, index: int, keyword: str, default: object = None) -> Any:
         """Return an argument given by position or by keyword."""
         if index < len(self.args):
             return self.args[index]

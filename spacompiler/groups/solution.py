@@ -45,6 +45,7 @@ class Group:
 
     @property
     def size(self) -> int:
+        """The number of slices of the dense network."""
         return self.atom.size
 
     @property

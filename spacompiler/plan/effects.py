@@ -69,10 +69,12 @@ class NormChange:
 
     @property
     def eps(self) -> float:
+        """The eps that adds as much to a mean over fewer channels."""
         return self.norm.eps * self.before / self.after
 
     @property
     def gain(self) -> float:
+        """The factor of the gains, which undoes what a mean over fewer channels changes."""
         return (self.before / self.after) ** self.norm.power
 
 

@@ -39,6 +39,7 @@ class Plan:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
+        """Return the text of plan.json, keys in order."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @staticmethod

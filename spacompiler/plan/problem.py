@@ -35,12 +35,15 @@ class Unit:
 
     @property
     def size(self) -> int:
+        """The number of slices of the dense network."""
         return self.legal[-1]
 
     def counts(self, kept: int) -> dict[Atom, int]:
+        """Return the count of each group that `kept` slices of the unit mean."""
         return {group.atom: kept for group in self.groups}
 
     def nearest(self, wanted: float) -> int:
+        """Return the legal count next to a number of slices, the lower of two."""
         return min(self.legal, key=lambda k: (abs(k - wanted), k))
 
 
@@ -84,12 +87,15 @@ class Problem:
         return self.cost.set(counts)
 
     def full(self) -> dict[str, int]:
+        """Return the counts, by unit, of the dense network."""
         return {unit.name: unit.size for unit in self.units}
 
     def least(self) -> dict[str, int]:
+        """Return the lowest legal count of each unit."""
         return {unit.name: unit.legal[0] for unit in self.units}
 
     def met(self, kept: Mapping[str, int]) -> bool:
+        """True if a choice costs the target, within the tolerance (a share of the dense cost)."""
         return abs(self.price(kept) - self.target) <= self.tolerance * self.dense
 
 

@@ -10,7 +10,8 @@ from math import prod
 import torch
 
 from ..axes.choices import Choices, keep_mask
-from ..evidence.consumers import Consumer, consumer, gain
+from ..evidence.consumers import Consumer, consumer
+from ..evidence.gains import gain
 from ..graph.ir import Graph, Node, Ref
 from ..groups.solution import Solution
 

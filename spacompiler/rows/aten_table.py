@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from . import chosen as c
+from . import cuts as cut
 from . import primitives as p
 from . import recurrent
 from . import reductions as r
@@ -121,12 +122,12 @@ _FUNCTIONS: dict[str, Row] = {
     "unsqueeze": s.unsqueeze, "squeeze": s.squeeze,
     "expand": s.expand, "expand_as": p.pointwise,
     "repeat": s.tile, "tile": s.tile, "repeat_interleave": s.repeat_interleave,
-    "cat": s.cat, "concat": s.cat, "concatenate": s.cat, "stack": s.stack,
-    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), s.split),
-    "unbind": s.unbind, "select": s.select, "slice": s.slice_, "narrow": s.narrow,
-    "as_strided": s.as_strided,
-    "flip": s.flip, "roll": s.roll,
-    "constant_pad_nd": s.pad, "pad": s.pad,
+    "cat": cut.cat, "concat": cut.cat, "concatenate": cut.cat, "stack": cut.stack,
+    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), cut.split),
+    "unbind": cut.unbind, "select": cut.select, "slice": cut.slice_, "narrow": cut.narrow,
+    "as_strided": cut.as_strided,
+    "flip": cut.flip, "roll": cut.roll,
+    "constant_pad_nd": cut.pad, "pad": cut.pad,
     "layer_norm": r.layer_norm, "rms_norm": r.rms_norm, "group_norm": r.group_norm,
     "_weight_norm": r.weight_norm,
     "index": r.index, "_unsafe_index": r.index, "index_select": r.index_select, "gather": r.gather,

@@ -33,7 +33,7 @@ class Edit(NamedTuple):
     path: Path
     expr: Expr
     when: Expr
-    value: Any = None
+    value: float | None = None
     plus: int = 0
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from ..axes.expressions import ONE, Expr, is_frozen, product
 from ..axes.space import Clash
 from ..graph.ir import Node, Ref
+from . import cuts as cut
 from . import primitives as p
 from . import reductions as r
-from . import shapes as sh
 from .findings import Contraction
 from .solver import Row, Solver
 
@@ -61,7 +61,7 @@ def slice_(s: Solver, n: Node) -> None:
     axes = n.arg(3, "axes") or list(range(len(starts)))
     steps = n.arg(4, "steps") or [1] * len(starts)
     for i, axis in enumerate(axes):
-        sh.cut_dim(s, n, dims, axis % len(dims), (starts[i], ends[i], steps[i]),
+        cut.cut_dim(s, n, dims, axis % len(dims), (starts[i], ends[i], steps[i]),
                    (("args", 1, i), ("args", 2, i)))
     s.put(n.outputs[0], dims)
 
@@ -94,11 +94,11 @@ def gather(s: Solver, n: Node) -> None:
     dims = list(s.dims[x])
     axis %= len(dims)
     if isinstance(index, int):
-        sh.select(s, n)
+        cut.select(s, n)
         return
     if isinstance(index, list) and len(index) == 1 and not is_frozen(dims[axis]):
         at = index[0] % dims[axis].size
-        left, dims[axis], _ = sh.cuts3(s, dims[axis], at, at + 1)
+        left, dims[axis], _ = cut.cuts3(s, dims[axis], at, at + 1)
         s.edit(n, ("args", 2, 0), left, when=s.dims[x][axis], value=None if at else 0)
         s.put(n.outputs[0], dims)
         return
@@ -316,7 +316,7 @@ def attention(s: Solver, n: Node) -> None:
         raise Clash("packed or missing keys and values")
     bias = name(n, 9)
     if bias is not None:
-        parts = sh.cuts(s, s.dims[bias][0], [s.dims[ref or ""][-1].size for ref in refs])
+        parts = cut.cuts(s, s.dims[bias][0], [s.dims[ref or ""][-1].size for ref in refs])
         for ref, part in zip(refs, parts, strict=True):
             s.relate(s.dims[ref or ""][-1], part, n)
     _attend(s, n, [s.dims[ref or ""] for ref in refs], [ref or "" for ref in refs])
@@ -401,7 +401,7 @@ def _packed_query(s: Solver, n: Node) -> None:
     x, heads, kv = name(n, 0) or "", n.args[6], n.args[7]
     batch, at, total = s.dims[x]
     d = total.size // (heads + 2 * kv)
-    parts = sh.cuts(s, total, [heads * d, kv * d, kv * d])
+    parts = cut.cuts(s, total, [heads * d, kv * d, kv * d])
     for part in parts:  # no tensor carries them alone, so that none could be masked
         s.freeze([s.space.factor(part, d)[1]], "inside of fused attention")
     _attend(s, n, [[batch, at, part] for part in parts], [])
@@ -415,7 +415,7 @@ def packed_attention(s: Solver, n: Node) -> None:
     x, w, b = (name(n, i) for i in range(3))
     total = s.dims[w or ""][1]
     sizes = n.arg(9, "sizes") or [total.size // 3] * 3
-    parts = sh.cuts(s, total, sizes)
+    parts = cut.cuts(s, total, sizes)
     if b is not None:
         s.relate(total, s.dims[b][0], n)
     for i, part in enumerate(parts):

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from . import cuts as cut
 from . import onnx_caches as c
 from . import onnx_integers as i
 from . import onnx_rows as o
@@ -95,10 +96,10 @@ STANDARD: dict[str, Op] = {
     "Transpose": Op(s.permute, "0 @perm"),
     "Squeeze": Op(s.squeeze, "0 #1|@axes"), "Unsqueeze": Op(o.unsqueeze, "0 #1|@axes"),
     "Expand": Op(o.expand, "0 #1"), "Tile": Op(s.tile, "0 #1"),
-    "Concat": Op(s.cat, "* @axis=1"),
-    "Split": Op(s.split, "0 :pieces @axis=0"),
+    "Concat": Op(cut.cat, "* @axis=1"),
+    "Split": Op(cut.split, "0 :pieces @axis=0"),
     "Slice": Op(o.slice_, "0 #1|@starts #2|@ends #3|@axes #4"),
-    "Pad": Op(s.pad, "0 :pads @mode='constant'"),
+    "Pad": Op(cut.pad, "0 :pads @mode='constant'"),
     "DepthToSpace": Op(o.depth_to_space, "0 @blocksize @mode='DCR'"),
     "SpaceToDepth": Op(p.contract("b c (h r) (w r) -> b (r r c) h w", r=(1, "r")),
                        "0 @blocksize"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 from ..axes.expressions import ONE, Expr, product
 from ..axes.notation import Fit, fit, parse
@@ -65,7 +64,10 @@ def frozen(why: str) -> Row:
 # --- contractions and other patterns ----------------------------------------------------------
 
 
-def contract(text: str, **sizes: Any) -> Row:
+Size = int | tuple[int, str] | tuple[int, str, object]
+
+
+def contract(text: str, **sizes: Size) -> Row:
     """A row in notation: equal letters unify, letters without a result are read.
 
     `sizes` gives letters' sizes: an int, or (position, keyword, default) of the argument that
@@ -91,7 +93,7 @@ def works_along(n: Node, why: str = "") -> str:
 
 
 def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | None = None, *,
-                   sizes: Mapping[str, Any] | None = None, factor: int = 1,
+                   sizes: Mapping[str, Size] | None = None, factor: int = 1,
                    why: str = "") -> dict[str, Expr]:
     """Relate operands and results of one node by a pattern in notation; returns its letters.
 
@@ -126,7 +128,7 @@ def relate_pattern(s: Solver, n: Node, text: str, refs: Sequence[str | None] | N
     return bound
 
 
-def _sized(s: Solver, n: Node, sizes: Mapping[str, Any], bound: dict[str, Expr],
+def _sized(s: Solver, n: Node, sizes: Mapping[str, Size], bound: dict[str, Expr],
            ) -> dict[str, Expr]:
     """Return the letters, those of given sizes first."""
     made: dict[str, Expr] = {}

@@ -8,7 +8,6 @@ those of w_ih are where one layer feeds the next inside of the operator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..axes.expressions import Expr, concat
 from ..graph.ir import Node, Ref
@@ -66,7 +65,7 @@ def cell(gates: int) -> Row:
     return row
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: Ref | list[Ref] | tuple[Ref, ...]) -> list[str]:
     return [ref.name for ref in (value if isinstance(value, (list, tuple)) else [value])]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from ..axes.expressions import ONE, Expr, is_frozen
 from ..axes.space import Clash
@@ -66,7 +65,8 @@ def extremum(s: Solver, n: Node) -> None:
 SCORES = "of scores, what is gone would have to be minus infinity, not zero"
 
 
-def along(argument: int = 1, keyword: str = "dim", default: Any = -1, why: str = "") -> Row:
+def along(argument: int = 1, keyword: str = "dim", default: int | list[int] | None = -1,
+          why: str = "") -> Row:
     """An operator that mixes all positions of one dimension (softmax, cumsum, sort).
 
     With `default=None` it mixes all dimensions unless some are named. `why` tells the user more.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -216,14 +215,17 @@ class Solver:
     # --- what rows use ------------------------------------------------------------------------
 
     def shape(self, ref: str) -> tuple[int, ...]:
+        """Return the traced sizes of a tensor."""
         return self.graph.tensors[ref].shape
 
     def freeze(self, exprs: Iterable[Expr], why: str) -> None:
+        """Let the positions of all expressions stay; `why` goes into the report."""
         for e in exprs:
             if e is not ONE:
                 self.space.freeze(e, why)
 
     def relate(self, a: Expr, b: Expr, node: Node) -> None:
+        """Let two expressions keep the same positions; both freeze where they cannot."""
         if a is not b:
             self.space.relate(a, b, node)
 
@@ -235,6 +237,7 @@ class Solver:
         self.dims[name] = tuple(dims)
 
     def emit_fixed(self, node: Node, why: str) -> None:
+        """Give every result of a node new dimensions that are frozen for the reason `why`."""
         for out in node.outputs:
             self.dims[out] = tuple(self.space.atom(n, why) for n in self.shape(out))
 
@@ -256,6 +259,7 @@ class Solver:
         return None if is_frozen(label.axis) else label.axis
 
     def read(self, node: Node, ref: str, dim: int, how: str) -> None:
+        """Record that a node reads tensor `ref` along dimension `dim` in the way `how` says."""
         self.reads.append(Read(node.name, ref, dim % len(self.dims[ref]), how))
 
     def gather(self, node: Node, source: str, dim: int, index: np.ndarray) -> None:
@@ -271,7 +275,8 @@ class Solver:
         self.contractions.append(Contraction(node.name, {"dealt": whole}, (alone, alone), ()))
 
     def edit(self, node: Node, path: Path, expr: Expr, *, when: Expr | None = None,
-             value: Any = None, plus: int = 0) -> None:
+             value: float | None = None, plus: int = 0) -> None:
+        """Let the number at `path` of a node follow `expr` (or be `value`) once `when` shrinks."""
         self.edits.append(Edit(node.name, path, expr, expr if when is None else when, value, plus))
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from ..axes.expressions import ONE, Expr, concat, is_frozen
 from ..axes.space import Clash
 from ..graph.ir import Node, Ref
+from .cuts import cuts3, span
 from .reductions import indexed
-from .shapes import cuts3, span
 from .solver import Solver
 
 
