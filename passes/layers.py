@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from spacompiler.errors import SpaError
+from spacompiler.plan.bisection import nearest
 from spacompiler.plan.problem import Problem
 from spacompiler.plan.settling import refine
 
@@ -117,12 +118,5 @@ def fit(problem: Problem, at: Callable[[float], dict[str, float]]) -> dict[str, 
         ratio = at(share)
         return {u.name: u.nearest(ratio.get(u.name, share) * u.size) for u in problem.units}
 
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        if problem.price(counts(middle)) > problem.target:
-            high = middle
-        else:
-            low = middle
-    near = min((counts(low), counts(high)), key=lambda k: abs(problem.price(k) - problem.target))
+    near = nearest(problem, counts, 0.0, 1.0, 30)
     return near if problem.met(near) else refine(problem, near)

@@ -14,13 +14,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from spacompiler.errors import SpaError, TargetError
+from spacompiler.groups.repeats import family
 from spacompiler.groups.solution import Group
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
 from spacompiler.live.sites import MASKED, Masks, sites
 from spacompiler.live.watch import Watch
-from spacompiler.plan.legal import family
 from spacompiler.request import registry
 from spacompiler.stages.records import Scheduling, Scored
 

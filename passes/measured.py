@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from spacompiler.errors import SpaError
 from spacompiler.passes.global_ranking import GlobalRanking
+from spacompiler.plan.bisection import bisect
 from spacompiler.plan.problem import Problem, Unit
 from spacompiler.plan.settling import refine
 from spacompiler.trials.sensitivity import Change
@@ -133,10 +134,11 @@ def _cheapest(options: Mapping[str, list[tuple[int, float, float]]],
     def picked(price: float) -> list[tuple[int, float, float]]:
         return [min(some, key=lambda o: o[1] + price * o[2]) for some in options.values()]
 
+    def over(price: float) -> bool:
+        return sum(o[2] for o in picked(price)) > wanted
+
     low, high = 0.0, 1e-12
-    while sum(o[2] for o in picked(high)) > wanted and high < 1e12:
+    while over(high) and high < 1e12:
         high *= 4
-    for _ in range(60):
-        price = (low + high) / 2
-        low, high = (price, high) if sum(o[2] for o in picked(price)) > wanted else (low, price)
+    high = bisect(over, low, high, 60)[1]
     return dict(zip(options, (o[0] for o in picked(high)), strict=True))

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from spacompiler.plan.bisection import nearest
 from spacompiler.plan.problem import Problem, Unit
 
 
@@ -25,19 +26,12 @@ class Standardised:
         scores = {u.name: self._scores(u) for u in problem.units}
         low, high = (f(s.min() if f is min else s.max() for s in scores.values())
                      for f in (min, max))
-        low, high = low - 1.0, high + 1.0
 
         def at(threshold: float) -> dict[str, int]:
             return {u.name: u.nearest(int((scores[u.name] > threshold).sum()))
                     for u in problem.units}
 
-        for _ in range(60):
-            middle = (low + high) / 2
-            if problem.price(at(middle)) > problem.target:
-                low = middle
-            else:
-                high = middle
-        return min((at(low), at(high)), key=lambda k: abs(problem.price(k) - problem.target))
+        return nearest(problem, at, low - 1.0, high + 1.0, 60, rising=False)
 
     @staticmethod
     def _scores(unit: Unit) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from spacompiler.plan.bisection import nearest
 from spacompiler.plan.problem import Problem
 from spacompiler.plan.settling import refine
 
@@ -28,12 +29,4 @@ class Uniform:
             return {u.name: u.size if u.name in inner else u.nearest(ratio * u.size)
                     for u in problem.units}
 
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if problem.price(at(middle)) > problem.target:
-                high = middle
-            else:
-                low = middle
-        near = min((at(low), at(high)), key=lambda k: abs(problem.price(k) - problem.target))
-        return refine(problem, near)
+        return refine(problem, nearest(problem, at, 0.0, 1.0, 40))

@@ -16,10 +16,11 @@ from torch import nn
 
 from ..errors import ProofError, SpaError
 from ..evidence.calls import Inputs, as_call
-from ..stages.comparison import tensors
+from ..evidence.watching import watched
 from ..stages.proof import relative_error
 from ..stages.tolerances import MERGED, MERGED_ROUNDING, OF_EFFECT
 from ..system.process import no_warnings
+from ..torch_backend import weights
 from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
 from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type
@@ -289,32 +290,18 @@ def _check_layers(tuned: Any) -> None:
 
 def results(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Return copies of a module's flat results, in eval mode."""
-    args, kwargs = as_call(inputs)
-    was = module.training
-    module.eval()
-    with torch.no_grad():
-        result = module(*args, **kwargs)
-    module.train(was)
-    return [x.clone() for x in tensors(result)]
+    return [x.clone() for x in weights.results(module, *as_call(inputs))]
 
 
 def _seen(module: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, torch.Tensor]:
     """The inputs of layers on a call, (n, i), by path."""
     found: dict[str, torch.Tensor] = {}
 
-    def keep(path: str) -> Any:
-        def hook(part: nn.Module, args: Any) -> None:
-            found[path] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+    def keep(path: str, part: nn.Module, args: Any, *rest: Any) -> None:
+        found[path] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
 
-        return hook
-
-    handles = [module.get_submodule(path).register_forward_pre_hook(keep(path))
-               for path in paths]
-    try:
+    with watched({path: module.get_submodule(path) for path in paths}, keep):
         results(module, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     missing = next((path for path in paths if path not in found), None)
     if missing is not None:
         raise SpaError("the example inputs do not reach a layer of the adapter", where=missing,

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import SpaError
 from ..plan.plan import Plan
-from ..stages.comparison import compare, tensors
+from ..stages.comparison import compare
 from ..stages.tolerances import ONNX, RECORDED
 from ..store import folder as artifact
 from . import recorded
@@ -35,9 +35,9 @@ def tried(name: str, check: Callable[[], Check]) -> Check:
 
 def _run(module: nn.Module, inputs: Any) -> list[torch.Tensor]:
     from ..evidence.calls import as_call
-    from ..torch_backend.weights import called
+    from ..torch_backend.weights import results
 
-    return tensors(called(module, *as_call(inputs)))
+    return results(module, *as_call(inputs))
 
 
 def _reload(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
@@ -167,16 +167,9 @@ def _decoder(path: Path, module: nn.Module) -> Check:
 
 def _resized(session: Any, inputs: Any) -> Iterator[Any]:
     """Recorded inputs at two other sizes: every symbolic axis of the ONNX inputs changes."""
-    symbols = {i.name: i.shape for i in session.get_inputs()}
-    for change in (lambda n: n + 1, lambda n: max(1, n // 2)):
-        made: dict[Any, Any] = {}
-        items = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
-        order = iter(symbols.values())
-        for key, value in items:
-            if isinstance(value, torch.Tensor):
-                for d, symbol in enumerate(next(order)):
-                    if isinstance(symbol, str):
-                        size = value.shape[d]
-                        value = value.index_select(d, torch.arange(change(size)) % size)
-            made[key] = value
-        yield made if isinstance(inputs, dict) else tuple(made.values())
+    from ..deploy.inputs import resized
+
+    free = [[d for d, symbol in enumerate(i.shape) if isinstance(symbol, str)]
+            for i in session.get_inputs()]
+    for size in (lambda d, n: n + 1, lambda d, n: max(1, n // 2)):
+        yield resized(inputs, free, size)

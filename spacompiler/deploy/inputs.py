@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from ..torch_backend.trace import Trace
+
+T = TypeVar("T")
 
 
 def other_inputs(trace: Trace, which: int,
@@ -22,19 +24,33 @@ def other_inputs(trace: Trace, which: int,
     new = {old: max(1, [old + 1 + i, max(1, old // 2) + i][which % 2])
            for i, old in enumerate(sorted(bounds))}
     new = {old: _within(size, old, which, *bounds[old]) for old, size in new.items()}
-    names = iter(trace.graph.inputs)
+    return resized((trace.args, trace.kwargs), _varying(trace), lambda d, old: new[old])
+
+
+def resized(inputs: T, free: Sequence[Iterable[int]], size: Callable[[int, int], int]) -> T:
+    """Return nested inputs of other sizes: along free dimensions values repeat, cut or tiled.
+
+    `free` names those of each tensor in turn; `size(dimension, old)` gives the new size.
+
+    >>> resized({"x": torch.tensor([[1, 2, 3]])}, [[1]], lambda d, n: n + 1)
+    {'x': tensor([[1, 2, 3, 1]])}
+    """
+    turn = iter(free)
 
     def resize(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        tensor = trace.graph.tensors[next(names)]
-        for d in sorted(tensor.dynamic):
-            index = torch.arange(new[value.shape[d]]) % value.shape[d]
-            value = value.index_select(d, index)
+        for d in next(turn):
+            old = value.shape[d]
+            value = value.index_select(d, torch.arange(size(d, old)) % old)
         return value
 
-    args, kwargs = pytree.tree_map(resize, (trace.args, trace.kwargs))
-    return args, kwargs
+    made: T = pytree.tree_map(resize, inputs)
+    return made
+
+
+def _varying(trace: Trace) -> list[list[int]]:
+    return [sorted(trace.graph.tensors[name].dynamic) for name in trace.graph.inputs]
 
 
 Range = tuple[float, float]
@@ -104,17 +120,9 @@ def axis_names(trace: Trace) -> dict[str, dict[int, str]]:
 def latency_inputs(trace: Trace, length: int = 128) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs for timing: batch 1, sequences of `length` or what is possible."""
     bounds = _bounds(trace, length)
-    names = iter(trace.graph.inputs)
 
-    def resize(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        dynamic = trace.graph.tensors[next(names)].dynamic
-        for d in sorted(dynamic):
-            low, high = bounds[value.shape[d]]
-            size = 1 if d == 0 else int(max(low, min(length, high)))
-            value = value.index_select(d, torch.arange(size) % value.shape[d])
-        return value
+    def size(d: int, old: int) -> int:
+        low, high = bounds[old]
+        return 1 if d == 0 else int(max(low, min(length, high)))
 
-    args, kwargs = pytree.tree_map(resize, (trace.args, trace.kwargs))
-    return args, kwargs
+    return resized((trace.args, trace.kwargs), _varying(trace), size)

@@ -7,9 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils import _pytree as pytree
 
 from spacompiler.errors import SpaError
 from spacompiler.live.shrinking import Shrinking
@@ -17,8 +14,7 @@ from spacompiler.plan.problem import Unit
 from spacompiler.plan.stock_units import expressible as expressible_units
 from spacompiler.torch_backend.emit import stock as hf
 from spacompiler.torch_backend.kinds import is_hf
-from spacompiler.torch_backend.untouched import untouched
-from spacompiler.torch_backend.weights import runs_like
+from spacompiler.torch_backend.weights import results, runs_like
 
 
 def expressible(live: Shrinking, units: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
@@ -48,7 +44,7 @@ def bring_config(live: Shrinking) -> str:
         return f"{problem.what} ({problem.why})"
     old = model.config.to_dict()
     changes = {key: value for key, value in wanted.items() if value != old.get(key)}
-    want = _results(model, live)
+    want = results(model, live.trace.args, live.trace.kwargs)
     _set(model.config, changes)
     wrong = runs_like(model, live.trace.args, live.trace.kwargs, want)
     if wrong:
@@ -59,8 +55,3 @@ def bring_config(live: Shrinking) -> str:
 def _set(config: Any, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         setattr(config, key, value)
-
-
-def _results(model: nn.Module, live: Shrinking) -> list[Any]:
-    with torch.no_grad(), untouched(model):
-        return pytree.tree_leaves(model(*live.trace.args, **live.trace.kwargs))

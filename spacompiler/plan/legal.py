@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -15,6 +14,7 @@ import numpy as np
 from ..axes.expressions import walk
 from ..errors import UsageError
 from ..groups.fibres import beside
+from ..groups.repeats import family
 from ..groups.solution import Group, Solution
 from .pieces import leads
 from .problem import Unit
@@ -135,15 +135,6 @@ def legal_counts(size: int, multiple: int, floor: float, fewest: int = 0) -> tup
     least = max(1, fewest, int(np.ceil(floor * size)))
     counts = {k for k in range(multiple, size + 1, multiple) if k >= least}
     return tuple(sorted(counts | {size}))
-
-
-def family(name: str) -> str:
-    """Return a group's name with list indices masked: repeated blocks share it.
-
-    >>> family("model.layers.12.mlp.up_proj.weight:0")
-    'model.layers.*.mlp.up_proj.weight:0'
-    """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.ndarray], *,

@@ -63,14 +63,15 @@ def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     with torch.no_grad():
         traced = Runner(program, dense.__getitem__).call(args, kwargs)
     difference = runs_like(module, args, kwargs, traced)
-    if difference and not runs_like(module, args, kwargs, _called(module, args, kwargs)):
+    if difference and not runs_like(module, args, kwargs, _called_again(module, args, kwargs)):
         raise ProofError(
             "the traced program does not compute what the module does", why=difference,
             fix="the module's code may write into values that others alias, or choose by data")
     return prove(trace, decided.solution, decided.choices, seed=seed)
 
 
-def _called(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+def _called_again(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """The module's own results once more, not from seed 0: those of one that draws are others."""
     was = module.training
     module.eval()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ..errors import SpaError
 from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
 from ..evidence.losses import default_loss, first_floating
+from ..evidence.watching import watched
 
 if TYPE_CHECKING:
     from .options import Schedule
@@ -65,9 +66,9 @@ class Objective:
 
     def _taught(self, args: Any, kwargs: Any, calls: dict[str, Call]) -> torch.Tensor:
         assert self._dense is not None
-        watched = {path: pair[1] for path, pair in self._paired(args, kwargs).items()} \
+        parts = {path: pair[1] for path, pair in self._paired(args, kwargs).items()} \
             if self._options.blocks else {}
-        with torch.no_grad(), _recorded(watched, calls), _eval(self._dense):
+        with torch.no_grad(), _recorded(parts, calls), _eval(self._dense):
             return first_floating(call(self._dense, args, kwargs))
 
     def _blocks(self, calls: Mapping[str, Call]) -> torch.Tensor:
@@ -124,24 +125,15 @@ def blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{key}" if name else key, block
 
 
-@contextmanager
-def _recorded(watched: Mapping[str, nn.Module], calls: dict[str, Call]) -> Iterator[None]:
-    """Keep what each watched module is given and gives, for one forward."""
+def _recorded(parts: Mapping[str, nn.Module],
+              calls: dict[str, Call]) -> AbstractContextManager[None]:
+    """Keep what each of some modules is given and gives, for one forward."""
 
-    def hook(path: str) -> Any:
-        def keep(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            if any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))):
-                calls[path] = (args, kwargs, first_floating(pytree.tree_leaves(result)))
+    def keep(path: str, part: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))):
+            calls[path] = (args, kwargs, first_floating(pytree.tree_leaves(result)))
 
-        return keep
-
-    handles = [block.register_forward_hook(hook(path), with_kwargs=True)
-               for path, block in watched.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watched(parts, keep)
 
 
 @contextmanager

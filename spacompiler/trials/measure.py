@@ -6,7 +6,6 @@ and what moving one group's count does once all of them are pruned and repaired 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import pi
@@ -20,14 +19,14 @@ from ..axes.choices import Choices
 from ..errors import SpaError
 from ..evidence.labels import inputs_only
 from ..evidence.losses import first_floating
+from ..evidence.watching import watched
+from ..groups.repeats import block
 from ..groups.solution import Solution
 from ..plan.problem import Problem
 from ..repair.repairer import draft
 from ..repair.sites import sites
 from ..torch_backend.untouched import untouched
 from .sensitivity import Change, Sensitivity
-
-BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass
@@ -50,12 +49,12 @@ class Measure:
         """Return, per unit, of the repeated block that holds it: the mean angle / pi between
         hidden states before and after, and their mean cosine (averaged over a unit's groups)."""
         if not self._blocks:
-            paths = {m[1] for g in self.solution.groups.values() if (m := BLOCK.match(g.name))}
+            paths = {path for g in self.solution.groups.values() if (path := block(g.name))}
             self._blocks = angles(self.module, sorted(paths), self.batches)
         found = {}
         for unit in problem.units:
-            own = [self._blocks[m[1]] for g in unit.groups
-                   if (m := BLOCK.match(g.name)) and m[1] in self._blocks]
+            own = [self._blocks[path] for g in unit.groups
+                   if (path := block(g.name)) in self._blocks]
             if own:
                 found[unit.name] = tuple(sum(v) / len(own) for v in zip(*own, strict=True))
         if not found:
@@ -72,11 +71,11 @@ class Measure:
         """
         found: dict[str, torch.Tensor] = {}
         for unit in problem.units:
-            match = BLOCK.match(unit.groups[0].name)
-            if match and match[1] not in found:
-                found[match[1]] = self._salience(match[1], step, self.batches[:batches], seed)
-        return {u.name: found[m[1]] for u in problem.units
-                if (m := BLOCK.match(u.groups[0].name))}
+            path = block(unit.groups[0].name)
+            if path and path not in found:
+                found[path] = self._salience(path, step, self.batches[:batches], seed)
+        return {u.name: found[path] for u in problem.units
+                if (path := block(u.groups[0].name))}
 
     @torch.no_grad()
     def _salience(self, path: str, step: float, batches: Sequence[Any],
@@ -132,25 +131,17 @@ def angles(module: nn.Module, paths: Sequence[str],
     """Return {path: (mean angle / pi, mean cosine)} of blocks that map a hidden state to one."""
     sums: dict[str, list[float]] = {}
 
-    def hook(path: str) -> Callable[..., None]:
-        def see(part: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-            before = args[0] if args else kwargs.get("hidden_states")
-            after = first_floating(out if isinstance(out, (tuple, list)) else [out])
-            if isinstance(before, torch.Tensor) and before.shape == after.shape:
-                cosine = torch.cosine_similarity(before, after, -1).clamp(-1, 1).double()
-                have = sums.setdefault(path, [0.0, 0.0, 0.0])
-                have[0] += float(cosine.arccos().sum()) / pi
-                have[1] += float(cosine.sum())
-                have[2] += cosine.numel()
+    def see(path: str, part: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        before = args[0] if args else kwargs.get("hidden_states")
+        after = first_floating(out if isinstance(out, (tuple, list)) else [out])
+        if isinstance(before, torch.Tensor) and before.shape == after.shape:
+            cosine = torch.cosine_similarity(before, after, -1).clamp(-1, 1).double()
+            have = sums.setdefault(path, [0.0, 0.0, 0.0])
+            have[0] += float(cosine.arccos().sum()) / pi
+            have[1] += float(cosine.sum())
+            have[2] += cosine.numel()
 
-        return see
-
-    handles = [module.get_submodule(p).register_forward_hook(hook(p), with_kwargs=True)
-               for p in paths]
-    try:
+    with watched({path: module.get_submodule(path) for path in paths}, see):
         for args, kwargs in batches:
             module(*args, **inputs_only(module, kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {path: (a / n, c / n) for path, (a, c, n) in sums.items()}

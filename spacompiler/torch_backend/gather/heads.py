@@ -24,7 +24,7 @@ from ...evidence.calls import Inputs, as_call
 from ...evidence.losses import IGNORED, cross_entropy, next_token
 from ...stages.tolerances import CAUSAL
 from ..kinds import is_encoder_decoder, is_hf
-from ..untouched import untouched
+from ..weights import called
 
 Call = Mapping[str, Any]
 # family of transformers' auto classes -> kind of its `logits`; the first that lists a class counts
@@ -263,7 +263,7 @@ def _fitting(y: torch.Tensor, shape: Sequence[int], x: torch.Tensor | None) -> t
 def head_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
             parts_only: bool = False) -> Head:
     """Return the loss that fits a network's results; `parts_only`: it is but parts of one."""
-    fields = list(_fields(_called(module, args, kwargs)))
+    fields = list(_fields(called(module, args, kwargs)))
     names = () if parts_only else tuple(inspect.signature(module.forward).parameters)
     made = partial(Head, names=names, decoder=is_encoder_decoder(module),
                    blank=getattr(getattr(module, "config", None), "pad_token_id", None) or 0)
@@ -310,12 +310,6 @@ def _part(at: int, field: str, kind: str) -> Part | None:
     return Part(at, field, other)
 
 
-def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return module(*args, **kwargs)
-
-
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
 
@@ -339,7 +333,7 @@ def _looks_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     other = ids.clone()
     other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, -2], ids[:, 0])
     swapped = pytree.tree_map(lambda v: other if v is ids else v, (args, kwargs))
-    one, two = (_tensors(_called(module, *call))[head.parts[0].at]
+    one, two = (_tensors(called(module, *call))[head.parts[0].at]
                 for call in ((args, kwargs), swapped))
     fits = one.ndim == 3 and one.shape[:2] == ids.shape and int(ids.max()) < one.shape[-1]
     return fits and torch.allclose(one[:, :-1], two[:, :-1], atol=CAUSAL.value) \
