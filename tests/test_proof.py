@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from spacompiler import models_zoo
 from spacompiler.axes.choices import Choice, Choices, kept_size
@@ -129,6 +130,49 @@ def test_a_wrong_index_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(proof, "run_pruned", pruned)
     with pytest.raises(ProofError, match="not the masked dense model"):
         prove(traced(name), solution, choices)
+
+
+class Branch(nn.Module):
+    """A residual branch of a given gain; its last layer may be all zeros."""
+
+    def __init__(self, gain: float, zero: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 24), nn.Linear(24, 8)
+        if zero:
+            nn.init.zeros_(self.b.weight)
+        self.gain = nn.Parameter(torch.full((8,), gain))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.gain * self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize(("gain", "zero"), [(0.0, False), (1e-7, False), (1.0, True)])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_branch_without_effect_is_proved_on_weights_drawn_anew(
+        gain: float, zero: bool, quick: bool) -> None:
+    torch.manual_seed(0)
+    net = Branch(gain, zero).eval()
+    before = {name: array.clone() for name, array in net.state_dict().items()}
+    found = trace(net, (torch.randn(4, 8),), quick=quick)
+    solution = solve(found.graph, TABLE)
+    made = prove(found, solution, half(solution))
+    assert made.redrawn and made.holds and made.error <= TOLERANCE
+    assert all(torch.equal(array, before[name]) for name, array in net.state_dict().items())
+
+
+def test_a_wrong_row_in_a_branch_without_effect_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    found = trace(Branch(0.0).eval(), (torch.randn(4, 8),))
+    solution = solve(found.graph, TABLE)
+    choices = half(solution)
+    _, wrong = swap(found.program.state_dict.__getitem__, solution, choices, seed=0)
+
+    def pruned(*args: Any, **kwargs: Any) -> list[Any]:
+        return run_pruned(*args, **{**kwargs, "wrong": wrong})
+
+    monkeypatch.setattr(proof, "run_pruned", pruned)
+    with pytest.raises(ProofError, match="not the masked dense model"):
+        prove(found, solution, choices)
 
 
 # --- a wrong row is found, and named ------------------------------------------------------------

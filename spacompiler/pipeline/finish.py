@@ -55,7 +55,12 @@ def prove(ask: Request, subject: Subject, decided: Decided) -> Proof | None:
             why=f"a wrong index in {proof.swapped} changes results by {proof.control:.1e} only "
                 f"(needed {CONTROL.value:.0e}; error {proof.error:.1e}, "
                 f"allowed {proof.tolerance:.0e})",
-            fix="the example inputs may not reach that layer; pass other ones")
+            fix=f"pass example inputs that reach that layer, or leave it whole: --ignore "
+                f"{proof.swapped}")
+    if proof.redrawn:
+        ask.notes.append("no single index matters to the results of these weights and inputs (tiny "
+                         "or zero branches, dead units): the negative control is of weights drawn "
+                         "anew, on which the plan is proved too")
     if proof.approximate is not None:
         ask.notes.append(
             "statistics of norms are taken over fewer slices: results differ from the masked "

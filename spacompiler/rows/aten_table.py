@@ -12,8 +12,8 @@ from functools import cache
 
 from . import chosen as c
 from . import cuts as cut
+from . import pairs, recurrent
 from . import primitives as p
-from . import recurrent
 from . import reductions as r
 from . import shapes as s
 from . import writes as w
@@ -114,7 +114,7 @@ _FUNCTIONS: dict[str, Row] = {
     **dict.fromkeys("scatter scatter_add scatter_reduce".split(), w.scatter),
     **dict.fromkeys("index_add index_copy index_fill".split(), w.index_write),
     "index_put": w.index_put, "_unsafe_index_put": w.index_put,
-    "view_as_real": s.view_as_real, "view_as_complex": s.view_as_complex,
+    "view_as_real": pairs.view_as_real, "view_as_complex": pairs.view_as_complex,
     "flatten": s.flatten, "unflatten": s.unflatten,
     **dict.fromkeys("permute numpy_T".split(), s.permute),
     **dict.fromkeys("transpose t mT swapaxes swapdims".split(), s.transpose),

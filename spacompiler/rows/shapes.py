@@ -99,19 +99,6 @@ def windows(s: Solver, n: Node) -> None:
     s.put(n.outputs[0], [*made, s.space.atom(shape[-1], "position inside a window")])
 
 
-def view_as_real(s: Solver, n: Node) -> None:
-    """view_as_real(x): real and imaginary part in a last dimension."""
-    parts = s.space.atom(2, "real and imaginary part")
-    s.put(n.outputs[0], [*s.dims[next(n.refs())], parts])
-
-
-def view_as_complex(s: Solver, n: Node) -> None:
-    """view_as_complex(x): the last dimension holds real and imaginary part."""
-    *rest, parts = s.dims[next(n.refs())]
-    s.space.freeze(parts, "real and imaginary part")
-    s.put(n.outputs[0], rest)
-
-
 def flatten(s: Solver, n: Node) -> None:
     """flatten(x, start, end): a run of dimensions as one."""
     s.put(n.outputs[0], regroup(s, s.dims[next(n.refs())], s.shape(n.outputs[0])))

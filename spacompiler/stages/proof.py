@@ -23,7 +23,8 @@ CONTROLS = 8
 class Proof:
     """Relative errors: `error` of the pruned program, `control` with one index swapped.
 
-    `precision` says what it was computed in, `tolerance` what rounding may do there.
+    `precision` says what it was computed in, `tolerance` what rounding may do there; `redrawn`,
+    that the control is of weights drawn anew, as no index matters to the given ones.
     """
 
     error: float
@@ -32,6 +33,7 @@ class Proof:
     approximate: float | None = None
     precision: str = "float64"
     tolerance: float = PROOF.value
+    redrawn: bool = False
 
     @property
     def holds(self) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
@@ -105,6 +105,32 @@ class Trace:
                          for call in (self.match(args, kwargs), (self.args, self.kwargs)))
         return next((f"a tensor of shape {tuple(x.shape)} for {tuple(held.shape)}"
                      for x, held in zip(given, traced, strict=False) if x.shape != held.shape), "")
+
+
+def redrawn(trace: Trace, seed: int) -> Trace:
+    """Return a trace with other parameters: none of them tiny, dead or equal. Buffers stay."""
+    draws = torch.Generator().manual_seed(seed)
+    program = copy.copy(trace.program)
+    stored, made = trace.program.state_dict, {}
+    for spec in program.graph_signature.input_specs:
+        name = str(spec.target)
+        if spec.kind is InputKind.PARAMETER and stored[name].is_floating_point():
+            first = trace.tied.get(name, name)
+            made[name] = made[first] if first in made else _drawn(stored[name], draws)
+    changed = {**stored, **made}
+    if isinstance(program, ExportedProgram):
+        program._state_dict = changed
+    else:
+        program.state_dict = changed
+    return replace(trace, program=program)
+
+
+def _drawn(old: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+    """Matrices keep the size of what they are given; gains and biases lie about 1."""
+    fan = old[0].numel() if old.dim() > 1 else 0
+    new = torch.randn(old.shape, generator=draws) / fan**0.5 if fan else \
+        torch.rand(old.shape, generator=draws) + 0.5
+    return new.to(old.dtype)
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
