@@ -16,6 +16,7 @@ from .groups.solution import Solution
 from .pipeline.request import Data, Given, example_of, make_request
 from .pipeline.run import STAGES, run
 from .plan.plan import Plan
+from .request.needs import check_needs
 from .request.options import listing
 from .request.recipe import Errand, Recipe
 from .sources import named as source
@@ -115,6 +116,8 @@ compile.__doc__ = (compile.__doc__ or "").replace("{options}", "\n".join(
 def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
              errand: Errand) -> Result:
     out = None if errand.dry_run else errand.out
+    check_needs({"recovery": given.asked(recipe, "recovery"), "recover_data": given.recover_data,
+                 "checkpoint": errand.checkpoint}, {})
     if errand.out is not None:
         check_out(errand.out)
     found = _source(model, inputs, given.tokenizer, errand.trust_remote_code, recipe,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import UsageError, did_you_mean
 from .combinations import check_combination
+from .needs import check_needs
 from .options import (
     ADAPTERS,
     CHECKS,
@@ -24,6 +25,7 @@ from .options import (
     RECOVERY,
     Options,
     at_least,
+    known,
     one_of,
     option,
     required,
@@ -157,11 +159,7 @@ class Recipe(Options):
         parse_target(self.target)
         super().__post_init__()
         check_combination(self.combine, len(self.adapters), self.keep_adapter)
-        if self.keep_adapter and not self.adapters:
-            raise UsageError("there is no adapter to keep", fix="give --adapter DIR")
-        for name in ("decoder", "int8"):
-            if getattr(self, name) and not self.onnx:
-                raise UsageError(f"--{name} is about model.onnx, which --no-onnx leaves out")
+        check_needs(vars(self), {entry.name: entry.default for entry in known(type(self))})
         for name in ("modules", "keep_adapter"):
             if self.blocks and getattr(self, name):
                 raise UsageError(f"blocks cannot be dropped with {name}",

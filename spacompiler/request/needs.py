@@ -1,0 +1,52 @@
+"""Options that act through another one: alone they would do nothing, which is an error.
+
+>>> check_needs({"recovery": "", "recover_samples": 8}, {"recover_samples": 512})
+Traceback (most recent call last):
+...
+spacompiler.errors.UsageError: recover_samples has nothing to act on
+  why: nothing is trained without recovery
+  what to do: give --recover lora, or leave recover_samples out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..errors import UsageError
+
+
+class Need(NamedTuple):
+    """The option that others act through, why they do nothing without it, and how to give it."""
+
+    option: str
+    why: str
+    give: str
+
+
+_TRAINING = Need("recovery", "nothing is trained without recovery", "--recover lora")
+_FILE = Need("onnx", "it is about model.onnx, which --no-onnx leaves out", "--onnx")
+NEEDS: Mapping[str, Need] = {
+    "recover_data": _TRAINING,
+    "recover_samples": _TRAINING,
+    "recover_batch": _TRAINING,
+    "checkpoint": _TRAINING,
+    "decoder": _FILE,
+    "int8": _FILE,
+    "int8_bits": Need("int8", "no int8 weights are written without int8", "--int8"),
+    "keep_adapter": Need("adapters", "there is no adapter to keep", "--adapter DIR"),
+}
+
+
+def check_needs(values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+    """Raise UsageError for an option, of other value than its default, that has no effect.
+
+    `values` hold the options that are needed too; what they lack is not looked at.
+    """
+    for name, need in NEEDS.items():
+        if name not in values or need.option not in values:
+            continue
+        value, default = values[name], defaults.get(name)
+        if value is not default and value != default and not values[need.option]:
+            raise UsageError(f"{name} has nothing to act on", why=need.why,
+                             fix=f"give {need.give}, or leave {name} out")

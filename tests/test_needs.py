@@ -1,0 +1,56 @@
+"""Options that would do nothing are errors, from Python and on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import spacompiler
+from spacompiler.cli.main import app
+from spacompiler.errors import UsageError
+from spacompiler.request.needs import NEEDS
+from spacompiler.request.options import known
+from spacompiler.request.recipe import Errand, Recipe
+
+ALONE: dict[str, dict[str, Any]] = {
+    "recover_data": {"recover_data": "text.txt"}, "recover_samples": {"recover_samples": 8},
+    "recover_batch": {"recover_batch": 8}, "checkpoint": {"checkpoint": "place"},
+    "decoder": {"decoder": True, "onnx": False}, "int8": {"int8": True, "onnx": False},
+    "int8_bits": {"int8_bits": 8}, "keep_adapter": {"keep_adapter": True},
+}
+FLAGS = {"decoder": ["--decoder", "--no-onnx"], "int8": ["--int8", "--no-onnx"],
+         "keep_adapter": ["--keep-adapter"]}
+
+
+def test_every_need_speaks_of_options() -> None:
+    names = {entry.name for table in (Recipe, Errand) for entry in known(table)}
+    assert ALONE.keys() == NEEDS.keys() <= names
+    assert {need.option for need in NEEDS.values()} <= names
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_option_without_what_it_needs_is_refused_in_python(name: str) -> None:
+    net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 3))
+    with pytest.raises(UsageError, match=f"{name} has nothing to act on"):
+        spacompiler.compile(net, (torch.randn(4, 12),), target="params=60%", dry_run=True,
+                            **ALONE[name])
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_option_without_what_it_needs_is_refused_on_the_command_line(name: str) -> None:
+    flags = FLAGS.get(name) or ["--" + name.replace("_", "-"), str(ALONE[name][name])]
+    done = CliRunner().invoke(app, ["compile", "zoo:mlp", "--target", "params=60%", "--dry-run",
+                                    *flags])
+    assert done.exit_code == 2 and f"{name} has nothing to act on" in done.stderr
+    assert NEEDS[name].give in done.stderr
+
+
+def test_batches_to_train_on_need_a_training() -> None:
+    net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 3))
+    with pytest.raises(UsageError, match="recover_data has nothing to act on"):
+        spacompiler.compile(net, (torch.randn(4, 12),), target="params=60%", dry_run=True,
+                            recover_data=[(torch.randn(4, 12),)])
