@@ -156,7 +156,7 @@ def test_a_branch_without_effect_is_proved_on_weights_drawn_anew(
     found = trace(net, (torch.randn(4, 8),), quick=quick)
     solution = solve(found.graph, TABLE)
     made = prove(found, solution, half(solution))
-    assert made.redrawn and made.holds and made.error <= TOLERANCE
+    assert made.redrawn and made.holds and made.error <= PROOF.value
     assert all(torch.equal(array, before[name]) for name, array in net.state_dict().items())
 
 
