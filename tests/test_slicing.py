@@ -9,6 +9,7 @@ from commuting import quick_trace
 from networks import network
 from torch import nn
 
+import spacompiler
 from spacompiler.axes.choices import Choice
 from spacompiler.groups.solution import solve
 from spacompiler.plan.effects import gather_indices, norm_changes
@@ -93,3 +94,24 @@ def test_gathers_take_what_stays_by_its_new_place() -> None:
     assert index.tolist() == [0, 2, 1]  # of 0, 2 and 3: dealt out as 0, 3, 2
     assert gather_indices(solution, {}) == {}
     assert list(norm_changes(solution, {group.atom: Choice(KEPT)})) == []
+
+
+class Listed(nn.Module):
+    """Parameters that a plain list holds too: a constant and a parameter of one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 64), nn.Linear(64, 4)
+        self.shift = nn.Parameter(torch.zeros(4))
+        self.held = [self.shift]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu().reshape(-1, 64)) + self.held[0] + self.shift
+
+
+def test_a_parameter_that_a_list_holds_too_is_written_as_one() -> None:
+    made = spacompiler.compile(
+        Listed().eval(), (torch.randn(4, 16),), target="params~50%", importance="magnitude",
+        align=1, latency=False, onnx=False)
+    assert made.job.emission == "program"
+    assert isinstance(dict(made.module.named_parameters())["body.shift"], nn.Parameter)

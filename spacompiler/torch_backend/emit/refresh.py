@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._export.verifier import SpecViolationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -85,7 +86,7 @@ def memory(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def _tie(names: list[str], new: dict[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give all names of a tied group the same new tensor."""
+    """Give all names of a tied group the same new tensor: a parameter where the old one was."""
     first_name, first = next(iter(new.items()))
     for name, tensor in new.items():
         if tensor is not first and not torch.equal(tensor, first):
@@ -94,8 +95,10 @@ def _tie(names: list[str], new: dict[str, Tensor], old: Mapping[str, Tensor]) ->
                 why=f"new shapes {tuple(first.shape)} and {tuple(tensor.shape)}",
                 fix="change tied tensors in the same way, or untie them before the export",
             )
-    shared = _like(first, old[first_name])
-    return {name: shared for name in names}
+    made: dict[bool, Tensor] = {}
+    for name in names:  # a plain list may hold a parameter too, which is a constant there
+        made.setdefault(isinstance(old[name], torch.nn.Parameter), _like(first, old[name]))
+    return {name: made[isinstance(old[name], torch.nn.Parameter)] for name in names}
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
@@ -202,19 +205,26 @@ def rebuild(
     tensors: Mapping[str, Any] | None = None,
     kind: type[ExportedProgram] = ExportedProgram,
 ) -> ExportedProgram:
-    """A program around a changed graph; its constructor verifies it."""
+    """A program around a changed graph; its constructor verifies it (a refusal: SpaError)."""
     tensors = {**ep.constants, **ep.state_dict} if tensors is None else tensors
     module.graph.lint()
     module.recompile()
-    with quiet():
-        return kind(
-            root=module,
-            graph=module.graph,
-            graph_signature=copy.deepcopy(ep.graph_signature),
-            state_dict={name: tensors[name] for name in ep.state_dict},
-            range_constraints=dict(ep.range_constraints),
-            module_call_graph=copy.deepcopy(ep.module_call_graph),
-            example_inputs=ep.example_inputs,
-            constants={name: tensors[name] for name in ep.constants},
-            verifiers=ep.verifiers,
-        )
+    try:
+        with quiet():
+            return kind(
+                root=module,
+                graph=module.graph,
+                graph_signature=copy.deepcopy(ep.graph_signature),
+                state_dict={name: tensors[name] for name in ep.state_dict},
+                range_constraints=dict(ep.range_constraints),
+                module_call_graph=copy.deepcopy(ep.module_call_graph),
+                example_inputs=ep.example_inputs,
+                constants={name: tensors[name] for name in ep.constants},
+                verifiers=ep.verifiers,
+            )
+    except SpecViolationError as problem:
+        raise SpaError(
+            what="torch.export refuses the re-written program",
+            why=str(problem).splitlines()[0],
+            fix="compile a part of the network: --module PATH",
+        ) from problem
