@@ -111,7 +111,8 @@ def redrawn(trace: Trace, seed: int) -> Trace:
     """Return a trace with other parameters: none of them tiny, dead or equal. Buffers stay."""
     draws = torch.Generator().manual_seed(seed)
     program = copy.copy(trace.program)
-    stored, made = trace.program.state_dict, {}
+    stored: dict[str, Any] = trace.program.state_dict
+    made: dict[str, torch.Tensor] = {}
     for spec in program.graph_signature.input_specs:
         name = str(spec.target)
         if spec.kind is InputKind.PARAMETER and stored[name].is_floating_point():
