@@ -112,13 +112,15 @@ def redrawn(trace: Trace, seed: int) -> Trace:
     draws = torch.Generator().manual_seed(seed)
     program = copy.copy(trace.program)
     stored: dict[str, Any] = trace.program.state_dict
-    made: dict[str, torch.Tensor] = {}
+    drawn: dict[str, torch.Tensor] = {}
+    changed = dict(stored)
     for spec in program.graph_signature.input_specs:
         name = str(spec.target)
         if spec.kind is InputKind.PARAMETER and stored[name].is_floating_point():
             first = trace.tied.get(name, name)
-            made[name] = made[first] if first in made else _drawn(stored[name], draws)
-    changed = {**stored, **made}
+            if first not in drawn:  # arrays that are tied stay so
+                drawn[first] = _drawn(stored[name], draws)
+            changed[name] = drawn[first]
     if isinstance(program, ExportedProgram):
         program._state_dict = changed
     else:
