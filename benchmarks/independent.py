@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,18 @@ def check(dense: nn.Module, small: nn.Module, folder: Path,
     for which, more in (("torch", 0), ("batch", 1)):
         torch.manual_seed(7 + more)
         call = as_call(draw(more))
-        try:
-            told[which] = _word(want, results(small, call), call)
-            file = folder / "model.onnx"
-            if file.exists():
-                told["onnx" if more == 0 else "onnx, batch"] = _word(want, in_onnx(file, call),
-                                                                    call)
-        except Unchecked as problem:
-            told["onnx"] = str(problem)
-        except Exception as problem:  # a program that is fixed at its batch, say
-            told[which] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
+        told[which] = _tried(partial(results, small), want, call)
+        if (folder / "model.onnx").exists():
+            told[f"onnx, {which}" if more else "onnx"] = _tried(
+                partial(in_onnx, folder / "model.onnx"), want, call)
     return told
+
+
+def _tried(run: Callable[[Any], list[torch.Tensor]], want: nn.Module, call: Any) -> str:
+    try:
+        return _word(want, run(call), call)
+    except Exception as problem:  # a program that is fixed at its batch, say
+        return f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
 
 
 def _word(want: nn.Module, got: list[torch.Tensor], call: Any) -> str:

@@ -6,6 +6,7 @@ import re
 import resource
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import independent
 import package_networks
 import torch
-from coverage_report import Row
+from coverage_report import Row, table
 
 import spacompiler
 from spacompiler.errors import ProofError, SpaError, TargetError
@@ -77,3 +78,48 @@ def _note(row: Row, result: Any, share: float) -> None:
     row.exact = not any(g.approximate for g in job.solution.groups.values()
                         if g.atom in job.choices)
     row.notes = list(job.notes)
+
+
+HEAD = ("network", "package", "weights", "body stays", "emitted as", "checked apart", "CPU s",
+        "result")
+
+
+def report(rows: list[Row]) -> str:
+    """The run as Markdown: what was tried, one row a network, and what costs classes."""
+    kinds = Counter(row.kind for row in rows)
+    packages = {_package(row.model) for row in rows}
+    apart = sum("onnx: ok" in row.reload or "torch: ok" in row.reload for row in rows)
+    losses = [(row.model, n.removeprefix("layout any by module is not possible: ")[:200])
+              for row in rows for n in row.notes if "not possible" in n]
+    return "\n\n".join([
+        "# Coverage of packages",
+        "Made by `python benchmarks/coverage.py packages --json FILE --out FILE`, on commit "
+        f"{', '.join(sorted({row.commit for row in rows}))}. Random weights, small sizes, default "
+        f"roles, magnitude, body={TARGET:g}% or the nearest that the error names; saved with ONNX, "
+        "reloaded, and checked by code that knows nothing of axes (`benchmarks/independent.py`): "
+        "what the plan removes is zero in a copy of the dense network, which must then compute "
+        "what the reloaded one and its ONNX file do, on fresh inputs and at another batch.",
+        f"- networks: {len(rows)} of {len(packages)} packages\n"
+        f"- compiled, saved and reloaded: {kinds['ok']}, of these {apart} equal apart\n"
+        f"- wrong outputs or failed proofs: {kinds['wrong']} (nothing is written then)\n"
+        f"- target out of reach or nothing to prune: {kinds['target']}; other errors: "
+        f"{kinds['error']}",
+        table(HEAD, [_cells(row) for row in rows]),
+        "## Why a class is left for a program",
+        table(("network", "why"), [(m, f"`{_plain(n)}`") for m, n in losses])]) + "\n"
+
+
+def _package(model: str) -> str:
+    return package_networks.ENTRIES[model][0].split(".")[0]
+
+
+def _plain(text: str) -> str:
+    """Text without places of this machine, for a cell."""
+    text = re.sub(r"/\S*/(?=[\w.]+)", "", text.splitlines()[0])
+    return text.replace("|", "/").replace("`", "'")[:220]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    share = f"{row.share:.0%}" if row.share else ""
+    return (row.model, _package(row.model), f"{row.weights:,}", share, row.emission,
+            _plain(row.reload) if row.reload else "", f"{row.cpu_s:.1f}", _plain(row.result))
