@@ -344,11 +344,10 @@ def _commit() -> str:
 
 
 def _known(path: Path | None) -> dict[str, Row]:
-    """Models that an earlier run found to be right."""
+    """What earlier runs found of each model."""
     if path is None or not path.exists():
         return {}
-    rows = [Row(**row) for row in json.loads(path.read_text())]
-    return {row.model: row for row in rows if row.kind == "ok"}
+    return {row["model"]: Row(**row) for row in json.loads(path.read_text())}
 
 
 def _report(suite: str, rows: list[Row], widened: bool) -> str:
@@ -389,7 +388,8 @@ def main() -> None:
             options.out.write_text(text)
         return
     known, commit = _known(options.json), _commit()
-    names = [n for n in wanted(options.suite, options.only) if n not in known]
+    names = [n for n in wanted(options.suite, options.only)
+             if n not in known or known[n].kind != "ok"]
     for row in run(options.suite, names, options.jobs, options.timeout):
         known[row.model] = replace(row, commit=commit)
         rows = [known[n] for n in wanted(options.suite, "*") if n in known]

@@ -122,7 +122,7 @@ def report(rows: list[Row]) -> str:
 
 
 def _package(model: str) -> str:
-    return package_networks.ENTRIES[model][0].split(".")[0]
+    return package_networks.ENTRIES[model][0].partition(".")[0]
 
 
 def _plain(text: str) -> str:
