@@ -7,13 +7,18 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := adapters,gguf,graph,genai,test,dev
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint fmt types quick house wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compile a real language model and compare it with the dense one"
 	@echo "make test    ruff, mypy, then the test suite"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff, mypy and rooms only"
+	@echo "make fmt     mend what ruff can mend: order of imports and the like"
+	@echo "make types   mypy only"
+	@echo "make quick   the tests of the core without the slow ones: about a minute"
+	@echo "make house   rooms: who may import whom, and no circle of imports"
+	@echo "make wheel   a wheel in dist/"
 	@echo "make clean   remove .venv, builds and caches"
 
 demo: $(STAMP)
@@ -30,6 +35,26 @@ lint: $(STAMP)
 	@$(BIN)/mypy -p spacompiler
 	@echo "==> rooms"
 	@$(BIN)/lint-imports --no-logo --no-timing 2>&1 | tail -n 3
+
+fmt: $(STAMP)
+	@$(BIN)/ruff check --fix .
+
+types: $(STAMP)
+	@$(BIN)/mypy -p spacompiler
+
+# What the axes, the rows, the groups, the plan and the options do: no network is trained or exported.
+QUICK := $(addprefix tests/test_,axes.py notation.py solver.py rows.py slicing.py targets.py pieces.py \
+           permutations.py allocation.py passes.py options.py strict_json.py comparison.py)
+
+quick: $(STAMP)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" $(QUICK)
+
+house: $(STAMP)
+	@$(BIN)/lint-imports --no-logo --no-timing
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+wheel: $(STAMP)
+	@$(BIN)/python -m build --wheel
 
 # Some systems ship python3 and pip without ensurepip: there the second line makes the environment.
 $(STAMP): pyproject.toml constraints.txt
