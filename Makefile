@@ -16,7 +16,7 @@ help:
 	@echo "make lint    ruff, mypy and rooms only"
 	@echo "make fmt     mend what ruff can mend: order of imports and the like"
 	@echo "make types   mypy only"
-	@echo "make quick   the tests of the core without the slow ones: about a minute"
+	@echo "make quick   the tests of the core without the slow ones: a minute or two"
 	@echo "make house   rooms: who may import whom, and no circle of imports"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make clean   remove .venv, builds and caches"
@@ -34,7 +34,7 @@ lint: $(STAMP)
 	@echo "==> mypy"
 	@$(BIN)/mypy -p spacompiler
 	@echo "==> rooms"
-	@$(BIN)/lint-imports --no-logo --no-timing 2>&1 | tail -n 3
+	@$(BIN)/lint-imports --no-logo
 
 fmt: $(STAMP)
 	@$(BIN)/ruff check --fix .
@@ -50,7 +50,7 @@ quick: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" $(QUICK)
 
 house: $(STAMP)
-	@$(BIN)/lint-imports --no-logo --no-timing
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
 wheel: $(STAMP)
