@@ -1,8 +1,8 @@
 """The table of ATen operators: one line says how an operator relates axes.
 
 A key is an operator's name without its overload; `aten.` is implied unless the name has a dot.
-To teach the compiler an operator, add a line, a case in tests/ops_*.py (does slicing commute?) and
-a call in tests/golden/rows/aten.txt (what does the row say?).
+To teach the compiler an operator, add a line, a case in tests/help/ops_*.py (does slicing
+commute?) and a call in tests/golden/rows/aten.txt (what does the row say?).
 """
 
 from __future__ import annotations

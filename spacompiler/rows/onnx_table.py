@@ -12,7 +12,7 @@ stand in the ONNX node. In a spec
     :sizes       computed from the node, by name (see `COMPUTED`)
 
 A key is the operator's type; other domains than ONNX's own go before it (`com.microsoft.Gelu`).
-To teach the compiler an operator, add a line (and a case in tests/test_onnx.py).
+To teach the compiler an operator, add a line (and a case in tests/onnx_backend/test_onnx.py).
 """
 
 from __future__ import annotations

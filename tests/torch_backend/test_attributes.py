@@ -317,5 +317,5 @@ def test_a_bare_assert_is_named_by_its_line():
 
     result = compiled(Literal())
     assert result.job.emission == "program"
-    assert "AssertionError: raise AssertionError (tests/test_attributes.py" \
+    assert "AssertionError: raise AssertionError (tests/torch_backend/test_attributes.py" \
         in result.job.notes[0]

@@ -634,7 +634,7 @@ def test_a_pickle_gives_nothing_but_arrays(tmp_path):
 
 
 def test_the_documentation_names_every_origin():
-    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
     for origin in foreign.ORIGINS:
         assert getattr(formulas, origin.formula.__name__).__doc__
         assert origin.name in page

@@ -35,7 +35,7 @@ from spacompiler.request.options import (
 )
 from spacompiler.request.recipe import Errand, Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = CliRunner()
 TABLES = [entry for table in (Recipe, Errand) for entry in known(table)]
 

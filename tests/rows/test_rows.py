@@ -21,7 +21,7 @@ from spacompiler.rows import reductions
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.rows.solver import Solver
 
-GOLDEN = Path(__file__).parent / "golden/rows/aten.txt"
+GOLDEN = Path(__file__).parents[1] / "golden/rows/aten.txt"
 BLOCKS = [block.strip().split("\n") for block in GOLDEN.read_text().split("\n\n")]
 OPERAND = re.compile(r"\b([a-z]\w*)([:~!])([\dx]+|\(\))(b?)")
 KINDS = {":": "parameter", "!": "input", "~": "value"}

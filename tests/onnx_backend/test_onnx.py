@@ -258,7 +258,7 @@ def test_a_wrong_index_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def benchmark(name: str = "onnx_ops") -> ModuleType:
-    place = Path(__file__).parents[1] / f"benchmarks/{name}.py"
+    place = Path(__file__).parents[2] / f"benchmarks/{name}.py"
     spec = importlib.util.spec_from_file_location(f"{name}_benchmark", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
