@@ -36,6 +36,10 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
     plan = make_plan(scored.candidates, scored.scores, counts, target=r.target,
                      weights_hash=subject.backend.digest(subject.model), recipe=r.as_dict())
     choices = plan.choices(traced.solution)
+    if not choices and scored.candidates and subject.dropped is None:
+        raise TargetError(f"target {r.target} takes nothing away", where=ask.name,
+                          why="what is whole lies nearer to it than one slice less does",
+                          fix="let less stay, or take finer steps: --align 1")
     plan.costs.update(costs(traced.solution, choices, subject.whole))
     _tell_of_unreached(ask, subject, traced, choices)
     return Decided(traced.trace, traced.solution, plan, choices,

@@ -108,7 +108,7 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
         return Calibration("the model's own", [as_batch(module, as_call(inputs), b)
                                                for b in own(max(1, windows.samples // 2),
                                                         windows.seed)])
-    reader = Reader(module, as_call(inputs or {}), tokenizer)
+    reader = Reader(module, as_call({} if inputs is None else inputs), tokenizer)
     if what is None and tokenizer is not None and not reader.refusal:
         return reader.read(lambda length: from_string(
             python_text(), tokenizer, origin=PYTHON_TEXT,

@@ -71,7 +71,7 @@ def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Cho
                                                  -prod(graph[m.weight].shape)))
     for member in order:  # in an array of equal slices a wrong index changes nothing
         size = rows(stored(member.weight), solution.dims(member.weight), member.dim, group)
-        norms = size.detach().float().norm(dim=-1).reshape(group.shape).numpy()
+        norms = size.detach().abs().float().norm(dim=-1).reshape(group.shape).numpy()
         if np.ptp(norms) > 0:
             break
     table = choices[group.atom].table.copy()

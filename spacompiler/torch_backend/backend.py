@@ -60,8 +60,14 @@ def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     if trace.repaired:  # the module itself has the arrays that it was traced with
         dense |= {n: a for n, a in module.state_dict().items() if n in dense}
         dense |= trace.computed
-    with torch.no_grad():
-        traced = Runner(program, dense.__getitem__).call(args, kwargs)
+    try:
+        with torch.no_grad():
+            traced = Runner(program, dense.__getitem__).call(args, kwargs)
+    except Exception as problem:  # it was traced without data
+        raise SpaError(
+            "the network does not run on the example inputs", where=type(module).__name__,
+            why=str(problem).splitlines()[0] if str(problem) else type(problem).__name__,
+            fix="give inputs that it runs on") from problem
     difference = runs_like(module, args, kwargs, traced)
     if difference and not runs_like(module, args, kwargs, _called_again(module, args, kwargs)):
         raise ProofError(

@@ -49,6 +49,10 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
     Raises ProofError, naming the first operator that differs, if the pruned program is wrong.
     """
     want = masked_dense(trace, solution, choices)
+    if not any(torch.isfinite(t).any() for t in tensors(want) if t.numel()):
+        raise ProofError("no result of the network is a finite number",
+                         why="where all is NaN or infinite, nothing can be compared",
+                         fix="give example inputs, and weights, that it computes numbers from")
     error = _error(trace, solution, choices, want)
     weight, control = _control(trace, solution, choices, want, seed)
     approximate = None

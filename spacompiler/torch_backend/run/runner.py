@@ -172,7 +172,9 @@ class OverridingRunner(Runner):
 
 def _double(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+        return value.double() if value.is_floating_point() else \
+            value.to(torch.complex128) if value.is_complex() else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else \
+            torch.complex128 if value.is_complex else value
     return value
