@@ -71,7 +71,7 @@ class Result:
 @alone()
 def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
             out: str | Path | None = None, importance: object = "auto",
-            allocation: object = "uniform", schedule: object = "", repair: object = "auto",
+            allocation: object = "auto", schedule: object = "", repair: object = "auto",
             recovery: object = "", calibration: Data = None, recover_data: Data = None,
             loss: Callable[..., Any] | None = None, tokenizer: Callable[..., Any] | None = None,
             adapter: str | Path | Sequence[str | Path] = (), name: str = "",

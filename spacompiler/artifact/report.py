@@ -45,6 +45,7 @@ def facts(job: Compiled) -> dict[str, Any]:
             "relative_error": job.proof.error, "negative_control": job.proof.control,
             "control_array": job.proof.swapped, "approximate_by": job.proof.approximate},
         "recovery": job.trained,
+        "quality": job.quality,
         "blocks": None if job.dropped is None else {
             "dropped": list(job.dropped.paths), "relative_error": job.dropped.error,
             "negative_control": job.dropped.control, "control_block": job.dropped.bypassed},
@@ -69,6 +70,15 @@ def table_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Return (what, dense, pruned, share) rows for a terminal or a page."""
     rows = [(LABELS[m], f"{c['dense']:,}", f"{c['pruned']:,}", share(c))
             for m, c in data["costs"].items()]
+    for what in ("perplexity", "loss"):
+        if found := (data.get("quality") or {}).get(what):
+            rows.append((f"{what}, {data['quality']['data']}", f"{found['dense']:.4g}",
+                         f"{found['pruned']:.4g}", f"{found['pruned'] / found['dense']:.1%}"
+                         if found["dense"] else "-"))
+            break
+    if found := data.get("quality"):
+        rows.append(("same likeliest answer as the dense model", "100.0%",
+                     f"{found['agreement']:.1%}", f"{found['agreement']:.1%}"))
     if data.get("bytes"):
         sizes = data["bytes"]
         rows.append(("bytes of weights", f"{sizes['dense']:,}", f"{sizes['pruned']:,}",

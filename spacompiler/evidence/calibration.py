@@ -22,13 +22,15 @@ class Calibration:
     """Batches of (args, kwargs) and where they came from.
 
     `beside` is what the model itself wrote on (see `sampling.continued`): repair is fit to it
-    too, and so are scores by covariance and curvature.
+    too, and so are scores by covariance and curvature. `held_out` are batches that nothing but the
+    comparison of dense and pruned looks at.
     """
 
     origin: str
     batches: Sequence[Batch] = field(default=())
     real: bool = True
     beside: Sequence[Batch] = field(default=())
+    held_out: Sequence[Batch] = field(default=())
 
     @property
     def for_repair(self) -> list[Batch]:
@@ -75,10 +77,13 @@ def from_string(text: str, tokenizer: Any, *, samples: int, length: int, batch: 
         raise SpaError(f"calibration text {origin!r} is shorter than one window of {length} tokens",
                        fix="give more text, or a smaller --length")
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    chosen = found[order[:samples]]
-    return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)])
+    chosen, others = found[order[:samples]], found[order[samples:samples + HELD_OUT]]
+    return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)],
+                       held_out=[((), {"input_ids": part}) for part in others.split(batch)]
+                       if len(others) else [])
 
 
+HELD_OUT = 8  # windows of a text beside those that are read
 PYTHON_TEXT = "pydoc_data.topics (text that Python carries)"
 
 

@@ -100,7 +100,7 @@ def allocate_counts(ask: Request, subject: Subject, traced: Traced,
     except TargetError as error:
         error.why += _of_unreached(subject, traced)
         raise
-    ask.notes.extend(layout.notes)
+    ask.notes.extend((*layout.notes, *problem.notes))
     if problem.closest and not problem.met(kept):
         ask.notes.append(f"target {ask.recipe.target}: the nearest that could be reached is "
                          f"{problem.price(kept) / dense:.1%}")

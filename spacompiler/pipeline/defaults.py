@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..evidence.calibration import Calibration
 from ..evidence.protocol import Importance
 from ..request import registry
 from ..stages.records import Request, Subject, Traced
@@ -16,6 +17,13 @@ def importance_for(module: object, asked: object, calibration: object) -> object
     if isinstance(module, nn.Module):
         return "taylor"
     return "magnitude" if calibration is None or calibration == "none" else "wanda"
+
+
+def allocation_for(module: object, asked: object, calibration: Calibration) -> object:
+    """The allocation that `auto` stands for: what trials on real data say, where there is any."""
+    if asked != "auto":
+        return asked
+    return "tried" if isinstance(module, nn.Module) and calibration.real else "uniform"
 
 
 def settled(ask: Request, subject: Subject, traced: Traced) -> Importance:

@@ -17,6 +17,7 @@ from ..stages.tolerances import CONTROL
 from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.kinds import is_hf
 from .decide import statistics_of
+from .quality import judge
 
 
 def repair(ask: Request, subject: Subject, scored: Scored, decided: Decided) -> Decided:
@@ -89,3 +90,13 @@ def set_apart(emitted: Emitted) -> Emitted:
 
     set_apart(emitted.model, [*tensors(emitted.subject.given), *constants()])
     return emitted
+
+
+def compare(ask: Request, emitted: Emitted) -> Emitted:
+    """Note how dense and pruned compare on data; the result is whole without it."""
+    try:
+        return replace(emitted, quality=judge(ask, emitted))
+    except Exception as problem:  # any code may run here
+        ask.notes.append("dense and pruned could not be compared: "
+                         f"{type(problem).__name__}: {problem}".splitlines()[0])
+        return emitted

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import SpaError, UsageError
 from ..evidence.calibration import (
+    HELD_OUT,
     PYTHON_TEXT,
     Calibration,
     _filled,
@@ -105,9 +106,10 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
         return Calibration("sampled from the model itself", sampled(
             module, inputs, tokenizer, **windows._asdict()))
     if what is None and own is not None:
-        return Calibration("the model's own", [as_batch(module, as_call(inputs), b)
-                                               for b in own(max(1, windows.samples // 2),
-                                                        windows.seed)])
+        batches, held_out = ([as_batch(module, as_call(inputs), b) for b in own(count, seed)]
+                             for count, seed in ((max(1, windows.samples // 2), windows.seed),
+                                                 (2, windows.seed + HELD_OUT)))
+        return Calibration("the model's own", batches, held_out=held_out)
     reader = Reader(module, as_call({} if inputs is None else inputs), tokenizer)
     if what is None and tokenizer is not None and not reader.refusal:
         return reader.read(lambda length: from_string(
@@ -159,7 +161,8 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
                       tokenizer=given.tokenizer, own=given.own if needs else None)
     fits = trains is None and not recipe.keep_adapter
     ask = Request(
-        recipe, scorer, registry.find("allocation", given.asked(recipe, "allocation")), batches,
+        recipe, scorer, registry.find("allocation", defaults.allocation_for(
+            model, given.asked(recipe, "allocation"), batches)), batches,
         compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
         must_repair=mends != "auto", schedule=trains, loss=given.loss or default_loss,
         tokenizer=given.tokenizer, name=given.name or type(model).__name__,

@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 STAGES = ("merging adapters", "checking weights", "continuing text", "dropping blocks",
           "tracing and solving axes", "scoring", "allocating", "repairing", "proving", "emitting",
-          "setting the result apart", "keeping the adapter", "recovering")
+          "setting the result apart", "keeping the adapter", "recovering", "comparing")
 DRY_STAGES = STAGES[:7]
 IN_MEMORY = (*STAGES[4:8], STAGES[9])
 ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
@@ -36,6 +36,7 @@ ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "setting the result apart": lambda _, subject: isinstance(subject.given, nn.Module),
     "keeping the adapter": lambda ask, _: ask.recipe.keep_adapter,
     "recovering": lambda ask, _: ask.recovery is not None,
+    "comparing": lambda ask, subject: ask.calibration.real and subject.backend.kind == "torch",
 }
 """Stages that are carried out only if they are asked for."""
 
@@ -76,6 +77,8 @@ def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = Fals
         emitted = do("keeping the adapter", keeping.keep, ask, emitted)
     if "recovering" in do.stages:
         emitted = do("recovering", recover.recover, ask, emitted)
+    if "comparing" in do.stages:
+        emitted = do("comparing", finish.compare, ask, emitted)
     return Compiled(ask, subject, traced, scored, decided, proof, emitted)
 
 

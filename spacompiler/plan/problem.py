@@ -57,6 +57,9 @@ class Measured(Protocol):
                  seed: int = 0) -> dict[str, Any]:
         """Return, per unit, the absolute products of weights and slopes in its block."""
 
+    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
+        """Return the divergence of the masked network from the dense one under counts `kept`."""
+
     def changes(self, problem: Problem, kept: Mapping[str, int], moves: Any,
                 batches: int) -> Any:
         """Return what moving single units does to results under the counts `kept`."""
@@ -67,7 +70,7 @@ class Problem:
     """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance).
 
     `measure` makes measurements on the network, for passes that ask for them; `closest` says that
-    whatever is nearest to the target will do.
+    whatever is nearest to the target will do; `notes` is what a pass has to tell the user.
     """
 
     units: tuple[Unit, ...]
@@ -77,6 +80,7 @@ class Problem:
     metric: str = "params"
     tolerance: float = field(default=MISS)
     measure: Measured | None = None
+    notes: list[str] = field(default_factory=list)
     closest: bool = False
 
     def price(self, kept: Mapping[str, int]) -> int:

@@ -73,7 +73,8 @@ class Recipe(Options):
         "auto", QUALITY, "Pass that scores slices (see `passes`). Default: taylor; for ONNX files "
         "one without gradients.", passes="importance")
     allocation: str = option(
-        "uniform", QUALITY, "Pass that turns scores into counts.", passes="allocation")
+        "auto", QUALITY, "Pass that turns scores into counts. Default: the best of some, tried on "
+        "calibration data (see `tried`); uniform where there is none.", passes="allocation")
     schedule: str = option(
         "", QUALITY, "Pass that decides what goes while it trains on the calibration data, e.g. "
         "'lora-prune(steps=200)'. Default: none, one shot.", passes="schedule")

@@ -28,7 +28,8 @@ _METHODS = {"importance": "score", "allocation": "allocate", "compensation": "so
 
 
 WORDS: Mapping[str, tuple[str, ...]] = {
-    "compensation": ("auto", "none"), "importance": ("auto",)}
+    "compensation": ("auto", "none"), "importance": ("auto",),
+    "allocation": ("auto",)}
 """What callers take in place of a pass."""
 
 

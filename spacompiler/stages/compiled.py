@@ -234,6 +234,11 @@ class Compiled:
         return self.emitted.emission if self.emitted is not None else ""
 
     @property
+    def quality(self) -> Mapping[str, Any] | None:
+        """How dense and pruned compare on data."""
+        return self.emitted.quality if self.emitted is not None else None
+
+    @property
     def kept(self) -> Any:
         """An adapter cut to its size."""
         return self.emitted.kept if self.emitted is not None else None

@@ -154,7 +154,7 @@ class Emitted:
     """The pruned model: how it was made, for what, and what was done to it since.
 
     `program` is its re-written program where it is emitted as one. `kept` is an adapter cut to its
-    size, `trained` what a recovery reports.
+    size, `trained` what a recovery reports, `quality` how it compares with the dense model.
     """
 
     model: Any
@@ -165,6 +165,7 @@ class Emitted:
     program: Any = None
     kept: Any = None
     trained: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from torch.utils import _pytree as pytree
 from ..axes.choices import Choices
 from ..errors import SpaError
 from ..evidence.labels import inputs_only
-from ..evidence.losses import first_floating
+from ..evidence.losses import distance, first_floating
 from ..evidence.watching import watched
 from ..groups.repeats import block
 from ..groups.solution import Solution
 from ..plan.problem import Problem
 from ..repair.repairer import draft
 from ..repair.sites import sites
+from ..torch_backend.run.masks import masks
+from ..torch_backend.run.runner import Runner
 from ..torch_backend.untouched import untouched
 from .sensitivity import Change, Sensitivity
 
@@ -44,6 +46,7 @@ class Measure:
     beside: Sequence[Any] = ()
     _blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
+    _answers: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def blocks(self, problem: Problem) -> dict[str, tuple[float, float]]:
         """Return, per unit, of the repeated block that holds it: the mean angle / pi between
@@ -100,6 +103,25 @@ class Measure:
                 results = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
                 total += float(self.loss(results, args, kwargs)) / len(batches)
         return total
+
+    @torch.no_grad()
+    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
+        """Return the divergence from the dense network of one in which what goes reads as zero.
+
+        A mean over the first `batches` of the calibration; nothing is repaired.
+        """
+        choices = self.plan(problem, kept)
+        touched, touch = masks(self.solution, choices) if choices else ({}, None)
+        dense = Runner(self.trace.program)
+        pruned = Runner(self.trace.program, touched=touched, touch=touch)
+        some, total = self.batches[:batches], 0.0
+        for args, kwargs in some:
+            call = self.trace.match(args, kwargs)
+            key = id(args), id(kwargs)
+            if key not in self._answers:
+                self._answers[key] = first_floating(dense.call(*call))
+            total += float(distance(first_floating(pruned.call(*call)), self._answers[key]))
+        return total / len(some)
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]],

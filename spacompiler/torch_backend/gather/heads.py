@@ -225,14 +225,14 @@ def _values(head: Head, part: Part, x: torch.Tensor, call: Call) -> torch.Tensor
 
 KINDS: Mapping[str, Callable[[Head, Part, torch.Tensor, Call], torch.Tensor]] = {
     "next": _next, "masked": _classes, "classes": _classes, "frames": _frames, "values": _values}
-_GIVEN, _OWN = "given with the batches", "the network's own prediction"
+_GIVEN, OWN = "given with the batches", "the network's own prediction"
 # kind -> (name, where labels come from), with labels in the batches and without
 NAMES: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "next": (("next-token cross-entropy", _GIVEN),
              ("next-token cross-entropy", "the tokens of the input")),
-    "masked": (("masked-token cross-entropy", _GIVEN), ("token cross-entropy", _OWN)),
-    "classes": (("class cross-entropy", _GIVEN), ("class cross-entropy", _OWN)),
-    "frames": (("CTC", _GIVEN), ("frame cross-entropy", _OWN)),
+    "masked": (("masked-token cross-entropy", _GIVEN), ("token cross-entropy", OWN)),
+    "classes": (("class cross-entropy", _GIVEN), ("class cross-entropy", OWN)),
+    "frames": (("CTC", _GIVEN), ("frame cross-entropy", OWN)),
     "values": (("squared error", _GIVEN), ("projection on a fixed random direction", "none")),
 }
 

@@ -1,0 +1,69 @@
+"""Tried allocation: the best of some allocations, by what each does to the network's results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import ClassVar
+
+from spacompiler.errors import SpaError
+from spacompiler.passes.global_ranking import GlobalRanking
+from spacompiler.passes.uniform import Uniform
+from spacompiler.plan.problem import Problem
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Allocate uniformly, by one ranking of all units, and by either within one role alone; keep
+    the counts whose masked network stays nearest to the dense one.
+
+    Scores of one group need not be comparable with another's, and some roles (heads) may cost
+    more than others save: this is found by a forward pass over `batches` of the calibration for
+    each candidate, without repair. What cannot be measured falls back to uniform.
+    """
+
+    name: ClassVar[str] = "tried"
+    batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise TypeError("batches must be at least 1")
+
+    def allocate(self, problem: Problem) -> dict[str, int]:
+        """Return kept slices by unit: those that lost least; ties go to the first."""
+        plans = dict(self._plans(problem))
+        if problem.measure is None or len(plans) == 1:
+            return plans["uniform"]
+        lost = {}
+        for name, kept in plans.items():
+            found = problem.measure.lost(problem, kept, self.batches)
+            lost[name] = found if isfinite(found) else float("inf")
+        best = min(lost, key=lambda name: lost[name])
+        problem.notes.append("allocation tried: " + ", ".join(
+            f"{name} {value:.3g}" for name, value in lost.items())
+            + f" (divergence from the dense network); {best} is taken")
+        return plans[best]
+
+    def _plans(self, problem: Problem) -> Iterator[tuple[str, dict[str, int]]]:
+        """Candidates that meet the target, by name; uniform in any case, equal ones once."""
+        seen = [Uniform().allocate(problem)]
+        yield "uniform", seen[0]
+        roles = dict.fromkeys(u.groups[0].role for u in problem.units if len(u.legal) > 1)
+        alone = [(f" within {role}", _only(problem, role)) for role in roles] \
+            if len(roles) > 1 else []
+        for where, some in (("", problem), *alone):
+            for how in (GlobalRanking(), Uniform()):
+                try:
+                    kept = how.allocate(some)
+                except SpaError:
+                    continue
+                if kept not in seen and problem.met(kept):
+                    seen.append(kept)
+                    yield how.name + where, kept
+
+
+def _only(problem: Problem, role: str) -> Problem:
+    """The same problem, in which units of other roles stay whole."""
+    return replace(problem, units=tuple(
+        u if u.groups[0].role == role else replace(u, legal=(u.size,)) for u in problem.units))
