@@ -402,7 +402,6 @@ def test_repair_is_fit_to_continued_text_as_to_text_that_is_given(
 @pytest.mark.parametrize(("calibration", "repair", "says"), [
     ([((), {"input_ids": tokens(4, 16), "attention_mask": torch.ones(4, 16)})], "refit",
      "cannot be continued"),
-    ([((tokens(4, 16),), {})], "refit", "cannot be continued"),
     ([((), {"input_ids": tokens(4, n)}) for n in (8, 16)], "refit", "cannot be continued"),
     ([((), {"input_ids": tokens(4, 16)})], "none", "nothing is repaired"),
 ])
@@ -412,6 +411,16 @@ def test_what_cannot_be_continued_is_refused(small_llama: Any, calibration: Any,
     with pytest.raises(spacompiler.UsageError, match=says):
         spacompiler.compile(module, inputs, target="body=70%", importance="magnitude",
                             repair=repair, calibration=calibration, continued=True)
+
+
+def test_tokens_without_a_name_are_continued_too(small_llama: Any) -> None:
+    module, inputs = small_llama
+    named, plain = (spacompiler.compile(
+        module, inputs, target="body=70%", importance="magnitude", repair="refit", onnx=False,
+        latency=False, calibration=[batch], continued=True).job.calibration.beside
+        for batch in (((), {"input_ids": tokens(4, 16)}), ((tokens(4, 16),), {})))
+    assert plain and all(torch.equal(a["input_ids"], b["input_ids"])
+                         for (_, a), (_, b) in zip(named, plain, strict=True))
 
 
 def test_an_encoder_and_decoder_cannot_continue() -> None:
