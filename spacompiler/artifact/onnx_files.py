@@ -18,8 +18,9 @@ from ..onnx_backend.prove import as_tensors
 from ..onnx_backend.read import valid as onnx_valid
 from ..onnx_backend.read.examples import example, sizes
 from ..onnx_backend.read.file import OnnxFile
-from ..onnx_backend.read.lower import OnnxTrace, trace
+from ..onnx_backend.read.lower import trace
 from ..onnx_backend.read.shapes import sizes_of
+from ..onnx_backend.read.trace import OnnxTrace
 from ..onnx_backend.run.session import results
 from ..rows.onnx_table import OPS, TABLE
 from ..runtime.latency import compare_latency

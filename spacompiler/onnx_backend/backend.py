@@ -13,7 +13,8 @@ from . import prove as onnx_proof
 from .biases import unbiased, with_biases
 from .emit import rewrite
 from .read.file import OnnxFile, check_finite, checked_feed
-from .read.lower import OnnxTrace, trace
+from .read.lower import trace
+from .read.trace import OnnxTrace
 from .run.observe import fresh_context
 
 

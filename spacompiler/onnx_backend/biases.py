@@ -11,9 +11,9 @@ import onnx_ir as ir
 from ..errors import SpaError
 from ..evidence.consumers import consumer
 from ..groups.solution import Group, Solution
-from .emit import same_nodes
+from .clones import same_nodes
 from .read.file import OnnxFile
-from .read.lower import OnnxTrace
+from .read.trace import OnnxTrace
 from .run.constants import Constants
 
 OPTIONAL = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}

@@ -8,7 +8,7 @@ computed size is scaled. At the end every value must have the shape that the alg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from ..axes.choices import Choices, kept_size, take
 from ..axes.expressions import atoms
@@ -24,9 +23,10 @@ from ..errors import ProofError
 from ..groups.solution import Solution
 from ..plan.effects import NormChange, norm_changes
 from ..rows.findings import Path
-from .read.file import release
-from .read.lower import OnnxTrace, Place
+from .clones import clean, same_nodes, store, values_of
 from .read.shapes import Facts, infer
+from .read.stored import release
+from .read.trace import OnnxTrace, Place
 from .run.constants import Constants
 
 MaybeWrong = Mapping[str, Choices]
@@ -50,6 +50,7 @@ class Arrays:
                 yield name
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes that stay of a stored array."""
         return tuple(kept_size(e, self._choices) for e in self._dims[name])
 
     def dtype(self, name: str) -> ir.DataType:
@@ -93,51 +94,11 @@ def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
     return model
 
 
-def values_of(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield every value of a model, stored ones of bodies too."""
-    graph = model.graph
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph.all_nodes():
-        yield from node.outputs
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from attribute.as_graph().initializers.values()
-
-
 def _lazy(arrays: Arrays, name: str) -> ir.LazyTensor:
     dtype = arrays.dtype(name)
     return ir.LazyTensor(
         lambda: ir.Tensor(arrays.array(name), dtype=dtype, name=name), dtype=dtype,
         shape=ir.Shape(arrays.shape(name)), name=name)
-
-
-def store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
-           shape: tuple[int, ...]) -> None:
-    """Let a value be the initialiser `tensor`; a node that made it goes."""
-    maker = value.producer()
-    if maker is not None:
-        name, graph = value.name, model.graph
-        stored = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape),
-                          type=ir.TensorType(tensor.dtype))
-        value.name = f"{name}_dense"
-        ir.convenience.replace_all_uses_with(value, stored, replace_graph_outputs=True)
-        graph.remove(maker, safe=True)
-        graph.register_initializer(stored)
-        return
-    value.const_value = tensor
-    value.shape = ir.Shape(shape)
-
-
-def clean(model: ir.Model) -> None:
-    """Drop dead nodes and unused initialisers, and what the file said about shapes inside."""
-    passes.RemoveUnusedNodesPass()(model)
-    own = {id(value) for value in model.graph.outputs}
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if id(value) not in own:
-                value.shape = None
-                value.type = value.type if value.is_graph_output() else None
 
 
 @dataclass
@@ -169,9 +130,9 @@ class _Sizes:
                       observe=lambda names: run(self.model, self.trace.feeds, names))
         self._check(facts)
 
-    def _wanted(self) -> dict[str, dict[Place, dict[int | None, Any]]]:
+    def _wanted(self) -> dict[str, dict[Place, dict[int | None, float]]]:
         """node -> place -> element (None: the whole) -> value after pruning."""
-        found: dict[str, dict[Place, dict[int | None, Any]]] = {}
+        found: dict[str, dict[Place, dict[int | None, float]]] = {}
         for edit in self.solution.solver.edits:
             if kept_size(edit.when, self.choices) != edit.when.size:
                 value = kept_size(edit.expr, self.choices) if edit.value is None else edit.value
@@ -180,7 +141,8 @@ class _Sizes:
             self._want(found, change.norm.eps_node, ("args", change.norm.eps_arg), change.eps)
         return found
 
-    def _want(self, found: dict[str, Any], node: str, path: Path, value: Any) -> None:
+    def _want(self, found: dict[str, dict[Place, dict[int | None, float]]], node: str, path: Path,
+              value: float) -> None:
         place = self.trace.places.get((node, path[1]))
         if place is not None:
             element = path[2] if len(path) > 2 else None
@@ -188,7 +150,7 @@ class _Sizes:
 
     # --- attributes and constants -------------------------------------------------------------
 
-    def _direct(self, name: str, place: Place, changes: Mapping[int | None, Any]) -> None:
+    def _direct(self, name: str, place: Place, changes: Mapping[int | None, float]) -> None:
         node = self.nodes[name]
         if place.kind == "attr":
             _set_attribute(node, place.key, changes, self._dense[name, place])
@@ -214,7 +176,7 @@ class _Sizes:
         """The constants of the model that is re-written."""
         return Constants(self.model)
 
-    def _new_input(self, name: str, place: Place, changes: Mapping[int | None, Any]) -> None:
+    def _new_input(self, name: str, place: Place, changes: Mapping[int | None, float]) -> None:
         node, dense = self.nodes[name], list(self._dense[name, place])
         for element, new in changes.items():
             dense[element or 0] = new
@@ -227,7 +189,7 @@ class _Sizes:
 
     # --- what is computed at run time ---------------------------------------------------------
 
-    def _computed(self, node: ir.Node, edits: Mapping[Place, Mapping[int | None, Any]],
+    def _computed(self, node: ir.Node, edits: Mapping[Place, Mapping[int | None, float]],
                   facts: Facts) -> None:
         """Numbers that a node is given are what they were, but for those that a plan changes."""
         changes = {p.key: c for p, c in edits.items() if p.kind == "input"}
@@ -301,17 +263,9 @@ def _know(facts: Facts, value: ir.Value, array: np.ndarray) -> None:
     facts.types[name] = int(ir.DataType.from_numpy(array.dtype))
 
 
-def same_nodes(trace: OnnxTrace, model: ir.Model) -> Iterator[ir.Node]:
-    """Yield the clones of the trace's nodes, in the trace's order."""
-    order = {id(old): new for old, new in zip(
-        trace.model.graph.all_nodes(), model.graph.all_nodes(), strict=True)}
-    for node in trace.nodes.values():
-        yield order[id(node)]
-
-
-def _set_attribute(node: ir.Node, key: str, changes: Mapping[int | None, Any],
-                   dense: Any) -> None:
-    have = node.attributes[key].value if key in node.attributes else dense
+def _set_attribute(node: ir.Node, key: str, changes: Mapping[int | None, float],
+                   dense: Sequence[float] | float | None) -> None:
+    have: Any = node.attributes[key].value if key in node.attributes else dense
     if None in changes:
         new: Any = changes[None]
     else:

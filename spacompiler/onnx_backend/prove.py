@@ -22,8 +22,8 @@ from ..groups.solution import Solution
 from ..stages.proof import CONTROLS, Proof, needed, relative_error, swap
 from ..stages.tolerances import LOCATED, NOISE_FACTOR, ONNX_NOISE, PROOF
 from .emit import rewrite
-from .read.file import release
-from .read.lower import OnnxTrace
+from .read.stored import release
+from .read.trace import OnnxTrace
 from .run import double as onnx_double
 from .run.masks import masked
 from .run.session import Session

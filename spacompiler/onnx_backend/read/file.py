@@ -1,17 +1,16 @@
 """An ONNX file as a model: read and checked, never trusted, weights left where they are.
 
 The file's graph, with functions inlined and Constant nodes made initialisers, stays the truth
-that the emitter rewrites; `onnx_lower` makes the IR of it.
+that the emitter rewrites; `lower` makes the IR of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,14 +20,13 @@ import onnxruntime as ort
 
 from ...errors import SpaError, UsageError, WeightsError
 from ...rows.onnx_table import OPS
-from . import valid as onnx_valid
-from .shapes import LIMIT, sizes_of
+from .shapes import sizes_of
+from .skeleton import skeleton
+from .stored import check_tensor, external_files, graphs, release, take_in, tensors
+from .valid import check, runtime_ir
 
-INLINE = 4096
-"""Initialisers above this many bytes stay out of the protobufs that are made of a model."""
 UNIFORM = 2**16
-_PLAIN = frozenset(ir.DataType[n] for n in (
-    "FLOAT DOUBLE FLOAT16 INT8 UINT8 INT16 UINT16 INT32 UINT32 INT64 UINT64 BOOL").split())
+"""Arrays of up to so many equal numbers are not shared between their readers."""
 
 
 @dataclass(eq=False)
@@ -71,10 +69,10 @@ def open_model(path: str | Path) -> OnnxFile:
                        fix="give an .onnx file")
     try:
         model = ir.load(place)
-        for tensor in _tensors(model):
-            _check_tensor(tensor, place)
-        made = OnnxFile(place, model, tuple(sorted(_external_files(model))))
-        _take_in(model)
+        for tensor in tensors(model):
+            check_tensor(tensor, place)
+        made = OnnxFile(place, model, tuple(sorted(external_files(model))))
+        take_in(model)
         _check_model(made)
         _prepare(made)
     except SpaError:
@@ -91,118 +89,28 @@ def _unreadable(place: Path, problem: Exception) -> SpaError:
                     fix="the file is damaged or no ONNX model; export it again")
 
 
-def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    yield model.graph
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield attribute.as_graph()
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                yield from attribute.as_graphs()
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """Yield every stored tensor: initialisers and attributes, of functions and bodies too."""
-    for graph in _graphs(model):
-        yield from (v.const_value for v in graph.initializers.values() if v.const_value)
-    for node in _nodes(model):
-        for attribute in node.attributes.values():
-            if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR:
-                yield attribute.as_tensor()
-
-
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield every node, those of bodies and functions too."""
-    yield from model.graph.all_nodes()
-    for function in model.functions.values():
-        yield from function.all_nodes()
-
-
-def _external_files(model: ir.Model) -> set[Path]:
-    return {Path(t.path) for t in _tensors(model) if isinstance(t, ir.ExternalTensor)}
-
-
-def _take_in(model: ir.Model) -> None:
-    """Hold small external arrays, and those inside of nodes, in memory.
-
-    ONNX's checker looks for them in the current folder when it is given no file.
-    """
-    for graph in _graphs(model):
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and (
-                    tensor.nbytes <= INLINE or graph is not model.graph):
-                value.const_value = _held(tensor)
-    for node in _nodes(model):
-        for name, attribute in list(node.attributes.items()):
-            if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.TENSOR \
-                    and isinstance(attribute.as_tensor(), ir.ExternalTensor):
-                node.attributes[name] = ir.AttrTensor(name, _held(attribute.as_tensor()))
-
-
-def _held(tensor: ir.TensorProtocol) -> ir.Tensor:
-    return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
-
-
-def _check_tensor(tensor: ir.TensorProtocol, place: Path) -> None:
-    """Refuse absurd sizes and external data outside the model's folder, before any is read."""
-    shape = sizes_of(tensor)
-    if any(n < 0 for n in shape) or np.prod(shape, dtype=float) > LIMIT:
-        raise SpaError(f"stored tensor {tensor.name!r} has the absurd shape {list(shape)}",
-                       where=str(place), fix="the file is damaged; export it again")
-    if tensor.dtype == ir.DataType.UNDEFINED:
-        raise SpaError(f"stored tensor {tensor.name!r} cannot be read", where=str(place),
-                       why="its numbers have no type (0)",
-                       fix="the file is damaged; export it again")
-    if isinstance(tensor, ir.ExternalTensor):
-        try:
-            _check_external(tensor, place)
-        except OSError as problem:
-            raise SpaError("the place of external data cannot be looked up", where=str(place),
-                           why=f"tensor {tensor.name!r} is said to be stored in "
-                               f"{_short(str(tensor.location))}: {problem.strerror}",
-                           fix="the file is damaged; export it again") from problem
-    else:
-        _check_bytes(tensor, place)
-
-
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 80 else f"{name[:60]}...{name[-10:]}")
-
-
-def _check_external(tensor: ir.ExternalTensor, place: Path) -> None:
-    folder, name = place.parent.resolve(), str(tensor.location)
-    data = place.parent / name.replace("\0", "?")
-    if "\0" in name or Path(name).is_absolute() or not data.resolve().is_relative_to(folder):
-        raise SpaError(f"stored tensor {tensor.name!r} lies outside the model's folder",
-                       where=str(place), why=f"its external data is {_short(name)}",
-                       fix="keep external data beside the model")
-    if not data.is_file():
-        raise SpaError(f"the external data {_short(name)} is missing", where=str(place),
-                       why=f"tensor {tensor.name!r} is stored there",
-                       fix="put the data file beside the model")
-    size, offset = data.stat().st_size, tensor.offset or 0
-    if offset < 0 or offset + (tensor.length or tensor.nbytes) > size:
-        raise SpaError(f"the external data {_short(name)} is too short", where=str(place),
-                       why=f"tensor {tensor.name!r} would end beyond its {size} bytes",
-                       fix="the file is damaged; copy or export it again")
-    if tensor.length is not None and tensor.length < tensor.nbytes:
-        raise SpaError(f"stored tensor {tensor.name!r} is too short", where=str(place),
-                       why=f"{tensor.length} bytes for the shape {list(sizes_of(tensor))}",
-                       fix="the file is damaged; export it again")
-
-
-def _check_bytes(tensor: ir.TensorProtocol, place: Path) -> None:
-    """Raise SpaError unless a tensor inside the file holds as many numbers as its shape says."""
+def _check_model(file: OnnxFile) -> None:
+    model, where = file.model, str(file.path)
+    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    newest = onnx.defs.onnx_opset_version()
+    if version > newest:
+        raise SpaError(f"{file.path.name} needs opset {version}", where=where,
+                       why=f"the installed onnx package knows opsets up to {newest}",
+                       fix="upgrade onnx, or export with an older opset")
+    if version == 0:
+        raise SpaError(f"{file.path.name} holds no network", where=where,
+                       why="it imports no ONNX operators",
+                       fix="give a model of ONNX's standard operators")
     try:
-        right = tensor.numpy().shape == sizes_of(tensor)
-    except Exception:  # onnx_ir, numpy and protobuf raise many kinds
-        right = False
-    if not right:
-        raise SpaError(f"stored tensor {tensor.name!r} cannot be read", where=str(place),
-                       why=f"its bytes are not a {tensor.dtype} array of shape "
-                           f"{list(sizes_of(tensor))}",
-                       fix="the file is damaged; export it again")
+        check(skeleton(model, as_inputs=True), OPS)
+    except Exception as problem:
+        raise SpaError(f"{file.path.name} is no valid ONNX model", where=where,
+                       why=str(problem).strip().splitlines()[0][:300],
+                       fix="export it again") from problem
+    for value in file.inputs():
+        if not isinstance(value.type, ir.TensorType) or value.shape is None:
+            raise SpaError(f"input {value.name!r} is no tensor of known rank", where=where,
+                           fix="only tensors are understood as inputs")
 
 
 def check_finite(file: OnnxFile, where: str) -> None:
@@ -220,30 +128,6 @@ def _sound(array: np.ndarray) -> bool:
     array = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
     finite = np.isfinite(array)
     return bool(finite.all() or (not np.isnan(array).any() and not array[finite].any()))
-
-
-def _check_model(file: OnnxFile) -> None:
-    model, where = file.model, str(file.path)
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
-    newest = onnx.defs.onnx_opset_version()
-    if version > newest:
-        raise SpaError(f"{file.path.name} needs opset {version}", where=where,
-                       why=f"the installed onnx package knows opsets up to {newest}",
-                       fix="upgrade onnx, or export with an older opset")
-    if version == 0:
-        raise SpaError(f"{file.path.name} holds no network", where=where,
-                       why="it imports no ONNX operators",
-                       fix="give a model of ONNX's standard operators")
-    try:
-        onnx_valid.check(skeleton(model, as_inputs=True), OPS)
-    except Exception as problem:
-        raise SpaError(f"{file.path.name} is no valid ONNX model", where=where,
-                       why=str(problem).strip().splitlines()[0][:300],
-                       fix="export it again") from problem
-    for value in file.inputs():
-        if not isinstance(value.type, ir.TensorType) or value.shape is None:
-            raise SpaError(f"input {value.name!r} is no tensor of known rank", where=where,
-                           fix="only tensors are understood as inputs")
 
 
 def _prepare(file: OnnxFile) -> None:
@@ -265,15 +149,15 @@ def _prepare(file: OnnxFile) -> None:
 def _lower_ir(file: OnnxFile) -> None:
     """Let ONNX Runtime read a file that says no more than older IR versions can."""
     have = file.model.ir_version
-    if have > 10 and have > onnx_valid.runtime_ir():
-        file.model.ir_version = onnx_valid.runtime_ir()
+    if have > 10 and have > runtime_ir():
+        file.model.ir_version = runtime_ir()
         file.notes.append(f"IR version {file.model.ir_version} instead of {have}: ONNX Runtime "
                           f"{ort.__version__} reads no newer one")
 
 
 def _forget_shapes(model: ir.Model) -> None:
     """Drop what the file says about values inside: stale shapes would stand beside new ones."""
-    for graph in _graphs(model):
+    for graph in graphs(model):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.shape = ir.Shape(sizes_of(value.const_value))
@@ -306,67 +190,7 @@ def _unshare(model: ir.Model) -> None:
             node.replace_input_with(index, copy)
 
 
-def skeleton(model: ir.Model, *, as_inputs: bool = False,
-             mapped: bool = False) -> onnx.ModelProto:
-    """Return the model as protobuf without its large initialisers.
-
-    They become external (fed to ONNX Runtime from memory), or inputs where only the graph counts.
-    With `mapped`, those that lie in data files keep their places there.
-    """
-    held = {}
-    for graph_value in model.graph.initializers.values():
-        tensor = graph_value.const_value
-        lies = mapped and isinstance(tensor, ir.ExternalTensor)
-        fits = tensor is not None and (as_inputs or tensor.dtype in _PLAIN)
-        if tensor is not None and fits and tensor.nbytes > INLINE and not lies:
-            held[graph_value.name or ""] = tensor
-            graph_value.const_value = ir.ExternalTensor(
-                "memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(sizes_of(tensor)),
-                name=graph_value.name or "", base_dir="")
-    try:
-        proto = ir.to_proto(model)
-    finally:
-        for name, tensor in held.items():
-            model.graph.initializers[name].const_value = tensor
-    if as_inputs:
-        _inputs_instead(proto, held)
-    return proto
-
-
-def _inputs_instead(proto: onnx.ModelProto, held: Mapping[str, ir.TensorProtocol]) -> None:
-    kept = [t for t in proto.graph.initializer if t.name not in held]
-    listed = {v.name for v in proto.graph.input}
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    proto.graph.input.extend(
-        onnx.helper.make_tensor_value_info(n, int(t.dtype), sizes_of(t))
-        for n, t in held.items() if n not in listed)
-
-
-def external(model: ir.Model) -> dict[str, np.ndarray]:
-    """Return the arrays that `skeleton(mapped=True)` leaves out, by name."""
-    return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()
-            if value.const_value is not None and value.const_value.dtype in _PLAIN
-            and value.const_value.nbytes > INLINE
-            and not isinstance(value.const_value, ir.ExternalTensor)}
-
-
-def release(model: ir.Model, name: str | None = None) -> bool:
-    """Unmap an array of an external data file, or all: it is mapped again when it is asked for.
-
-    False if someone still looks at one.
-    """
-    values, free = model.graph.initializers, True
-    for value in values.values() if name is None else filter(None, (values.get(name),)):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            try:
-                value.const_value.release()
-            except BufferError:
-                free = False
-    return free
-
-
-def checked_feed(file: OnnxFile, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def checked_feed(file: OnnxFile, given: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Return a user's inputs as arrays of the right types.
 
     Raises UsageError for names, types or shapes that the file does not have.

@@ -101,7 +101,7 @@ def _put(facts: Facts, value: ir.Value, shape: Shape, dtype: int) -> None:
     facts.shapes[name], facts.types[name] = shape, dtype
 
 
-def _observed(facts: Facts, name: str, found: Any) -> None:
+def _observed(facts: Facts, name: str, found: object) -> None:
     array = np.asarray(found) if not isinstance(found, (list, tuple, dict)) else None
     if array is not None:
         facts.shapes[name] = array.shape
@@ -274,7 +274,8 @@ def _concrete(found: TypeProto | None) -> Shape | None:
     return tuple(d.dim_value for d in dims)
 
 
-def _evaluate(node: Any, feeds: Mapping[str, np.ndarray], imports: list[Any]) -> list[np.ndarray]:
+def _evaluate(node: onnx.NodeProto, feeds: Mapping[str, np.ndarray],
+              imports: list[onnx.OperatorSetIdProto]) -> list[np.ndarray]:
     """Compute one node by ONNX's reference implementation."""
     inputs = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
               for n, a in feeds.items()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
@@ -42,7 +40,7 @@ class Constants:
             if found not in self.model.graph.initializers:
                 return found
 
-    def set(self, user: ir.Node, index: int, element: int, new: Any, *, follows: bool) -> None:
+    def set(self, user: ir.Node, index: int, element: int, new: float, *, follows: bool) -> None:
         """Change one element of a constant input; other readers keep the old constant.
 
         With `follows` a 0 or -1 stays: a reshape copies or infers that size.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,11 @@ from onnx.reference.ops.op_average_pool import AveragePool_19 as AveragePoolRefe
 from onnx.reference.ops.op_max_pool import MaxPool as MaxPoolReference
 from torch.nn import functional
 
+Ints = Sequence[int]
 
-def _pads(x: Any, window: Sequence[int], strides: Sequence[int], dilations: Sequence[int],
-          pads: Sequence[int] | None, auto: str) -> list[int]:
+
+def _pads(x: np.ndarray | torch.Tensor, window: Ints, strides: Ints, dilations: Ints,
+          pads: Ints | None, auto: str) -> list[int]:
     """Return (begin, end) per spatial dimension, from the last, as torch.nn.functional.pad."""
     n = len(window)
     if auto in ("SAME_UPPER", "SAME_LOWER"):
@@ -35,9 +36,10 @@ class Conv(OpRun):
 
     op_domain = ""
 
-    def _run(self, X: Any, W: Any, B: Any = None, auto_pad: Any = None,
-             dilations: Any = None, group: Any = None, kernel_shape: Any = None,
-             pads: Any = None, strides: Any = None) -> tuple[Any]:
+    def _run(self, X: np.ndarray, W: np.ndarray, B: np.ndarray | None = None,
+             auto_pad: str | bytes | None = None, dilations: Ints | None = None,
+             group: int | None = None, kernel_shape: Ints | None = None,
+             pads: Ints | None = None, strides: Ints | None = None) -> tuple[np.ndarray]:
         n = W.ndim - 2
         strides, dilations = strides or [1] * n, dilations or [1] * n
         x, w = torch.from_numpy(np.ascontiguousarray(X)), torch.from_numpy(
@@ -54,10 +56,11 @@ class ConvTranspose(OpRun):
 
     op_domain = ""
 
-    def _run(self, X: Any, W: Any, B: Any = None, auto_pad: Any = None,
-             dilations: Any = None, group: Any = None, kernel_shape: Any = None,
-             output_padding: Any = None, output_shape: Any = None, pads: Any = None,
-             strides: Any = None) -> tuple[Any]:
+    def _run(self, X: np.ndarray, W: np.ndarray, B: np.ndarray | None = None,
+             auto_pad: str | bytes | None = None, dilations: Ints | None = None,
+             group: int | None = None, kernel_shape: Ints | None = None,
+             output_padding: Ints | None = None, output_shape: Ints | None = None,
+             pads: Ints | None = None, strides: Ints | None = None) -> tuple[np.ndarray]:
         n = W.ndim - 2
         if output_shape or auto_pad not in (None, "NOTSET", b"NOTSET"):
             raise NotImplementedError("ConvTranspose with implied padding")
@@ -78,7 +81,7 @@ class GlobalAveragePool(OpRun):
 
     op_domain = ""
 
-    def _run(self, X: Any) -> tuple[Any]:
+    def _run(self, X: np.ndarray) -> tuple[np.ndarray]:
         return (X.mean(axis=tuple(range(2, X.ndim)), keepdims=True),)
 
 
@@ -88,9 +91,10 @@ class AveragePool(AveragePoolReference):
     op_domain = ""
 
     def _run(  # type: ignore[override]
-            self, x: Any, auto_pad: Any = None, ceil_mode: Any = None, dilations: Any = None,
-            kernel_shape: Any = None, pads: Any = None, strides: Any = None,
-            count_include_pad: Any = None) -> tuple[Any]:
+            self, x: np.ndarray, *, kernel_shape: Ints, auto_pad: str | None = None,
+            ceil_mode: int | None = None, dilations: Ints | None = None,
+            pads: Ints | None = None, strides: Ints | None = None,
+            count_include_pad: int | None = None) -> tuple[np.ndarray]:
         if ceil_mode or len(kernel_shape) > 3 or max(dilations or [1]) > 1:
             return tuple(super()._run(
                 x, auto_pad=auto_pad, ceil_mode=ceil_mode, dilations=dilations,
@@ -113,9 +117,10 @@ class MaxPool(MaxPoolReference):
     op_domain = ""
 
     def _run(  # type: ignore[override]
-            self, x: Any, auto_pad: Any = None, ceil_mode: Any = None, dilations: Any = None,
-            kernel_shape: Any = None, pads: Any = None, storage_order: Any = None,
-            strides: Any = None) -> tuple[Any, ...]:
+            self, x: np.ndarray, *, kernel_shape: Ints, auto_pad: str | None = None,
+            ceil_mode: int | None = None, dilations: Ints | None = None,
+            pads: Ints | None = None, storage_order: int | None = None,
+            strides: Ints | None = None) -> tuple[np.ndarray, ...]:
         n = len(kernel_shape)
         if ceil_mode or n > 3 or max(dilations or [1]) > 1 or x.dtype.kind != "f" or \
                 len(self.onnx_node.output) > 1:
@@ -136,7 +141,7 @@ class LogSoftmax(OpRun):
 
     op_domain = ""
 
-    def _run(self, X: Any, axis: Any = None) -> tuple[Any]:
+    def _run(self, X: np.ndarray, axis: int = -1) -> tuple[np.ndarray]:
         old = self.run_params["opsets"].get("", 13) < 13
         if not any(a.name == "axis" for a in self.onnx_node.attribute):
             axis = 1 if old else -1
@@ -155,7 +160,7 @@ class Softmax(LogSoftmax):
         return functional.softmax(x, axis)
 
 
-def _by_head(array: Any, heads: int) -> torch.Tensor:
+def _by_head(array: np.ndarray, heads: int) -> torch.Tensor:
     """(b, t, heads dims) as (b, t, heads, dims)."""
     return torch.from_numpy(np.array(array)).unflatten(2, (heads, -1))
 
@@ -169,10 +174,11 @@ class LinearAttention(OpRun):
 
     op_domain = ""
 
-    def _run(self, query: Any, key: Any, value: Any, past_state: Any = None, decay: Any = None,
-             beta: Any = None, chunk_size: Any = None, kv_num_heads: Any = None,
-             q_num_heads: Any = None, scale: Any = None,
-             update_rule: Any = None) -> tuple[Any, Any]:
+    def _run(self, query: np.ndarray, key: np.ndarray, value: np.ndarray,
+             past_state: np.ndarray | None = None, decay: np.ndarray | None = None,
+             beta: np.ndarray | None = None, *, kv_num_heads: int, q_num_heads: int,
+             chunk_size: int | None = None, scale: float | None = None,
+             update_rule: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         q, k, v = (_by_head(a, n) for a, n in (
             (query, q_num_heads), (key, kv_num_heads), (value, kv_num_heads)))
         g = None if decay is None else _by_head(decay, kv_num_heads)

@@ -16,7 +16,7 @@ import torch
 from ...axes.choices import Choices
 from ...groups.solution import Solution
 from ...plan.effects import touched
-from ..read.lower import OnnxTrace
+from ..read.trace import OnnxTrace
 from .masks import MASKED, masked
 from .session import Session, hidden
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,8 +11,8 @@ from ...axes.choices import Choices, keep_mask, kept_size
 from ...groups.solution import Solution
 from ...plan.effects import touched
 from ...rows.onnx_integers import zero_point
-from ..emit import clean, same_nodes, store, values_of
-from ..read.lower import OnnxTrace
+from ..clones import clean, same_nodes, store, values_of
+from ..read.trace import OnnxTrace
 from .constants import constant
 
 MASKED = "_masked"
@@ -51,7 +50,7 @@ def masked(trace: OnnxTrace, solution: Solution, choices: Choices,
     return model
 
 
-def _set_default(node: ir.Node, key: str, value: Any) -> None:
+def _set_default(node: ir.Node, key: str, value: float) -> None:
     """Write a number that the file leaves to the operator, rounded as the pruned model has it."""
     if key not in node.attributes:
         node.attributes[key] = ir.convenience.convert_attribute(key, value)

@@ -17,8 +17,9 @@ from ...evidence.scores import Scores
 from ...groups.solution import Solution
 from ...rows.onnx_integers import zero_point
 from ...system.process import no_warnings
-from ..read.file import checked_feed, release
-from ..read.lower import OnnxTrace
+from ..read.file import checked_feed
+from ..read.stored import release
+from ..read.trace import OnnxTrace
 from .lockstep import FileLockstep
 from .session import Session, alone, hidden, run
 

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from ...errors import SpaError
 from ...system.staging import Scratch, told
-from ..read.file import external, skeleton
+from ..read.skeleton import external, skeleton
 from . import double as onnx_double
 
 LENT_BYTES = 2**28
