@@ -33,6 +33,7 @@ class Cut:
 
     @property
     def pruned(self) -> tuple[int, ...]:
+        """The shape that the array has after it."""
         return tuple(n if k is None else len(k) for n, k in zip(self.shape, self.kept,
                                                                   strict=True))
 
@@ -49,6 +50,7 @@ class Part:
 
     @property
     def weight(self) -> str:
+        """The name of the weight that it belongs to."""
         return f"{self.path}.weight"
 
     def followed(self, tensor: torch.Tensor, cut: Cut, shape: tuple[int, ...]

@@ -39,10 +39,12 @@ class Adapter:
 
     @property
     def type(self) -> str:
+        """peft's name of its type; arrays of another origin become LORA."""
         return "LORA" if self.foreign else str(self.config["peft_type"])
 
     @property
     def kind(self) -> Kind:
+        """What is known of its type."""
         return KINDS[self.type]
 
 
@@ -89,6 +91,7 @@ def other_names(adapters: Sequence[Adapter], name: str) -> list[str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; raises SpaError if it is missing or damaged."""
     found: dict[str, Any] = strict_json.read(
         file, {str: object}, fix="give a directory saved by peft's save_pretrained")
     return found

@@ -63,6 +63,7 @@ def _loss(job: Compiled) -> dict[str, str] | None:
 
 
 def share(pair: Mapping[str, int]) -> str:
+    """Return what is left, {dense, pruned}, in per cent; "-" of nothing."""
     return f"{pair['pruned'] / pair['dense']:.1%}" if pair["dense"] else "-"
 
 

@@ -40,7 +40,7 @@ def _run(module: nn.Module, inputs: Any) -> list[torch.Tensor]:
     return results(module, *as_call(inputs))
 
 
-def _reload(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
+def reloaded(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
     """Recorded results against those of the reloaded model."""
     return reproduced(folder, _run(module, check_inputs(folder, structure)))
 
@@ -52,7 +52,7 @@ def reproduced(folder: Path, results: list[torch.Tensor]) -> Check:
                  found.why or f"recorded results reproduced to {found.relative:.1e}")
 
 
-def _identity(folder: Path, structure: dict[str, Any], module: nn.Module, model: Any) -> Check:
+def plan_identity(folder: Path, structure: dict[str, Any], module: nn.Module, model: Any) -> Check:
     """Each array is an exact index-select of the recorded dense one, as the plan says."""
     from ..torch_backend.weights import weights_hash
 
@@ -120,7 +120,7 @@ def _summary(found: Mapping[str, str], slices: Mapping[str, Any]) -> str:
     return text
 
 
-def _onnx_checks(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iterator[Check]:
+def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iterator[Check]:
     """ONNX Runtime against the reloaded model, if there is an ONNX file or should be."""
     asked = artifact.read_json(folder / "recipe.json").get("onnx", False) and \
         not structure.get("parts")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..deploy.cases import LENGTH
-from ..deploy.inputs import _feed, axis_names, latency_inputs, other_inputs
+from ..deploy.inputs import axis_names, feed, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
@@ -150,7 +150,7 @@ def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
     export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
                 beside=sorted(folder.glob("model*.safetensors")))
     sets = [other_inputs(job.trace, k, positions(job.reference)) for k in (0, 1)]
-    feeds = [_feed(job.trace, *s) for s in sets]
+    feeds = [feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
 
     def reference(feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -177,7 +177,7 @@ def _latency(job: Compiled, path: Path) -> dict[str, Any]:
         whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
         export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
         args, kwargs = latency_inputs(job.trace, min(LENGTH, positions(job.reference) or LENGTH))
-        times = compare_latency({"dense": dense, "pruned": path}, _feed(job.trace, args, kwargs))
-    shapes = {n: list(a.shape) for n, a in _feed(job.trace, args, kwargs).items()}
+        times = compare_latency({"dense": dense, "pruned": path}, feed(job.trace, args, kwargs))
+    shapes = {n: list(a.shape) for n, a in feed(job.trace, args, kwargs).items()}
     return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
                for n, t in times.items()}, "threads": 1, "shapes": shapes}

@@ -12,7 +12,7 @@ from ..store import folder as artifact
 from ..system.process import alone
 from .check import Check
 from .load import load_folder
-from .torch_checks import _identity, _onnx_checks, _reload, tried
+from .torch_checks import exported, plan_identity, reloaded, tried
 
 
 @alone()
@@ -44,9 +44,9 @@ def checks(folder: Path, model: Any = None) -> Iterator[Check]:
 
     def reload() -> Check:
         module.append(load_folder(folder, model))
-        return _reload(folder, structure, module[0])
+        return reloaded(folder, structure, module[0])
 
     yield tried("reload", reload)
     if module:
-        yield tried("plan identity", lambda: _identity(folder, structure, module[0], model))
-        yield from _onnx_checks(folder, structure, module[0])
+        yield tried("plan identity", lambda: plan_identity(folder, structure, module[0], model))
+        yield from exported(folder, structure, module[0])

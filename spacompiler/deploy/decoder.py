@@ -14,7 +14,7 @@ to layer: they are read off a run of the model, no configuration is asked.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +168,9 @@ def _plain_kernels(model: Any) -> Iterator[None]:
             model.set_experts_implementation(experts)
 
 
-def export_decoder(model: Any, path: Path, **options: Any) -> tuple[Path, ...]:
-    """Write a causal language model with its cache; `options` are those of `export_onnx`.
+def export_decoder(model: Any, path: Path, *, beside: Sequence[Path] = ()
+                   ) -> tuple[Path, ...]:
+    """Write a causal language model with its cache; `beside` is as for `export_onnx`.
 
     Raises:
         SpaError: the model cannot be traced or expressed.
@@ -178,4 +179,4 @@ def export_decoder(model: Any, path: Path, **options: Any) -> tuple[Path, ...]:
     axes = {name: {0: "batch", 2: "past"} for name in traced.inputs if name not in _AXES}
     axes |= {name: _AXES[name] for name in traced.inputs if name in _AXES}
     return export_onnx(traced.program, path, input_names=traced.inputs,
-                       output_names=traced.outputs, axes=axes, **options)
+                       output_names=traced.outputs, axes=axes, beside=beside)

@@ -32,6 +32,7 @@ class DecoderParity:
     max_rel: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields, as the report holds them."""
         return asdict(self)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from ..errors import SpaError
 from ..onnx_backend.run.sizes import settle
 from ..system.process import quiet
 from ..system.staging import Scratch
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
-from ..torch_backend.read.decompose import fake_mode, replace
 from ..torch_backend.trace import copied
+from .decomposed import LocallyDecomposed
 from .spelled import spell_out, without_zero_biases
 from .weights_beside import refer_to_safetensors
 
@@ -63,7 +61,6 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     axes: Mapping[str, Mapping[int, str]] | None = None,
-    opset: int = OPSET,
     optimize: bool = True,
     external_bytes: int = EXTERNAL_BYTES,
     beside: Sequence[Path] = (),
@@ -82,7 +79,7 @@ def export_onnx(
     """
     path = Path(path)
     names = _check_names(ep, input_names, output_names)
-    model = _to_ir(_without_idle_nodes(ep), names, output_names, opset)
+    model = _to_ir(_without_idle_nodes(ep), names, output_names)
     settle(model)
     without_zero_biases(model)
     _name_axes(model, axes or {})
@@ -122,77 +119,7 @@ def _without_idle_nodes(ep: ExportedProgram) -> ExportedProgram:
         if _is_idle_slice(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-    return rebuild(ep, module, kind=_LocallyDecomposed)
-
-
-class _LocallyDecomposed(ExportedProgram):
-    """A program that decomposes only the operations that need it.
-
-    The exporter decomposes every program it gets, and torch does so by tracing all of it twice
-    more: two thirds of the time of an export, for the handful of nodes that ONNX has no word for.
-    """
-
-    def run_decompositions(
-        self,
-        decomp_table: dict[Any, Callable[..., Any]] | None = None,
-        decompose_custom_triton_ops: bool = False,
-    ) -> ExportedProgram:
-        """As the base class; its whole-program way is the fallback."""
-        module = copied(self.graph_module)
-        if decomp_table is not None and _is_plain(module):
-            try:
-                _decompose_nodes(module, decomp_table)
-                return rebuild(self, module)
-            except Exception as error:  # any surprise in one node: let torch do all of it
-                logging.getLogger(__name__).debug("decomposing the whole program: %s", error)
-        plain = rebuild(self, copied(self.graph_module))
-        return plain.run_decompositions(decomp_table, decompose_custom_triton_ops)
-
-
-def _is_plain(module: GraphModule) -> bool:
-    """Whether the graph calls only operators without side effects, and holds no other graph."""
-    calls = [n.target for n in module.graph.nodes if n.op == "call_function"]
-    operators = [t for t in calls if isinstance(t, torch._ops.OpOverload)]
-    hidden = any(isinstance(t, torch._ops.HigherOrderOperator) for t in calls)
-    return not hidden and not any(t._schema.is_mutable for t in operators)
-
-
-def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
-    """Replace each node that the table knows by the operations it is made of, in place."""
-    mode = fake_mode(module)
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and _needs_decomposing(node.target, table):
-            replace(node, table, mode, _is_expressible)
-    module.graph.eliminate_dead_code()
-
-
-def _needs_decomposing(target: Any, table: Mapping[Any, Any]) -> bool:
-    """Whether torch would decompose an operator: by the table, or as a composite that may alias.
-
-    Composites that never alias (linear, attention) are kept if the exporter knows them.
-    """
-    if target in table or not isinstance(target, torch._ops.OpOverload):
-        return target in table
-    composite = target.has_kernel_for_dispatch_key(
-        torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
-    )
-    aliases = any(value.alias_info is not None for value in target._schema.returns)
-    return composite and (aliases or not _exporter_words().is_registered(target))
-
-
-@cache
-def _exporter_words() -> Any:
-    """The exporter's table of operators that it can translate."""
-    from torch.onnx._internal.exporter import _registration
-
-    return _registration.ONNXRegistry.from_torchlib()
-
-
-def _is_expressible(node: Node) -> bool:
-    """Whether a traced node is one that the exporter knows: of the size queries, only sym_size."""
-    if str(node.target).startswith("aten.sym_"):
-        return node.target is _ATEN.sym_size.int
-    return node.op in ("placeholder", "call_function", "output")
+    return rebuild(ep, module, kind=LocallyDecomposed)
 
 
 def _is_idle_slice(node: Node) -> bool:
@@ -205,7 +132,7 @@ def _is_idle_slice(node: Node) -> bool:
 
 
 def _to_ir(
-    ep: ExportedProgram, inputs: list[str], outputs: Sequence[str] | None, opset: int
+    ep: ExportedProgram, inputs: list[str], outputs: Sequence[str] | None
 ) -> ir.Model:
     """Translate the program; the weights stay torch's and are not copied."""
     try:
@@ -213,7 +140,7 @@ def _to_ir(
             program = torch.onnx.export(
                 ep,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=OPSET,
                 input_names=inputs,
                 output_names=outputs,
                 optimize=False,

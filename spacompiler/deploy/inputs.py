@@ -93,7 +93,8 @@ def _number(bound: Any, none: float) -> float:
         return none
 
 
-def _feed(trace: Trace, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
+def feed(trace: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return a call's tensors as arrays by the names of the graph's inputs."""
     tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
     return {name: t.numpy() for name, t in zip(trace.graph.inputs, tensors, strict=True)}
 

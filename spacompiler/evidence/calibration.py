@@ -34,6 +34,7 @@ class Calibration:
 
     @property
     def for_repair(self) -> list[Batch]:
+        """All batches: those of the data, then what the model wrote."""
         return [*self.batches, *self.beside]
 
 
@@ -119,10 +120,10 @@ def from_arrays(place: Path, samples: int) -> Calibration:
         except (OSError, ValueError, TypeError, zipfile.BadZipFile) as problem:
             raise SpaError(f"calibration file {str(file)!r} cannot be read", why=str(problem),
                            fix="save it with numpy.savez or numpy.save") from problem
-    return Calibration(f"{len(batches)} batches of {place}", _filled(batches))
+    return Calibration(f"{len(batches)} batches of {place}", filled(batches))
 
 
-def _filled(batches: list[Batch]) -> list[Batch]:
+def filled(batches: list[Batch]) -> list[Batch]:
     """Return batches as they are; raises SpaError for one whose first tensor has no examples."""
     for i, batch in enumerate(batches):
         first = next((x for x in pytree.tree_leaves(batch)

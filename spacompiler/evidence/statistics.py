@@ -39,6 +39,7 @@ class Moments:
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
+        """Add a batch to the sums. `x` is (shared, samples, features)."""
         x = x.double()
         self.count += _samples(x, seen)
         self.total = self.total + x.sum(1)
@@ -46,6 +47,7 @@ class Moments:
 
     @property
     def mean(self) -> torch.Tensor:
+        """The mean of each feature: (shared, features)."""
         return self.total / self.count
 
     @property
@@ -55,6 +57,7 @@ class Moments:
 
     @property
     def variance(self) -> torch.Tensor:
+        """The variance of each feature: (shared, features)."""
         return (self.squares / self.count - self.mean.square()).clamp(min=0)
 
 
@@ -71,6 +74,7 @@ class Covariance:
     gram: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
+        """Add a batch to the sums and to X^T X. `x` is (shared, samples, features)."""
         x = x if x.dtype == torch.float64 else x.float()
         product = x.mT @ x
         self.count += _samples(x, seen)
@@ -80,6 +84,7 @@ class Covariance:
 
     @property
     def mean(self) -> torch.Tensor:
+        """The mean of each feature: (shared, features)."""
         return self.total / self.count
 
     @property
@@ -107,6 +112,7 @@ class Fluctuation:
     value: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
+        """Go over the examples of a batch, one by one. `x` is (shared, samples, features)."""
         samples = _samples(x, seen) // examples
         for one in x.double().unflatten(1, (examples, -1)).unbind(1):
             n = self.count
@@ -149,14 +155,17 @@ class View:
 
     @property
     def moments(self) -> Moments:
+        """The moments of X; there if the criterion needs them, as are those below."""
         return self.found["moments"]
 
     @property
     def covariance(self) -> Covariance:
+        """The sums of X and X^T X."""
         return self.found["covariance"]
 
     @property
     def fluctuation(self) -> Fluctuation:
+        """The running mean and fluctuation of X."""
         return self.found["fluctuation"]
 
     def onto(self, values: torch.Tensor) -> torch.Tensor:

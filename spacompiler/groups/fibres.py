@@ -16,7 +16,7 @@ Mention = tuple[Atom, frozenset[Atom], frozenset[Atom]]
 T = TypeVar("T")
 
 
-class _Once(dict[Expr, T]):
+class Once(dict[Expr, T]):
     """What a function says of each expression of a solved graph, asked once."""
 
     def __init__(self, ask: Callable[[Expr], T]) -> None:
@@ -55,10 +55,10 @@ def beside(e: Expr) -> list[Mention]:
     return found
 
 
-def _fibres(solver: Solver, weights: Mapping[str, Tensor], carried: Container[Atom],
+def find_fibres(solver: Solver, weights: Mapping[str, Tensor], carried: Container[Atom],
             mentions: Mapping[Expr, list[Atom]]) -> dict[Atom, tuple[Atom, ...]]:
     """Outer atoms that accompany an atom in every tensor and in every contraction."""
-    certain, placed = _Once(_certain), _Once(beside)
+    certain, placed = Once(_certain), Once(beside)
     stored = set().union(*[solver.dims[tensor.name] for tensor in weights.values()])
     outer = _outside(stored, carried, placed)
     live = {a: o for a, o in outer.items() if o}

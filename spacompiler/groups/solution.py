@@ -17,7 +17,7 @@ from ..graph.idioms import choosing, deals, rms_norms
 from ..graph.ir import Graph, Tensor
 from ..rows.findings import Read
 from ..rows.solver import Row, Solver
-from .fibres import _fibres, _Once, beside
+from .fibres import Once, beside, find_fibres
 
 
 class Member(NamedTuple):
@@ -115,13 +115,13 @@ def solve(graph: Graph, table: Mapping[str, Row], *, rewire: bool = False) -> So
     solver = Solver(graph, table, rms_norms(graph), rewire=rewire, choosing=choosing(graph),
                     deals=deals(graph) if rewire else {}).solve()
     solution = Solution(graph, solver)
-    mentions = _Once(atoms)
+    mentions = Once(atoms)
     weights = graph.weights()
     carried = _members(solver, weights, mentions)
     roles = _roles(solver, weights, mentions)
     reads = _reads(solver, carried, mentions)
     approximate = _approximate(solver)
-    fibres = _fibres(solver, weights, carried, mentions)
+    fibres = find_fibres(solver, weights, carried, mentions)
     learned = {t.weight for t in graph.tensors.values() if t.kind == "parameter"}
     for atom, (name, members) in carried.items():
         if learned.isdisjoint([m.weight for m in members]):

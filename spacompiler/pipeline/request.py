@@ -16,7 +16,7 @@ from ..evidence.calibration import (
     HELD_OUT,
     PYTHON_TEXT,
     Calibration,
-    _filled,
+    filled,
     from_arrays,
     from_string,
     from_text,
@@ -125,7 +125,7 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
-    return Calibration(f"{len(batches)} batches", _filled(batches))
+    return Calibration(f"{len(batches)} batches", filled(batches))
 
 
 def example_of(module: nn.Module, made: Inputs, calibration: Data) -> tuple[Inputs, Data]:

@@ -11,14 +11,15 @@ import torch
 
 from ..errors import SpaError
 from ..evidence.calls import Inputs
-from ..store import beside, weight_files
+from ..store import beside
 from ..torch_backend import pretrained
 from ..torch_backend.kinds import is_encoder_decoder
 from .source import Source
 
 
-def _transformers(name: str, folder: Path, trust: bool = False,
-                  unused: Iterable[str] = ()) -> Source:
+def from_transformers(name: str, folder: Path, trust: bool = False,
+                      unused: Iterable[str] = ()) -> Source:
+    """Read a checkpoint of transformers with its tokenizer; raises SpaError if it is not whole."""
     import transformers
 
     try:
@@ -37,10 +38,6 @@ def _transformers(name: str, folder: Path, trust: bool = False,
     tokenizer, unread = _tokenizer(transformers, folder, trust)
     return Source(name, module, example_inputs(module), tokenizer, folder=folder, facts=facts,
                   notes=[*notes, *unread])
-
-
-def _check_directory(path: str) -> Path:
-    return weight_files.check(path)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import SpaError, UsageError, did_you_mean
+from ..store import weight_files
 from . import hub
-from .checkpoints import _check_directory, _transformers
+from .checkpoints import from_transformers
 from .source import Source
 
 
@@ -52,8 +53,8 @@ def load(text: str, *, trust_remote_code: bool = False, unused: Iterable[str] = 
         found = _MAKERS[kind](text)
     else:
         folder = hub.fetch(text, trust=trust_remote_code, local=local) if kind == "hub" else \
-            _check_directory(text)
-        found = _transformers(text, folder, trust_remote_code, unused)
+            weight_files.check(text)
+        found = from_transformers(text, folder, trust_remote_code, unused)
     found.kind = kind
     found.facts = {"kind": kind, **found.facts}
     return found
@@ -68,7 +69,7 @@ def _zoo(text: str) -> Source:
                          fix=did_you_mean(name, models_zoo.names()))
     found = models_zoo.load(name)
     if getattr(found, "KIND", "") == "transformers":
-        return _transformers(text, _check_directory(str(_fetched(text, found.fetch))))
+        return from_transformers(text, weight_files.check(str(_fetched(text, found.fetch))))
     module, inputs = _fetched(text, found.build)
     return Source(text, module, inputs, calibration=getattr(found, "calibration", None))
 

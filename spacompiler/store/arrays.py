@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..errors import SpaError
 from . import strict_json
-from .folder import SAMPLE, _load
+from .folder import SAMPLE, load_arrays
 
 
 def save_weights(path: Path, module: torch.nn.Module,
@@ -37,7 +37,7 @@ def save_weights(path: Path, module: torch.nn.Module,
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read arrays written by `save_weights`, tied names included; raises SpaError if damaged."""
-    tensors, metadata = _load(path)
+    tensors, metadata = load_arrays(path)
     tied = strict_json.parse(metadata.get("tied", "{}"), {str: str}, path.name)
     if not tensors.keys() >= set(tied.values()):
         raise SpaError(f"{path.name} cannot be read", where=str(path.parent),

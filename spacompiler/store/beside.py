@@ -52,6 +52,7 @@ class Beside:
     left: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the lists as the report holds them."""
         return {"carried": self.carried, "adapted": self.adapted, "left": self.left}
 
 

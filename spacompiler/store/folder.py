@@ -73,6 +73,7 @@ def _missing_parents(parent: Path) -> list[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write data as JSON, keys in order; objects become their repr."""
     path.write_text(json.dumps(data, indent=1, sort_keys=True, default=said) + "\n",
                     encoding="utf-8")
 
@@ -91,7 +92,8 @@ def read_slices(folder: Path) -> dict[str, Any]:
     return slices
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_arrays(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file with its metadata; raises SpaError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             # clones are aligned as torch aligns: kernels then round as they did before saving
@@ -107,13 +109,14 @@ def load_check(folder: Path) -> tuple[dict[str, torch.Tensor], list[list[int]] |
 
     Raises SpaError if the file is damaged.
     """
-    tensors, metadata = _load(folder / "check.safetensors")
+    tensors, metadata = load_arrays(folder / "check.safetensors")
     shapes = metadata.get("results")
     return tensors, None if shapes is None else \
         strict_json.parse(shapes, [[int]], "check.safetensors", where=str(folder))
 
 
 def sha256(path: Path) -> str:
+    """Return the hash of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

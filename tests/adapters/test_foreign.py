@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import spacompiler
-from spacompiler.adapters import files, foreign, formulas, merging
+from spacompiler.adapters import files, foreign, formulas, merging, origins
 from spacompiler.errors import SpaError, UsageError
 
 pytest.importorskip("peft")
@@ -458,7 +458,7 @@ def test_every_origin_has_a_fixture(tmp_path):
         place.mkdir()
         found |= {n.partition("read as ")[2] for n in merged(made(name, place)[0])[1]
                   if "read as" in n}
-    assert found | {"LyCORIS LoCon (Tucker)"} == {o.name for o in foreign.ORIGINS}
+    assert found | {"LyCORIS LoCon (Tucker)"} == {o.name for o in origins.ORIGINS}
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -635,7 +635,7 @@ def test_a_pickle_gives_nothing_but_arrays(tmp_path):
 
 def test_the_documentation_names_every_origin():
     page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
-    for origin in foreign.ORIGINS:
+    for origin in origins.ORIGINS:
         assert getattr(formulas, origin.formula.__name__).__doc__
         assert origin.name in page
     assert all(word in page for word in ("SMoRA", "DePT", "ATP-LLaVA", "denoising"))
