@@ -69,7 +69,7 @@ def _cat(parts: Sequence[Factors]) -> Pair:
 def _of_peft(name: str) -> Callable[..., Pair]:
     """A way of peft's, done to the stacked A and to the stacked B."""
 
-    def combine(parts: Sequence[Factors], **options: Any) -> Pair:
+    def combine(parts: Sequence[Factors], **options: object) -> Pair:
         from peft.utils import merge_utils
 
         _same_rank(parts, name)

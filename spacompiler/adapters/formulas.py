@@ -43,7 +43,7 @@ class Layer:
         """The weight as (o, i)."""
         return self.weight.flatten(1).double()
 
-    def said(self, key: str, default: Any = None) -> Any:
+    def said(self, key: str, default: object = None) -> Any:
         """Return what the adapter's configuration says; raises SpaError without a default."""
         value = self.config.get(key, default)
         if value is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -69,8 +68,8 @@ def cuts(decided: Decided) -> dict[str, Cut]:
     return {name: found[first] for name, first in decided.trace.tied.items() if first in found}
 
 
-def _base_arrays(pruned: Any, base: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]
-                 ) -> dict[str, torch.Tensor]:
+def _base_arrays(pruned: torch.nn.Module, base: dict[str, torch.Tensor],
+                 merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The pruned base's arrays; what a repair did to the merged ones is carried over."""
     have = pruned.state_dict()
     return {name: tensor.clone() if torch.equal(have[name], merged[name])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from . import combining, tying
 from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type
 from .kinds import KINDS, LAYER_TRAPS
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
 
 def library() -> Any:
     """Import peft; raises SpaError naming the extra where it is missing."""
@@ -37,7 +41,7 @@ def library() -> Any:
     return peft
 
 
-def is_adapted(module: Any) -> bool:
+def is_adapted(module: object) -> bool:
     """True for a PeftModel (without importing peft)."""
     return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
 
@@ -76,7 +80,7 @@ def merge(module: nn.Module, adapters: Sequence[Adapter], inputs: Inputs, *,
     return merged, [*notes, *found]
 
 
-def _before_merging(tuned: Any) -> dict[str, torch.Tensor]:
+def _before_merging(tuned: PeftModel) -> dict[str, torch.Tensor]:
     """Copies of the base's arrays in adapted modules, by their names in the base."""
     adapted = tuple(f"{path.removeprefix(PREFIX)}." for path, part in tuned.named_modules()
                     if hasattr(part, "base_layer") or hasattr(part, "original_module"))
@@ -85,7 +89,7 @@ def _before_merging(tuned: Any) -> dict[str, torch.Tensor]:
             if name.startswith(adapted)}
 
 
-def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
+def merge_adapted(tuned: PeftModel, inputs: Inputs) -> tuple[nn.Module, list[str]]:
     """Return a merged copy of a PeftModel of the user's, which stays as it is, and notes."""
     tuned = tying.copied(tuned)
     active = tuned.active_adapters if hasattr(tuned, "active_adapters") else ()
@@ -113,12 +117,12 @@ def merge_adapted(tuned: Any, inputs: Inputs) -> tuple[nn.Module, list[str]]:
     return merged, [*notes, *found]
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _plain(config: PeftConfig) -> dict[str, Any]:
     found = config.to_dict()
     return {**found, "peft_type": str(getattr(config.peft_type, "value", config.peft_type))}
 
 
-def fold(tuned: Any, probe: Callable[[nn.Module], list[Any]], before: Sequence[Any], *,
+def fold(tuned: PeftModel, probe: Callable[[nn.Module], list[Any]], before: Sequence[Any], *,
          where: str) -> tuple[nn.Module, list[str]]:
     """Merge and unload a PeftModel; raises ProofError if its results on the probe change."""
     adapted = probe(tuned.eval())
@@ -193,7 +197,7 @@ def attach(module: nn.Module, adapters: Sequence[Adapter]) -> Any:
     over, or of another shape.
     """
     peft = library()
-    tuned: Any = None
+    tuned: PeftModel = None
     for i, adapter in enumerate(adapters):
         config = _config(peft, adapter)
         try:
@@ -216,7 +220,7 @@ def _name(index: int) -> str:
     return f"adapter{index}"
 
 
-def _config(peft: Any, adapter: Adapter) -> Any:
+def _config(peft: ModuleType, adapter: Adapter) -> Any:
     """The stored configuration; without a task, so that any torch module will do as base."""
     found, known = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(adapter.type)], \
         defaults(adapter.type).keys()
@@ -241,7 +245,7 @@ def defaults(kind: str) -> dict[str, Any]:
             for f in dataclasses.fields(config)}
 
 
-def _fill(peft: Any, tuned: Any, adapter: Adapter, name: str) -> None:
+def _fill(peft: ModuleType, tuned: PeftModel, adapter: Adapter, name: str) -> None:
     """Load the arrays; none may be left over, and none of the type's own may be missing."""
     loaded = peft.set_peft_model_state_dict(tuned, dict(adapter.tensors), adapter_name=name)
     prefix = getattr(tuned.base_model, "prefix", "")
@@ -275,7 +279,7 @@ def _base(adapter: Adapter) -> str:
     return f"give the base that it was trained on{f': {base}' if base else ''}"
 
 
-def _check_layers(tuned: Any) -> None:
+def _check_layers(tuned: PeftModel) -> None:
     used = {str(getattr(c.peft_type, "value", c.peft_type)) for c in tuned.peft_config.values()}
     for kind, wrong, why in LAYER_TRAPS:
         for path, layer in tuned.named_modules():
@@ -297,7 +301,7 @@ def _seen(module: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, 
     """The inputs of layers on a call, (n, i), by path."""
     found: dict[str, torch.Tensor] = {}
 
-    def keep(path: str, part: nn.Module, args: Any, *rest: Any) -> None:
+    def keep(path: str, part: nn.Module, args: tuple[Any, ...], *rest: object) -> None:
         found[path] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
 
     with watched({path: module.get_submodule(path) for path in paths}, keep):

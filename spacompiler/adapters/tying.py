@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from ..stages.tolerances import TIED
 from .combining import FACTORS, exactly
 from .files import PREFIX, Adapter
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def copied(tuned: Any) -> Any:
+
+def copied(tuned: PeftModel) -> PeftModel:
     """A copy of a PeftModel; tensors that peft keeps beside its arrays are cut from their graph."""
     memo = {id(x): x.detach().clone() for part in tuned.modules()
             for x in pytree.tree_leaves(part.__dict__.get("kwargs", {}))

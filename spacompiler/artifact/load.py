@@ -42,7 +42,7 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
     return load_folder(place, model=model)
 
 
-def load_folder(folder: Path, model: Any = None) -> nn.Module:
+def load_folder(folder: Path, model: nn.Module | str | None = None) -> nn.Module:
     """Load without looking at the manifest.
 
     Raises SpaError, whatever the files make go wrong.
@@ -60,7 +60,7 @@ def load_folder(folder: Path, model: Any = None) -> nn.Module:
                        ) from problem
 
 
-def _load(folder: Path, structure: dict[str, Any], model: Any) -> nn.Module:
+def _load(folder: Path, structure: dict[str, Any], model: nn.Module | str | None) -> nn.Module:
     if structure["layout"] == "onnx":
         return _onnx(folder)
     if structure["layout"] == "uniform":
@@ -117,7 +117,7 @@ def _onnx(folder: Path) -> nn.Module:
     return OnnxModule(folder / "model.onnx")
 
 
-def _stock(folder: Path, path: str, model: Any) -> nn.Module:
+def _stock(folder: Path, path: str, model: object) -> nn.Module:
     own = type(model)
     given = isinstance(model, nn.Module) and path == f"{own.__module__}.{own.__qualname__}"
     cls: Any = own if given else stock.class_of(path)
@@ -139,7 +139,7 @@ def dense_module(folder: Path, structure: dict[str, Any]) -> nn.Module:
     return dense_source(structure)
 
 
-def dense_source(structure: Mapping[str, Any], model: Any = None) -> Any:
+def dense_source(structure: Mapping[str, Any], model: object = None) -> Any:
     """Return the dense network: as given (itself, or its name), or from the zoo by its record.
 
     Raises SourceNeeded where the record names anything else.
@@ -154,7 +154,7 @@ def dense_source(structure: Mapping[str, Any], model: Any = None) -> Any:
     return load_source(structure["model"], kind="zoo", local=True, unused=unused).module
 
 
-def _dense(folder: Path, structure: dict[str, Any], model: Any) -> nn.Module:
+def _dense(folder: Path, structure: dict[str, Any], model: nn.Module | str | None) -> nn.Module:
     """Return the dense network, the user's or a new one, with the biases that were added to it."""
     dense = dense_module(folder, structure) if model is None else dense_source(structure, model)
     return prepared(dense, structure, owned=not isinstance(model, nn.Module))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from ..errors import SpaError
 from ..onnx_backend.biases import with_biases
@@ -24,7 +25,8 @@ from .onnx_files import full_check
 from .torch_checks import identity, reproduced, tried
 
 
-def checks(folder: Path, structure: dict[str, Any], model: Any = None) -> Iterator[Check]:
+def checks(folder: Path, structure: dict[str, Any], model: nn.Module | OnnxFile | str | None = None
+           ) -> Iterator[Check]:
     """Yield the checks of model.onnx; `model` may be the dense file, opened or by its name."""
     path = folder / "model.onnx"
     yield (first := tried("onnx", lambda: _checked(folder, path)))
@@ -53,7 +55,7 @@ def _run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         return [np.asarray(a) for a in results(ir.load(path), feeds)[0]]
 
 
-def _identity(folder: Path, structure: dict[str, Any], path: Path, model: Any) -> Check:
+def _identity(folder: Path, structure: dict[str, Any], path: Path, model: object) -> Check:
     """Each initialiser is an exact index-select of the dense file's."""
     def solved(dense: OnnxFile) -> Iterator[tuple[Mapping[str, Any], Any, Mapping[str, str]]]:
         traced, solution = backend_of(dense).trace(dense, check_inputs(folder, structure))

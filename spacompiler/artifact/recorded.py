@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ..errors import SpaError
+from ..groups.solution import Solution
 from ..plan.plan import Plan
 from ..stages.comparison import Comparison, compare
 from ..store import folder as artifact
 from ..store.arrays import sample
 from .cuts import cuts
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 
 def recorded(folder: Path, got: list[torch.Tensor]) -> Comparison:
@@ -35,7 +38,7 @@ def recorded(folder: Path, got: list[torch.Tensor]) -> Comparison:
                    {n: t for n, t in stored.items() if n.startswith("result.")})
 
 
-def selected(array: Any, slices: Mapping[str, Any], key: str) -> Any:
+def selected(array: Array, slices: Mapping[str, Any], key: str) -> Array:
     """Return the part of a dense array (a tensor or numpy's) that its recorded cut keeps.
 
     Raises SpaError if the cut does not fit the array.
@@ -75,21 +78,21 @@ def parts(have: Mapping[str, Any], dense: Mapping[str, Any], slices: Mapping[str
             yield key, "" if _equal(array, want) else "not the recorded part of the dense array"
 
 
-def _double(array: Any) -> Any:
+def _double(array: Array) -> Array:
     return array.double() if isinstance(array, torch.Tensor) else array.astype(np.float64)
 
 
-def _cast(array: Any, like: Any) -> Any:
+def _cast(array: Array, like: Array) -> Array:
     return array.to(like.dtype) if isinstance(array, torch.Tensor) else array.astype(like.dtype)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Array, other: Array) -> bool:
     if one.dtype != other.dtype or tuple(one.shape) != tuple(other.shape):
         return False
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else np.array_equal(one, other)
 
 
-def _is_finite(array: Any) -> bool:
+def _is_finite(array: Array) -> bool:
     if isinstance(array, torch.Tensor):
         return not array.is_floating_point() or bool(torch.isfinite(array).all())
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
@@ -111,7 +114,8 @@ def claims(folder: Path, structure: Mapping[str, Any], slices: Mapping[str, Any]
     return ""
 
 
-def planned(plan: Plan, slices: Mapping[str, Any], solution: Any, tied: Mapping[str, str]) -> str:
+def planned(plan: Plan, slices: Mapping[str, Any], solution: Solution,
+            tied: Mapping[str, str]) -> str:
     """Return "" if the recorded cuts are those that a plan makes of a network, else a difference.
 
     A plan that is not one of this network at all differs from it.

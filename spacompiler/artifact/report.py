@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..evidence.statistics import forward_only
@@ -135,7 +135,7 @@ def _source(source: Mapping[str, Any], files: Mapping[str, Any]) -> list[str]:
         if rows else []
 
 
-def _some(value: Any, most: int = 8) -> str:
+def _some(value: int | str | Mapping[str, str] | Sequence[str], most: int = 8) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, str):
@@ -161,11 +161,11 @@ def _recovery(done: Mapping[str, Any] | None) -> list[str]:
             *_table(("step", "held-out objective", "held-out loss"), rows), ""]
 
 
-def _shape(shape: Any) -> str:
+def _shape(shape: Iterable[object]) -> str:
     return " × ".join(map(str, shape))
 
 
-def _table(head: tuple[str, ...], rows: Any) -> list[str]:
+def _table(head: tuple[str, ...], rows: Iterable[Iterable[object]]) -> list[str]:
     body = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
 

@@ -54,7 +54,7 @@ def class_of(path: str) -> Any:
     return found
 
 
-def _entries(config: Any) -> Iterator[tuple[str, Any]]:
+def _entries(config: object) -> Iterator[tuple[str, Any]]:
     if isinstance(config, dict):
         yield from config.items()
     for part in config.values() if isinstance(config, dict) else \

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import SpaError
+from ..evidence.calls import Inputs, as_call
 from ..plan.plan import Plan
 from ..stages.comparison import compare
 from ..stages.tolerances import ONNX, RECORDED
@@ -18,6 +19,9 @@ from . import recorded
 from .check import Check
 from .load import check_inputs, dense_source, prepared
 from .stock_code import SourceNeeded
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 def tried(name: str, check: Callable[[], Check]) -> Check:
@@ -33,8 +37,7 @@ def tried(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, False, f"{type(problem).__name__}: {reason[0] if reason else ''}"[:300])
 
 
-def _run(module: nn.Module, inputs: Any) -> list[torch.Tensor]:
-    from ..evidence.calls import as_call
+def _run(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     from ..torch_backend.weights import results
 
     return results(module, *as_call(inputs))
@@ -52,7 +55,8 @@ def reproduced(folder: Path, results: list[torch.Tensor]) -> Check:
                  found.why or f"recorded results reproduced to {found.relative:.1e}")
 
 
-def plan_identity(folder: Path, structure: dict[str, Any], module: nn.Module, model: Any) -> Check:
+def plan_identity(folder: Path, structure: dict[str, Any], module: nn.Module,
+                  model: object) -> Check:
     """Each array is an exact index-select of the recorded dense one, as the plan says."""
     from ..torch_backend.weights import weights_hash
 
@@ -165,7 +169,7 @@ def _decoder(path: Path, module: nn.Module) -> Check:
                  f"{same} of {tokens} likeliest tokens agree")
 
 
-def _resized(session: Any, inputs: Any) -> Iterator[Any]:
+def _resized(session: InferenceSession, inputs: Inputs) -> Iterator[Any]:
     """Recorded inputs at two other sizes: every symbolic axis of the ONNX inputs changes."""
     from ..deploy.inputs import resized
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -16,7 +15,7 @@ from .torch_checks import exported, plan_identity, reloaded, tried
 
 
 @alone()
-def verify(folder: str | Path, model: Any = None) -> list[Check]:
+def verify(folder: str | Path, model: nn.Module | str | None = None) -> list[Check]:
     """Return the checks of an artifact, in order; the first failing hash stops the rest.
 
     `model` is the dense network, or its name as for `compile`. Without it, what the artifact
@@ -28,7 +27,7 @@ def verify(folder: str | Path, model: Any = None) -> list[Check]:
     return list(checks(Path(folder), model))
 
 
-def checks(folder: Path, model: Any = None) -> Iterator[Check]:
+def checks(folder: Path, model: nn.Module | str | None = None) -> Iterator[Check]:
     """Yield checks as they are done."""
     wrong = artifact.check_manifest(folder)
     yield Check("hashes", not wrong, "; ".join(wrong[:3]) or "every file is as written")

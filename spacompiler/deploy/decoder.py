@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,12 +31,15 @@ from ..torch_backend.kinds import is_encoder_decoder
 from ..torch_backend.read.export import drop_asserts
 from .export import export_onnx
 
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
 _BATCH, _SEQUENCE, _PAST_LENGTH = 2, 3, 5
 _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "position_ids": {0: "batch", 1: "sequence"},
          "attention_mask": {0: "batch", 1: "total"}}
 
 
-def check_causal_lm(module: Any) -> None:
+def check_causal_lm(module: PreTrainedModel) -> None:
     """Raise SpaError unless a module is a causal language model that keeps keys and values."""
     what = "this model cannot be exported as a decoder with a cache"
     accepts = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
@@ -53,7 +56,7 @@ def check_causal_lm(module: Any) -> None:
                        fix="leave --decoder out")
 
 
-def _fresh_cache(module: Any, length: int = _PAST_LENGTH) -> Any:
+def _fresh_cache(module: PreTrainedModel, length: int = _PAST_LENGTH) -> Any:
     """The cache after a few tokens: its shapes are those of the inputs."""
     from transformers import DynamicCache
 
@@ -90,7 +93,7 @@ def _cache(past: list[Tensor]) -> Any:
     return cache
 
 
-def _flat(cache: Any) -> list[Tensor]:
+def _flat(cache: DynamicCache) -> list[Tensor]:
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
@@ -103,7 +106,7 @@ class Traced:
     outputs: list[str]
 
 
-def trace_decoder(model: Any) -> Traced:
+def trace_decoder(model: PreTrainedModel) -> Traced:
     """Trace a model with a cache; batch, sequence and past length stay free.
 
     Attention is traced as plain products and a softmax with a finite mask: that is what ONNX
@@ -153,7 +156,7 @@ def _read_sizes_of_ids(graph: fx.Graph) -> None:
 
 
 @contextmanager
-def _plain_kernels(model: Any) -> Iterator[None]:
+def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute attention and experts by plain operators for a while."""
     config = model.config
     attention, experts = config._attn_implementation, config._experts_implementation
@@ -168,7 +171,7 @@ def _plain_kernels(model: Any) -> Iterator[None]:
             model.set_experts_implementation(experts)
 
 
-def export_decoder(model: Any, path: Path, *, beside: Sequence[Path] = ()
+def export_decoder(model: PreTrainedModel, path: Path, *, beside: Sequence[Path] = ()
                    ) -> tuple[Path, ...]:
     """Write a causal language model with its cache; `beside` is as for `export_onnx`.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..runtime.decoder import Cache, Decoder
 from ..stages.comparison import compare
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 STEPS = 32
 
@@ -36,7 +39,8 @@ class DecoderParity:
         return asdict(self)
 
 
-def decoder_parity(model: Any, path: Path, *, steps: int = STEPS) -> list[DecoderParity]:
+def decoder_parity(model: PreTrainedModel, path: Path, *,
+                   steps: int = STEPS) -> list[DecoderParity]:
     """Run a file against its model: one row, then three rows with padding, at untraced lengths.
 
     Raises:
@@ -50,8 +54,8 @@ def decoder_parity(model: Any, path: Path, *, steps: int = STEPS) -> list[Decode
             for batch, prompt, padding, share in ((1, 7, 0, 1), (3, 4, 2, 4))]
 
 
-def _greedy(model: Any, decoder: Decoder, vocabulary: int, batch: int, prompt: int, padding: int,
-            steps: int) -> DecoderParity:
+def _greedy(model: PreTrainedModel, decoder: Decoder, vocabulary: int, batch: int, prompt: int,
+            padding: int, steps: int) -> DecoderParity:
     generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator)
     mask = torch.ones_like(ids)
@@ -75,7 +79,8 @@ def _rows(logits: np.ndarray, real: np.ndarray) -> np.ndarray:
     return logits[real] if logits.shape[:2] == real.shape else logits.reshape(-1, logits.shape[-1])
 
 
-def step(model: Any, ids: torch.Tensor, mask: torch.Tensor, past: Any) -> tuple[np.ndarray, Any]:
+def step(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, past: DynamicCache | None
+         ) -> tuple[np.ndarray, DynamicCache]:
     """Return torch's logits (batch, sequence, vocabulary) and its own kind of cache."""
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
@@ -257,7 +257,16 @@ def _strip(model: ir.Model) -> None:
     model.producer_name, model.producer_version = "spacompiler", None
 
 
-def _clear(*parts: Any) -> None:
+class _Noted(Protocol):
+    """A part of a model that carries notes."""
+
+    doc_string: str | None
+
+    @property
+    def metadata_props(self) -> dict[str, str]: ...
+
+
+def _clear(*parts: _Noted) -> None:
     """Empty the notes of parts of a model."""
     for part in parts:
         part.metadata_props.clear()

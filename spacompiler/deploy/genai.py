@@ -7,14 +7,17 @@ differ have no such file; they run with :mod:`spacompiler.runtime` and any other
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from ..runtime.decoder import PAST, PRESENT, cache_names
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def genai_config(model: Any, path: Path) -> dict[str, Any] | None:
+
+def genai_config(model: PreTrainedModel, path: Path) -> dict[str, Any] | None:
     """Return the configuration for a decoder file, or None where it has no word for the model.
 
     Sizes are those of the file's own inputs; the rest comes from the model's configuration.
@@ -47,7 +50,7 @@ def genai_config(model: Any, path: Path) -> dict[str, Any] | None:
                        "past_present_share_buffer": False}}
 
 
-def _tokens(model: Any) -> dict[str, Any]:
+def _tokens(model: PreTrainedModel) -> dict[str, Any]:
     """Special tokens; padding falls back on the end, as generation does."""
     said = [getattr(model, "generation_config", None), model.config]
     found = {key: next((v for s in said if (v := getattr(s, key, None)) is not None), None)

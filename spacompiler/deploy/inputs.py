@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, SupportsInt, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def resized(inputs: T, free: Sequence[Iterable[int]], size: Callable[[int, int],
     """
     turn = iter(free)
 
-    def resize(value: Any) -> Any:
+    def resize(value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return value
         for d in next(turn):
@@ -79,14 +79,16 @@ def _bounds(trace: Trace, most: int | None) -> dict[int, Range]:
     return found
 
 
-def _range(size: Any, ranges: Mapping[Any, Any]) -> Range:
+def _range(size: object, ranges: Mapping[Any, Any]) -> Range:
     node = getattr(size, "node", None)
     known = ranges.get(node.expr) if node is not None else None
     return _number(getattr(known, "lower", None), 1), \
         _number(getattr(known, "upper", None), float("inf"))
 
 
-def _number(bound: Any, none: float) -> float:
+def _number(bound: SupportsInt | None, none: float) -> float:
+    if bound is None:
+        return none
     try:
         return float(int(bound))
     except (TypeError, OverflowError, ValueError, AttributeError):  # no bound

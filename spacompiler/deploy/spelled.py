@@ -7,12 +7,13 @@ its own steps, and a bias of zeros that the exporter made for none is left out.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch._decomp import decomposition_table
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..torch_backend.read.decompose import fake_mode, replace
 
@@ -55,7 +56,8 @@ def _chunk_size(node: Node) -> Node:
                        (value + count - 1) // count)
 
 
-def _number(graph: Any, op: Any, args: tuple[Any, ...], value: Any) -> Node:
+def _number(graph: Graph, op: Callable[..., object], args: tuple[Any, ...],
+            value: object) -> Node:
     made: Node = graph.call_function(op, args)
     made.meta["val"] = value
     return made

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError, UsageError
 from .calls import Batch
+
+
+class Tokenizer(Protocol):
+    """Turns text into token numbers, as tokenizers of transformers do."""
+
+    def __call__(self, text: str, **options: object) -> Any:
+        """Return the tokens as `input_ids`, (1, n) where tensors are asked for."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Calibration:
         return [*self.batches, *self.beside]
 
 
-def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+def windows(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:
     """Return non-overlapping windows of a text's tokens (taken in one piece): (n, length)."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False,
                     verbose=False).input_ids[0]
@@ -46,7 +53,7 @@ def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
     return ids[: count * length].reshape(count, length)
 
 
-def from_text(path: str, tokenizer: Any, *, samples: int, length: int, batch: int,
+def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: int, batch: int,
               seed: int) -> Calibration:
     """Return `samples` windows of `length` tokens, drawn without replacement from a text file.
 
@@ -64,8 +71,8 @@ def from_text(path: str, tokenizer: Any, *, samples: int, length: int, batch: in
                        origin=path)
 
 
-def from_string(text: str, tokenizer: Any, *, samples: int, length: int, batch: int, seed: int,
-                origin: str) -> Calibration:
+def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length: int,
+                batch: int, seed: int, origin: str) -> Calibration:
     """Return windows of a text held in memory, as `from_text` does."""
     if tokenizer is None:
         raise UsageError(f"calibration text {origin!r} needs a tokenizer",

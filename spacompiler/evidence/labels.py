@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from .calls import Inputs, as_call
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 LABELS = "labels"
@@ -23,7 +25,7 @@ def is_label(name: str) -> bool:
     return name in _NAMES or name.endswith(("_label", "_labels"))
 
 
-def inputs_only(module: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_only(module: object, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call's keywords without labels; one that `forward` cannot do without is an input."""
     if not any(map(is_label, kwargs)):
         return dict(kwargs)
@@ -37,7 +39,7 @@ def labels_of(kwargs: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, 
     return {k: v for k, v in kwargs.items() if is_label(k) and k not in taken}
 
 
-def as_example(module: Any, inputs: Any) -> Any:
+def as_example(module: object, inputs: object) -> Any:
     """Return example inputs without labels: a batch (x, y) of a data loader is one, too."""
     if not isinstance(module, nn.Module) or inputs is None:
         return inputs
@@ -50,7 +52,7 @@ def as_example(module: Any, inputs: Any) -> Any:
     return args[:-1] if extra else args, kwargs
 
 
-def as_batch(module: Any, example: Batch, batch: Any) -> Batch:
+def as_batch(module: object, example: Batch, batch: object) -> Batch:
     """Return one batch of a data loader as a call of the network, its labels among the keywords.
 
     `example` is the call that the network is traced with: what it has more positional values than
@@ -69,14 +71,12 @@ def as_batch(module: Any, example: Batch, batch: Any) -> Batch:
     return args, kwargs
 
 
-def _as_call(batch: Any) -> Batch:
+def _as_call(batch: object) -> Batch:
     """Return (args, kwargs) of a batch: also of keywords with labels beside them."""
-    from .calls import as_call
-
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Mapping) \
             and not isinstance(batch[1], Mapping):
         return (), {**batch[0], LABELS: batch[1]}
-    return as_call(batch)
+    return as_call(cast(Inputs, batch))
 
 
 def _binds(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -7,8 +7,8 @@ at a time: forward keeps one number a row, backward makes the gradient and nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -31,9 +31,17 @@ def next_token(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, functional.pad(ids[:, 1:], (0, 1), value=IGNORED))
 
 
+class _Kept(Protocol):
+    """What a step forward keeps for the step back."""
+
+    saved_tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Kept, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         norms = torch.empty(len(logits), dtype=wide)
         for part in _pieces(logits):
@@ -44,7 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
         return ((norms - picked) * counted).sum() / counted.sum()
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _Kept, outer: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, norms = ctx.saved_tensors
         counted = targets >= 0
         share = outer * counted / counted.sum()
@@ -84,7 +92,7 @@ def first_floating(outputs: Sequence[Any]) -> torch.Tensor:
     return next(x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
-def perplexity(module: Any, ids: torch.Tensor, *, batch: int = 4) -> float:
+def perplexity(module: Callable[..., Any], ids: torch.Tensor, *, batch: int = 4) -> float:
     """Return exp(mean next-token loss) of a causal LM over windows `ids` (n, length)."""
     total, count = 0.0, 0
     with torch.no_grad():

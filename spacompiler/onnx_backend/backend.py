@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from ..groups.solution import Solution, solve
 from ..rows.onnx_table import TABLE
@@ -18,7 +18,8 @@ from .read.trace import OnnxTrace
 from .run.observe import fresh_context
 
 
-def analyse(file: OnnxFile, inputs: Any, quick: bool = False) -> tuple[OnnxTrace, Solution]:
+def analyse(file: OnnxFile, inputs: Mapping[str, object] | Sequence[object] | None,
+            quick: bool = False) -> tuple[OnnxTrace, Solution]:
     """Lower the file at the sizes of the example inputs (or guessed ones) and solve its axes.
 
     A file is a program already: `quick` asks for nothing less.

@@ -13,6 +13,7 @@ from ..evidence.calls import Batch
 from ..stages.records import Emitted, Request, Subject
 from ..store.said import said
 from ..torch_backend.gather.heads import Fitting, fitting
+from ..torch_backend.trace import Trace
 from ..train.loop import Training
 
 HELD_OUT = 16  # one batch of so many is held out
@@ -63,7 +64,7 @@ def recover(ask: Request, emitted: Emitted) -> Emitted:
     return replace(emitted, trained=trained)
 
 
-def _calls(ask: Request, trace: Any) -> list[Batch]:
+def _calls(ask: Request, trace: Trace) -> list[Batch]:
     """The training data as calls, with the constants of the example inputs filled in."""
     constants = {k: v for k, v in trace.kwargs.items() if not isinstance(v, torch.Tensor)}
     found = ask.recover_data.batches if ask.recover_data else ()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ class Walk:
 
     def __init__(self, ask: Request, subject: Subject, stages: tuple[str, ...]) -> None:
         self.ask = ask
-        self.trace: Any = None
+        self.trace: object = None
         self.stages = [s for s in stages if s not in ASKED or ASKED[s](ask, subject)]
 
     def knowing(self, ask: Request, traced: Traced) -> Walk:
@@ -116,7 +116,7 @@ class Walk:
 
 
 @contextmanager
-def _fitting(ask: Request, trace: Any) -> Iterator[None]:
+def _fitting(ask: Request, trace: object) -> Iterator[None]:
     """Say it plainly where a step fails on batches of other shapes than the program was traced at.
 
     Which ones it serves beside them is not always known before.

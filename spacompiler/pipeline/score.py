@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..errors import SpaError, UsageError
+from ..evidence.calls import Batch
+from ..evidence.protocol import Context, Importance
 from ..evidence.statistics import forward_only
 from ..groups.solution import Group
 from ..stages.records import Request, Scheduling, Scored, Subject, Traced
@@ -52,7 +54,7 @@ def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
     return replace(found, importance=ask.importance)
 
 
-def _context(importance: Any, subject: Subject, traced: Traced, seed: int) -> Any:
+def _context(importance: Importance, subject: Subject, traced: Traced, seed: int) -> Any:
     """What importance passes see. Adapters' gradients come from the module itself."""
     if "adapter_steps" not in importance.needs:
         return subject.backend.context(traced.trace, traced.solution, seed)
@@ -64,7 +66,7 @@ def _context(importance: Any, subject: Subject, traced: Traced, seed: int) -> An
     return Probe(subject.model, traced.trace, traced.solution, importance.needs, seed)
 
 
-def _checked(importance: Any, group: Group, context: Any) -> np.ndarray:
+def _checked(importance: Importance, group: Group, context: Context) -> np.ndarray:
     value = torch.as_tensor(importance.score(group, context)).detach().double()
     if tuple(value.shape) != group.shape or not torch.isfinite(value).all():
         raise SpaError(
@@ -75,7 +77,19 @@ def _checked(importance: Any, group: Group, context: Any) -> np.ndarray:
     return np.asarray(value.numpy())
 
 
-def _calibrated(ask: Request, scored: Scored, context: Any) -> Iterable[Group]:
+class _Calibrating(Protocol):
+    """A context that gathers statistics."""
+
+    def calibrate(self, needs: Iterable[str], batches: Sequence[Batch], loss: object, *,
+                  groups: Iterable[Group], tick: Callable[[], object]) -> None:
+        """Gather statistics over batches, `tick` after each."""
+
+    def widen(self, needs: Iterable[str], batches: Sequence[Batch], loss: object,
+              groups: Iterable[Group]) -> None:
+        """Add other batches to statistics that are there."""
+
+
+def _calibrated(ask: Request, scored: Scored, context: _Calibrating) -> Iterable[Group]:
     """Yield the candidates as their statistics become complete.
 
     Covariances are held for one block at a time where the backend can stream them.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -81,11 +81,11 @@ class Plan:
         return made
 
 
-def _nested(kept: Any) -> bool:
+def _nested(kept: Sequence[object]) -> bool:
     return bool(kept) and isinstance(kept[0], list)
 
 
-def _table(group: Group, kept: Any) -> np.ndarray:
+def _table(group: Group, kept: Sequence[object]) -> np.ndarray:
     table = np.zeros(group.shape if _nested(kept) else (group.size,), dtype=bool)
     if not _nested(kept):
         table[np.asarray(kept, dtype=int)] = True
@@ -107,8 +107,17 @@ def select(group: Group, score: np.ndarray, count: int) -> Any:
     return best.reshape(*group.shape[:-1], count).tolist()
 
 
+class Facts(TypedDict, total=False):
+    """What a plan says of itself beside what it keeps."""
+
+    target: str
+    costs: dict[str, dict[str, int]]
+    weights_hash: str
+    recipe: dict[str, Any]
+
+
 def make_plan(groups: Iterable[Group], scores: Mapping[str, np.ndarray],
-              counts: Mapping[str, int], **facts: Any) -> Plan:
+              counts: Mapping[str, int], **facts: Unpack[Facts]) -> Plan:
     """Return the plan that keeps the best slices of each group that shrinks."""
     shrinking = [g for g in groups if counts[g.name] < g.size]
     return Plan({g.name: select(g, scores[g.name], counts[g.name]) for g in shrinking},

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import ArrayLike
 
 from ..errors import SpaError, UsageError
 from .session import open_session
@@ -83,8 +83,8 @@ class Decoder:
             past[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _TYPES[declared.type]))
         return Cache(np.zeros((batch, 0), np.int64), past)
 
-    def run(self, ids: Any, cache: Cache | None = None, *,
-            mask: Any = None) -> tuple[np.ndarray, Cache]:
+    def run(self, ids: ArrayLike, cache: Cache | None = None, *,
+            mask: ArrayLike | None = None) -> tuple[np.ndarray, Cache]:
         """Read tokens after those of a cache.
 
         Args:
@@ -118,7 +118,7 @@ class Decoder:
                            fix="token numbers must be below the vocabulary's size") from problem
         return logits.numpy(), Cache(whole, dict(zip(self.names.values(), present, strict=True)))
 
-    def stream(self, ids: Any, *, mask: Any = None) -> Iterator[np.ndarray]:
+    def stream(self, ids: ArrayLike, *, mask: ArrayLike | None = None) -> Iterator[np.ndarray]:
         """Yield the most likely next token of each row, (batch,), without end."""
         logits, cache = self.run(ids, mask=mask)
         while True:
@@ -126,7 +126,7 @@ class Decoder:
             yield tokens
             logits, cache = self.run(tokens[:, None], cache)
 
-    def generate(self, ids: Any, tokens: int, *, mask: Any = None,
+    def generate(self, ids: ArrayLike, tokens: int, *, mask: ArrayLike | None = None,
                  stop: Collection[int] = ()) -> np.ndarray:
         """Return the next tokens of each row, greedily: (batch, at most `tokens`).
 
@@ -142,7 +142,7 @@ class Decoder:
         return np.stack(made, axis=1) if made else np.zeros((len(_rows(ids)), 0), np.int64)
 
 
-def _rows(values: Any) -> np.ndarray:
+def _rows(values: ArrayLike) -> np.ndarray:
     """Token numbers as (batch, sequence)."""
     rows = np.asarray(values, dtype=np.int64)
     if rows.ndim != 2 or not rows.size:

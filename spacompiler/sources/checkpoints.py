@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +16,9 @@ from ..store import beside
 from ..torch_backend import pretrained
 from ..torch_backend.kinds import is_encoder_decoder
 from .source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def from_transformers(name: str, folder: Path, trust: bool = False,
@@ -40,7 +44,7 @@ def from_transformers(name: str, folder: Path, trust: bool = False,
                   notes=[*notes, *unread])
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
+def _model_class(transformers: ModuleType, config: PretrainedConfig) -> Any:
     """The class that the checkpoint was saved from, else causal LM."""
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
@@ -48,7 +52,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _tokenizer(transformers: Any, folder: Path, trust: bool) -> tuple[Any, list[str]]:
+def _tokenizer(transformers: ModuleType, folder: Path, trust: bool) -> tuple[Any, list[str]]:
     """The tokenizer beside a model, if there is one, and a note where it cannot be loaded."""
     if not beside.has_tokenizer(folder):
         return None, []
@@ -60,7 +64,7 @@ def _tokenizer(transformers: Any, folder: Path, trust: bool) -> tuple[Any, list[
         return None, [f"the tokenizer cannot be loaded, so no text can be read: {why}"]
 
 
-def example_inputs(module: Any) -> Inputs:
+def example_inputs(module: PreTrainedModel) -> Inputs:
     """Return seeded example inputs for a transformers model, by what its forward takes."""
     generator = torch.Generator().manual_seed(0)
     accepts = inspect.signature(module.forward).parameters

@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
         return not self.why and self.relative <= tolerance
 
 
-def compare(got: Any, want: Any) -> Comparison:
+def compare(got: object, want: object) -> Comparison:
     """Return how far nested results are from those wanted; nothing to compare is a failure.
 
     Tensors without elements agree with tensors of their shape; values that are not finite agree
@@ -66,7 +66,7 @@ def compare(got: Any, want: Any) -> Comparison:
     return _apart("no value is finite" if pairs else "there is nothing to compare")
 
 
-def tensors(result: Any) -> list[torch.Tensor]:
+def tensors(result: object) -> list[torch.Tensor]:
     """Return all tensors and fractions (as tensors) of a nested result, in pytree's order.
 
     Python's whole numbers are left out: sizes, which programs hold as constants.
@@ -74,12 +74,12 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return [value for _, value in _opened(result, "", (), whole=False)]
 
 
-def leaves(result: Any) -> list[tuple[str, torch.Tensor]]:
+def leaves(result: object) -> list[tuple[str, torch.Tensor]]:
     """Return (path, tensor) of everything in a nested result that can be compared."""
     return list(_opened(result, "", (), whole=True))
 
 
-def _opened(value: Any, path: str, above: tuple[int, ...],
+def _opened(value: object, path: str, above: tuple[int, ...],
             whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield path, _dense(value)
@@ -98,7 +98,7 @@ def _opened(value: Any, path: str, above: tuple[int, ...],
             yield from _opened(part, f"{path}{name}", (*above, id(value)), whole)
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: object) -> Iterator[tuple[str, Any]]:
     """What a container or an object holds, with the text that leads there."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
@@ -111,7 +111,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", part) for name, part in _fields(value).items())
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _fields(value: object) -> dict[str, Any]:
     """The fields of a dataclass or of any other object, those in slots included."""
     names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [
         name for kind in type(value).__mro__ for slots in [kind.__dict__.get("__slots__", ())]

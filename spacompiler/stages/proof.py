@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ def needed(tolerance: float) -> float:
     return max(CONTROL.value, CONTROL_FACTOR.value * tolerance)
 
 
-def relative_error(got: Any, want: Any) -> float:
+def relative_error(got: object, want: object) -> float:
     """Return the relative error of nested results (see `comparison`); inf where shapes differ.
 
     Python's whole numbers in them do not count: they are sizes.

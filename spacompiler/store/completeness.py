@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import WeightsError
 from .weight_files import Stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LISTED = 12
 FIXES = {
@@ -79,7 +82,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def of_transformers(module: Any, info: Mapping[str, Any], stored: Mapping[str, Stored],
+def of_transformers(module: PreTrainedModel, info: Mapping[str, Any], stored: Mapping[str, Stored],
                     unused: Iterable[str] = ()) -> Report:
     """Return the report of a `from_pretrained(..., output_loading_info=True)`.
 
@@ -106,14 +109,14 @@ def _without(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
     return tuple(n for n in names if n not in set(others))
 
 
-def _ignored(module: Any, stored: Iterable[str]) -> list[str]:
+def _ignored(module: nn.Module, stored: Iterable[str]) -> list[str]:
     """Stored arrays that the class itself says it does not read."""
     rules = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
     have = module.state_dict().keys()
     return [n for n in stored if n not in have and any(re.search(rule, n) for rule in rules)]
 
 
-def untied(module: Any) -> dict[str, str]:
+def untied(module: PreTrainedModel) -> dict[str, str]:
     """Return {array: the one that the configuration ties it to}, where these are two arrays.
 
     Empty where only some of what the configuration ties lies apart: no entry says that.
@@ -127,7 +130,7 @@ def untied(module: Any) -> dict[str, str]:
     return pairs if apart else {}
 
 
-def _place(module: Any, name: str) -> tuple[int, tuple[int, ...]]:
+def _place(module: PreTrainedModel, name: str) -> tuple[int, tuple[int, ...]]:
     array = module.get_parameter_or_buffer(name)
     return array.data_ptr(), tuple(array.shape)
 

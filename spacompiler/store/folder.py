@@ -72,7 +72,7 @@ def _missing_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write data as JSON, keys in order; objects become their repr."""
     path.write_text(json.dumps(data, indent=1, sort_keys=True, default=said) + "\n",
                     encoding="utf-8")

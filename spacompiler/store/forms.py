@@ -10,30 +10,30 @@ from typing import Any
 from ..errors import SpaError
 
 
-def _natural(data: Any) -> bool:
+def _natural(data: object) -> bool:
     """Whole number from 0."""
     return type(data) is int and 0 <= data < 2**63
 
 
-def _digest(data: Any) -> bool:
+def _digest(data: object) -> bool:
     """Sha256 in hexadecimal digits."""
     return isinstance(data, str) and re.fullmatch(r"[0-9a-f]{64}", data) is not None
 
 
-def _ascending(data: Any) -> bool:
+def _ascending(data: object) -> bool:
     """List of ascending positions."""
     return isinstance(data, list) and all(map(_natural, data)) and \
         all(a < b for a, b in pairwise(data))
 
 
-def _nest(data: Any) -> bool:
+def _nest(data: object) -> bool:
     """Nest of lists of ascending positions."""
     if isinstance(data, list) and data and all(isinstance(part, list) for part in data):
         return all(map(_nest, data))
     return _ascending(data)
 
 
-def _attribute(data: Any) -> bool:
+def _attribute(data: object) -> bool:
     """List of a path, the name of an attribute of numbers and its value."""
     if not (isinstance(data, list) and len(data) == 3):
         return False
@@ -43,7 +43,7 @@ def _attribute(data: Any) -> bool:
         all(isinstance(x, int | float) for x in values)
 
 
-def _file_name(data: Any) -> bool:
+def _file_name(data: object) -> bool:
     """Name of a file in the same directory."""
     return isinstance(data, str) and data not in ("", ".", "..") and not set(data) & set("/\\\0")
 

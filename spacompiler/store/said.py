@@ -14,14 +14,14 @@ from typing import Any
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def said(what: Any) -> str:
+def said(what: object) -> str:
     """Return an object's repr without addresses: of what has none of its own, its name."""
     if type(what).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
         return f"{type(what).__name__}()"
     return _ADDRESS.sub("", repr(what))
 
 
-def nameless(data: Any, paths: Iterable[str]) -> Any:
+def nameless(data: object, paths: Iterable[str]) -> Any:
     """Return data with absolute paths left out of its strings: files and folders keep their names.
 
     Left out are the folders of the given paths (those that are absolute), the current folder and
@@ -35,7 +35,7 @@ def nameless(data: Any, paths: Iterable[str]) -> Any:
     return _without(data, sorted(folders - {"/"}, key=len, reverse=True))
 
 
-def _without(data: Any, folders: list[str]) -> Any:
+def _without(data: object, folders: list[str]) -> Any:
     if isinstance(data, str):
         for folder in folders:
             data = data.replace(f"{folder}/", "").replace(folder, ".")

@@ -21,9 +21,9 @@ import json
 import math
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import SpaError
 
@@ -33,8 +33,11 @@ DEPTH = 64
 """Deeper nests are not read: whatever follows data by recursion stays far from its limits."""
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
+Form: TypeAlias = ("type | str | list[Form] | tuple[Form, ...] | Mapping[Any, Form] | "
+                   "Callable[[Any], bool] | None")
 
-def read(path: Path, form: Any = object, fix: str = "") -> Any:
+
+def read(path: Path, form: Form = object, fix: str = "") -> Any:
     """Read a JSON file; raises SpaError unless it is a file, sound, small enough and of the form.
     """
     try:
@@ -49,7 +52,7 @@ def read(path: Path, form: Any = object, fix: str = "") -> Any:
     return parse(text, form, path.name, where=str(path.parent), fix=fix)
 
 
-def parse(text: str, form: Any, name: str, *, where: str = "", fix: str = "") -> Any:
+def parse(text: str, form: Form, name: str, *, where: str = "", fix: str = "") -> Any:
     """Read JSON text; raises SpaError, naming it `name`, unless it is sound and of the form."""
     try:
         _check_depth(text)
@@ -93,7 +96,7 @@ def _finite(text: str) -> float:
 # --- forms ----------------------------------------------------------------------------------------
 
 
-def mismatch(data: Any, form: Any, path: str = "") -> str:
+def mismatch(data: object, form: Form, path: str = "") -> str:
     """Return "" if data has a form, else the first place that has not, and what it should be."""
     if isinstance(form, tuple):
         found = [mismatch(data, one, path) for one in form]
@@ -107,20 +110,20 @@ def mismatch(data: Any, form: Any, path: str = "") -> str:
     return "" if fits else f"{path or 'it'} is no {_said(form)}"
 
 
-def _is(data: Any, kind: type) -> bool:
+def _is(data: object, kind: type) -> bool:
     if isinstance(data, bool):
         return kind in (bool, object)
     return isinstance(data, (int, float) if kind is float else kind)
 
 
-def _in_list(data: Any, form: Any, path: str) -> str:
+def _in_list(data: object, form: Form, path: str) -> str:
     if not isinstance(data, list):
         return f"{path or 'it'} is no list"
     return next(filter(None, (mismatch(part, form, f"{path}[{i}]")
                               for i, part in enumerate(data))), "")
 
 
-def _in_object(data: Any, form: Mapping[Any, Any], path: str) -> str:
+def _in_object(data: object, form: Mapping[Any, Any], path: str) -> str:
     if not isinstance(data, dict):
         return f"{path or 'it'} is no object"
     if str in form:
@@ -136,7 +139,7 @@ def _in_object(data: Any, form: Mapping[Any, Any], path: str) -> str:
     return ""
 
 
-def _said(form: Any) -> str:
+def _said(form: Form) -> str:
     if isinstance(form, list):
         return "list"
     if isinstance(form, Mapping):
