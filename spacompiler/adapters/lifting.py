@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import SpaError
-from ..store import folder as artifact
+from ..store.folder import check_hashes, read_slices, whole
 from ..store.place import check_artifact, check_out
 from ..system.process import alone
 from . import foreign
@@ -32,7 +32,7 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
     """
     target = check_out(Path(out))
     check_artifact(Path(plan))
-    artifact.check_hashes(Path(plan))
+    check_hashes(Path(plan))
     cuts = recorded(Path(plan))
     found = foreign.read(Path(adapter))
     if found.foreign:
@@ -40,15 +40,15 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
                        why="it is not in peft's format, and says its layers in another way",
                        fix="train LoRA of peft on the pruned model")
     made = lifted(found, cuts)
-    made.origin["weights_hash"] = artifact.read_slices(Path(plan)).get("weights_hash", "")
-    with artifact.whole(target) as folder:
+    made.origin["weights_hash"] = read_slices(Path(plan)).get("weights_hash", "")
+    with whole(target) as folder:
         made.save(folder)
     return target
 
 
 def recorded(folder: Path) -> dict[str, Cut]:
     """Read how each array of an artifact was cut."""
-    data = artifact.read_slices(folder)
+    data = read_slices(folder)
     lists = {key: torch.tensor(index) for key, index in data["indices"].items()}
     if "shapes" not in data:
         raise SpaError("slices.json does not say the dense shapes", where=str(folder),

@@ -17,7 +17,7 @@ from ..errors import ProofError, SpaError
 from ..runtime.latency import compare_cases
 from ..stages.compiled import Compiled
 from ..stages.tolerances import ONNX
-from ..store import folder as artifact
+from ..store.folder import write_json
 from ..system.staging import Scratch
 from ..torch_backend.gather.texts import positions
 from .measured import measured
@@ -50,7 +50,7 @@ def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
         job.notes.append("no genai_config.json: it has one head count for all layers, and here "
                          "layers may differ (see --layout uniform)")
     else:
-        artifact.write_json(folder / "genai_config.json", config)
+        write_json(folder / "genai_config.json", config)
     times = measured(job, "latency", lambda: _latency(job, path)) if job.recipe.latency else None
     return data | (times or {})
 

@@ -12,8 +12,8 @@ from torch import nn
 from ..errors import SpaError, WeightsError
 from ..evidence.calls import Inputs
 from ..store import completeness, weight_files
-from ..store import folder as artifact
 from ..store.arrays import load_weights
+from ..store.folder import check_hashes, load_check, read_json, read_slices
 from ..store.weight_files import WEIGHTS
 from ..system.process import alone
 from ..torch_backend import pretrained
@@ -38,7 +38,7 @@ def load(folder: str | Path, model: nn.Module | str | None = None) -> nn.Module:
         SpaError: no artifact there, damaged files, or no way to build the network.
     """
     place = Path(folder)
-    artifact.check_hashes(place)
+    check_hashes(place)
     return load_folder(place, model=model)
 
 
@@ -47,7 +47,7 @@ def load_folder(folder: Path, model: nn.Module | str | None = None) -> nn.Module
 
     Raises SpaError, whatever the files make go wrong.
     """
-    structure = artifact.read_json(folder / "structure.json")
+    structure = read_json(folder / "structure.json")
     try:
         return _load(folder, structure, model)
     except SpaError:
@@ -97,7 +97,7 @@ def _shapes(folder: Path, dense: nn.Module,
     They name the arrays that changed by the first of their names; None where an array is cut along
     several dimensions at once. Buffers that a state dict leaves out are stored where they changed.
     """
-    slices = artifact.read_slices(folder)
+    slices = read_slices(folder)
     saved, first = dense.state_dict().keys(), dict[int, str]()
     found: dict[str, tuple[int, ...] | None] = {}
     for name, tensor in named_arrays(dense):
@@ -192,7 +192,7 @@ def _program(folder: Path, structure: dict[str, Any], arrays: dict[str, torch.Te
 
 def check_inputs(folder: Path, structure: Mapping[str, Any]) -> Inputs:
     """Return the example inputs that an artifact recorded; raises SpaError if they are missing."""
-    stored, _ = artifact.load_check(folder)
+    stored, _ = load_check(folder)
     recorded = structure["inputs"]
     names = [f"arg.{i}" for i in range(recorded["args"])] or [
         f"kwarg.{k}" for k in recorded["kwargs"] if k not in recorded["constants"]]

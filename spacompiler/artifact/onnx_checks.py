@@ -18,7 +18,7 @@ from ..onnx_backend.read.file import OnnxFile, check_finite, open_model
 from ..onnx_backend.run.session import results
 from ..runtime.session import open_session, run_session
 from ..sources.backends import backend_of
-from ..store import folder as artifact
+from ..store.folder import read_slices
 from .check import Check
 from .load import check_inputs, dense_source
 from .onnx_files import full_check
@@ -68,7 +68,7 @@ def _identity(folder: Path, structure: dict[str, Any], path: Path, model: object
         traced, _ = backend_of(dense).trace(dense, check_inputs(folder, structure))
         return with_biases(traced, structure["biased"])
 
-    made, slices = ir.load(path).graph.initializers, artifact.read_slices(folder)["arrays"]
+    made, slices = ir.load(path).graph.initializers, read_slices(folder)["arrays"]
 
     def have(dense: OnnxFile) -> dict[str, np.ndarray]:
         """Arrays that the dense file has too: floating ones, and others that were cut.

@@ -28,8 +28,8 @@ from ..runtime.session import open_session, run_session
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
 from ..stages.tolerances import RELOAD_FILE
-from ..store import folder as artifact
 from ..store.arrays import save_check
+from ..store.folder import write_json
 from .measured import measured
 
 EXTERNAL_BYTES = 2**30
@@ -59,7 +59,7 @@ def write_file(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     save_check(folder / "check.safetensors", (), {
         n: torch.from_numpy(np.array(a)) for n, a in traced.feeds.items()},
         [torch.from_numpy(np.array(a)) for a in got])
-    artifact.write_json(folder / "structure.json", structure(job, traced))
+    write_json(folder / "structure.json", structure(job, traced))
     data["latency"] = None
     if refused:
         job.notes.append(f"{refused}: checked by ONNX's reference implementation, not timed")

@@ -16,8 +16,8 @@ from ..errors import SpaError
 from ..groups.solution import Solution
 from ..plan.plan import Plan
 from ..stages.comparison import Comparison, compare
-from ..store import folder as artifact
 from ..store.arrays import sample
+from ..store.folder import load_check, read_json
 from .cuts import cuts
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
@@ -25,7 +25,7 @@ Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
 def recorded(folder: Path, got: list[torch.Tensor]) -> Comparison:
     """Compare results with those that an artifact recorded (samples of them)."""
-    stored, shapes = artifact.load_check(folder)
+    stored, shapes = load_check(folder)
     if shapes is None:  # written before shapes were recorded: floating results alone
         wanted = [n for n in stored if n.startswith("result.")]
         have = {n: sample(got[i]) for n in wanted
@@ -101,7 +101,7 @@ def _is_finite(array: Array) -> bool:
 def claims(folder: Path, structure: Mapping[str, Any], slices: Mapping[str, Any],
            plan: Plan) -> str:
     """Return "" if the files agree on what was done, else what speaks against what."""
-    recipe = artifact.read_json(folder / "recipe.json")
+    recipe = read_json(folder / "recipe.json")
     if structure.get("trained") and not (recipe.get("recovery") or recipe.get("schedule")):
         return "arrays are said to be trained, and the recipe trains nothing"
     if slices.get("trained") and not structure.get("trained"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpaError
-from ..store import folder as artifact
+from ..store.folder import read_json
 
 CODE = ("auto_map", "custom_pipelines")
 """Entries of a configuration that name code which came along with it."""
@@ -28,7 +28,7 @@ class SourceNeeded(SpaError):
 
 def check(file: Path) -> dict[str, Any]:
     """Read a configuration; raises SpaError if it is damaged or names code elsewhere."""
-    data: dict[str, Any] = artifact.read_json(file)
+    data: dict[str, Any] = read_json(file)
     for key, value in _entries(data):
         if key in CODE or (key.endswith("_implementation") and "/" in str(value)):
             raise SpaError(f"{file.name} cannot be used", where=str(file.parent),

@@ -14,7 +14,7 @@ from ..evidence.calls import Inputs, as_call
 from ..plan.plan import Plan
 from ..stages.comparison import compare
 from ..stages.tolerances import ONNX, RECORDED
-from ..store import folder as artifact
+from ..store.folder import read_json, read_slices
 from . import recorded
 from .check import Check
 from .load import check_inputs, dense_source, prepared
@@ -95,7 +95,7 @@ def identity(folder: Path, structure: Mapping[str, Any], have: Callable[[Any], M
     """
     name = "plan identity"
     plan = Plan.read(folder)
-    slices = artifact.read_slices(folder)
+    slices = read_slices(folder)
     wrong = recorded.claims(folder, structure, slices, plan)
     if wrong:
         return Check(name, False, wrong)
@@ -126,7 +126,7 @@ def _summary(found: Mapping[str, str], slices: Mapping[str, Any]) -> str:
 
 def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iterator[Check]:
     """ONNX Runtime against the reloaded model, if there is an ONNX file or should be."""
-    asked = artifact.read_json(folder / "recipe.json").get("onnx", False) and \
+    asked = read_json(folder / "recipe.json").get("onnx", False) and \
         not structure.get("parts")
     if (folder / "model.onnx").exists():
         yield tried("onnx", lambda: _onnx(folder, structure, module))

@@ -16,8 +16,8 @@ from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
 from ..stages.tolerances import ONNX, RELOAD_MODULE
 from ..store import beside
-from ..store import folder as artifact
 from ..store.arrays import save_check, save_weights
+from ..store.folder import write_json
 from ..system.staging import Scratch
 from ..torch_backend.backend import pruned_program
 from ..torch_backend.emit import stock as hf
@@ -60,7 +60,7 @@ def _weights(job: Compiled, folder: Path) -> None:
     save_weights(folder / "model.safetensors", module, sliced)
     if is_hf(job.module):
         config = job.reference.config.to_dict()
-        artifact.write_json(folder / "dense_config.json", {
+        write_json(folder / "dense_config.json", {
             **config, "_name_or_path": Path(config.get("_name_or_path") or "").name})
         if _tokenizer(job) is not None:
             job.tokenizer.save_pretrained(folder)
@@ -104,9 +104,9 @@ def _reload(job: Compiled, folder: Path) -> str:
 
     want = results(job.pruned.eval(), job.trace.args, job.trace.kwargs)
     save_check(folder / "check.safetensors", job.trace.args, job.trace.kwargs, want)
-    artifact.write_json(folder / "structure.json", structure(job))
+    write_json(folder / "structure.json", structure(job))
     (folder / "plan.json").write_text(plan_text(job), encoding="utf-8")
-    artifact.write_json(folder / "slices.json", slices(job))
+    write_json(folder / "slices.json", slices(job))
     again = load_folder(folder, model=job.reference)
     got = results(again, job.trace.args, job.trace.kwargs)
     if _differing_array(job.pruned, again) or not relative_error(got, want) <= RELOAD_MODULE.value:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..store import folder as artifact
+from ..store.folder import check_manifest, read_json
 from ..system.process import alone
 from .check import Check
 from .load import load_folder
@@ -29,11 +29,11 @@ def verify(folder: str | Path, model: nn.Module | str | None = None) -> list[Che
 
 def checks(folder: Path, model: nn.Module | str | None = None) -> Iterator[Check]:
     """Yield checks as they are done."""
-    wrong = artifact.check_manifest(folder)
+    wrong = check_manifest(folder)
     yield Check("hashes", not wrong, "; ".join(wrong[:3]) or "every file is as written")
     if wrong:
         return
-    structure = artifact.read_json(folder / "structure.json")
+    structure = read_json(folder / "structure.json")
     if structure["layout"] == "onnx":
         from .onnx_checks import checks as of_file
 

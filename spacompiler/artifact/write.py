@@ -7,7 +7,7 @@ from typing import Any
 
 from ..plan.plan import pruned_bytes
 from ..stages.compiled import Compiled
-from ..store import folder as artifact
+from ..store.folder import whole, write_json, write_manifest
 from ..store.said import said
 from . import report
 from .onnx_files import write_file
@@ -30,7 +30,7 @@ def write(job: Compiled, out: Path) -> dict[str, Any]:
     data["bytes"] = pruned_bytes(job.solution, job.choices)
     data["bytes"]["dense"] = job.whole.get("bytes", data["bytes"]["dense"])
     local = without_places(job)
-    with artifact.whole(out) as folder:
+    with whole(out) as folder:
         job.progress("writing weights", 0, 4)
         FILES[job.backend.kind](job, folder, data)
         if job.recipe.int8:
@@ -39,16 +39,16 @@ def write(job: Compiled, out: Path) -> dict[str, Any]:
             data.update(write_int8(job, folder))
         job.progress("writing the report", 3, 4)
         (folder / "plan.json").write_text(plan_text(job), encoding="utf-8")
-        artifact.write_json(folder / "slices.json", slices(job))
+        write_json(folder / "slices.json", slices(job))
         if job.kept is not None:
             job.kept.save(folder / "adapter")
-        artifact.write_json(folder / "recipe.json", local({
+        write_json(folder / "recipe.json", local({
             "model": job.name, **job.recipe.as_dict(), "importance": said(job.importance),
             "allocation": said(job.allocation),
             "repair": "none" if job.compensation is None else said(job.compensation),
             "calibration": job.calibration.origin}))
         data.update(local({k: data[k] for k in NAMING if k in data}))
-        artifact.write_json(folder / "report.json", data)
+        write_json(folder / "report.json", data)
         (folder / "report.md").write_text(report.markdown(data), encoding="utf-8")
-        artifact.write_manifest(folder)
+        write_manifest(folder)
     return data
