@@ -40,7 +40,8 @@ def _varies(node: Node) -> bool:
     return not isinstance(_value(node.args[0]).shape[_dim(node)], int)
 
 
-def _value(node: Any) -> Any:
+def _value(node: object) -> Any:
+    assert isinstance(node, Node)
     return node.meta["val"]
 
 

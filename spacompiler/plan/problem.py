@@ -60,8 +60,8 @@ class Measured(Protocol):
     def lost(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
         """Return the divergence of the masked network from the dense one under counts `kept`."""
 
-    def changes(self, problem: Problem, kept: Mapping[str, int], moves: Any,
-                batches: int) -> Any:
+    def changes(self, problem: Problem, kept: Mapping[str, int],
+                moves: Mapping[str, Sequence[int]], batches: int) -> Any:
         """Return what moving single units does to results under the counts `kept`."""
 
 
