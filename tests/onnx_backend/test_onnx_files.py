@@ -321,7 +321,7 @@ def test_integers_are_scored_from_their_zero_point_on(tmp_path: Path) -> None:
     """Criteria see unsigned weights as the floats that they stand for, but for the scale."""
     path = quantised(tmp_path, weight_type=QuantType.QUInt8)
     job = pruned(path, tmp_path, dry_run=True).job
-    found = job.backend.context(job).stored("w3_quantized").numpy()
+    found = job.backend.context(job.trace, job.solution, 0).stored("w3_quantized").numpy()
     dense = {t.name: t for t in onnx.load(tmp_path / "float.onnx").graph.initializer}
     want = numpy_helper.to_array(dense["w3"])
     scale = (found * want).sum() / (found**2).sum()
