@@ -317,7 +317,10 @@ def test_time_budget_stops_after_five_turns(llama):
 
 
 def test_a_rewritten_program_has_no_cache_to_export(llama, tmp_path):
-    job = dataclasses.replace(llama[0].job, emission="program", notes=["sizes in the code"])
+    job = llama[0].job
+    job = dataclasses.replace(
+        job, emitted=dataclasses.replace(job.made, emission="program"),
+        ask=dataclasses.replace(job.ask, notes=["sizes in the code"]))
     with pytest.raises(SpaError, match="as a decoder with a cache") as caught:
         write(job, tmp_path / "o")
     assert "sizes in the code" in caught.value.why and not (tmp_path / "o").exists()
