@@ -26,6 +26,7 @@ import spacompiler
 from spacompiler import models_zoo
 
 NEAR = 1e-4
+SEEN = 100 * NEAR
 ROLES = (("channel", "head"), ("channel",), ("head",), ("head dim",))
 CRITERIA = ("magnitude", "taylor", "wanda", "geometric-median")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -133,10 +134,13 @@ def judge(dense: nn.Module, small: nn.Module, inputs: Any, seed: int = 0) -> tup
         kept, total = kept + int(masks[name].sum()), total + array.numel()
     for name, mask in masks.items():
         arrays[name].data[torch.from_numpy(np.asarray(~mask))] = 0
-    worst = max(_gap(zeroed.float(), copy.deepcopy(small).float(), call)
-                for call in calls(inputs, seed))
+    whole, zeroed, made = (copy.deepcopy(m).float() for m in (dense, zeroed, small))
+    given = list(calls(inputs, seed))
+    worst = max(_gap(zeroed, made, call) for call in given)
     if not worst <= NEAR:
         raise Wrong(f"results differ by {worst:.1e}")
+    if kept < total and min(_gap(whole, made, call) for call in given) < SEEN:
+        raise Wrong("what is gone has no effect on results, so that nothing was judged")
     return kept / total, worst
 
 

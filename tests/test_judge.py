@@ -91,6 +91,15 @@ def test_code_that_computes_otherwise_is_found(pair: tuple[nn.Module, nn.Module]
         BENCH.judge(pair[0], wrong, INPUTS)
 
 
+def test_a_network_that_reads_nothing_of_what_is_gone_is_no_proof(
+        pair: tuple[nn.Module, nn.Module]) -> None:
+    dense, small = map(copy.deepcopy, pair)
+    for net in (dense, small):
+        net[2] = nn.Sequential(net[2], nn.Hardtanh(0.0, 1e-9))
+    with pytest.raises(BENCH.Wrong, match="nothing was judged"):
+        BENCH.judge(dense, small, INPUTS)
+
+
 def test_slices_of_slices_are_searched_one_by_one() -> None:
     dense = torch.randn(4, 6, 3).numpy()
     small = np.stack([dense[0][[0, 2]], dense[3][[1, 5]]])
