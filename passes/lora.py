@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from spacompiler.system.process import no_warnings
 from spacompiler.train.loop import Training, train, vectors
 from spacompiler.train.objective import Objective, call
 from spacompiler.train.options import Schedule
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 INITS = ("default", "gaussian", "eva", "olora", "orthogonal", "mica", "pissa", "pissa_niter_N",
          "lora_ga")
@@ -76,7 +80,7 @@ class Lora(Schedule):
         fold(tuned, probe, before, where="recovery")
         return facts
 
-    def _attach(self, peft: Any, task: Training, paths: list[str]) -> Any:
+    def _attach(self, peft: ModuleType, task: Training, paths: list[str]) -> Any:
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init, target_modules=paths)
@@ -96,8 +100,8 @@ class Lora(Schedule):
                            fix="use another init, or --recover norms or full") from problem
         return tuned
 
-
-    def _gradients(self, peft: Any, task: Training, config: Any, paths: list[str]) -> None:
+    def _gradients(self, peft: ModuleType, task: Training, config: LoraConfig,
+                   paths: list[str]) -> None:
         """Leave on each layer the mean gradient that peft starts its factors from.
 
         Raises SpaError for a layer that has none: peft would start it at random, unsaid.

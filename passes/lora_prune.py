@@ -14,12 +14,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from spacompiler.errors import SpaError, TargetError
+from spacompiler.evidence.protocol import Importance
 from spacompiler.groups.repeats import family
 from spacompiler.groups.solution import Group
 from spacompiler.live.attached import Attached, adaptable
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.ramp import Cubic
-from spacompiler.live.sites import MASKED, Masks, sites
+from spacompiler.live.sites import MASKED, Masks, Site, sites
 from spacompiler.live.watch import Watch
 from spacompiler.request import registry
 from spacompiler.stages.records import Scheduling, Scored
@@ -113,7 +114,7 @@ class LoraPrune:
     # --- the loop -----------------------------------------------------------------------------
 
     def _train(self, task: Scheduling, counts: dict[str, int], attached: Attached, masks: Masks,
-               watch: Watch, criterion: Any) -> tuple[Kept, dict[str, np.ndarray]]:
+               watch: Watch, criterion: Importance) -> tuple[Kept, dict[str, np.ndarray]]:
         adapters = attached.parameters()
         total = self.steps or self.epochs * ceil(len(task.calibration.batches) / self.accumulate)
         ramp = Cubic(total, self.every, self.warmup, self.cooldown, self.start)
@@ -155,7 +156,7 @@ class LoraPrune:
                            fix="lower the learning rate: lora-prune(lr=...)")
         return total
 
-    def _measure(self, groups: Sequence[Group], watch: Watch, criterion: Any,
+    def _measure(self, groups: Sequence[Group], watch: Watch, criterion: Importance,
                  average: dict[str, np.ndarray]) -> None:
         """Update the moving averages, unless a score is not finite."""
         found = {g.name: criterion.score(g, watch).detach().double().numpy() for g in groups}
@@ -176,7 +177,7 @@ class LoraPrune:
 
     # --- what may go --------------------------------------------------------------------------
 
-    def _free(self, task: Scheduling, criterion: Any) -> list[Group]:
+    def _free(self, task: Scheduling, criterion: Importance) -> list[Group]:
         """Candidates that may go; a note counts those of protected layers."""
         free = self._judged(task, task.candidates, criterion)
         protected = self._protected(task.candidates)
@@ -186,7 +187,8 @@ class LoraPrune:
             raise self._nothing(task, task.candidates, criterion)
         return free
 
-    def _judged(self, task: Scheduling, groups: Sequence[Group], criterion: Any) -> list[Group]:
+    def _judged(self, task: Scheduling, groups: Sequence[Group],
+                criterion: Importance) -> list[Group]:
         """Groups outside of protected layers that the criterion can judge."""
         protected, adapted = self._protected(groups), self._adapted(task, groups)
         return [g for g in groups if g.name not in protected and (
@@ -197,7 +199,8 @@ class LoraPrune:
         arrays = {f"{path}.weight" for path in adaptable(task.module, groups, self.targets)}
         return {g.name for g in groups if any(m.weight in arrays for m in g.members)}
 
-    def _nothing(self, task: Scheduling, groups: Sequence[Group], criterion: Any) -> TargetError:
+    def _nothing(self, task: Scheduling, groups: Sequence[Group],
+                 criterion: Importance) -> TargetError:
         """Why none of the groups may go, and the fewest options that would let some, by trial."""
         helps = (names for count in range(1, len(LETS_GO) + 1)
                  for names in combinations(LETS_GO, count)
@@ -226,7 +229,7 @@ class LoraPrune:
         return found
 
 
-def _unmasked(groups: Sequence[Group], places: Sequence[Any]) -> dict[str, str]:
+def _unmasked(groups: Sequence[Group], places: Sequence[Site]) -> dict[str, str]:
     """Why each group cannot be masked where it is read, or ""."""
     read = {name for site in places for name, _ in site.reads}
     return {g.name: MASKED if any(r.how == "score" for r in g.reads) else
@@ -234,7 +237,7 @@ def _unmasked(groups: Sequence[Group], places: Sequence[Any]) -> dict[str, str]:
             for g in groups}
 
 
-def _seen(task: Scheduling, places: Sequence[Any], asked: Sequence[Group]) -> list[Group]:
+def _seen(task: Scheduling, places: Sequence[Site], asked: Sequence[Group]) -> list[Group]:
     """Candidates that can be masked where they are read; a note names the others.
 
     Raises TargetError if there is none; `asked` are all that the user would let go.

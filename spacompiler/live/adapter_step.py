@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,7 +22,28 @@ from torch import nn
 from spacompiler.evidence.protocol import AdapterStep
 
 
-def layer_of(module: nn.Module, weight: str) -> Any:
+class AdapterLayer(Protocol):
+    """What is used of a layer of peft's; the attributes of LoRA only where it is one."""
+
+    active_adapters: Sequence[str]
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    scaling: Mapping[str, float]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of the adapters and of the layer that they adapt."""
+
+    def double(self) -> AdapterLayer:
+        """Turn all arrays to float64, in place."""
+
+    def get_base_layer(self) -> nn.Linear:
+        """Return the layer that is adapted."""
+
+    def merge(self) -> None:
+        """Add what the adapters do to the layer's own weight, in place."""
+
+
+def layer_of(module: nn.Module, weight: str) -> AdapterLayer | None:
     """Return the adapter layer (peft's) that wraps the module owning a stored weight, or None."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -50,7 +72,7 @@ def adapted(module: nn.Module, weight: str, *, eta: float = 1.0,
     return AdapterStep((here - merged(layer, eta)) / eta, here)
 
 
-def merged(layer: Any, eta: float = 0.0) -> torch.Tensor:
+def merged(layer: AdapterLayer, eta: float = 0.0) -> torch.Tensor:
     """Return W'(theta - eta * gradient) in float64; the layer is left as it is."""
     twin = copy.deepcopy(layer)
     for mine, other in zip(_own(layer), _own(twin), strict=True):
@@ -61,12 +83,12 @@ def merged(layer: Any, eta: float = 0.0) -> torch.Tensor:
     return twin.get_base_layer().weight.detach()
 
 
-def _own(layer: Any) -> list[nn.Parameter]:
+def _own(layer: AdapterLayer) -> list[nn.Parameter]:
     """The adapter's parameters, without those of the layer that it adapts."""
     return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
 
 
-def _plain_lora(layer: Any) -> bool:
+def _plain_lora(layer: AdapterLayer) -> bool:
     """True for LoRA on a linear layer or an ungrouped convolution, with no variant in use."""
     names = [n for n in layer.active_adapters if n in getattr(layer, "lora_A", {})]
     return bool(names) and not getattr(layer, "lora_variant", None) and \
@@ -74,7 +96,7 @@ def _plain_lora(layer: Any) -> bool:
         all(hasattr(layer.lora_A[n], "weight") for n in names)
 
 
-def _lora(layer: Any, eta: float, scaled: bool) -> AdapterStep:
+def _lora(layer: AdapterLayer, eta: float, scaled: bool) -> AdapterStep:
     base = layer.get_base_layer().weight
     turned = getattr(layer, "fan_in_fan_out", False)
     shape = base.T.shape if turned else base.shape
@@ -95,6 +117,7 @@ def _lora(layer: Any, eta: float, scaled: bool) -> AdapterStep:
 
 def _flat(array: torch.Tensor) -> torch.Tensor:
     return array.detach().float().flatten(1)
+
 
 def adapter_arrays(module: nn.Module) -> set[str]:
     """Return the names of arrays that belong to peft's adapters (their ranks are no slices)."""

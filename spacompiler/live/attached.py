@@ -42,7 +42,7 @@ class Attached:
     """
 
     def __init__(self, module: nn.Module, paths: list[str], *, adapter: str = "lora",
-                 dtype: str = "float32", **options: Any) -> None:
+                 dtype: str = "float32", **options: object) -> None:
         if not paths:
             raise SpaError("no layer can be adapted", why="adapters fit on linear layers and "
                            "ungrouped convolutions", fix="use importance='taylor'")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spacompiler.errors import UsageError
 from spacompiler.live.pruner import Pruner
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
 FILE = "pruner.json"
 
 
-def _begin(pruner: Pruner, optimizers: Any, total: int) -> None:
+def _begin(pruner: Pruner, optimizers: object, total: int) -> None:
     """Follow a trainer's optimiser, and its length where the schedule does not know it."""
     pruner.attach(optimizers)
     if not pruner.schedule.steps:
@@ -33,18 +37,22 @@ def trainer_callback(pruner: Pruner) -> Any:
     class PruningCallback(TrainerCallback):
         """Shrinks the model after the optimiser's steps, as the schedule says."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState,
+                          control: TrainerControl, **kwargs: object) -> None:
             _begin(pruner, kwargs["optimizer"], state.max_steps)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState,
+                       control: TrainerControl, **kwargs: object) -> None:
             pruner.step()
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_save(self, args: TrainingArguments, state: TrainerState,
+                   control: TrainerControl, **kwargs: object) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():
                 pruner.save(folder / FILE)
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_end(self, args: TrainingArguments, state: TrainerState,
+                        control: TrainerControl, **kwargs: object) -> None:
             pruner.finish()
 
     return PruningCallback()
@@ -68,16 +76,17 @@ def lightning_callback(pruner: Pruner) -> Any:
         state_key = "PruningCallback"
         _seen = 0
 
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             _begin(pruner, list(trainer.optimizers), int(trainer.estimated_stepping_batches))
             self._seen = trainer.global_step
 
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule,
+                               *rest: object) -> None:
             while self._seen < trainer.global_step:  # none while gradients accumulate
                 self._seen += 1
                 pruner.step()
 
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             pruner.finish()
 
         def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ class Pruner:
 
     @alone()
     def __init__(self, model: nn.Module, example_inputs: Inputs,
-                 optimizer: Any = None, *, target: str, schedule: Any = "cubic",
-                 importance: Any = "taylor", allocation: Any = "uniform", ema: float = 0.9,
-                 prove: bool = True, align: int | None = 1, **options: Any) -> None:
+                 optimizer: object = None, *, target: str, schedule: object = "cubic",
+                 importance: object = "taylor", allocation: object = "uniform", ema: float = 0.9,
+                 prove: bool = True, align: int | None = 1, **options: object) -> None:
         if not 0 <= ema < 1:
             raise UsageError(f"ema must be from 0 to below 1, not {ema}")
         self.model: nn.Module = getattr(model, "_orig_mod", model)
@@ -105,7 +105,7 @@ class Pruner:
 
     # --- the loop -----------------------------------------------------------------------------
 
-    def attach(self, optimizer: Any) -> None:
+    def attach(self, optimizer: object) -> None:
         """Follow one or several optimisers: their state shrinks too, their steps are watched."""
         if optimizer is None:
             return
@@ -118,7 +118,7 @@ class Pruner:
                 self._hooks.append(each.register_step_pre_hook(self._before))
             self._optimizers.append(each)
 
-    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Watch before a step; where a closure makes the gradients, within it (Lightning)."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -316,12 +316,12 @@ class Pruner:
         return {name: np.where(self.live.kept.table(name), score, 0.0)
                 for name, score in self._scores.items()}
 
-    def _units(self, scores: Any = None) -> tuple[Unit, ...]:
+    def _units(self, scores: Mapping[str, np.ndarray] | None = None) -> tuple[Unit, ...]:
         plain = self._plain_units(scores)
         single = {u.groups[0].name: u for u in plain}
         return tuple(stock.with_losses(u, single) for u in self._stock) or plain
 
-    def _plain_units(self, scores: Any = None, *, uniform: bool = False
+    def _plain_units(self, scores: Mapping[str, np.ndarray] | None = None, *, uniform: bool = False
                      ) -> tuple[Unit, ...]:
         r = self.recipe
         scores = scores or {g.name: np.ones(g.shape) for g in self.groups}

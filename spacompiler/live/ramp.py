@@ -85,19 +85,22 @@ class Once:
 
     @property
     def steps(self) -> int:
+        """The step at which everything goes."""
         return self.at
 
     def share(self, step: int) -> float:
+        """Return 0 before the step, 1 from it on."""
         return float(step >= self.at)
 
     def due(self, step: int) -> bool:
+        """True at the step alone."""
         return step == self.at
 
 
 RAMPS: dict[str, Callable[..., Any]] = {r.name: r for r in (Cubic, Linear, Once)}
 
 
-def find(what: Any) -> Any:
+def find(what: object) -> Any:
     """Return a schedule for `cubic(steps=1000, every=10)`, or the object itself.
 
     >>> find("cubic(steps=100)").share(50)

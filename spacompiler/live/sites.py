@@ -69,8 +69,8 @@ def _checked(module: nn.Module, trace: Trace, found: list[Site]) -> list[Site]:
     want: dict[str, torch.Tensor] = {}
     names = {site.tensor for site in found}
 
-    def keep(name: str, value: Any) -> None:
-        if name in names:
+    def keep(name: str, value: object) -> None:
+        if name in names and isinstance(value, torch.Tensor):
             want[name] = value
 
     handles = [module.get_submodule(path).register_forward_pre_hook(
@@ -87,11 +87,11 @@ def _checked(module: nn.Module, trace: Trace, found: list[Site]) -> list[Site]:
             and _same(given[s.path][0], want[s.tensor])]
 
 
-def _same(got: Any, want: torch.Tensor) -> bool:
+def _same(got: object, want: torch.Tensor) -> bool:
     if not isinstance(got, torch.Tensor) or got.numel() != want.numel() or not got.ndim:
         return False
-    got, want = got.reshape(-1).double(), want.reshape(-1).double()
-    return bool((got - want).abs().max() <= SITE.value * want.abs().max() + 1e-12)
+    given, want = got.reshape(-1).double(), want.reshape(-1).double()
+    return bool((given - want).abs().max() <= SITE.value * want.abs().max() + 1e-12)
 
 
 def hook(module: nn.Module, found: Iterable[Site], change: Change) -> list[RemovableHandle]:

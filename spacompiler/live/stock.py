@@ -39,10 +39,11 @@ def bring_config(live: Shrinking) -> str:
     choices = live.kept.choices()
     shapes = hf.pruned_shapes(model, live.dense_trace.tied, live.dense, choices)
     try:
-        wanted = hf.uniform_config(model, live.dense, choices, shapes).to_dict()
+        config = hf.uniform_config(model, live.dense, choices, shapes)
     except SpaError as problem:
         return f"{problem.what} ({problem.why})"
-    old = model.config.to_dict()
+    assert config is not None
+    wanted, old = config.to_dict(), model.config.to_dict()
     changes = {key: value for key, value in wanted.items() if value != old.get(key)}
     want = results(model, live.trace.args, live.trace.kwargs)
     _set(model.config, changes)
@@ -52,6 +53,6 @@ def bring_config(live: Shrinking) -> str:
     return wrong
 
 
-def _set(config: Any, changes: Mapping[str, Any]) -> None:
+def _set(config: object, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         setattr(config, key, value)

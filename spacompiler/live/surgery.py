@@ -113,13 +113,14 @@ def _state_changes(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, dims:
             yield state, key, _sliced(value, tensor, dims, choices, key, name)
 
 
-def _sliced(value: Any, tensor: torch.Tensor, dims: Dims, choices: Choices, key: str,
+def _sliced(value: object, tensor: torch.Tensor, dims: Dims, choices: Choices, key: str,
             name: str) -> torch.Tensor:
     shape = tuple(getattr(value, "shape", ()))
     own = dims if shape == tuple(tensor.shape) else FACTORED.get(key, lambda d: ())(dims)
     mentioned = {a for e in own for a in atoms(e)}
     whole = all(o in mentioned for a in mentioned & choices.keys() for o in choices[a].outers)
-    if not shape or tuple(e.size for e in own) != shape or not whole:
+    if not isinstance(value, torch.Tensor) or not shape or not whole \
+            or tuple(e.size for e in own) != shape:
         raise SpaError(
             f"the optimiser's state {key!r} of {name} cannot be sliced",
             why=f"it is {type(value).__name__} {list(shape)} for a parameter "

@@ -123,7 +123,7 @@ class Watch(Scores):
 
     # --- hooks --------------------------------------------------------------------------------
 
-    def _gate(self, site: Site, x: Any) -> Any:
+    def _gate(self, site: Site, x: object) -> Any:
         if torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad:
             given = x.detach()
             x.register_hook(lambda gradient: self._add_gates(site, given, gradient))
@@ -142,7 +142,7 @@ class Watch(Scores):
             for kind in set(GATES) & set(self._needs):
                 self._add((kind, name), (each if kind == "gates" else each.abs()).sum(0))
 
-    def _add(self, key: Any, value: torch.Tensor) -> None:
+    def _add(self, key: object, value: torch.Tensor) -> None:
         have = self._seen.get(key)
         self._seen[key] = value if have is None else have.add_(value)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from ..evidence.consumers import Consumer
-
-if TYPE_CHECKING:
-    import torch
+from ..evidence.statistics import Covariance
 
 
 class Compensation(Protocol):
@@ -64,16 +62,20 @@ class Evidence:
         return self.squares / self.count - mean
 
 
-def _of_dense(covariance: Any, weight: torch.Tensor, shared: int) -> Evidence:
+def of_dense(covariance: Covariance, weight: torch.Tensor, shared: int) -> Evidence:
+    """Return the sums of one shared index in the dense network: y = W x, W (outputs, features)."""
     x, gram, w = covariance.total[shared], covariance.gram[shared], weight.double()
     cross = gram @ w.T
     seen = max(int(covariance.seen[shared]), 1)
     return Evidence(seen, x, w @ x, gram, cross, float((w.T * cross).sum()))
 
 
-def _of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
-             pruned: list[torch.Tensor], gap: list[torch.Tensor] | None) -> list[Evidence]:
-    """Sum over batches: x as the pruned network has it, y = W x of the dense one (+ the gap)."""
+def of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
+            pruned: list[torch.Tensor], gap: list[torch.Tensor] | None) -> list[Evidence]:
+    """Sum over batches: x as the pruned network has it, y = W x of the dense one (+ the gap).
+
+    `dense` and `pruned` are what the consumer reads in each batch; one sum for each shared index.
+    """
     total: list[Evidence] = []
     for i, (a, b) in enumerate(zip(dense, pruned, strict=True)):
         wanted = at.inputs(a) @ weight.mT

@@ -17,9 +17,10 @@ import torch
 
 from ..axes.choices import Choices
 from ..errors import SpaError
+from ..evidence.scores import Scores
 from ..graph.ir import Ref
-from ..groups.solution import Solution
-from .evidence import Evidence, _of_dense, _of_pair
+from ..groups.solution import Group, Solution
+from .evidence import Compensation, Evidence, of_dense, of_pair
 from .network import Lockstep, Repairable
 from .sites import Site, readings, sites
 
@@ -31,7 +32,7 @@ class Repairer:
     network: Repairable
     solution: Solution
     choices: Choices
-    compensation: Any
+    compensation: Compensation | None
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array as it is now."""
@@ -52,13 +53,13 @@ class Repairer:
         made = made * site.kept.unsqueeze(1)
         return site.consumer.array(made.to(old.dtype), tuple(old.shape)), bias
 
-    def of_dense(self, context: Any, site: Site) -> list[Evidence]:
+    def of_dense(self, context: Scores, site: Site) -> list[Evidence]:
         """Return what the context's covariance says of a site's product in the dense network."""
         covariance = context.inputs(site.consumer)["covariance"]
         matrix = site.consumer.matrix(self.stored(site.weight))
-        return [_of_dense(covariance, w, s) for s, w in enumerate(matrix)]
+        return [of_dense(covariance, w, s) for s, w in enumerate(matrix)]
 
-    def one_shot(self, context: Any, batches: Sequence[Any], found: Sequence[Site]) -> None:
+    def one_shot(self, context: Scores, batches: Sequence[Any], found: Sequence[Site]) -> None:
         """Repair every site from statistics of the dense network."""
         by_node = {site.consumer.node.name: site for site in found}
         places = {(site.consumer.node.name, site.consumer.tensor) for site in found}
@@ -69,9 +70,9 @@ class Repairer:
                 site = by_node.pop(view.consumer.node.name, None)
                 if site is not None:
                     self._repair(site, view.weight, [
-                        _of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)])
+                        of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)])
 
-    def sequential(self, context: Any, batches: Sequence[Any], found: Sequence[Site], *,
+    def sequential(self, context: Scores, batches: Sequence[Any], found: Sequence[Site], *,
                    residual: bool) -> None:
         """Repair site after site, each from what it reads once those before it are repaired.
 
@@ -90,10 +91,10 @@ class Repairer:
             weight = at.matrix(self.stored(site.weight))
             gap = self._gap(site, dense, pruned) if residual else None
             reads = dense.reads(at.node.name, at.tensor)
-            evidence = _of_pair(at, weight, reads, pruned.reads(at.node.name, at.tensor), gap)
+            evidence = of_pair(at, weight, reads, pruned.reads(at.node.name, at.tensor), gap)
             if not site.kept.all():
                 first = self.of_dense(context, site) if "covariance" in context.inputs(at) else \
-                    _of_pair(at, weight, reads, reads, None)
+                    of_pair(at, weight, reads, reads, None)
                 weight = self._solved(site, weight.double(), first)[0]
             # one feature by itself stands in for no other: it needs no leash
             self._repair(site, weight, evidence, again=site.kept.shape[1] > 1)
@@ -120,7 +121,7 @@ class Repairer:
             done += 1
         return done
 
-    def _array(self, ref: Any) -> str | None:
+    def _array(self, ref: object) -> str | None:
         return self.solution.graph.tensors[ref.name].weight if isinstance(ref, Ref) else None
 
     def _gap(self, site: Site, dense: Lockstep, pruned: Lockstep) -> list[torch.Tensor] | None:
@@ -151,6 +152,7 @@ class Repairer:
     def _solved(self, site: Site, weight: torch.Tensor,
                 evidence: Sequence[Evidence], *,
                 again: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.compensation is not None
         solve = getattr(self.compensation, "again" if again else "solve", self.compensation.solve)
         parts = [solve(w, each, kept, has_bias=site.bias is not None)
                  for w, each, kept in zip(weight, evidence, site.kept, strict=True)]
@@ -178,16 +180,18 @@ class Channels:
 
     @property
     def mean(self) -> torch.Tensor:
+        """The mean of each channel: (channels,)."""
         return self.total / self.count
 
     @property
     def variance(self) -> torch.Tensor:
+        """The unbiased variance of each channel, as batch norms keep it: (channels,)."""
         spread = (self.squares / self.count - self.mean.square()).clamp(min=0)
         return spread * self.count / max(self.count - 1, 1)
 
 
-def _with_covariance(context: Any, batches: Sequence[Any],
-                     groups: Sequence[Any]) -> Iterator[Any]:
+def _with_covariance(context: Scores, batches: Sequence[Any],
+                     groups: Sequence[Group]) -> Iterator[Group]:
     """Yield groups whose statistics are at hand, then the others as theirs are gathered."""
     missing = []
     for group in groups:
@@ -199,13 +203,13 @@ def _with_covariance(context: Any, batches: Sequence[Any],
         yield from context.stream({"covariance"}, batches, missing)
 
 
-def draft(compensation: Any) -> Any:
+def draft(compensation: Compensation | None) -> Compensation | None:
     """Return a compensation pass's quick stand-in for trying plans out, or the pass itself."""
     return getattr(compensation, "draft", lambda: compensation)()
 
 
-def repair(network: Repairable, solution: Solution, choices: Choices, compensation: Any,
-           context: Any, batches: Sequence[Any], *, must: bool = True) -> list[str]:
+def repair(network: Repairable, solution: Solution, choices: Choices, compensation: Compensation,
+           context: Scores, batches: Sequence[Any], *, must: bool = True) -> list[str]:
     """Let a compensation pass repair a network; return notes for the user.
 
     Raises SpaError if it `must` and there is nothing to repair.

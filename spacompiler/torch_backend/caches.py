@@ -40,7 +40,7 @@ def caches_off(module: nn.Module) -> Iterator[None]:
             setattr(config, CACHE, True)
 
 
-def _collect(config: Any, found: dict[int, Any]) -> None:
+def _collect(config: object, found: dict[int, Any]) -> None:
     """Add a configuration that asks for caches, and those inside it, by their identities."""
     if not hasattr(config, "__dict__") or id(config) in found:
         return

@@ -30,13 +30,13 @@ def outside(whole: nn.Module, paths: Sequence[str], args: tuple[Any, ...],
     inside, opened = [0], [0]
     makers: dict[int, nn.Module] = {}
 
-    def enter(part: nn.Module, given: Any) -> None:
+    def enter(part: nn.Module, given: object) -> None:
         opened[0] = counter.get_total_flops()
 
-    def leave(part: nn.Module, given: Any, result: Any) -> None:
+    def leave(part: nn.Module, given: object, result: object) -> None:
         inside[0] += counter.get_total_flops() - opened[0]
 
-    def made(layer: nn.Module, given: Any, result: Any) -> None:
+    def made(layer: nn.Module, given: object, result: object) -> None:
         makers.update((_storage(x), layer) for x in _tensors(result))
 
     with untouched(whole), torch.no_grad(), ExitStack() as hooks:
@@ -64,7 +64,7 @@ def _own(path: str, layer: nn.Module) -> Iterator[str]:
     return (f"{path}.{name}".lstrip(".") for name in layer._parameters)
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def _tensors(values: object) -> Iterator[torch.Tensor]:
     return (x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import ProofError, SpaError, UsageError, did_you_mean
@@ -51,7 +52,7 @@ class _Kept:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __deepcopy__(self, memo: Any) -> _Kept:
+    def __deepcopy__(self, memo: object) -> _Kept:
         return self
 
 
@@ -71,6 +72,7 @@ class Parts(nn.Module):
         return self._kept.module
 
     def forward(self, *calls: Call) -> list[Any]:
+        """Return what each part gives for its own call."""
         return [self.get_submodule(path)(*args, **kwargs)
                 for path, (args, kwargs) in zip(self.paths, calls, strict=True)]
 
@@ -93,7 +95,8 @@ def capture(whole: nn.Module, paths: Iterable[str], inputs: Inputs) -> dict[str,
     args, kwargs = as_call(inputs)
     with untouched(whole), ExitStack() as hooks, torch.no_grad():
         for path in paths:
-            def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                     path: str = path) -> None:
                 if path not in calls:
                     calls[path] = pytree.tree_map(_copied, (tuple(args), dict(kwargs)))
 
@@ -111,7 +114,7 @@ def capture(whole: nn.Module, paths: Iterable[str], inputs: Inputs) -> dict[str,
     return calls
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -275,7 +278,7 @@ class Rebuilt(nn.Module):
     of it that holds the pruned arrays.
     """
 
-    def __init__(self, program: Any, part: nn.Module, path: str) -> None:
+    def __init__(self, program: ExportedProgram, part: nn.Module, path: str) -> None:
         super().__init__()
         self.body = Rewritten(program)
         arrays = {**program.constants, **program.state_dict}
@@ -291,7 +294,8 @@ class Rebuilt(nn.Module):
                 raise
             return getattr(vars(self)["_seen"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        """Return what the part gives, by its re-written program."""
         return self.body((args, kwargs))[0]
 
 
@@ -310,7 +314,7 @@ def rewritten(parts: Parts, calls: Sequence[Call], plan: Plan) -> dict[str, nn.M
 
 def _called_like(part: nn.Module) -> type[Rebuilt]:
     """Rebuilt with the signature of a part: other code may ask which arguments it takes."""
-    def forward(self: Rebuilt, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Rebuilt, *args: object, **kwargs: object) -> Any:
         return self.body((args, kwargs))[0]
 
     forward.__signature__ = inspect.signature(type(part).forward)  # type: ignore[attr-defined]

@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ..errors import WeightsError
 from ..store import weight_files
 from ..store.completeness import Report, listed, of_transformers, unsound, untied
 from ..store.weight_files import Stored
 from ..system.process import no_progress_bars
+from .kinds import Config, StockModel
 
 SPARE = 64
 """A network of more than so many times the stored numbers cannot be what was stored."""
@@ -27,7 +29,17 @@ LEAST = 2**24
 """Numbers that are few enough whatever is stored."""
 
 
-def load(folder: Path, cls: Any, config: Any, *, trust: bool = False,
+class Loader(Protocol):
+    """A class of models, or an automatic one that finds it."""
+
+    def __call__(self, config: Config) -> nn.Module:
+        """Make a model with the weights that its configuration draws."""
+
+    def from_pretrained(self, folder: str, **options: object) -> Any:
+        """Return a model with the weights of a directory, and what was found out on the way."""
+
+
+def load(folder: Path, cls: Loader, config: Config, *, trust: bool = False,
          unused: Iterable[str] = ()) -> tuple[Any, Report]:
     """Return a model of a class with the weights of a directory, in eval mode, and what was found.
 
@@ -49,7 +61,7 @@ def load(folder: Path, cls: Any, config: Any, *, trust: bool = False,
     return module.eval(), report
 
 
-def _load(folder: Path, cls: Any, config: Any, trust: bool, stored: Mapping[str, Stored],
+def _load(folder: Path, cls: Loader, config: Config, trust: bool, stored: Mapping[str, Stored],
           unused: tuple[str, ...], method: str) -> tuple[Any, Report]:
     with no_progress_bars(), _heard() as said:
         try:
@@ -75,7 +87,8 @@ def _first_line(problem: Exception) -> str:
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
 
 
-def _check_size(cls: Any, config: Any, stored: Mapping[str, Stored], folder: Path) -> None:
+def _check_size(cls: Loader, config: Config, stored: Mapping[str, Stored],
+                folder: Path) -> None:
     """Raise SpaError for a network so large that it cannot be what is stored."""
     if not hasattr(cls, "config_class"):  # an automatic class
         return
@@ -91,7 +104,7 @@ def _check_size(cls: Any, config: Any, stored: Mapping[str, Stored], folder: Pat
                        fix="copy the whole checkpoint")
 
 
-def _ask_for_plain(config: Any) -> None:
+def _ask_for_plain(config: Config) -> None:
     """Have quantised weights made plain while they load, where the method can."""
     said = getattr(config, "quantization_config", None)
     if isinstance(said, dict) and said:
@@ -102,7 +115,7 @@ def _ask_for_plain(config: Any) -> None:
             config.quantization_config = {**said, "dequantize": True}
 
 
-def _plain(module: Any, folder: Path, method: str) -> Any:
+def _plain(module: StockModel, folder: Path, method: str) -> Any:
     """Return the module without quantised weights. Raises SpaError where they stay."""
     if getattr(module, "hf_quantizer", None) is None:
         return module
@@ -113,7 +126,7 @@ def _plain(module: Any, folder: Path, method: str) -> Any:
                                                   f"{_first_line(problem)}") from problem
 
 
-def facts(folder: Path, module: Any, report: Report) -> tuple[dict[str, Any], list[str]]:
+def facts(folder: Path, module: StockModel, report: Report) -> tuple[dict[str, Any], list[str]]:
     """Return what a compile's report says of its source, and the notes that it calls for."""
     stored = weight_files.headers(folder)
     kinds = Counter(a.dtype for a in stored.values())

@@ -22,7 +22,7 @@ from ..stages.tolerances import CONTROL, PROOF
 from .emit.program import run_pruned
 from .emit.slicer import kept
 from .run.draws import check_draws_nothing
-from .run.masks import _norms, masks
+from .run.masks import masks, norms
 from .run.runner import OverridingRunner
 from .trace import Trace, redrawn
 
@@ -36,7 +36,7 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
     (as the pruned model does); without, over all, removed ones being zero.
     """
     places, touch = masks(solution, choices)
-    override = _norms(solution, choices) if renormalise else {}
+    override = norms(solution, choices) if renormalise else {}
     with torch.no_grad():
         runner = OverridingRunner(trace.program, touched=places, touch=touch,
                                   override=override, double=True, watch=watch)
@@ -120,7 +120,7 @@ def locate(trace: Trace, solution: Solution, choices: Choices) -> str:
     found: list[str] = []
     skipped = rescaled(solution, choices)
 
-    def look(name: str, value: Any) -> None:
+    def look(name: str, value: object) -> None:
         known = name in solution.solver.dims and name not in skipped
         if found or not known or not isinstance(value, torch.Tensor):
             return

@@ -47,8 +47,10 @@ def _version(array: torch.Tensor) -> int:
     return 0 if array.is_inference() else array._version
 
 
-def _entries(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, OrderedDict, list, set) else None
+def _entries(value: object) -> Any:
+    if isinstance(value, (dict, list, set)) and type(value) in (dict, OrderedDict, list, set):
+        return value.copy()
+    return None
 
 
 def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],

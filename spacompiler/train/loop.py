@@ -56,6 +56,7 @@ class Training:
 
     @property
     def unit(self) -> str:
+        """What batches are counted in: "tokens" where inputs are integers, else "examples"."""
         return "tokens" if _integers(self.batches[0]) else "examples"
 
     def amount(self, batches: Sequence[Batch]) -> int:

@@ -59,12 +59,14 @@ class Objective:
             total = total + o.blocks * self._blocks(calls)
         return Value(total, loss.detach())
 
-    def _own(self, outputs: list[Any], args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def _own(self, outputs: list[Any], args: tuple[Any, ...],
+             kwargs: Mapping[str, Any]) -> torch.Tensor:
         if self._loss is default_loss and "labels" in kwargs:  # no head is known
             return labelled(first_floating(outputs), kwargs["labels"])
         return self._loss(outputs, args, kwargs)
 
-    def _taught(self, args: Any, kwargs: Any, calls: dict[str, Call]) -> torch.Tensor:
+    def _taught(self, args: tuple[Any, ...], kwargs: dict[str, Any],
+                calls: dict[str, Call]) -> torch.Tensor:
         assert self._dense is not None
         parts = {path: pair[1] for path, pair in self._paired(args, kwargs).items()} \
             if self._options.blocks else {}
@@ -80,7 +82,8 @@ class Objective:
             errors.append((got - want).square().sum() / want.square().sum().clamp_min(1e-12))
         return torch.stack(errors).mean()
 
-    def _paired(self, args: Any, kwargs: Any) -> dict[str, tuple[nn.Module, nn.Module]]:
+    def _paired(self, args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> dict[str, tuple[nn.Module, nn.Module]]:
         """Blocks by path, in the pruned and the dense network, whose inputs and results agree."""
         if self._pairs is None:
             assert self._dense is not None
@@ -108,7 +111,7 @@ def _shapes(found: Call) -> list[Any]:
     return [tuple(x.shape) for x in pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
 
 
-def call(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+def call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the flat results of a call, labels left out."""
     made = module(*args, **inputs_only(module, kwargs))
     return [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ControlError, ProofError, SpaError, UsageError, did_you_mean
-from ..evidence.calls import Inputs, as_call
+from ..evidence.calls import Batch, Inputs, as_call
 from ..stages.proof import relative_error
 from ..stages.records import Dropped
 from ..stages.tolerances import BYPASS, CONTROL
@@ -45,7 +45,8 @@ def removable(module: nn.Module, inputs: Inputs) -> list[str]:
     found: list[str] = []
     calls: Counter[str] = Counter()
 
-    def look(path: str, part: nn.Module, before: Any, call: Any, after: Any) -> None:
+    def look(path: str, part: nn.Module, before: torch.Tensor | None, call: Batch,
+             after: object) -> None:
         calls[path] += 1
         fits = calls[path] == 1 and _alike(before, _state(after, {}))
         if fits and _is_identity_of_zero(part, *call):
@@ -73,18 +74,18 @@ def _one_level(module: nn.Module, found: Sequence[str]) -> list[str]:
     return [path for path in found if path not in gone]
 
 
-def _state(args: Any, kwargs: Any) -> torch.Tensor | None:
+def _state(args: object, kwargs: object) -> torch.Tensor | None:
     """What a block reads: its first floating tensor."""
     return next((x for x in pytree.tree_leaves((args, kwargs))
                  if isinstance(x, torch.Tensor) and x.is_floating_point()), None)
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and \
         one.shape == other.shape and one.dtype == other.dtype
 
 
-def _is_identity_of_zero(part: nn.Module, args: Any, kwargs: Any) -> bool:
+def _is_identity_of_zero(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a block without weights gives back what it reads (called with copies: of caches)."""
     zeros = {name: torch.zeros_like(p) for name, p in part.named_parameters()}
     want = _state(args, kwargs)
@@ -107,12 +108,12 @@ def _seen(watched: dict[str, nn.Module], look: Callable[..., Any]) -> Iterator[N
     def hooks(path: str) -> tuple[Callable[..., None], Callable[..., None]]:
         held: list[Any] = []
 
-        def before(part: nn.Module, args: Any, kwargs: Any) -> None:
+        def before(part: nn.Module, args: object, kwargs: object) -> None:
             if not depth:
                 held[:] = pytree.tree_map(
                     lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
 
-        def after(part: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        def after(part: nn.Module, args: object, kwargs: object, out: object) -> Any:
             nonlocal depth
             if depth:
                 return None
@@ -141,7 +142,7 @@ def _seen(watched: dict[str, nn.Module], look: Callable[..., Any]) -> Iterator[N
 def bypassed(module: nn.Module, paths: Sequence[str]) -> Iterator[None]:
     """Let some blocks give back what they read for a while."""
 
-    def give_back(path: str, part: nn.Module, before: Any, call: Any, after: Any) -> Any:
+    def give_back(path: str, part: nn.Module, before: object, call: object, after: object) -> Any:
         leaves, spec = pytree.tree_flatten(after)
         at = next(i for i, x in enumerate(leaves)
                   if isinstance(x, torch.Tensor) and x.is_floating_point())

@@ -109,12 +109,12 @@ def _moved(module: nn.Module, paths: Sequence[str], batches: Sequence[Any],
         return _distance(module, batches, wanted)
 
 
-def _results(module: Any, batches: Sequence[Any]) -> Iterator[torch.Tensor]:
+def _results(module: nn.Module, batches: Sequence[Any]) -> Iterator[torch.Tensor]:
     for args, kwargs in batches:
         yield first_floating(results(module, args, inputs_only(module, kwargs)))
 
 
-def _distance(module: Any, batches: Sequence[Any], wanted: Sequence[torch.Tensor]) -> float:
+def _distance(module: nn.Module, batches: Sequence[Any], wanted: Sequence[torch.Tensor]) -> float:
     found = zip(_results(module, batches), wanted, strict=True)
     return sum(float(distance(got, want)) for got, want in found) / len(wanted)
 

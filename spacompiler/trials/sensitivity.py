@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
 from ..axes.choices import Choices
 from ..evidence.losses import distance, drawn, first_floating
+from ..evidence.scores import Scores
+from ..evidence.statistics import Covariance
 from ..groups.solution import Solution
 from ..plan.problem import Problem
-from ..repair.evidence import Evidence
+from ..repair.evidence import Compensation, Evidence
 from ..repair.repairer import Repairer
 from ..repair.sites import Site, sites
 from ..torch_backend.run.masks import masks
@@ -74,7 +77,8 @@ class Sensitivity:
     `context` holds the covariance of what every consumer reads in the dense network.
     """
 
-    def __init__(self, trace: Trace, solution: Solution, context: Any, compensation: Any,
+    def __init__(self, trace: Trace, solution: Solution, context: Scores,
+                 compensation: Compensation | None,
                  plan: Callable[[Problem, Mapping[str, int]], Choices]) -> None:
         self._trace, self._solution, self._context = trace, solution, context
         self._compensation, self._plan = compensation, plan
@@ -125,7 +129,7 @@ class Sensitivity:
         return stored(site.weight), stored(site.bias) if site.bias else None
 
     def _batch(self, choices: Choices, places: Mapping[str, Site], made: Mapping[str, Arrays],
-               seen: Mapping[str, Seen], args: Any, kwargs: Any) -> float:
+               seen: Mapping[str, Seen], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Add one batch's gradients to `seen` (if there is any) and return its divergence."""
         call = self._trace.match(args, kwargs)
         touched, touch = masks(self._solution, choices) if choices else ({}, None)
@@ -172,7 +176,7 @@ class Sensitivity:
         return run
 
     @staticmethod
-    def _position(node: Any, tensor: str) -> int:
+    def _position(node: fx.Node, tensor: str) -> int:
         return next(i for i, a in enumerate(node.args) if getattr(a, "name", None) == tensor)
 
     def _change(self, places: Mapping[str, Site], made: Mapping[str, Arrays],
@@ -193,7 +197,7 @@ class Sensitivity:
         return Change(slope / batches, curvature / batches)
 
 
-def _square(covariance: Any, shared: int, by: torch.Tensor, shift: torch.Tensor,
+def _square(covariance: Covariance, shared: int, by: torch.Tensor, shift: torch.Tensor,
             fisher: torch.Tensor) -> float:
     """tr(F E[d d']) with d = by x + shift, x as in the covariance; F sums over samples."""
     columns = torch.nonzero(by.abs().amax(0)).squeeze(1)

@@ -14,11 +14,12 @@ from typing import Any
 
 from ..errors import SpaError
 from ..torch_backend.emit import stock as hf
+from ..torch_backend.kinds import Config, StockModel
 
 Entry = tuple[tuple[str, ...], str]
 
 
-def shorter(module: Any, paths: Sequence[str]) -> Any:
+def shorter(module: StockModel, paths: Sequence[str]) -> StockModel:
     """Return the model without some blocks, its arrays shared.
 
     Raises SpaError where no configuration has exactly the blocks that stay.
@@ -29,9 +30,9 @@ def shorter(module: Any, paths: Sequence[str]) -> Any:
     return module
 
 
-def _without(module: Any, parent: str, gone: Sequence[int]) -> Any:
+def _without(module: StockModel, parent: str, gone: Sequence[int]) -> StockModel:
     state = module.state_dict()
-    size = len(module.get_submodule(parent))
+    size = len(module.get_submodule(parent)._modules)
     old = renumbered(state, parent, size, gone)
     shapes = {new: tuple(state[name].shape) for new, name in old.items()}
     problem = "no entry of it is the number of blocks"
@@ -68,7 +69,8 @@ def renumbered(names: Mapping[str, Any], parent: str, size: int,
     return found
 
 
-def _configs(config: Any, size: int, gone: Sequence[int]) -> Iterator[Any]:
+def _configs(config: Config, size: int,
+             gone: Sequence[int]) -> Iterator[Config | None]:
     """Yield configs with fewer layers, those with the least changes first."""
     entries = list(_entries(config, size))
     for count in range(1, len(entries) + 1):
@@ -76,7 +78,7 @@ def _configs(config: Any, size: int, gone: Sequence[int]) -> Iterator[Any]:
             yield _changed(config, chosen, size, gone)
 
 
-def _entries(config: Any, size: int, at: tuple[str, ...] = ()) -> Iterator[Entry]:
+def _entries(config: object, size: int, at: tuple[str, ...] = ()) -> Iterator[Entry]:
     """Where integers of this size stand: (names of the configs inside configs, key)."""
     for key, value in vars(config).items():
         if type(value) is int and value == size:
@@ -85,7 +87,8 @@ def _entries(config: Any, size: int, at: tuple[str, ...] = ()) -> Iterator[Entry
             yield from _entries(value, size, (*at, key))
 
 
-def _changed(config: Any, chosen: Sequence[Entry], size: int, gone: Sequence[int]) -> Any:
+def _changed(config: Config, chosen: Sequence[Entry], size: int,
+             gone: Sequence[int]) -> Config | None:
     """Return a copy with entries changed, and lists beside them shortened; None if refused."""
     made = copy.deepcopy(config)
     try:

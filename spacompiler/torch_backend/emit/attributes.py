@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...axes.choices import Choices
 from ...errors import SpaError
+from ...graph.ir import Node
 from ...groups.solution import Solution
 from ...plan.effects import edits
 from ...rows.findings import Path
@@ -34,6 +36,7 @@ from ..trace import Trace
 from .sized import Key, Sized, comparing
 
 Change = tuple[str, str, Any]
+Kinds = type | tuple[type, ...]
 DEPTH = 2
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Tensor, nn.Module, torch.dtype,
           torch.device, type, type(sys))
@@ -43,7 +46,7 @@ _OWN = frozenset(vars(nn.Module()))
 # --- integers that modules hold ---------------------------------------------------------------
 
 
-def held(module: nn.Module, kinds: Any = int) -> Iterator[tuple[str, Any]]:
+def held(module: nn.Module, kinds: Kinds = int) -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of the integers that a module holds, sub-modules aside.
 
     They may lie in tuples and lists (`window_size.0`), in dicts (`sizes.heads`) and in objects
@@ -54,7 +57,7 @@ def held(module: nn.Module, kinds: Any = int) -> Iterator[tuple[str, Any]]:
             yield from _held(name, value, DEPTH, kinds)
 
 
-def _held(name: str, value: Any, depth: int, kinds: Any) -> Iterator[tuple[str, Any]]:
+def _held(name: str, value: object, depth: int, kinds: Kinds) -> Iterator[tuple[str, Any]]:
     if isinstance(value, kinds) and not isinstance(value, bool):
         yield name, value
     elif depth:
@@ -62,7 +65,7 @@ def _held(name: str, value: Any, depth: int, kinds: Any) -> Iterator[tuple[str, 
             yield from _held(f"{name}.{key}", part, depth - 1, kinds)
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: object) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (tuple, list)):
         yield from ((str(i), part) for i, part in enumerate(value[:64]))
     elif isinstance(value, dict):
@@ -72,7 +75,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((k, v) for k, v in _attributes(value) if not k.startswith("__"))
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(value: object) -> Iterator[tuple[str, Any]]:
     """The attributes that an object holds itself, in its dict or in slots."""
     yield from getattr(value, "__dict__", {}).items()
     for kind in type(value).__mro__:
@@ -82,13 +85,13 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(value, name)
 
 
-def assign(module: nn.Module, name: str, value: Any) -> None:
+def assign(module: nn.Module, name: str, value: object) -> None:
     """Set a dotted name; what holds it is copied first, as other modules may share it."""
     first, _, rest = name.partition(".")
     setattr(module, first, _replaced(getattr(module, first), rest, value) if rest else value)
 
 
-def _replaced(holder: Any, name: str, value: Any) -> Any:
+def _replaced(holder: object, name: str, value: object) -> Any:
     first, _, rest = name.partition(".")
     if isinstance(holder, (tuple, list)):
         parts = list(holder)
@@ -164,7 +167,10 @@ class Watch(TorchFunctionMode):
                 return True
         return same
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Collection[type],
+                           args: tuple[Any, ...] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Note the sizes among the arguments of a torch function, and call it."""
         kwargs = kwargs or {}
         found = list(_sizes(args, kwargs))
         if found:
@@ -188,7 +194,7 @@ def _sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[P
         yield from _inside(("kwargs", key), value)
 
 
-def _inside(path: Path, value: Any) -> Iterator[tuple[Path, Sized]]:
+def _inside(path: Path, value: object) -> Iterator[tuple[Path, Sized]]:
     if isinstance(value, Sized):
         yield path, value
     elif isinstance(value, (tuple, list)):
@@ -198,7 +204,7 @@ def _inside(path: Path, value: Any) -> Iterator[tuple[Path, Sized]]:
         yield from _inside(path, (value.start, value.stop))
 
 
-def _line(frame: Any) -> str:
+def _line(frame: FrameType | None) -> str:
     """The innermost line of a `forward`, as the tracer names the places of its nodes."""
     frame = innermost_forward(frame)
     if frame is None:
@@ -317,7 +323,7 @@ class _Wanted:
         for name, path, value, old in edits(solution, choices):
             if isinstance(value, int) and isinstance(old, int):
                 self._new.setdefault(name, {})[path] = (value, old)
-        self._at: dict[tuple[str, str], list[Any]] = {}
+        self._at: dict[tuple[str, str], list[Node]] = {}
         for node in trace.graph.nodes:
             self._at.setdefault((node.where, node.source), []).append(node)
 
@@ -333,7 +339,7 @@ class _Wanted:
                 if was == old}
 
 
-def _argument(node: Any, path: Path) -> Any:
+def _argument(node: Node, path: Path) -> Any:
     value: Any = node.args if path[0] == "args" else node.kwargs
     try:
         for step in path[1:]:

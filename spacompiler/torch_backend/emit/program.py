@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -81,7 +82,7 @@ def _lift_indices(program: ExportedProgram) -> None:
     program._graph_signature, program._constants = signature, constants
 
 
-def _set(node: fx.Node, path: Path, value: Any, old: Any) -> None:
+def _set(node: fx.Node, path: Path, value: int, old: int) -> None:
     """Put a value at `("args", i)`, `("args", i, j)` or `("kwargs", name)` of a node."""
     holder: Any = list(node.args) if path[0] == "args" else dict(node.kwargs)
     if len(path) == 3:
@@ -99,7 +100,7 @@ def _set(node: fx.Node, path: Path, value: Any, old: Any) -> None:
         node.kwargs = holder
 
 
-def _resized(have: Any, user: fx.Node, value: Any, old: Any) -> Any:
+def _resized(have: object, user: fx.Node, value: int, old: int) -> int | fx.Node:
     """The new value; a size that varies between calls (batch x heads) is scaled instead."""
     return _scaled(have, user, value, old) if isinstance(have, fx.Node) else value
 
@@ -114,7 +115,7 @@ def _scaled(size: fx.Node, user: fx.Node, value: int, old: int) -> fx.Node:
 
 def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
                wrong: dict[str, Choices] | None = None, double: bool = True,
-               watch: Any = None) -> list[Any]:
+               watch: Callable[[str, Any], None] | None = None) -> list[Any]:
     """Run the pruned program on the example inputs, slicing each array when it is read.
 
     `wrong` gives some arrays another choice of slices: the proof's negative control.
@@ -159,7 +160,8 @@ class Rewritten(nn.Module):
         super().__init__()
         self.body = program.module()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        """Return the results of the program, as the dense module nests them."""
         return self.body(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Rewritten:

@@ -179,7 +179,7 @@ def _free_symbols(
     return found
 
 
-def _is_free(size: Any, mode: FakeTensorMode) -> bool:
+def _is_free(size: object, mode: FakeTensorMode) -> bool:
     """Whether a size is still a symbol; a new guard may have replaced the symbol by a number."""
     if not isinstance(size, torch.SymInt) or mode.shape_env is None:
         return False

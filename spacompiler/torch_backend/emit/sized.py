@@ -54,7 +54,7 @@ class Sized(int):
         made.keys, made.value, made.plain = keys, value, plain
         return made
 
-    def __deepcopy__(self, memo: Any) -> Sized:
+    def __deepcopy__(self, memo: object) -> Sized:
         return self
 
     def __reduce__(self) -> Any:
@@ -73,14 +73,14 @@ class Sized(int):
         return not self == other
 
 
-def _value(x: Any, env: Mapping[Key, int]) -> int:
+def _value(x: int, env: Mapping[Key, int]) -> int:
     return x.value(env) if isinstance(x, Sized) else x
 
 
 def _arithmetic(name: str, swapped: bool) -> Callable[[Sized, Any], Any]:
     function = getattr(operator, name)
 
-    def method(self: Sized, other: Any) -> Any:
+    def method(self: Sized, other: object) -> Any:
         if not isinstance(other, int):
             return NotImplemented
         a, b = (other, self) if swapped else (self, other)

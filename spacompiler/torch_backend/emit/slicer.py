@@ -39,6 +39,7 @@ class Slicer:
             change.norm.gain: change for change in norm_changes(solution, choices)}
 
     def names(self) -> list[str]:
+        """Return the names of all arrays that can be sliced, ties included."""
         return [n for n in self._stored if n in self._tied]
 
     def dims(self, name: str) -> tuple[Expr, ...]:
@@ -72,6 +73,7 @@ class Slicer:
         return tensor
 
     def untouched_under(self, first: str, choices: Choices | None) -> bool:
+        """True if an array, by its first name, stays under these choices (None: the plan's)."""
         return first not in self._dims or (self.untouched(first) and choices is None)
 
 

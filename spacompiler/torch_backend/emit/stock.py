@@ -23,14 +23,15 @@ from ...groups.solution import Solution
 from ...plan.effects import norm_changes
 from ...store.completeness import untied
 from ...system.process import no_progress_bars
+from ..kinds import Config, StockModel, Tokenizer
 from . import stock_search as search
 from .stock_search import Key
 
 LIMIT = search.LIMIT
 
 
-def uniform_config(module: Any, solution: Solution, choices: Choices,
-                   shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def uniform_config(module: StockModel, solution: Solution, choices: Choices,
+                   shapes: Mapping[str, tuple[int, ...]]) -> Config | None:
     """Return the config of the pruned model.
 
     `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock
@@ -56,12 +57,12 @@ def uniform_config(module: Any, solution: Solution, choices: Choices,
             "or save in layout any")
 
 
-def ties(module: Any) -> dict[str, bool]:
+def ties(module: nn.Module) -> dict[str, bool]:
     """What a config must say besides, where it ties arrays that are two in the module."""
     return {"tie_word_embeddings": False} if untied(module) else {}
 
 
-def _least(module: Any, changes: dict[Key, Any],
+def _least(module: StockModel, changes: dict[Key, Any],
            shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Any]:
     """Take back every change that the shapes do not need: it only happened to have that size."""
     for key in list(changes):
@@ -71,7 +72,7 @@ def _least(module: Any, changes: dict[Key, Any],
     return changes
 
 
-def _changed(config: Any, changes: Mapping[Key, Any]) -> Any:
+def _changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
     """Return a copy of a config with entries changed, or None where it refuses them."""
     made = copy.deepcopy(config)
     try:
@@ -82,7 +83,7 @@ def _changed(config: Any, changes: Mapping[Key, Any]) -> Any:
     return made
 
 
-def fits(module: nn.Module, tied: Mapping[str, str],
+def fits(module: StockModel, tied: Mapping[str, str],
          solution: Solution) -> Callable[[Choices], bool]:
     """Return a function that says whether some stock config describes the model under choices."""
     def fit(choices: Choices) -> bool:
@@ -133,7 +134,7 @@ def _parts(e: Expr) -> Iterator[Expr]:
         yield from _parts(part)
 
 
-def _changed_eps(config: Any, solution: Solution, choices: Choices) -> dict[str, float]:
+def _changed_eps(config: Config, solution: Solution, choices: Choices) -> dict[str, float]:
     new = {change.norm.eps: change.eps for change in norm_changes(solution, choices)
            if change.norm.power < 1}
     return {key: new[value] for key, value in config.to_dict().items()
@@ -146,12 +147,14 @@ def frozen(module: nn.Module) -> set[str]:
             if not p.requires_grad}
 
 
-def mismatch(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def mismatch(module: nn.Module, config: Config | None,
+             shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
     return next(iter(_misfits(module, config, shapes)), "")
 
 
-def _misfits(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _misfits(module: nn.Module, config: Config | None,
+             shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return how the model class built from a config differs from these shapes."""
     none = [""] * (2 * len(shapes) + 1)
     if config is None:
@@ -167,8 +170,8 @@ def _misfits(module: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) ->
     return found + [f"{name} would be added" for name in sorted(have.keys() - shapes.keys())]
 
 
-def build(module: Any, config: Any, arrays: Mapping[str, torch.Tensor],
-          frozen: Collection[str] = ()) -> Any:
+def build(module: StockModel, config: Config | None, arrays: Mapping[str, torch.Tensor],
+          frozen: Collection[str] = ()) -> StockModel:
     """Return a model of the same class with a new config and the given arrays, without copies.
 
     `frozen` names the parameters that no training is to change.
@@ -198,7 +201,7 @@ def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
             made.get_submodule(parent)._buffers[leaf] = old[name].clone()
 
 
-def save(model: Any, folder: Any, tokenizer: Any = None) -> None:
+def save(model: StockModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write config, weights (safetensors) and tokenizer, deterministically.
 
     Code that a trusted checkpoint brought along does not go into what others are given, and nothing

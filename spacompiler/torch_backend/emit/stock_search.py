@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ..kinds import Config
+
 LIMIT = 256
 """Combinations that are tried one by one."""
 LAYERS = "per_layer_config"
@@ -18,7 +20,7 @@ Key = str | tuple[str, str, int]
 """An entry's name, or (per_layer_config, name, old value): all layers that have this value."""
 
 
-def candidates(config: Any, sizes: Mapping[int, set[int]],
+def candidates(config: Config, sizes: Mapping[int, set[int]],
                wrong: Callable[[dict[Key, Any]], int]) -> Iterator[dict[Key, Any]]:
     """Yield sets of changed entries, the largest first; `wrong` counts the arrays that differ.
 
@@ -56,7 +58,7 @@ def _descended(options: list[list[Any]], start: list[Any], pinned: dict[Key, Any
     return changes(chosen)
 
 
-def _entries(config: Any) -> Iterator[tuple[Key, int]]:
+def _entries(config: Config) -> Iterator[tuple[Key, int]]:
     """Yield the integers of a config, those of single layers once for all with one value."""
     data = config.to_dict()
     for key, value in data.items():
@@ -70,7 +72,7 @@ def _entries(config: Any) -> Iterator[tuple[Key, int]]:
                 yield (LAYERS, key, value), value
 
 
-def put(config: Any, changes: Mapping[Key, Any]) -> None:
+def put(config: Config, changes: Mapping[Key, Any]) -> None:
     """Change entries of a config in place; what single layers say is said anew."""
     layers = config.to_dict().get(LAYERS)
     for key, value in changes.items():
@@ -84,7 +86,7 @@ def put(config: Any, changes: Mapping[Key, Any]) -> None:
                              for layer, own in layers.items()})
 
 
-def _pinned_head_dim(config: Any) -> dict[Key, Any]:
+def _pinned_head_dim(config: Config) -> dict[Key, Any]:
     """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
     data = config.to_dict()
     heads, hidden = data.get("num_attention_heads", 0), data.get("hidden_size", 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import networkx as nx
 import torch
+from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -233,7 +234,7 @@ class Gradients:
                        if t.kind == "parameter"}
         leaves: dict[str, torch.Tensor] = {}
 
-        def touch(node: Any, name: str, value: torch.Tensor) -> torch.Tensor:
+        def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
             if observe and name in observed.get(node.name, ()) and not runner.again:
                 observe(node.name, name, value, self._count)
             if (node.name, name) in routes:
@@ -396,9 +397,10 @@ def _fold(each: torch.Tensor, count: int) -> torch.Tensor:
 def singles(batch: Batch, count: int) -> Iterator[Batch]:
     """Yield the examples of a batch as batches of one."""
 
-    def one(i: int, value: Any) -> Any:
-        batched = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
-        return value[i : i + 1] if batched else value
+    def one(i: int, value: object) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+            return value[i : i + 1]
+        return value
 
     for i in range(count):
         yield pytree.tree_map(lambda v, i=i: one(i, v), batch)

@@ -143,7 +143,7 @@ class Fitting:
         labelled = all(p.label in kwargs for _, kwargs in batches for p in self.head.parts)
         return labelled or not all(p.kind == "values" for p in self.head.parts)
 
-    def __deepcopy__(self, memo: Any) -> Fitting:
+    def __deepcopy__(self, memo: object) -> Fitting:
         return self
 
     def facts(self) -> dict[str, str] | None:
@@ -162,7 +162,7 @@ def is_named(names: Sequence[str]) -> bool:
     return "input_ids" in names or "decoder_input_ids" in names
 
 
-def _are_tokens(value: Any) -> bool:
+def _are_tokens(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 2 and value.dtype == torch.int64
 
 
@@ -314,7 +314,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
-def _fields(found: Any) -> Iterator[tuple[int, str]]:
+def _fields(found: object) -> Iterator[tuple[int, str]]:
     """Yield place and field of each floating-point result; what lies deeper bears no name."""
     at = 0
     for name, value in found.items() if isinstance(found, Mapping) else (("", found),):

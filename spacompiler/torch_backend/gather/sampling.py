@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import UsageError
 from ...evidence.calls import Inputs, as_call
-from ..kinds import is_encoder_decoder
+from ..kinds import StockModel, Tokenizer, is_encoder_decoder, writes_text
 from ..untouched import untouched
 
 Batches = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -19,8 +19,8 @@ PROMPT = 32
 AT_ONCE = 32
 
 
-def sampled(module: nn.Module, inputs: Inputs, tokenizer: Any, *, samples: int, length: int,
-            batch: int, seed: int) -> Batches:
+def sampled(module: nn.Module, inputs: Inputs, tokenizer: Callable[..., Any] | None, *,
+            samples: int, length: int, batch: int, seed: int) -> Batches:
     """Return batches that the model itself, or a random generator, makes.
 
     A causal language model writes `samples` texts of `length` tokens from its start token, each
@@ -31,8 +31,8 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Any, *, samples: int, 
     Raises UsageError if there are no example inputs, or inputs are integers that the module cannot
     make up.
     """
-    if tokenizer is not None and callable(getattr(module, "generate", None)):
-        start = torch.full((samples, 1), _start(module, tokenizer))
+    if tokenizer is not None and writes_text(module):
+        start = torch.full((samples, 1), _start(module, cast(Tokenizer, tokenizer)))
         ids = _written(module, start, length + 1, seed)[:, 1:]
         return [((), {"input_ids": part}) for part in ids.split(batch)]
     args, kwargs = as_call(inputs)
@@ -61,7 +61,7 @@ def continued(module: nn.Module, batches: Sequence[Any], seed: int) -> Batches:
     found = [kwargs["input_ids"] for args, kwargs in batches
              if not args and set(kwargs) == {"input_ids"}]
     lengths = {ids.shape[1] for ids in found if ids.ndim == 2}
-    if not callable(getattr(module, "generate", None)) or len(lengths) != 1 \
+    if not writes_text(module) or len(lengths) != 1 \
             or len(found) != len(batches) or is_encoder_decoder(module):
         raise refusal
     length = lengths.pop()
@@ -71,7 +71,7 @@ def continued(module: nn.Module, batches: Sequence[Any], seed: int) -> Batches:
     return [((), {"input_ids": part}) for part in made.split([len(ids) for ids in found])]
 
 
-def _start(module: Any, tokenizer: Any) -> int:
+def _start(module: StockModel, tokenizer: Tokenizer) -> int:
     for token in (tokenizer.bos_token_id, module.config.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -80,7 +80,7 @@ def _start(module: Any, tokenizer: Any) -> int:
 
 
 @torch.no_grad()
-def _written(module: Any, prompts: torch.Tensor, length: int, seed: int) -> torch.Tensor:
+def _written(module: StockModel, prompts: torch.Tensor, length: int, seed: int) -> torch.Tensor:
     """Return prompts (n, tokens) written on to `length` tokens."""
     new = length - prompts.shape[1]
     with untouched(module), torch.random.fork_rng(devices=[]):
@@ -91,7 +91,7 @@ def _written(module: Any, prompts: torch.Tensor, length: int, seed: int) -> torc
     return made
 
 
-def _noise(value: Any, generator: torch.Generator) -> Any:
+def _noise(value: object, generator: torch.Generator) -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):

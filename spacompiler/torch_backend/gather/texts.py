@@ -28,13 +28,13 @@ BESIDE: Mapping[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _begun(module: Any, ids: torch.Tensor) -> torch.Tensor:
+def _begun(module: object, ids: torch.Tensor) -> torch.Tensor:
     """What a decoder reads to write these tokens."""
     make = getattr(module, "prepare_decoder_input_ids_from_labels", None)
     return ids if make is None else make(labels=ids)
 
 
-def positions(module: Any) -> int | None:
+def positions(module: object) -> int | None:
     """Return how many tokens a network's configuration gives it places for, or None."""
     config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

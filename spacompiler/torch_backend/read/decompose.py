@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument
 
 Known = Callable[[str], bool]
 
@@ -67,7 +68,7 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
     """
     operands = node.all_input_nodes
 
-    def call(*values: Any) -> Any:
+    def call(*values: Argument) -> Any:
         lookup = dict(zip(operands, values, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lookup.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -86,7 +87,7 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
     _take_place(node, result)
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: object) -> Any:
     """A value without data that stands for one on the CPU (of the mode, if it is on meta)."""
     if not isinstance(value, torch.Tensor) or value.device.type != "meta":
         return value
@@ -97,13 +98,14 @@ _OPS = ("placeholder", "call_function", "output")
 _PLACE = ("nn_module_stack", "stack_trace")
 
 
-def _take_place(node: fx.Node, result: Any) -> None:
+def _take_place(node: fx.Node, result: object) -> None:
     """Let values stand for a node's, under their names: the signature knows outputs by name."""
-    pairs = [(node, result)]
-    if not isinstance(result, fx.Node):
-        pairs = [(user, result[user.args[1]]) for user in list(node.users)
-                 if user.target is operator.getitem]
-    if any(not isinstance(new, fx.Node) for _, new in pairs):
+    stand: dict[fx.Node, object] = {node: result}
+    if isinstance(result, (tuple, list)):
+        stand = {user: result[user.args[1]] for user in list(node.users)  # type: ignore[index]
+                 if user.target is operator.getitem}
+    pairs = [(old, new) for old, new in stand.items() if isinstance(new, fx.Node)]
+    if len(pairs) < len(stand):
         raise ValueError(f"{node.target} returns lists")
     for old, new in pairs:
         old.replace_all_uses_with(new)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
 from ...errors import SpaError, TraceError
@@ -119,7 +119,7 @@ _BATCHED = ("BatchedTensor", "fake tensor in the exported program")
 
 
 def _export_dispatched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                       shapes: Any) -> ExportedProgram:
+                       shapes: object) -> ExportedProgram:
     """Export the operators that a module's own ones are made of; no gradient is wanted."""
     from torch.export._trace import _export as export
 
@@ -151,7 +151,7 @@ def _seen_sizes(program: Program, args: tuple[Any, ...],
             if any(_hint(size) is size for size in value.shape if isinstance(size, torch.SymInt))}
     seen: dict[str, tuple[int, ...]] = {}
 
-    def watch(name: str, value: Any) -> None:
+    def watch(name: str, value: object) -> None:
         if name in free and isinstance(value, torch.Tensor):
             seen[name] = tuple(value.shape)
 
@@ -168,7 +168,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Batch is dynamic everywhere; so are all dimensions of integer inputs (tokens)."""
 
-    def dims(value: Any) -> Any:
+    def dims(value: object) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
         tokens = not value.is_floating_point()
@@ -285,7 +285,8 @@ def _tied_names(program: Program, module: nn.Module) -> dict[str, str]:
     return names
 
 
-def _lower_input(graph: Graph, node: fx.Node, spec: Any, tied: dict[str, str]) -> None:
+def _lower_input(graph: Graph, node: fx.Node, spec: InputSpec | None,
+                 tied: dict[str, str]) -> None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or spec is None:
         return
@@ -314,7 +315,7 @@ def _lower_call(graph: Graph, node: fx.Node, seen: Mapping[str, tuple[int, ...]]
                             where[-1][0] if where else "", _source(node)))
 
 
-def _op_name(target: Any) -> str:
+def _op_name(target: object) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else \
         getattr(target, "__name__", str(target))
 
@@ -329,7 +330,7 @@ def _source(node: fx.Node) -> str:
     return f"{file}:{line}"
 
 
-def _lower_value(graph: Graph, value: Any) -> Any:
+def _lower_value(graph: Graph, value: object) -> Any:
     if isinstance(value, fx.Node):
         if value.name in graph.tensors:
             return Ref(value.name)
@@ -342,14 +343,14 @@ def _lower_value(graph: Graph, value: Any) -> Any:
     return Unknown() if isinstance(known, (torch.SymInt, torch.SymFloat)) else known
 
 
-def _hint(value: Any) -> Any:
+def _hint(value: object) -> Any:
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         hint = value.node.hint
         return hint if hint is not None else value
     return value
 
 
-def _varies(size: Any) -> bool:
+def _varies(size: object) -> bool:
     """Whether a size is a symbol still: one that the module's code needed to know is a number."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 

@@ -69,12 +69,11 @@ def _are_safe(nodes: list[fx.Node], writes: list[fx.Node]) -> bool:
     return True
 
 
-def _views(node: Any) -> Iterator[fx.Node]:
+def _views(node: object) -> Iterator[fx.Node]:
     """A value, what it is a slice of, what that is a slice of, ..."""
-    yield node
-    while node.target in _BACK:
-        node = node.args[0]
+    while isinstance(node, fx.Node):
         yield node
+        node = node.args[0] if node.target in _BACK else None
 
 
 def _written(graph: fx.Graph, write: fx.Node, views: list[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -89,8 +88,9 @@ def _written(graph: fx.Graph, write: fx.Node, views: list[fx.Node]) -> dict[fx.N
     return now
 
 
-def _storages(node: Any) -> set[Any]:
+def _storages(node: object) -> set[Any]:
     """The storages of a node's traced results; dropout hands on its operand in eval mode."""
+    assert isinstance(node, fx.Node)
     handed_on = _storages(node.args[0]) if "dropout" in str(node.target) and node.args else set()
     values = pytree.tree_leaves(node.meta.get("val"))
     return handed_on | {value.untyped_storage()._cdata for value in values

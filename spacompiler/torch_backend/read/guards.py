@@ -21,7 +21,7 @@ from ...graph.ir import Graph
 _SIZE = re.compile(r"(L(?:\[[^\[\]]+\])+)\.size\(\)\[(\d+)\]")
 
 
-def settle(graph: Graph, program: Any, module: nn.Module, args: tuple[Any, ...],
+def settle(graph: Graph, program: object, module: nn.Module, args: tuple[Any, ...],
            kwargs: dict[str, Any]) -> None:
     """Take from the inputs' varying dimensions those that the program's guards fix, in place."""
     guards = [g for g in getattr(program, "_guards_code", None) or () if "==" in g]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ _UNREADABLE: tuple[tuple[Test, str, str], ...] = (
 )
 
 
-def check_readable(module: Any, *, values: bool = True) -> None:
+def check_readable(module: object, *, values: bool = True) -> None:
     """Raise SpaError for an array without values, UsageError for a call in inference mode.
 
     Where no `values` are needed, an array must have a size only.
@@ -41,7 +40,7 @@ def check_readable(module: Any, *, values: bool = True) -> None:
                 raise SpaError(f"{kind} {name} {why}", where=type(module).__name__, fix=fix)
 
 
-def check_exportable(inputs: Any) -> None:
+def check_exportable(inputs: object) -> None:
     """Raise UsageError for input tensors that ONNX Runtime cannot be given from numpy."""
     for value in pytree.tree_leaves(inputs):
         if isinstance(value, torch.Tensor) and not _in_numpy(value.dtype):

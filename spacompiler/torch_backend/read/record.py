@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +106,7 @@ class _Recorder(ProxyTorchDispatchMode):
         TorchDispatchMode.__enter__(self)
         return self
 
-    def __exit__(self, *problem: Any) -> None:
+    def __exit__(self, *problem: object) -> None:
         TorchDispatchMode.__exit__(self, *problem)
 
     # --- what comes in ---------------------------------------------------------------------
@@ -158,7 +158,10 @@ class _Recorder(ProxyTorchDispatchMode):
 
     # --- what is called --------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: object, types: Collection[type],
+                           args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        """Note an operator in the graph, and run it without data."""
         if not isinstance(func, torch._ops.OpOverload):
             raise NotRecorded(f"{func} is not an operator")
         leaves, spec = pytree.tree_flatten((args, kwargs or {}))
@@ -174,7 +177,7 @@ class _Recorder(ProxyTorchDispatchMode):
         self._note(result, node)
         return result
 
-    def _said(self, value: Any) -> Any:
+    def _said(self, value: object) -> Any:
         """An argument as it stands in the graph."""
         if isinstance(value, torch.Tensor):
             return self._node(value)
@@ -191,7 +194,7 @@ class _Recorder(ProxyTorchDispatchMode):
             self._nodes[id(tensor)] = found
         return found
 
-    def _note(self, result: Any, node: Any) -> None:
+    def _note(self, result: object, node: object) -> None:
         if isinstance(result, torch.Tensor):
             self._nodes[id(result)] = self._nodes[_region(result)] = node
             self._alive.append(result)
@@ -203,7 +206,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
     # --- what comes out --------------------------------------------------------------------
 
-    def finish(self, result: Any) -> Recorded:
+    def finish(self, result: object) -> Recorded:
         """The program, once the module has returned."""
         leaves = pytree.tree_leaves(result)
         strange = [x for x in leaves if not isinstance(x, (torch.Tensor, *_PLAIN))]
@@ -231,13 +234,13 @@ def _region(tensor: torch.Tensor) -> Any:
             *tensor.stride())
 
 
-def _without_data(value: Any) -> Any:
+def _without_data(value: object) -> Any:
     if isinstance(value, torch.Tensor):
         return value if value.device == _META else value.to(_META)
     return _META if isinstance(value, torch.device) else value
 
 
-def _snapshot(value: Any) -> Any:
+def _snapshot(value: object) -> Any:
     """A result as it is now: what writes into it later may change its shape."""
     return value.detach() if isinstance(value, torch.Tensor) else value
 

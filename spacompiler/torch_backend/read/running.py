@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import (
@@ -17,10 +16,10 @@ from torch.nn.modules.module import (
 @contextmanager
 def follow(names: Mapping[int, str], path: list[str]) -> Iterator[None]:
     """Keep the names of the modules under way on `path`; `names` is by the identity of each."""
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: object) -> None:
         path.append(names.get(id(module), path[-1]))
 
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
+    def leave(module: nn.Module, args: object, result: object) -> None:
         path.pop()
 
     with ExitStack() as stack:

@@ -44,9 +44,9 @@ def _fit(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _norms(solution: Solution, choices: Choices) -> dict[str, Override]:
-    """Norms whose statistics are to be taken over kept slices only (those of an RMSNorm with a
-    gain are not: its gain and eps make up for the change)."""
+def norms(solution: Solution, choices: Choices) -> dict[str, Override]:
+    """Return, by node, norms whose statistics are to be taken over kept slices only (those of an
+    RMSNorm with a gain are not: its gain and eps make up for the change)."""
     made: dict[str, Override] = {}
     nodes = {node.name: node for node in solution.graph.nodes}
     for read in solution.solver.reads:

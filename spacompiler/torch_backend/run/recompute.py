@@ -10,7 +10,7 @@ layers: a segment ends where the fewest values are alive.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    SelectiveCheckpointContext,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -81,7 +82,8 @@ class Budget:
 
     left: int
 
-    def policy(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(self, context: SelectiveCheckpointContext, op: torch._ops.OpOverload,
+               *args: object, **kwargs: object) -> CheckpointPolicy:
         """Say what is to be done with an operator's result."""
         if op.name().partition(".")[0] not in HELD or self.left <= 0:
             return CheckpointPolicy.PREFER_RECOMPUTE
@@ -90,7 +92,7 @@ class Budget:
         return CheckpointPolicy.MUST_SAVE
 
 
-def budget(graph: Graph, traced: Any, batch: Any) -> Budget | None:
+def budget(graph: Graph, traced: object, batch: object) -> Budget | None:
     """Return what may be held for a batch, or None if its activations are `FEW`.
 
     What may be held is an eighth of what the weights take, and at least `LEAST`: while products fit
@@ -104,30 +106,34 @@ def budget(graph: Graph, traced: Any, batch: Any) -> Budget | None:
     return Budget(allowed) if 4 * made * _elements(batch) > FEW * _elements(traced) else None
 
 
-def _elements(call: Any) -> int:
+def _elements(call: object) -> int:
     return sum(v.numel() for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor))
 
 
-def recomputed(run: Callable[..., Any], *values: Any, held: Budget,
-               again: Callable[[bool], None] = lambda now: None, **named: Any) -> Any:
-    """Call `run`, holding what the budget lets; `again(True)` says that it is run once more."""
+def recomputed(run: Callable[..., Any], *values: object, held: Budget,
+               again: Callable[[bool], None] = lambda now: None,
+               named: Mapping[str, Any] | None = None) -> Any:
+    """Call `run`, holding what the budget lets; `again(True)` says that it is run once more.
+
+    `named` are its arguments by keyword.
+    """
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         first, second = create_selective_checkpoint_contexts(held.policy)
         return first, _marked(second, again)
 
     return checkpoint(run, *values, use_reentrant=False, context_fn=contexts,
-                      preserve_rng_state=False, **named)
+                      preserve_rng_state=False, **(named or {}))
 
 
 @contextmanager
 def lean_blocks(blocks: Iterable[nn.Module], held: Budget | None) -> Iterator[None]:
     """Let modules hold less while they run as they are (not as a program), without dropout."""
-    def lean(forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
+    def lean(forward: Callable[..., Any], last: bool, *args: object, **kwargs: object) -> Any:
         plain = all(x is None or isinstance(x, (torch.Tensor, bool, int, float, str))
                     for x in pytree.tree_leaves((args, kwargs)))  # no cache that would grow twice
         if not plain or held is None:
             return forward(*args, **kwargs)
-        results = recomputed(forward, *args, held=held, **kwargs)
+        results = recomputed(forward, *args, held=held, named=kwargs)
         if last:
             give_back()
         return results

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
 from ..trace import Program
@@ -72,7 +73,7 @@ class Runner(fx.Interpreter):
     def _segment(self, part: Segment, held: Budget) -> None:
         entering, leaving = borders(part)
 
-        def run(*values: Any) -> list[Any]:
+        def run(*values: object) -> list[Any]:
             outer, self.env = self.env, dict(zip(entering, values, strict=True))
             try:
                 for node in part:
@@ -136,6 +137,7 @@ class Runner(fx.Interpreter):
         return values
 
     def run_node(self, n: fx.Node) -> Any:
+        """Return the value of a node, which reads what `touch` makes of what it reads."""
         changed = {}
         for source in n.all_input_nodes:
             if self._touch and source.name in self._touched.get(n.name, ()):
@@ -152,7 +154,9 @@ class Runner(fx.Interpreter):
     def _execute(self, n: fx.Node) -> Any:
         return super().run_node(n)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator, its arguments in float64 if the runner is `double`."""
+        assert not isinstance(target, str)
         if self._double:
             args, kwargs = pytree.tree_map(_double, (args, kwargs))
         return target(*args, **kwargs)
@@ -170,7 +174,7 @@ class OverridingRunner(Runner):
         return self._override[n.name](args, kwargs)
 
 
-def _double(value: Any) -> Any:
+def _double(value: object) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else \
             value.to(torch.complex128) if value.is_complex() else value
