@@ -20,7 +20,8 @@ from spacompiler.evidence.slots import onto, rows
 from spacompiler.groups.solution import Group, Member, Solution
 from spacompiler.live.adapter_step import adapted
 from spacompiler.live.sites import Site, hook
-from spacompiler.torch_backend.gather.gradients import SUMS, Gradients
+from spacompiler.torch_backend.gather.gradients import Gradients
+from spacompiler.torch_backend.gather.weight_sums import SUMS
 from spacompiler.torch_backend.run.observe import ProgramNetwork
 from spacompiler.torch_backend.trace import Trace
 

@@ -35,10 +35,9 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
     With `renormalise`, LayerNorm over a pruned axis takes its statistics over the kept slices
     (as the pruned model does); without, over all, removed ones being zero.
     """
-    places, touch = masks(solution, choices)
     override = norms(solution, choices) if renormalise else {}
     with torch.no_grad():
-        runner = OverridingRunner(trace.program, touched=places, touch=touch,
+        runner = OverridingRunner(trace.program, reads=masks(solution, choices),
                                   override=override, double=True, watch=watch)
         return runner.call(trace.args, trace.kwargs)
 

@@ -12,7 +12,7 @@ once, whatever the number of moves.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from ..repair.repairer import Repairer
 from ..repair.sites import Site, sites
 from ..torch_backend.run.masks import masks
 from ..torch_backend.run.observe import ProgramNetwork
-from ..torch_backend.run.runner import Override, OverridingRunner, Runner
+from ..torch_backend.run.runner import Override, OverridingRunner, Reads, Runner
 from ..torch_backend.trace import Trace
 
 Arrays = tuple[torch.Tensor, torch.Tensor | None]
@@ -132,15 +132,15 @@ class Sensitivity:
                seen: Mapping[str, Seen], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Add one batch's gradients to `seen` (if there is any) and return its divergence."""
         call = self._trace.match(args, kwargs)
-        touched, touch = masks(self._solution, choices) if choices else ({}, None)
-        touched = {n: names for n, names in touched.items() if n not in places}
+        masked = masks(self._solution, choices) if choices else Reads()
+        masked = replace(masked, places={
+            n: names for n, names in masked.places.items() if n not in places})
         reads: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         override = {name: self._override(site, made.get(name), reads)
                     for name, site in places.items()}
         with torch.no_grad():
             dense = first_floating(Runner(self._trace.program).call(*call))
-        runner = OverridingRunner(self._trace.program, touched=touched, touch=touch,
-                                  override=override)
+        runner = OverridingRunner(self._trace.program, reads=masked, override=override)
         with torch.set_grad_enabled(bool(seen)):
             pruned = first_floating(runner.call(*call))
             lost = distance(pruned, dense)

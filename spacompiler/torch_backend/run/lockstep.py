@@ -16,7 +16,7 @@ from ...axes.choices import Choices
 from ...groups.solution import Solution
 from ..trace import Trace
 from .masks import masks
-from .runner import Runner, Touch
+from .runner import Reads, Runner
 
 
 class Lockstep:
@@ -24,18 +24,15 @@ class Lockstep:
 
     def __init__(self, trace: Trace, solution: Solution, choices: Choices,
                  batches: Sequence[Any], stored: Callable[[str], torch.Tensor]) -> None:
-        touched: dict[str, set[str]] = {}
-        self._touch: Touch | None = None
-        if choices:
-            touched, self._touch = masks(solution, choices)
-        self._touched, self._order = touched, list(trace.program.graph_module.graph.nodes)
+        self._reads = masks(solution, choices) if choices else Reads()
+        self._order = list(trace.program.graph_module.graph.nodes)
         self._nodes = {node.name: node for node in self._order}
         self._specs = {spec.target: self._nodes[spec.arg.name]
                        for spec in trace.program.graph_signature.input_specs
                        if spec.target is not None}
         self._at, self._runs = 0, []
         for args, kwargs in batches:
-            run = Runner(trace.program, stored, touched=touched, touch=self._touch)
+            run = Runner(trace.program, stored, reads=self._reads)
             run.start(*trace.match(args, kwargs))
             self._runs.append(run)
 
@@ -51,10 +48,7 @@ class Lockstep:
     def reads(self, node: str, tensor: str) -> list[torch.Tensor]:
         """Return what the next node reads of a tensor, in every batch."""
         at = self._nodes[node]
-        values = [run.env[self._nodes[tensor]] for run in self._runs]
-        if self._touch and tensor in self._touched.get(node, ()):
-            values = [self._touch(at, tensor, value) for value in values]
-        return values
+        return [self._reads.of(at, tensor, value) for value in self.values(tensor)]
 
     def values(self, tensor: str) -> list[torch.Tensor]:
         """Return a tensor's value in every batch."""

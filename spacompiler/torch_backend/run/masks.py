@@ -12,12 +12,11 @@ from ...axes.expressions import ONE, atoms
 from ...graph.idioms import base
 from ...groups.solution import Solution
 from ...plan.effects import touched
-from .runner import Override, Touch
+from .runner import Override, Reads
 
 
-def masks(solution: Solution, choices: Choices) -> tuple[dict[str, set[str]], Touch]:
-    """Return which tensors each node reads through a mask, and what masks removed slices: they
-    read zero, scores minus infinity."""
+def masks(solution: Solution, choices: Choices) -> Reads:
+    """Return reads through masks: removed slices read zero, those of scores minus infinity."""
     made: dict[tuple[str, int | None], torch.Tensor] = {}
     scores = {(r.node, r.tensor): r.dim for r in solution.solver.reads if r.how == "score"}
 
@@ -33,7 +32,7 @@ def masks(solution: Solution, choices: Choices) -> tuple[dict[str, set[str]], To
         gone = torch.full((), 0 if dim is None else -torch.inf, dtype=value.dtype)
         return torch.where(_fit(mask(name, dim), value), value, gone)
 
-    return touched(solution, choices), touch
+    return Reads(touched(solution, choices), touch)
 
 
 def _fit(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ...evidence.network import Place, See, Stored
 from ...groups.solution import Solution
 from ..trace import Trace
 from .lockstep import Lockstep
-from .runner import Runner
+from .runner import Reads, Runner
 
 
 @dataclass
@@ -95,7 +95,7 @@ class ProgramNetwork:
             see(number, node.name, name, value, count)
             return value
 
-        runner = Runner(self.trace.program, self.stored, touched=by_node, touch=touch)
+        runner = Runner(self.trace.program, self.stored, reads=Reads(by_node, touch))
         steps = runner.steps(args, kwargs, {*by_node})
         while True:
             with torch.no_grad():

@@ -6,7 +6,8 @@ evaluation, so that all three speak of the same places in the program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,26 +23,42 @@ Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
 Override = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What is done to what nodes read: `touch(node, name, value)` returns what is read instead.
+
+    `places` are, by node, the tensors whose values are offered.
+    """
+
+    places: Mapping[str, Collection[str]] = field(default_factory=dict)
+    touch: Touch | None = None
+
+    def of(self, node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Return what a node reads of a tensor that has a value."""
+        if self.touch is None or name not in self.places.get(node.name, ()):
+            return value
+        return self.touch(node, name, value)
+
+
 class Runner(fx.Interpreter):
     """Interpret a program.
 
-    `touch(node, name, value)` may change what a node reads of a tensor (only pairs listed in
-    `touched` are offered), `override` replaces single nodes, `double` computes in float64
-    whatever the program says, converting each weight when it is used. With `held`, no more is
-    held for the backward pass; the rest is computed again (see `recompute`), `again` set meanwhile.
+    `reads` may change what nodes read, `override` replaces single nodes, `double` computes in
+    float64 whatever the program says, converting each weight when it is used. With `held`, no more
+    is held for the backward pass; the rest is computed again (see `recompute`), `again` set
+    meanwhile.
     """
 
     def __init__(self, program: Program, weights: Weights | None = None, *,
                  graph_module: fx.GraphModule | None = None,
-                 touched: Mapping[str, set[str]] | None = None, touch: Touch | None = None,
-                 override: Mapping[str, Override] | None = None, double: bool = False,
-                 watch: Callable[[str, Any], None] | None = None,
+                 reads: Reads | None = None, override: Mapping[str, Override] | None = None,
+                 double: bool = False, watch: Callable[[str, Any], None] | None = None,
                  held: Budget | None = None) -> None:
         super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
         self.extra_traceback = False
         stored = {**program.state_dict, **program.constants}
         self._weights = weights or (lambda name: stored[name])
-        self._program, self._touched, self._touch = program, touched or {}, touch
+        self._program, self._reads = program, reads or Reads()
         self._override, self._double, self._watch = override or {}, double, watch
         self._held, self.again = held, False
 
@@ -124,7 +141,7 @@ class Runner(fx.Interpreter):
         Else what a run held would stay until Python next looks for cycles, batch after batch.
         """
         self.env, self.args_iter = {}, iter(())
-        self._touch, self._override = None, {}
+        self._reads, self._override = Reads(), {}
 
     def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         flat = iter(pytree.tree_leaves((args, kwargs)))
@@ -137,12 +154,13 @@ class Runner(fx.Interpreter):
         return values
 
     def run_node(self, n: fx.Node) -> Any:
-        """Return the value of a node, which reads what `touch` makes of what it reads."""
+        """Return the value of a node, which reads what `reads` make of its operands."""
         changed = {}
-        for source in n.all_input_nodes:
-            if self._touch and source.name in self._touched.get(n.name, ()):
+        offered = self._reads.places.get(n.name, ())
+        for source in n.all_input_nodes if offered else ():
+            if source.name in offered:
                 changed[source] = self.env[source]
-                self.env[source] = self._touch(n, source.name, self.env[source])
+                self.env[source] = self._reads.of(n, source.name, self.env[source])
         try:
             result = self._execute(n)
         finally:

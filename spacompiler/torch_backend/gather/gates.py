@@ -1,0 +1,91 @@
+"""Gradients of gates: a factor of one on each slice that is read, whose gradient is x dL/dx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from ...axes.expressions import is_frozen
+from ...evidence.slots import onto
+from ...groups.solution import Group, Solution
+from .gate_places import Places, check_apart, read_places
+from .step import Change, Step, hand_on
+
+# kinds of gates: what is added up over examples and positions (fisher: see `settle`)
+GATES: dict[str, Change] = {
+    "gates": lambda each: each.sum(0),
+    "token_gates": lambda each: each.abs().sum(0),
+    "relevance": lambda each: each.abs().sum(0),
+}
+OF_GATES = frozenset({*GATES, "fisher"})
+
+
+@dataclass
+class Gates:
+    """Gates at `places`; their gradients are in `totals` by (kind, group's name): (slices,)."""
+
+    solution: Solution
+    step: Step
+    totals: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    places: Places = field(default_factory=dict)
+    _apart: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def prepare(self, kinds: set[str], groups: Sequence[Group]) -> None:
+        """Start at zero for groups. Raises SpaError where a kind cannot tell examples apart."""
+        for group in groups:
+            for kind in kinds:
+                self.totals[kind, group.name] = torch.zeros(prod(group.shape), dtype=torch.float64)
+        if kinds:
+            self.places = read_places(self.solution, groups)
+            check_apart(self.solution.graph, kinds, groups, self.places)
+
+    def gate(self, at: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
+        """Return a gate for what is read at a place: one factor per removable slice.
+
+        There is one per example and position too if those are told apart; it broadcasts to the
+        value's shape.
+        """
+        apart = self.step.kinds & {"token_gates", "fisher", "relevance"}
+        tensor = self.solution.graph.tensors[at[1]]
+        if tensor.static:  # of an array there is but one, whatever the examples
+            own = {dim for _, dim in self.places[at]}
+            return self._leaf(at, value, [
+                n if d in own else 1 for d, n in enumerate(value.shape)])
+        dynamic = set(tensor.dynamic) if apart else set()
+        if apart and not dynamic and len(value) == self.step.count:
+            dynamic = {0}
+        dims = self.solution.solver.dims[at[1]]
+        shape = [n if d in dynamic or not is_frozen(e) else 1
+                 for d, (n, e) in enumerate(zip(value.shape, dims, strict=True))]
+        return self._leaf(at, value, shape)
+
+    def _leaf(self, at: tuple[str, str], value: torch.Tensor, shape: list[int]) -> torch.Tensor:
+        gate = torch.ones((), dtype=value.dtype).expand(shape).requires_grad_()
+        hand_on(gate, lambda gradient: self._open(at, gradient))
+        return gate
+
+    def _open(self, at: tuple[str, str], gradient: torch.Tensor) -> None:
+        for group, dim in self.places[at]:
+            each = onto(gradient, self.solution.solver.dims[at[1]], dim, group)
+            for kind in self.step.kinds & GATES.keys():
+                self.totals[kind, group.name] += GATES[kind](each) * self.step.part
+            if "fisher" in self.step.kinds:
+                own = _fold(each, self.step.count)
+                have = self._apart.get(group.name)
+                self._apart[group.name] = own if have is None else have.add_(own)
+
+    def settle(self) -> None:
+        """fisher: square each example's own gradient, `count` times its part of the mean."""
+        for name, own in self._apart.items():
+            self.totals["fisher", name] += (own * self.step.count).square().sum(0)
+        self._apart.clear()
+
+
+def _fold(each: torch.Tensor, count: int) -> torch.Tensor:
+    """Add up positions example by example: (count, slices)."""
+    if len(each) % count:
+        raise ValueError(f"{len(each)} positions are not those of {count} examples")
+    return each.reshape(count, -1, each.shape[1]).sum(1)
