@@ -15,26 +15,24 @@ from torch import nn
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import cost
-from spacompiler.groups.solution import Group
 from spacompiler.live import ramp, stock
-from spacompiler.live.adapter_step import adapter_arrays
+from spacompiler.live.candidates import candidates, measured, read_by_modules
 from spacompiler.live.kept import Kept, lowest_out
+from spacompiler.live.options import recipe, split
 from spacompiler.live.shrinking import Shrinking
-from spacompiler.live.sites import MASKED, Site, sites
+from spacompiler.live.sites import Site
 from spacompiler.live.watch import GATES, Watch
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
 from spacompiler.request import registry
-from spacompiler.request.recipe import Recipe, is_nearest, parse_target
+from spacompiler.request.recipe import is_nearest, parse_target
 from spacompiler.store import strict_json
 from spacompiler.system.process import alone
 from spacompiler.torch_backend.machine import lanes
 from spacompiler.torch_backend.read.readable import check_readable
 
 STATE_VERSION = 1
-OPTIONS = ("target", "roles", "only", "ignore", "approximate", "align", "floor", "seed", "layout")
-"""Options of a recipe that say something of a model while it trains."""
 
 
 class Pruner:
@@ -56,11 +54,11 @@ class Pruner:
         schedule: `cubic(steps=...)`, `linear(steps=...)`, `once(at=...)`, or an object.
         importance, allocation: passes as for `compile`; a pass may need gates, token_gates
             (gradients at activations) and weight_gradients (`.grad`).
-        ema: the moving average's memory, 0 to below 1.
-        prove: compare each shrunk model with the masked one.
-        options: further fields of `Recipe`: roles, only, ignore, approximate, align, floor, seed,
-            layout (`uniform`: all layers alike, as a transformers config can say; `any`; `auto`:
-            uniform where that meets the target).
+        ema: the moving average's memory, 0 to below 1 (0.9).
+        prove: compare each shrunk model with the masked one (True).
+        options: further fields of `Recipe`: roles, only, ignore, approximate, align (1), floor,
+            seed, layout (`uniform`: all layers alike, as a transformers config can say; `any`;
+            `auto`: uniform where that meets the target).
 
     Raises:
         UsageError: the request is malformed. TargetError: nothing may go.
@@ -70,34 +68,36 @@ class Pruner:
     @alone()
     def __init__(self, model: nn.Module, example_inputs: Inputs,
                  optimizer: object = None, *, target: str, schedule: object = "cubic",
-                 importance: object = "taylor", allocation: object = "uniform", ema: float = 0.9,
-                 prove: bool = True, align: int | None = 1, **options: object) -> None:
-        if not 0 <= ema < 1:
-            raise UsageError(f"ema must be from 0 to below 1, not {ema}")
+                 importance: object = "taylor", allocation: object = "uniform",
+                 **options: object) -> None:
+        manner, asked = split(options)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise UsageError("a DistributedDataParallel module cannot shrink in place",
                              why="its gradient buckets have fixed sizes",
                              fix="prune in one process, or before wrapping the module")
-        self.recipe = Recipe.of({"target": target, "align": align, **options}, among=OPTIONS,
-                                beside=set(signature(type(self)).parameters) - {"options"})
+        self.recipe = recipe(target, asked, set(signature(type(self)).parameters) - {"options"})
         check_readable(self.model)
         self.schedule = ramp.find(schedule)
         self.importance = registry.find("importance", importance)
         self.allocation = registry.find("allocation", allocation)
-        self.ema, self.steps, self.done = ema, 0, False
+        self.ema, self.steps, self.done = manner.ema, 0, False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[Any] = []
         self._scores: dict[str, np.ndarray] = {}
         self._measured = False
-        self.live = Shrinking(self.model, example_inputs, check=prove, seed=self.recipe.seed)
+        self.live = Shrinking(self.model, example_inputs, check=manner.prove, seed=self.recipe.seed)
         self._dense = self.live.dense
         self.notes: list[str] = []
-        self.groups = self._candidates()
+        self.groups = candidates(self.model, self._dense, self.recipe, self.notes)
         self._price = cost(self._dense, parse_target(target)[0])
         self._dense_cost = self._price.total
         self._watch: Watch | None = None
-        self._sites = self._seen() if set(GATES) & set(self.importance.needs) else []
+        self._sites: list[Site] = []
+        if set(GATES) & set(self.importance.needs):
+            self._sites, self.groups = read_by_modules(
+                self.model, self.live.trace, self.live.solution, self.groups,
+                self.importance.name, self.notes)
         self._look()
         self._stock: list[Unit] = []
         self._check_target()
@@ -222,22 +222,6 @@ class Pruner:
 
     # --- scores and counts --------------------------------------------------------------------
 
-    def _candidates(self) -> list[Group]:
-        r = self.recipe
-        own = adapter_arrays(self.model)
-        found = [g for g in allocation.candidates(
-            self._dense, roles=r.roles, only=r.only, ignore=r.ignore, approximate=r.approximate)
-            if not all(m.weight in own for m in g.members)]
-        scored = [g.name for g in found if any(read.how == "score" for read in g.reads)]
-        self.notes += [f"{name} stays: {MASKED}" for name in scored]
-        found = [g for g in found if g.name not in scored]
-        if not found:
-            raise TargetError("nothing to prune", where=type(self.model).__name__,
-                              why=self.notes[-1] if scored else
-                              f"no group has a role in {list(r.roles)}",
-                              fix="see `spacompiler.inspect`; let more go with roles or only")
-        return found
-
     def _check_target(self) -> None:
         """Choose the layout; raises TargetError now rather than in the middle of a run."""
         layout = self.recipe.layout
@@ -264,22 +248,11 @@ class Pruner:
                 raise
         return problem.met(kept)
 
-    def _seen(self) -> list[Site]:
-        """Return where groups are read; those that no module reads stay, and a note says so."""
-        found = sites(self.model, self.live.trace, self.live.solution, self.groups)
-        seen = {name for site in found for name, _ in site.reads}
-        unseen = [g.name for g in self.groups if g.name not in seen]
-        self.notes += [f"{name} stays: no module reads it as its first argument, where "
-                       f"{self.importance.name} would measure it (taylor-element can)"
-                       for name in unseen]
-        self.groups = [g for g in self.groups if g.name in seen]
-        if not self.groups:
-            raise TargetError("nothing to prune", why=self.notes[0],
-                              fix="use importance='taylor-element' (gradients of weights)")
-        return found
-
-    def _current(self) -> list[Group]:
-        return [self.live.solution.groups[g.name] for g in self.groups]
+    def _measure(self) -> dict[str, np.ndarray]:
+        """Score every candidate as it is now, in the dense shape."""
+        assert self._watch is not None
+        now = (self.live.solution.groups[g.name] for g in self.groups)
+        return measured(self.importance, self._watch, now, self.live.kept)
 
     def _look(self) -> None:
         """Watch the model as it is now."""
@@ -287,22 +260,6 @@ class Pruner:
             self._watch.stop()
         self._watch = Watch(self.model, self.live.trace, self.live.solution, self._sites,
                             self.importance.needs, self.recipe.seed)
-
-    def _measure(self) -> dict[str, np.ndarray]:
-        """Score every candidate as it is now; results in the dense shape, removed ones zero."""
-        assert self._watch is not None
-        found = {}
-        for group in self._current():
-            if self._watch.blind(group):
-                raise SpaError(f"all weights of {group.name} are frozen or have no gradient",
-                               why=f"{self.importance.name} needs gradients of weights",
-                               fix="use importance='taylor' (gradients at activations)")
-            score = torch.as_tensor(self.importance.score(group, self._watch)).detach().double()
-            if tuple(score.shape) != group.shape:
-                raise SpaError(f"importance pass {self.importance.name!r} gave no valid scores",
-                               why=f"shape {tuple(score.shape)} for {group.shape}")
-            found[group.name] = self.live.kept.scatter(group.name, score.cpu().numpy())
-        return found
 
     def _current_scores(self) -> dict[str, np.ndarray]:
         """The moving averages; measured now where a pass needs no gradients."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -46,7 +46,6 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     must stay as it is, the gain of the norm before it is (a head that is tied to an embedding).
     """
     graph = solution.graph
-    nodes = {node.name: node for node in graph.nodes}
     readers = readings(graph)
     wanted = {read.node for group in solution.groups.values() if group.atom in choices
               for read in group.reads}
@@ -55,7 +54,7 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
     left: list[str] = []
     gains: dict[str, Consumer] = {}
     for node in (n for n in graph.nodes if n.name in wanted or (every and found)):
-        at = consumer(graph, nodes[node.name])
+        at = consumer(graph, node)
         if at is None and node.name in wanted and any(
                 graph.tensors[ref].looked for ref in node.refs()):
             left.append(node.title())
@@ -72,15 +71,22 @@ def sites(solution: Solution, choices: Choices, among: set[str] | None = None, *
             continue
         bias, result = _bias(graph, at, readers, kept)
         found.append(Site(at, weight, bias, kept, result))
-    for at in gains.values():
+    found.extend(_gains(solution, choices, readers, gains.values()))
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda site: order[site.consumer.node.name]), left
+
+
+def _gains(solution: Solution, choices: Choices, readers: Counter[str],
+           norms: Iterable[Consumer]) -> Iterator[Site]:
+    """Yield the gains of norms that keep all features, where nothing else reads them."""
+    graph = solution.graph
+    for at in norms:
         tensor, whole = graph.tensors[at.weight], keep_mask(solution.dims(at.tensor), choices)
         if tensor.weight is not None and tensor.kind == "parameter" and whole.all() \
                 and readers[tensor.weight] == 1:
             every_one = torch.ones(*tensor.shape, 1, dtype=torch.bool)
             bias, result = _bias(graph, at, readers, every_one)
-            found.append(Site(at, tensor.weight, bias, every_one, result))
-    order = {node.name: i for i, node in enumerate(graph.nodes)}
-    return sorted(found, key=lambda site: order[site.consumer.node.name]), left
+            yield Site(at, tensor.weight, bias, every_one, result)
 
 
 def readings(graph: Graph) -> Counter[str]:

@@ -12,7 +12,6 @@ to use nothing of them but their results.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import ProofError, SpaError, UsageError, did_you_mean
@@ -36,12 +34,13 @@ from ..stages.records import Decided, Emitted, Subject
 from ..stages.tolerances import WHOLE
 from .backend import TORCH
 from .emit.apart import fresh
-from .emit.program import Rewritten, rewrite
+from .emit.program import rewrite
 from .outside import Outside, left_out, outside
 from .read.export import trace
+from .rebuilt import called_like
 from .trace import Trace
 from .untouched import untouched
-from .weights import called, named_arrays, weights_hash
+from .weights import called, weights_hash
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -271,34 +270,6 @@ def _emit(subject: Subject, decided: Decided, layout: str, notes: list[str]) -> 
     return whole
 
 
-class Rebuilt(nn.Module):
-    """A part as a re-written program, called like the part.
-
-    Other code may look at the part (at the type of a weight, say): attributes are those of a copy
-    of it that holds the pruned arrays.
-    """
-
-    def __init__(self, program: ExportedProgram, part: nn.Module, path: str) -> None:
-        super().__init__()
-        self.body = Rewritten(program)
-        arrays = {**program.constants, **program.state_dict}
-        memo: dict[int, Any] = {id(t): arrays.get(f"{path}.{name}", t)
-                                for name, t in named_arrays(part)}
-        vars(self)["_seen"] = copy.deepcopy(part, memo)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_seen" not in vars(self):  # while it is being copied
-                raise
-            return getattr(vars(self)["_seen"], name)
-
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        """Return what the part gives, by its re-written program."""
-        return self.body((args, kwargs))[0]
-
-
 def rewritten(parts: Parts, calls: Sequence[Call], plan: Plan) -> dict[str, nn.Module]:
     """Return each part as its own program, re-written by the part of a plan that it holds."""
     made: dict[str, nn.Module] = {}
@@ -308,17 +279,8 @@ def rewritten(parts: Parts, calls: Sequence[Call], plan: Plan) -> dict[str, nn.M
         kept = {k: v for k, v in plan.kept.items() if k in solution.groups}
         choices = replace(plan, kept=kept).choices(solution)
         part = parts.whole.get_submodule(path)
-        made[path] = _called_like(part)(rewrite(traced, solution, choices), part, path)
+        made[path] = called_like(part)(rewrite(traced, solution, choices), part, path)
     return made
-
-
-def _called_like(part: nn.Module) -> type[Rebuilt]:
-    """Rebuilt with the signature of a part: other code may ask which arguments it takes."""
-    def forward(self: Rebuilt, *args: object, **kwargs: object) -> Any:
-        return self.body((args, kwargs))[0]
-
-    forward.__signature__ = inspect.signature(type(part).forward)  # type: ignore[attr-defined]
-    return type("Rebuilt", (Rebuilt,), {"forward": forward, "__doc__": Rebuilt.__doc__})
 
 
 def put_back(whole: nn.Module, made: Mapping[str, nn.Module]) -> nn.Module:
