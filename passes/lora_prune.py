@@ -14,12 +14,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from spacompiler.errors import SpaError, TargetError
+from spacompiler.evidence.calls import Batch
 from spacompiler.evidence.protocol import Importance
 from spacompiler.groups.repeats import family
 from spacompiler.groups.solution import Group
 from spacompiler.live.attached import Attached, adaptable
+from spacompiler.live.candidates import average
 from spacompiler.live.kept import Kept, lowest_out
-from spacompiler.live.ramp import Cubic
+from spacompiler.live.ramp import Cubic, staying
 from spacompiler.live.sites import MASKED, Masks, Site, sites
 from spacompiler.live.watch import Watch
 from spacompiler.request import registry
@@ -124,24 +126,24 @@ class LoraPrune:
             step, total, min(self.warmup_steps, total // 10)))
         calls = _endless(task.calibration.batches, task.seed)
         kept = Kept(task.solution, {})
-        average = {g.name: np.zeros(g.shape) for g in task.candidates}
+        averages = {g.name: np.zeros(g.shape) for g in task.candidates}
         losses = []
         for step in range(1, total + 1):
             losses.append(self._backward(task, calls))
             torch.nn.utils.clip_grad_norm_(adapters, self.clip)
-            self._measure(task.candidates, watch, criterion, average)
+            self._measure(task.candidates, watch, criterion, averages)
             optimizer.step()
             rates.step()
             optimizer.zero_grad()
             if ramp.due(step):
-                kept = self._masked(task, counts, kept, average, ramp.share(step))
+                kept = self._masked(task, counts, kept, averages, ramp.share(step))
                 masks.set(kept.choices())
             task.tell(f"training, loss {losses[-1]:.3f}", step, total)
         few = max(1, total // 20)
         task.notes.append(f"{self.name}: {total} steps on {task.calibration.origin}, loss "
                          f"{np.mean(losses[:few]):.3f} at first, {np.mean(losses[-few:]):.3f} at "
                          "the end, pruned")
-        return kept, average
+        return kept, averages
 
     def _backward(self, task: Scheduling, calls: Iterator[Any]) -> float:
         total = 0.0
@@ -157,22 +159,20 @@ class LoraPrune:
         return total
 
     def _measure(self, groups: Sequence[Group], watch: Watch, criterion: Importance,
-                 average: dict[str, np.ndarray]) -> None:
+                 averages: dict[str, np.ndarray]) -> None:
         """Update the moving averages, unless a score is not finite."""
         found = {g.name: criterion.score(g, watch).detach().double().numpy() for g in groups}
         watch.clear()
-        if all(np.isfinite(score).all() for score in found.values()):
-            for name, score in found.items():
-                average[name] = self.ema * average[name] + (1 - self.ema) * score
+        average(averages, found, self.ema)
 
     def _masked(self, task: Scheduling, counts: dict[str, int], kept: Kept,
-                average: dict[str, np.ndarray], share: float) -> Kept:
+                averages: dict[str, np.ndarray], share: float) -> Kept:
         """Return what stays when `share` of the removal is due; masks only grow."""
         tables = dict(kept.tables)
         for group in task.candidates:
-            due = group.size - int((group.size - counts[group.name]) * share + 1e-9)
+            due = staying(group.size, counts[group.name], share)
             if due < kept.count(group.name):
-                tables[group.name] = lowest_out(kept, group, average[group.name], due)
+                tables[group.name] = lowest_out(kept, group, averages[group.name], due)
         return Kept(task.solution, tables)
 
     # --- what may go --------------------------------------------------------------------------
@@ -259,8 +259,12 @@ def _linear(step: int, total: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
 
 
-def _endless(batches: Sequence[Any], seed: int) -> Iterator[Any]:
-    """Yield batches for ever, in a new seeded order each time."""
+def _endless(batches: Sequence[Batch], seed: int) -> Iterator[Any]:
+    """Yield batches for ever, in a new seeded order each time.
+
+    One generator draws all orders, as in the released code; recovery draws each epoch's from a seed
+    of its own, so that it can be resumed in the middle.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         for i in torch.randperm(len(batches), generator=generator).tolist():

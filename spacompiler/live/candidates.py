@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -57,6 +57,19 @@ def read_by_modules(model: nn.Module, trace: Trace, solution: Solution, groups: 
         raise TargetError("nothing to prune", why=notes[0],
                           fix="use importance='taylor-element' (gradients of weights)")
     return found, left
+
+
+def average(averages: dict[str, np.ndarray], found: Mapping[str, np.ndarray],
+            ema: float) -> bool:
+    """Let moving averages take in scores: S <- ema * S + (1 - ema) * score, S = 0 at first.
+
+    False, and nothing is taken in, if a score is not finite (as after a step that overflowed).
+    """
+    if not all(np.isfinite(score).all() for score in found.values()):
+        return False
+    for name, score in found.items():
+        averages[name] = ema * averages.get(name, 0.0) + (1 - ema) * score
+    return True
 
 
 def measured(importance: Importance, watch: Watch, groups: Iterable[Group],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from spacompiler.errors import UsageError
+from spacompiler.evidence.calls import Batch
 from spacompiler.evidence.labels import labels_of
 from spacompiler.evidence.network import Loss
 from spacompiler.groups.solution import Group, Solution
@@ -39,7 +39,7 @@ class Probe(Watch):
                              fix="use an importance pass that needs only one of them")
         self._attached: Attached | None = None
 
-    def calibrate(self, needs: Iterable[str], batches: Iterable[Any], loss: Loss, *,
+    def calibrate(self, needs: Iterable[str], batches: Iterable[Batch], loss: Loss, *,
                   groups: Sequence[Group], tick: Callable[[], None] = lambda: None) -> None:
         """Put adapters on, and sum their gradients over batches of (args, kwargs)."""
         self._attached = Attached(self._module, adaptable(self._module, groups),

@@ -16,7 +16,7 @@ from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import cost
 from spacompiler.live import ramp, stock
-from spacompiler.live.candidates import candidates, measured, read_by_modules
+from spacompiler.live.candidates import average, candidates, measured, read_by_modules
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.options import recipe, split
 from spacompiler.live.shrinking import Shrinking
@@ -137,11 +137,7 @@ class Pruner:
             return
         found = self._measure()
         self._watch.clear()
-        if all(np.isfinite(score).all() for score in found.values()):
-            for name, score in found.items():
-                have = self._scores.get(name, 0.0)
-                self._scores[name] = self.ema * have + (1 - self.ema) * score
-            self._measured = True
+        self._measured |= average(self._scores, found, self.ema)
 
     def step(self) -> bool:
         """Count one optimiser step and remove what is due; True if the model shrank.
@@ -206,7 +202,7 @@ class Pruner:
         tables = dict(self.live.kept.tables)
         for unit in problem.units:
             now = self.live.kept.count(unit.groups[0].name)
-            due = unit.size - int((unit.size - final[unit.name]) * share + 1e-9)
+            due = ramp.staying(unit.size, final[unit.name], share)
             count = min(now, next(k for k in unit.legal if k >= due))
             for group in unit.groups:
                 if count < now:

@@ -97,7 +97,16 @@ class Once:
         return step == self.at
 
 
-RAMPS: dict[str, Callable[..., Any]] = {r.name: r for r in (Cubic, Linear, Once)}
+def staying(size: int, final: int, share: float) -> int:
+    """Return how many of `size` slices stay when a share of the removal down to `final` is due.
+
+    >>> staying(10, 4, 0.5)
+    7
+    """
+    return size - int((size - final) * share + 1e-9)
+
+
+RAMPS: dict[str, Callable[..., Ramp]] = {r.name: r for r in (Cubic, Linear, Once)}
 
 
 def find(what: object) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ..axes.choices import Choices
+from ..evidence.calls import Batch
 from ..evidence.network import Network
 from ..groups.solution import Solution
 
@@ -35,5 +36,5 @@ class Repairable(Network, Protocol):
     def put(self, name: str, value: torch.Tensor) -> None:
         """Let the network have another value of a stored array."""
 
-    def lockstep(self, solution: Solution, choices: Choices, batches: Sequence[Any]) -> Lockstep:
+    def lockstep(self, solution: Solution, choices: Choices, batches: Sequence[Batch]) -> Lockstep:
         """Run batches side by side, what `choices` remove read as zero."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..axes.choices import Choices
 from ..errors import SpaError
+from ..evidence.calls import Batch
 from ..evidence.scores import Scores
 from ..graph.ir import Ref
 from ..groups.solution import Group, Solution
@@ -59,7 +59,7 @@ class Repairer:
         matrix = site.consumer.matrix(self.stored(site.weight))
         return [of_dense(covariance, w, s) for s, w in enumerate(matrix)]
 
-    def one_shot(self, context: Scores, batches: Sequence[Any], found: Sequence[Site]) -> None:
+    def one_shot(self, context: Scores, batches: Sequence[Batch], found: Sequence[Site]) -> None:
         """Repair every site from statistics of the dense network."""
         by_node = {site.consumer.node.name: site for site in found}
         places = {(site.consumer.node.name, site.consumer.tensor) for site in found}
@@ -72,7 +72,7 @@ class Repairer:
                     self._repair(site, view.weight, [
                         of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)])
 
-    def sequential(self, context: Scores, batches: Sequence[Any], found: Sequence[Site], *,
+    def sequential(self, context: Scores, batches: Sequence[Batch], found: Sequence[Site], *,
                    residual: bool) -> None:
         """Repair site after site, each from what it reads once those before it are repaired.
 
@@ -101,7 +101,7 @@ class Repairer:
             for name in filter(None, (site.weight, site.bias)):
                 pruned.put(name, self.stored(name))
 
-    def batch_norms(self, batches: Sequence[Any]) -> int:
+    def batch_norms(self, batches: Sequence[Batch]) -> int:
         """Take the statistics of batch norms anew, one after the other, and return how many."""
         pruned = self.network.lockstep(self.solution, self.choices, batches)
         readers = readings(self.solution.graph)
@@ -190,7 +190,7 @@ class Channels:
         return spread * self.count / max(self.count - 1, 1)
 
 
-def _with_covariance(context: Scores, batches: Sequence[Any],
+def _with_covariance(context: Scores, batches: Sequence[Batch],
                      groups: Sequence[Group]) -> Iterator[Group]:
     """Yield groups whose statistics are at hand, then the others as theirs are gathered."""
     missing = []
@@ -209,7 +209,7 @@ def draft(compensation: Compensation | None) -> Compensation | None:
 
 
 def repair(network: Repairable, solution: Solution, choices: Choices, compensation: Compensation,
-           context: Scores, batches: Sequence[Any], *, must: bool = True) -> list[str]:
+           context: Scores, batches: Sequence[Batch], *, must: bool = True) -> list[str]:
     """Let a compensation pass repair a network; return notes for the user.
 
     Raises SpaError if it `must` and there is nothing to repair.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
+from ..evidence.calls import Batch
 from ..graph.ir import Ref
 from .trace import Trace
 
 
-def check_tokens(trace: Trace, batches: Iterable[Any]) -> None:
+def check_tokens(trace: Trace, batches: Iterable[Batch]) -> None:
     """Raise SpaError for an input, of the example or a batch, beyond the table it is looked up in.
 
     Inputs that something is done to before are not seen here.

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SpaError, TargetError, UsageError
+from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
 from ..plan.problem import MISS
@@ -102,19 +102,19 @@ def order(ask: Request, module: nn.Module, known: Sequence[str], count: int,
     return gone
 
 
-def _moved(module: nn.Module, paths: Sequence[str], batches: Sequence[Any],
+def _moved(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch],
            wanted: Sequence[torch.Tensor]) -> float:
     """How far the results are from the dense network's without some blocks."""
     with blocks.bypassed(module, paths):
         return _distance(module, batches, wanted)
 
 
-def _results(module: nn.Module, batches: Sequence[Any]) -> Iterator[torch.Tensor]:
+def _results(module: nn.Module, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
     for args, kwargs in batches:
         yield first_floating(results(module, args, inputs_only(module, kwargs)))
 
 
-def _distance(module: nn.Module, batches: Sequence[Any], wanted: Sequence[torch.Tensor]) -> float:
+def _distance(module: nn.Module, batches: Sequence[Batch], wanted: Sequence[torch.Tensor]) -> float:
     found = zip(_results(module, batches), wanted, strict=True)
     return sum(float(distance(got, want)) for got, want in found) / len(wanted)
 

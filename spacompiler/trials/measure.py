@@ -17,16 +17,20 @@ from torch.utils import _pytree as pytree
 
 from ..axes.choices import Choices
 from ..errors import SpaError
+from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
+from ..evidence.scores import Scores
 from ..evidence.watching import watched
 from ..groups.repeats import block
 from ..groups.solution import Solution
 from ..plan.problem import Problem
+from ..repair.evidence import Compensation
 from ..repair.repairer import draft
 from ..repair.sites import sites
 from ..torch_backend.run.masks import masks
 from ..torch_backend.run.runner import Runner
+from ..torch_backend.trace import Trace
 from ..torch_backend.untouched import untouched
 from .sensitivity import Change, Sensitivity
 
@@ -36,14 +40,14 @@ class Measure:
     """What is measured on a torch module; `plan(kept)` turns counts into choices."""
 
     module: nn.Module
-    trace: Any
+    trace: Trace
     solution: Solution
-    batches: Sequence[Any]
+    batches: Sequence[Batch]
     loss: Callable[..., torch.Tensor]
-    context: Any
-    compensation: Any
+    context: Scores
+    compensation: Compensation | None
     plan: Callable[[Problem, Mapping[str, int]], Choices]
-    beside: Sequence[Any] = ()
+    beside: Sequence[Batch] = ()
     _blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
     _sensitivity: Sensitivity | None = None
     _answers: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
@@ -81,7 +85,7 @@ class Measure:
                 if (path := block(u.groups[0].name))}
 
     @torch.no_grad()
-    def _salience(self, path: str, step: float, batches: Sequence[Any],
+    def _salience(self, path: str, step: float, batches: Sequence[Batch],
                   seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         arrays = {f"{path}.{n}": p for n, p in self.module.get_submodule(path).named_parameters()
@@ -94,7 +98,7 @@ class Measure:
         parts = [(p.abs() * noise[n].abs() * abs(slope)).flatten() for n, p in arrays.items()]
         return torch.cat([part[:: max(1, len(part) // 10_000)] for part in parts])
 
-    def _loss(self, arrays: Mapping[str, torch.Tensor], batches: Sequence[Any]) -> float:
+    def _loss(self, arrays: Mapping[str, torch.Tensor], batches: Sequence[Batch]) -> float:
         total = 0.0
         with untouched(self.module):
             for args, kwargs in batches:
@@ -138,7 +142,7 @@ class Measure:
         some = [*self.batches[: batches - len(own)], *own]
         return self._sensitivity.changes(problem, kept, moves, some)
 
-    def _covariances(self, problem: Problem) -> Any:
+    def _covariances(self, problem: Problem) -> Scores:
         groups = [g for u in problem.units for g in u.groups]
         found, _ = sites(self.solution, self.plan(problem, problem.least()))
         if not all("covariance" in self.context.inputs(site.consumer) for site in found):
@@ -149,7 +153,7 @@ class Measure:
 
 @torch.no_grad()
 def angles(module: nn.Module, paths: Sequence[str],
-           batches: Sequence[Any]) -> dict[str, tuple[float, float]]:
+           batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
     """Return {path: (mean angle / pi, mean cosine)} of blocks that map a hidden state to one."""
     sums: dict[str, list[float]] = {}
 

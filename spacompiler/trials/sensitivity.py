@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..axes.choices import Choices
+from ..evidence.calls import Batch
 from ..evidence.losses import distance, drawn, first_floating
 from ..evidence.scores import Scores
 from ..evidence.statistics import Covariance
@@ -88,7 +89,7 @@ class Sensitivity:
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]],
-                batches: Sequence[Any]) -> tuple[dict[tuple[str, int], Change], float]:
+                batches: Sequence[Batch]) -> tuple[dict[tuple[str, int], Change], float]:
         """Return {(unit, count): change} and the divergence, a mean over positions.
 
         Units that are read by anything but products with stored weights are left out.

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ...errors import SpaError
-from ...evidence.calls import Inputs, as_call
+from ...evidence.calls import Batch, Inputs, as_call
 from ...evidence.losses import IGNORED, cross_entropy, next_token
 from ...stages.tolerances import CAUSAL
 from ..kinds import is_encoder_decoder, is_hf
@@ -138,7 +138,7 @@ class Fitting:
             self.used.append(facts)
         return self.head(outputs, args, kwargs)
 
-    def teaches(self, batches: Iterable[Any]) -> bool:
+    def teaches(self, batches: Iterable[Batch]) -> bool:
         """True if what it minimises says something of what is right."""
         labelled = all(p.label in kwargs for _, kwargs in batches for p in self.head.parts)
         return labelled or not all(p.kind == "values" for p in self.head.parts)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
-from ...evidence.calls import Inputs, as_call
+from ...evidence.calls import Batch, Inputs, as_call
 from ..kinds import StockModel, Tokenizer, is_encoder_decoder, writes_text
 from ..untouched import untouched
 
@@ -45,7 +45,7 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Callable[..., Any] | N
             for _ in range(max(1, samples // batch))]
 
 
-def continued(module: nn.Module, batches: Sequence[Any], seed: int) -> Batches:
+def continued(module: nn.Module, batches: Sequence[Batch], seed: int) -> Batches:
     """Return, for each batch of token windows, as many windows that go on where those end.
 
     A window is as long as those given: their last tokens (32, a quarter of a short window), then

@@ -8,11 +8,11 @@ evidence in the time of two forward passes; only what later nodes read is held.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from ...axes.choices import Choices
+from ...evidence.calls import Batch
 from ...groups.solution import Solution
 from ..trace import Trace
 from .masks import masks
@@ -23,7 +23,7 @@ class Lockstep:
     """All batches of (args, kwargs) at the same node of a program."""
 
     def __init__(self, trace: Trace, solution: Solution, choices: Choices,
-                 batches: Sequence[Any], stored: Callable[[str], torch.Tensor]) -> None:
+                 batches: Sequence[Batch], stored: Callable[[str], torch.Tensor]) -> None:
         self._reads = masks(solution, choices) if choices else Reads()
         self._order = list(trace.program.graph_module.graph.nodes)
         self._nodes = {node.name: node for node in self._order}
