@@ -76,7 +76,8 @@ def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     return prove(trace, decided.solution, decided.choices, seed=seed)
 
 
-def _called_again(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+def _called_again(module: nn.Module, args: tuple[Any, ...],
+                  kwargs: dict[str, Any]) -> list[Any]:
     """The module's own results once more, not from seed 0: those of one that draws are others."""
     was = module.training
     module.eval()

@@ -132,7 +132,8 @@ def _recorded(parts: Mapping[str, nn.Module],
               calls: dict[str, Call]) -> AbstractContextManager[None]:
     """Keep what each of some modules is given and gives, for one forward."""
 
-    def keep(path: str, part: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def keep(path: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+             result: object) -> None:
         if any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))):
             calls[path] = (args, kwargs, first_floating(pytree.tree_leaves(result)))
 

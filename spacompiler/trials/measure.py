@@ -157,7 +157,8 @@ def angles(module: nn.Module, paths: Sequence[str],
     """Return {path: (mean angle / pi, mean cosine)} of blocks that map a hidden state to one."""
     sums: dict[str, list[float]] = {}
 
-    def see(path: str, part: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def see(path: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+            out: object) -> None:
         before = args[0] if args else kwargs.get("hidden_states")
         after = first_floating(out if isinstance(out, (tuple, list)) else [out])
         if isinstance(before, torch.Tensor) and before.shape == after.shape:

@@ -310,7 +310,7 @@ def _part(at: int, field: str, kind: str) -> Part | None:
     return Part(at, field, other)
 
 
-def _tensors(values: Any) -> list[torch.Tensor]:
+def _tensors(values: object) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 

@@ -36,7 +36,7 @@ def _first_drawn(trace: Trace) -> str:
     unfilled = {node.name for node in trace.program.graph.nodes
                 if str(node.target).startswith(_UNFILLED)}
 
-    def look(name: str, value: Any) -> None:
+    def look(name: str, value: object) -> None:
         if isinstance(value, torch.Tensor) and not found and name not in unfilled and \
                 not _same(seen.setdefault(name, value.detach().clone()), value):
             found.append(name)
