@@ -115,9 +115,8 @@ class Measure:
         A mean over the first `batches` of the calibration; nothing is repaired.
         """
         choices = self.plan(problem, kept)
-        touched, touch = masks(self.solution, choices) if choices else ({}, None)
-        dense = Runner(self.trace.program)
-        pruned = Runner(self.trace.program, touched=touched, touch=touch)
+        reads = masks(self.solution, choices) if choices else None
+        dense, pruned = Runner(self.trace.program), Runner(self.trace.program, reads=reads)
         some, total = self.batches[:batches], 0.0
         for args, kwargs in some:
             call = self.trace.match(args, kwargs)
