@@ -475,7 +475,8 @@ def test_the_command_line_reads_files(tmp_path: Path) -> None:
     made = run(app, ["compile", str(path), "--target", "params=70%", "--importance", "magnitude",
                      "--align", "1", "--no-latency", "--out", str(out), "--json"])
     assert made.exit_code == 0, made.output
-    assert run(app, ["verify", str(out)]).exit_code == 0
+    assert run(app, ["verify", str(out), "--source", str(path)]).exit_code == 0
+    assert run(app, ["verify", str(out)]).exit_code == 3  # it does not know where the source lies
     module = spacompiler.load(out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
