@@ -43,8 +43,7 @@ types: $(STAMP)
 	@$(BIN)/mypy -p spacompiler
 
 # What the axes, the rows, the groups, the plan and the options do: no network is trained or exported.
-QUICK := $(addprefix tests/test_,axes.py notation.py solver.py rows.py slicing.py targets.py pieces.py \
-           permutations.py allocation.py passes.py options.py strict_json.py comparison.py)
+QUICK := $(addprefix tests/,axes graph rows groups request stages store)
 
 quick: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" $(QUICK)

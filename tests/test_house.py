@@ -102,3 +102,69 @@ def test_functions_keep_their_names_beside_rooms():
             " and not callable(getattr(spacompiler, n))])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+TABLES = ("rows/aten_table.py", "rows/onnx_table.py", "rows/onnx_rows.py")
+WIDE = {"api.py compile", "onnx_backend/run/kernels.py _run"}
+"""Functions whose signature somebody else forces, or users read: CONTRIBUTING.md says why."""
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef, bool]]:
+    """Yield (name, function, whether it is public) of a file, methods and inner ones included."""
+    def within(node: ast.AST, public: bool) -> Iterator[tuple[str, ast.FunctionDef, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                shown = public and not child.name.startswith("_")
+                yield child.name, child, shown
+                yield from within(child, False)
+            elif isinstance(child, ast.ClassDef):
+                yield from within(child, public and not child.name.startswith("_"))
+            else:
+                yield from within(child, public)
+    return within(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def parameters(function: ast.FunctionDef) -> list[ast.arg]:
+    given = function.args
+    return [a for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)
+            if a.arg not in ("self", "cls")]
+
+
+def oversized(name: str, path: Path) -> Iterator[str]:
+    """What in a file is longer or wider than it may be, or is not described."""
+    where = str(path).partition("/spacompiler/")[2] or path.name
+    if path.read_text(encoding="utf-8").count("\n") > 350 and where not in TABLES:
+        yield f"{where}: over 350 lines"
+    for called, function, public in functions(path):
+        end = function.end_lineno or function.lineno
+        if end - function.lineno + 1 > 40 and f"{where} {called}" not in WIDE:
+            yield f"{where} {called}: over 40 lines"
+        if len(parameters(function)) > 8 and f"{where} {called}" not in WIDE:
+            yield f"{where} {called}: over 8 parameters"
+        if public and not ast.get_docstring(function):
+            yield f"{where} {called}: no docstring"
+
+
+def code() -> dict[str, Path]:
+    return {n: p for n, p in modules().items() if ".models_zoo" not in n}
+
+
+def test_files_and_functions_are_of_a_size_and_described():
+    assert [line for name, path in code().items() for line in oversized(name, path)] == []
+
+
+def test_hardly_a_parameter_is_of_any_type():
+    found = [f"{path}: {called}({a.arg})" for path in code().values()
+             for called, function, _ in functions(path) for a in parameters(function)
+             if isinstance(a.annotation, ast.Name) and a.annotation.id == "Any"]
+    assert len(found) < 20, found
+
+
+def test_what_is_too_large_would_be_seen(tmp_path):
+    wide = ", ".join(f"a{i}: int" for i in range(9))
+    body = "".join(f"    x = {i}\n" for i in range(40))
+    (tmp_path / "m.py").write_text(f"def f({wide}) -> None:\n{body}" + "\n" * 330)
+    assert [w.partition(": ")[2] for w in oversized("m", tmp_path / "m.py")] == [
+        "over 350 lines", "over 40 lines", "over 8 parameters", "no docstring"]

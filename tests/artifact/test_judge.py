@@ -17,7 +17,7 @@ import spacompiler
 
 def _benchmark() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
-        "judge_benchmark", Path(__file__).parents[1] / "benchmarks/judge.py")
+        "judge_benchmark", Path(__file__).parents[2] / "benchmarks/judge.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
