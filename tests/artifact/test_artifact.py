@@ -209,7 +209,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch, stage):
 
     homes = {"export_onnx": "spacompiler.deploy.export.export_onnx",
              "save_check": "spacompiler.artifact.torch_files.save_check",
-             "write_manifest": "spacompiler.store.folder.write_manifest",
+             "write_manifest": "spacompiler.artifact.write.write_manifest",
              "rename": "pathlib.Path.rename"}
     monkeypatch.setattr(homes[stage], fail)
     with pytest.raises(SpaError, match="cannot be written") as caught:
