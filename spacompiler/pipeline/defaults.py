@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ..evidence.calibration import Calibration
@@ -19,11 +21,16 @@ def importance_for(module: object, asked: object, calibration: object) -> object
     return "magnitude" if calibration is None or calibration == "none" else "wanda"
 
 
-def allocation_for(module: object, asked: object, calibration: Calibration) -> object:
-    """The allocation that `auto` stands for: what trials on real data say, where there is any."""
+def allocation_for(module: object, asked: object, calibration: Calibration,
+                   needs: Sequence[str]) -> object:
+    """The allocation that `auto` stands for: what trials say, where scoring reads real data.
+
+    A compile that looks at weights alone runs no network, and allocates uniformly.
+    """
     if asked != "auto":
         return asked
-    return "tried" if isinstance(module, nn.Module) and calibration.real else "uniform"
+    return "tried" if isinstance(module, nn.Module) and calibration.real and needs \
+        else "uniform"
 
 
 def settled(ask: Request, subject: Subject, traced: Traced) -> Importance:

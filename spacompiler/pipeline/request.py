@@ -162,7 +162,8 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
     fits = trains is None and not recipe.keep_adapter
     ask = Request(
         recipe, scorer, registry.find("allocation", defaults.allocation_for(
-            model, given.asked(recipe, "allocation"), batches)), batches,
+            model, given.asked(recipe, "allocation"), batches,
+            () if trains else scorer.needs)), batches,
         compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
         must_repair=mends != "auto", schedule=trains, loss=given.loss or default_loss,
         tokenizer=given.tokenizer, name=given.name or type(model).__name__,

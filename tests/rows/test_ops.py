@@ -176,7 +176,7 @@ SMALL = st.integers(2, 5)
 def test_slicing_commutes_at_other_shapes(name: str) -> None:
     tried: set[str] = set()
 
-    @settings(max_examples=3 if settings().max_examples <= 50 else 50, database=None)
+    @settings(max_examples=5 if settings().max_examples <= 50 else 50, database=None)
     @given(st.dictionaries(st.sampled_from([3, 4, 5, 6]), SMALL, min_size=2), SMALL, SMALL, SMALL,
            st.integers(0, 9))
     def commutes(sizes: dict[int, int], a: int, b: int, c: int, seed: int) -> None:

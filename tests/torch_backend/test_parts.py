@@ -118,7 +118,7 @@ def test_a_part_is_pruned_and_put_back(tmp_path):
 def test_parts_are_found_where_the_whole_cannot_be_traced():
     with pytest.raises(TraceError) as problem:
         trace(Picky(), INPUTS)
-    assert "Picky (tests/torch_backend/test_parts.py:" in problem.value.where
+    assert "Picky (torch_backend/test_parts.py:" in problem.value.where
     assert "--module" in problem.value.fix
     assert traceable(Picky(), INPUTS) == ("blocks.0", "blocks.1")
     result = compiled(Picky())
