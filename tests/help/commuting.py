@@ -70,6 +70,8 @@ def differences(found: Trace, solution: Solution, choices: Choices,
 def gap(got: torch.Tensor, want: torch.Tensor, random: bool = False) -> float:
     if random:
         return 0.0 if got.shape == want.shape else float("inf")
+    if want.is_complex() and got.is_complex():
+        got, want = (torch.view_as_real(x.resolve_conj()) for x in (got, want))
     if not want.is_floating_point():
         return 0.0 if torch.equal(got, want) else float("inf")
     assert torch.isfinite(want).all()

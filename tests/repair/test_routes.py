@@ -155,7 +155,7 @@ def test_the_ridge_of_an_expert_is_sought_by_the_number_of_its_own_tokens() -> N
 @cache
 def narrower(way: str, repair: str) -> tuple[Result, float]:
     """A compile that cuts the stream and channels, and how far its results are from the dense."""
-    result = compiled(way, repair=repair, only=(), roles=("hidden", "channel"), allocation="uniform",
+    result = compiled(way, repair=repair, only=(), roles=("hidden", "channel"),
                       prove=repair != "none")
     with torch.no_grad():
         return result, sum(float((result.module(**batch).logits - met(way)[0](**batch).logits)

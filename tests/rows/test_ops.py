@@ -175,10 +175,8 @@ SMALL = st.integers(2, 5)
 @pytest.mark.parametrize("name", sorted(set(TABLE) - set(NEVER)))
 def test_slicing_commutes_at_other_shapes(name: str) -> None:
     tried: set[str] = set()
+    known = {str(case) for case in CASES}
 
-    @settings(max_examples=5 if settings().max_examples <= 50 else 50, database=None)
-    @given(st.dictionaries(st.sampled_from([3, 4, 5, 6]), SMALL, min_size=2), SMALL, SMALL, SMALL,
-           st.integers(0, 9))
     def commutes(sizes: dict[int, int], a: int, b: int, c: int, seed: int) -> None:
         fixed = [other_sizes(case, sizes) for case in CASES if case.op == name]
         cases = [case for case in sized_cases(a, b, c) if case.op == name] or fixed
@@ -195,8 +193,13 @@ def test_slicing_commutes_at_other_shapes(name: str) -> None:
             errors = differences(found, solution, choose(solution, rng, case.least), case.random)
             assert max(errors.values(), default=0.0) <= PROOF.value
 
-    commutes()
-    assert tried - {str(case) for case in CASES} or name == "as_strided"  # strides are sizes
+    drawn = given(st.dictionaries(st.sampled_from([3, 4, 5, 6]), SMALL, min_size=2), SMALL, SMALL,
+                  SMALL, st.integers(0, 9))
+    for examples in (3 if settings().max_examples <= 50 else 50, 40):  # few sizes fit some rows
+        settings(max_examples=examples, database=None)(drawn(commutes))()
+        if tried - known:
+            break
+    assert tried - known or name == "as_strided"  # strides are sizes
 
 
 # --- random programs ----------------------------------------------------------------------------
