@@ -24,6 +24,7 @@ class CfspLayers:
     """
 
     name: ClassVar[str] = "cfsp-layers"
+    by_layer: ClassVar[bool] = True
     strength: float = 1.0
     tokens: int = 128 * 1024
 
@@ -54,6 +55,7 @@ class AdaptLayers:
     """
 
     name: ClassVar[str] = "adapt-layers"
+    by_layer: ClassVar[bool] = True
     amplitude: float = 0.02
     rounds: int = 50
 
@@ -83,6 +85,7 @@ class EcoLayers:
     """
 
     name: ClassVar[str] = "eco-layers"
+    by_layer: ClassVar[bool] = True
     step: float = 1e-3
     batches: int = 2
     cap: float = 0.2

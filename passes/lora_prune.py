@@ -93,7 +93,7 @@ class LoraPrune:
         task = replace(task, candidates=tuple(_seen(task, places, asked)))
         if not reachable:
             raise self._nothing(task, asked, criterion)
-        counts, uniform = task.allocate(
+        counts, stock = task.allocate(
             task.candidates, {g.name: np.ones(g.shape) for g in task.candidates})
         attached = Attached(task.module, reachable, adapter=self.adapter, dtype=self.dtype,
                             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
@@ -111,7 +111,7 @@ class LoraPrune:
         attached.off(merge=True)
         return Scored(criterion, task.candidates, {
             name: np.where(kept.table(name), score, -1.0) for name, score in scores.items()},
-            counts, uniform)
+            counts, stock)
 
     # --- the loop -----------------------------------------------------------------------------
 

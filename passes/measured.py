@@ -32,6 +32,7 @@ class Measured:
     """
 
     name: ClassVar[str] = "measured"
+    by_layer: ClassVar[bool] = True
     rounds: int = 4
     batches: int = 6
     caution: float = 4.0

@@ -20,6 +20,7 @@ class Standardised:
     """
 
     name: ClassVar[str] = "standardised"
+    by_layer: ClassVar[bool] = True
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit."""

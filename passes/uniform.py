@@ -19,6 +19,7 @@ class Uniform:
     """
 
     name: ClassVar[str] = "uniform"
+    alike: ClassVar[bool] = True
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit."""

@@ -15,9 +15,10 @@ __version__ = "0.2.0"
 _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "artifact.load",
           "lift": "adapters.lifting",
           "verify": "artifact.verify", "SpaError": "errors", "UsageError": "errors",
-          "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner"}
+          "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner",
+          "register": "torch_backend.registered"}
 __all__ = ["ProofError", "Pruner", "Result", "SpaError", "TargetError", "UsageError", "__version__",
-           "compile", "inspect", "lift", "load", "verify"]
+           "compile", "inspect", "lift", "load", "register", "verify"]
 
 if TYPE_CHECKING:
     from .adapters.lifting import lift
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .artifact.verify import verify
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .live.pruner import Pruner
+    from .torch_backend.registered import register
 
 
 def __getattr__(name: str) -> Any:

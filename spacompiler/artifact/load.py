@@ -1,4 +1,4 @@
-"""Load an artifact: stock transformers for the uniform layout, else plan + safetensors."""
+"""Load an artifact: transformers' classes for its own layouts, else plan + safetensors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from ..torch_backend import pretrained
 from ..torch_backend.emit.biases import with_biases
 from ..torch_backend.emit.module import resize
 from ..torch_backend.emit.unsaved import refusing
+from ..torch_backend.own_layers import names_file, stock_of
+from ..torch_backend.registered import class_for
 from ..torch_backend.weights import named_arrays
 from ..trials.blocks import without
 from . import stock_code as stock
@@ -63,7 +65,7 @@ def load_folder(folder: Path, model: nn.Module | str | None = None) -> nn.Module
 def _load(folder: Path, structure: dict[str, Any], model: nn.Module | str | None) -> nn.Module:
     if structure["layout"] == "onnx":
         return _onnx(folder)
-    if structure["layout"] == "uniform":
+    if structure["layout"] in ("uniform", "per-layer"):
         return _stock(folder, structure["class"], model)
     arrays = load_weights(folder / WEIGHTS)
     dense = _dense(folder, structure, model)
@@ -118,12 +120,15 @@ def _onnx(folder: Path) -> nn.Module:
 
 
 def _stock(folder: Path, path: str, model: object) -> nn.Module:
-    own = type(model)
+    own = stock_of(type(model)) or type(model)
     given = isinstance(model, nn.Module) and path == f"{own.__module__}.{own.__qualname__}"
     cls: Any = own if given else stock.class_of(path)
     weight_files.check(str(folder))
-    stock.check(folder / weight_files.CONFIG)
+    entries = stock.check(folder / weight_files.CONFIG, cls)
+    weight_files.check_layers(entries, len(weight_files.headers(folder)), str(folder))
     config = cls.config_class.from_pretrained(str(folder), local_files_only=True)
+    if names_file(config):
+        cls = class_for(cls, config)
     return pretrained.load(folder, cls, config)[0]
 
 

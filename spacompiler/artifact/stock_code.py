@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import SpaError
 from ..store.folder import read_json
+from ..torch_backend.own_layers import auto_map
 
 CODE = ("auto_map", "custom_pipelines")
 """Entries of a configuration that name code which came along with it."""
@@ -26,10 +27,14 @@ class SourceNeeded(SpaError):
             fix="give the dense model: load(dir, model=module), or --source MODEL")
 
 
-def check(file: Path) -> dict[str, Any]:
-    """Read a configuration; raises SpaError if it is damaged or names code elsewhere."""
+def check(file: Path, cls: Any = None) -> dict[str, Any]:
+    """Read a configuration; raises SpaError if it is damaged or names code elsewhere.
+
+    That of a model class may name the file that this compiler writes for it: nobody here runs it.
+    """
     data: dict[str, Any] = read_json(file)
-    for key, value in _entries(data):
+    ours = cls is not None and "auto_map" in data and data["auto_map"] == auto_map(cls)
+    for key, value in _entries({k: v for k, v in data.items() if not ours or k != "auto_map"}):
         if key in CODE or (key.endswith("_implementation") and "/" in str(value)):
             raise SpaError(f"{file.name} cannot be used", where=str(file.parent),
                            why=f"its {key} names code from elsewhere",

@@ -15,6 +15,7 @@ from ..plan.plan import Plan
 from ..stages.comparison import compare
 from ..stages.tolerances import ONNX, RECORDED
 from ..store.folder import read_json, read_slices
+from ..torch_backend.own_layers import FILE, OwnSizes, modelling_file
 from . import recorded
 from .check import Check
 from .load import check_inputs, dense_source, prepared
@@ -53,6 +54,18 @@ def reproduced(folder: Path, results: list[torch.Tensor]) -> Check:
     found = recorded.recorded(folder, results)
     return Check("reload", found.within(RECORDED.value),
                  found.why or f"recorded results reproduced to {found.relative:.1e}")
+
+
+def modelling(folder: Path, module: nn.Module) -> Check:
+    """The file that stock transformers would run is the one that this version writes."""
+    name, file = "modelling file", folder / FILE
+    if not isinstance(module, OwnSizes):
+        return Check(name, not file.exists(), f"there is a {FILE} that nothing asks for"
+                     if file.exists() else "none is needed")
+    if file.read_text(encoding="utf-8") == modelling_file(type(module)):
+        return Check(name, True, f"{FILE} is the one that this version writes")
+    return Check(name, None, f"skipped: {FILE} is not what this version writes; read it before you "
+                             "load it with trust_remote_code")
 
 
 def plan_identity(folder: Path, structure: dict[str, Any], module: nn.Module,

@@ -25,6 +25,7 @@ from ..torch_backend.emit.attributes import differing
 from ..torch_backend.emit.biases import added
 from ..torch_backend.gather.texts import positions
 from ..torch_backend.kinds import is_hf
+from ..torch_backend.own_layers import stock_of
 from ..torch_backend.weights import results
 from .measured import measured
 from .slices import plan_text, slices, without_places
@@ -48,7 +49,7 @@ def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
 
 
 def _weights(job: Compiled, folder: Path) -> None:
-    if job.layout == "uniform":
+    if job.layout in ("uniform", "per-layer"):
         hf.save(job.pruned, folder, _tokenizer(job))
         return
     if job.emission == "program" and not hasattr(job.pruned, "body"):
@@ -127,9 +128,10 @@ def _differing_array(one: torch.nn.Module, other: torch.nn.Module) -> str:
 
 def structure(job: Compiled) -> dict[str, Any]:
     """Return what a loader needs beside the weights."""
-    attributes = [] if job.layout == "uniform" or job.emission == "program" else \
+    stock = job.layout in ("uniform", "per-layer")
+    attributes = [] if stock or job.emission == "program" else \
         [list(change) for change in differing(job.module, job.pruned)]
-    cls = type(job.module)
+    cls = stock_of(type(job.module)) or type(job.module)
     return {"layout": job.layout, "emission": job.emission, "model": without_places(job)(job.name),
             "source": {"kind": job.source.get("kind", "module"), "unused": job.recipe.unused},
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,

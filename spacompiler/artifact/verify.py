@@ -11,7 +11,7 @@ from ..store.folder import check_manifest, read_json
 from ..system.process import alone
 from .check import Check
 from .load import load_folder
-from .torch_checks import exported, plan_identity, reloaded, tried
+from .torch_checks import exported, modelling, plan_identity, reloaded, tried
 
 
 @alone()
@@ -47,5 +47,7 @@ def checks(folder: Path, model: nn.Module | str | None = None) -> Iterator[Check
 
     yield tried("reload", reload)
     if module:
+        if structure["layout"] == "per-layer":
+            yield tried("modelling file", lambda: modelling(folder, module[0]))
         yield tried("plan identity", lambda: plan_identity(folder, structure, module[0], model))
         yield from exported(folder, structure, module[0])

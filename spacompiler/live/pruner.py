@@ -221,6 +221,9 @@ class Pruner:
     def _check_target(self) -> None:
         """Choose the layout; raises TargetError now rather than in the middle of a run."""
         layout = self.recipe.layout
+        if layout == "per-layer":
+            raise UsageError("a Pruner makes no layout per-layer", fix="use layout='any', and "
+                             "compile the trained model, or layout='uniform'")
         if layout in ("auto", "uniform"):
             self._stock, notes = stock.expressible(self.live, self._plain_units(uniform=True))
             self.notes += notes

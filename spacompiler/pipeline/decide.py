@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from ..axes.choices import Choices
-from ..errors import TargetError, UsageError
-from ..groups.cost import cost
+from ..errors import TargetError
+from ..groups.cost import Cost, cost
 from ..groups.solution import Solution
-from ..plan import legal
 from ..plan.plan import costs, make_plan
 from ..plan.problem import MISS, Problem, Unit, check_met
-from ..plan.stock_units import expressible
 from ..request.recipe import is_nearest, parse_target
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..torch_backend import unreached
-from ..torch_backend.emit import stock
 from ..torch_backend.kinds import is_hf
-from ..torch_backend.machine import lanes
+from .layouts import Allocated, Layout, allocated, layouts, unequal
 
 
 def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Decided:
@@ -30,9 +27,9 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
     Raises TargetError if the target is missed.
     """
     r = ask.recipe
-    counts, uniform = dict(scored.counts), scored.uniform
+    counts, layout = dict(scored.counts), scored.stock
     if not counts and scored.candidates:
-        counts, uniform = allocate_counts(ask, subject, traced, scored)
+        counts, layout = allocate_counts(ask, subject, traced, scored)
     plan = make_plan(scored.candidates, scored.scores, counts, target=r.target,
                      weights_hash=subject.backend.digest(subject.model), recipe=r.as_dict())
     choices = plan.choices(traced.solution)
@@ -42,8 +39,9 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
                           fix="let less stay, or take finer steps: --align 1")
     plan.costs.update(costs(traced.solution, choices, subject.whole))
     _tell_of_unreached(ask, subject, traced, choices)
-    return Decided(traced.trace, traced.solution, plan, choices,
-                   uniform or (not scored.candidates and is_hf(subject.model)))
+    if not scored.candidates and is_hf(subject.model):
+        layout = "uniform"
+    return Decided(traced.trace, traced.solution, plan, choices, layout)
 
 
 def _tell_of_unreached(ask: Request, subject: Subject, traced: Traced, choices: Choices) -> None:
@@ -75,36 +73,51 @@ def is_met(ask: Request, subject: Subject, solution: Solution) -> bool:
 
 
 def allocate_counts(ask: Request, subject: Subject, traced: Traced,
-                    scored: Scored) -> tuple[dict[str, int], bool]:
+                    scored: Scored) -> tuple[dict[str, int], str]:
     """Return how many slices each candidate keeps, by the allocation pass and the target.
 
-    And whether a stock configuration can express that. Raises TargetError if the target is missed.
+    And in which layout a configuration of transformers may express that, "" in none. Raises
+    TargetError if the target is missed.
     """
-    metric, share = parse_target(ask.recipe.target)
-    price = cost(traced.solution, metric)
-    dense = subject.whole.get(metric, price.total)
-    tried: list[tuple[float, _Layout, Problem, dict[str, int]]] = []
-    for layout in _layouts(ask, subject, traced, scored):
-        price.set({g.atom: g.size for g in scored.candidates})
-        problem = Problem(layout.units, price, share * dense, dense, metric,
-                          measure=_measure(ask, subject, traced, scored),
-                          closest=is_nearest(ask.recipe.target))
-        kept = ask.allocation.allocate(problem)
-        tried.append((abs(problem.price(kept) - problem.target), layout, problem, kept))
-        if problem.met(kept):
+    price = cost(traced.solution, parse_target(ask.recipe.target)[0])
+    measure = _measure(ask, subject, traced, scored)
+
+    def problem(layout: Layout) -> Problem:
+        return _problem(ask, subject, scored, layout, price, measure)
+
+    tried: list[Allocated] = []
+    for layout in layouts(ask, subject, traced, scored):
+        tried.append(allocated(ask, layout, problem(layout)))
+        if tried[-1].met:
             break
-    _, layout, problem, kept = min(tried, key=lambda one: one[0]) if problem.closest \
-        else tried[-1]
+    taken = min(tried, key=lambda one: one.miss) if is_nearest(ask.recipe.target) else tried[-1]
+    if taken.met and taken.layout.stock == "uniform":
+        taken = unequal(ask, subject, traced, scored, taken, problem)
     try:
-        check_met(problem, kept, finest=ask.recipe.align == 1)
+        check_met(taken.again(), taken.kept, finest=ask.recipe.align == 1)
     except TargetError as error:
         error.why += _of_unreached(subject, traced)
         raise
-    ask.notes.extend((*layout.notes, *problem.notes))
-    if problem.closest and not problem.met(kept):
+    _tell(ask, taken)
+    return _counts(scored, taken.layout.units, taken.kept), taken.layout.stock
+
+
+def _problem(ask: Request, subject: Subject, scored: Scored, layout: Layout, price: Cost,
+             measure: Any) -> Problem:
+    """The allocation problem over the units of a layout, on the network as it is."""
+    metric, share = parse_target(ask.recipe.target)
+    price.set({g.atom: g.size for g in scored.candidates})
+    dense = subject.whole.get(metric, price.total)
+    return Problem(layout.units, price, share * dense, dense, metric, measure=measure,
+                   closest=is_nearest(ask.recipe.target))
+
+
+def _tell(ask: Request, taken: Allocated) -> None:
+    problem = taken.problem
+    ask.notes.extend((*taken.layout.notes, *problem.notes))
+    if problem.closest and not problem.met(taken.kept):
         ask.notes.append(f"target {ask.recipe.target}: the nearest that could be reached is "
-                         f"{problem.price(kept) / dense:.1%}")
-    return _counts(scored, layout.units, kept), layout.uniform
+                         f"{problem.price(taken.kept) / problem.dense:.1%}")
 
 
 def _of_unreached(subject: Subject, traced: Traced) -> str:
@@ -142,54 +155,3 @@ def statistics_of(ask: Request, subject: Subject, traced: Traced | Decided, scor
     """The context of the importance pass, for what it still holds, or a fresh one."""
     return scored.context or subject.backend.context(traced.trace, traced.solution,
                                                      ask.recipe.seed)
-
-
-class _Layout(NamedTuple):
-    """What to allocate over, and what is to be said if it is."""
-
-    uniform: bool
-    units: tuple[Unit, ...]
-    notes: list[str]
-
-
-def _layouts(ask: Request, subject: Subject, traced: Traced,
-             scored: Scored) -> Iterator[_Layout]:
-    """Yield what to allocate over: first the units that a stock config can express, then all."""
-    r = ask.recipe
-
-    def units(uniform: bool) -> tuple[Unit, ...]:
-        return legal.units(traced.solution, scored.candidates, scored.scores, uniform=uniform,
-                           align=r.align, lanes=lanes(), floor=r.floor,
-                           absolute=getattr(scored.importance, "absolute", False))
-
-    if r.layout == "uniform" and not is_hf(subject.model):
-        raise UsageError("the uniform layout is for transformers models alone", where=ask.name,
-                         why=f"{type(subject.model).__name__} has no configuration to say widths "
-                             "in", fix="use layout any")
-    stock_first = is_hf(subject.model) and not subject.biased and r.layout in ("auto", "uniform")
-    if stock_first:
-        found, notes = _expressible(ask, subject, traced, units(True))
-        if found:
-            yield _Layout(True, found, [f"{note}; --layout any lets them go" for note in notes])
-    if r.layout != "uniform":
-        out = ["the target is out of reach of the uniform layout: layout any"] \
-            if stock_first else []
-        yield _Layout(False, units(False), out)
-
-
-def _expressible(ask: Request, subject: Subject, traced: Traced,
-                 every: tuple[Unit, ...]) -> tuple[tuple[Unit, ...], list[str]]:
-    """The units that a stock config can express, and notes on others.
-
-    Raises TargetError if it must and can't.
-    """
-    found, notes = expressible(
-        every, stock.fits(subject.model, traced.trace.tied, traced.solution),
-        type(subject.model.config).__name__)
-    if not found and ask.recipe.layout == "uniform":
-        why, fix = (notes[0], "use --layout any") if notes else \
-            ("the floor and the steps leave every group its full size",
-             "lower --floor or --align") if every else \
-            ("there is none", "let more go: --role, --only, --ignore")
-        raise TargetError("no group can shrink in the uniform layout", why=why, fix=fix)
-    return tuple(found), notes

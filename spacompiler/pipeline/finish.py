@@ -16,6 +16,7 @@ from ..stages.records import Decided, Emitted, Request, Scored, Subject
 from ..stages.tolerances import CONTROL
 from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.kinds import is_hf
+from ..torch_backend.own_layers import OwnSizes, loads
 from .decide import statistics_of
 from .quality import judge
 
@@ -72,6 +73,8 @@ def prove(ask: Request, subject: Subject, decided: Decided) -> Proof | None:
 def emit(ask: Request, subject: Subject, decided: Decided) -> Emitted:
     """Make the pruned model in memory."""
     made: Emitted = subject.backend.emit(subject, decided, ask.recipe.layout, ask.notes)
+    if isinstance(made.model, OwnSizes):
+        ask.notes.append(loads(type(made.model)))
     if made.layout == "any":
         refusing(made.model)
         if ask.recipe.layout == "auto" and is_hf(made.subject.reference):

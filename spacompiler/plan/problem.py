@@ -148,7 +148,11 @@ def join(parts: Sequence[Unit]) -> Unit:
 
 
 class Allocation(Protocol):
-    """Decide how many slices each unit keeps."""
+    """Decide how many slices each unit keeps.
+
+    A pass may say `by_layer = True`: it goes layer by layer, and is given layers that may differ
+    where a layout can say that. Or `alike = True`: it makes them alike, given the choice.
+    """
 
     name: ClassVar[str]
 

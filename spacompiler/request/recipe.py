@@ -33,7 +33,7 @@ from .options import (
 
 METRICS = ("params", "body", "macs")
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
-LAYOUTS = ("auto", "uniform", "any")
+LAYOUTS = ("auto", "uniform", "per-layer", "any")
 SEEDS = 1 << 32
 
 
@@ -104,7 +104,9 @@ class Recipe(Options):
     floor: float = option(
         0.1, GOES, "Least share of each group that stays.", check=_check_floor)
     layout: str = option(
-        "auto", GOES, "auto, uniform (stock transformers) or any.",
+        "auto", GOES, "How a transformers model is laid out: uniform (all layers alike, stock "
+        "transformers), per-layer (each layer as wide as it is, stock transformers with a file "
+        "beside), any (ours alone), or auto: what is worth it.",
         check=one_of(LAYOUTS, "layout"))
     calibration: str = option(
         "", DATA, "A text file, sampled (what the model makes up) or none (example inputs only). "

@@ -15,6 +15,8 @@ from ..evidence.calls import Inputs
 from ..store import beside
 from ..torch_backend import pretrained
 from ..torch_backend.kinds import is_encoder_decoder
+from ..torch_backend.own_layers import names_file
+from ..torch_backend.registered import class_for, stock_name
 from .source import Source
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def from_transformers(name: str, folder: Path, trust: bool = False,
 def _model_class(transformers: ModuleType, config: PretrainedConfig) -> Any:
     """The class that the checkpoint was saved from, else causal LM."""
     for name in getattr(config, "architectures", None) or ():
+        if names_file(config) and hasattr(transformers, stock_name(name)):
+            return class_for(getattr(transformers, stock_name(name)), config)
         if hasattr(transformers, name):
             return getattr(transformers, name)
     return transformers.AutoModelForCausalLM

@@ -209,9 +209,9 @@ class Compiled:
         return self.last.choices
 
     @property
-    def uniform(self) -> bool:
-        """Whether a stock configuration can express it."""
-        return self.last.uniform
+    def stock(self) -> str:
+        """In which layout a configuration of transformers may express it: "" in none."""
+        return self.last.stock
 
     @property
     def idle(self) -> bool:
@@ -225,7 +225,7 @@ class Compiled:
 
     @property
     def layout(self) -> str:
-        """How it is laid out: uniform, any or onnx."""
+        """How it is laid out: uniform, per-layer, any or onnx."""
         return self.emitted.layout if self.emitted is not None else ""
 
     @property

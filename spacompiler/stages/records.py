@@ -120,7 +120,8 @@ class Traced:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of groups by name, (*outer slices, slices) each; counts where a schedule set them.
+    """Scores of groups by name, (*outer slices, slices) each; counts where a schedule set them,
+    and in which layout a configuration of transformers may express them.
 
     `context` still holds the statistics that were gathered. `importance` is the pass that scored.
     """
@@ -129,7 +130,7 @@ class Scored:
     candidates: tuple[Group, ...] = ()
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
-    uniform: bool = False
+    stock: str = ""
     context: Any = None
 
 
@@ -137,15 +138,15 @@ class Scored:
 class Decided:
     """What stays of a traced program: a plan, and its choices by atom.
 
-    `uniform` says that a stock configuration can express it; `idle` that a repair was asked for
-    and changed nothing.
+    `stock` says in which layout a configuration of transformers may express it ("uniform",
+    "per-layer", "" in none); `idle` that a repair was asked for and changed nothing.
     """
 
     trace: Any
     solution: Solution
     plan: Plan
     choices: Choices
-    uniform: bool = False
+    stock: str = ""
     idle: bool = False
 
 
@@ -172,8 +173,8 @@ class Emitted:
 class Scheduling:
     """What a schedule is given: a module that it may train, data, and how counts are allocated.
 
-    `allocate(candidates, scores)` returns counts by the target and the allocation pass, and whether
-    a stock configuration can express them.
+    `allocate(candidates, scores)` returns counts by the target and the allocation pass, and in
+    which layout a configuration of transformers may express them ("" in none).
     """
 
     module: Any
@@ -182,7 +183,7 @@ class Scheduling:
     candidates: tuple[Group, ...]
     calibration: Calibration
     loss: Callable[..., torch.Tensor]
-    allocate: Callable[[Sequence[Group], Mapping[str, np.ndarray]], tuple[dict[str, int], bool]]
+    allocate: Callable[[Sequence[Group], Mapping[str, np.ndarray]], tuple[dict[str, int], str]]
     seed: int = 0
     name: str = ""
     tell: Progress = lambda stage, done, total: None

@@ -49,7 +49,7 @@ def _file_name(data: object) -> bool:
 
 
 _STRUCTURE = {
-    "layout": ("uniform", "any", "onnx"), "emission": ("module", "program", "graph"),
+    "layout": ("uniform", "per-layer", "any", "onnx"), "emission": ("module", "program", "graph"),
     "model": str, "class": str, "attributes": [_attribute], "trained?": bool, "dropped?": [str],
     "biased?": [str], "parts?": [str],
     "source?": {"kind": str, "unused?": [str]}, "source_sha256?": _digest, "opset?": {str: int},

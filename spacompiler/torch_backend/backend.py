@@ -19,6 +19,7 @@ from ..stages.backend import Backend
 from ..stages.proof import Proof
 from ..stages.records import Decided, Emitted, Subject, Traced
 from ..store.completeness import unsound
+from .emit import per_layer
 from .emit import stock as hf
 from .emit.attributes import assign, resized, unmet, watch
 from .emit.biases import unbiased, with_biases
@@ -90,12 +91,14 @@ def _called_again(module: nn.Module, args: tuple[Any, ...],
 
 @dataclass(frozen=True)
 class _Made:
-    """A pruned model, its program where it is one, and what stood in the way of a better form."""
+    """A pruned model, its program where it is one, what stood in the way of a better form, and its
+    layout where that is a plainer one than was looked for."""
 
     model: Any
     decided: Decided
     program: Any = None
     obstacles: tuple[str, ...] = ()
+    layout: str = ""
 
 
 Emitter = Callable[[Subject, Decided], _Made]
@@ -108,13 +111,13 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
     problems: dict[str, str] = {}
     obstacles: tuple[str, ...] = ()
     for layout, emission, make in EMITTERS:
-        if layout == "uniform" and not decided.uniform:
+        if not _wanted(layout, decided, asked):
             continue
         try:
             made = make(subject, decided)
         except SpaError as problem:
             difference = f"{problem.what} ({problem.why})"
-        except (RuntimeError, TypeError) as problem:  # a module that cannot be copied or built
+        except (RuntimeError, TypeError, IndexError) as problem:  # it cannot be copied, or built
             difference = f"{type(problem).__name__}: {problem}".splitlines()[0]
         else:
             obstacles = made.obstacles or obstacles
@@ -122,29 +125,51 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
             if not difference:
                 problems.pop(f"layout {layout} by {emission}", None)
                 notes.extend(f"{k} is not possible: {why}" for k, why in problems.items())
-                return Emitted(made.model, layout, emission, made.decided, subject, made.program)
-        if asked == layout == "uniform":
-            raise SpaError("the uniform layout cannot be made", why=difference,
+                return Emitted(made.model, made.layout or layout, emission, made.decided, subject,
+                               made.program)
+        if asked == layout != "any":
+            raise SpaError(f"the {layout} layout cannot be made", why=difference,
                            fix="use --layout any")
         problems[f"layout {layout} by {emission}"] = "; ".join((difference, *obstacles[:2]))
     raise ProofError("no emitted model is the proved one", fix="please report it",
                      why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
+def _wanted(layout: str, decided: Decided, asked: str) -> bool:
+    """Whether a layout is to be tried: those of stock configurations where one may say the plan."""
+    return layout == "any" or (layout in STOCK[decided.stock] and asked in ("auto", layout))
+
+
+STOCK = {"uniform": ("uniform", "per-layer"), "per-layer": ("per-layer",), "": ()}
+"""Which layouts a configuration of transformers may say a plan in, the plainest first."""
+
+
 def _uniform(subject: Subject, decided: Decided) -> _Made:
     module, trace = subject.model, decided.trace
     shapes = hf.pruned_shapes(module, trace.tied, decided.solution, decided.choices)
     config = hf.uniform_config(module, decided.solution, decided.choices, shapes)
+    return _Made(_built(subject, decided, config, type(module)), decided)
+
+
+def _per_layer(subject: Subject, decided: Decided) -> _Made:
+    found = per_layer.describe(per_layer.Search(
+        subject.model, decided.trace.tied, decided.solution), decided.choices)
+    return _Made(_built(subject, decided, found.config, found.cls), decided,
+                 layout="" if found.single else "uniform")
+
+
+def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
+    """The class built from a configuration, with the arrays cut."""
+    module, trace = subject.model, decided.trace
     slicer = Slicer(trace, decided.solution, decided.choices)
     made: dict[str, torch.Tensor] = {}
     for name in module.state_dict():
         first = trace.tied.get(name, name)
         if first not in made:
             made[first] = slicer.array(first).detach()
-    model = hf.build(module, config, {
+    return hf.build(module, config, {
         name: made[trace.tied.get(name, name)] for name in module.state_dict()},
-        hf.frozen(module))
-    return _Made(model, decided)
+        hf.frozen(module), cls)
 
 
 def _surgery(subject: Subject, decided: Decided) -> _Made:
@@ -174,6 +199,7 @@ def _rewritten(subject: Subject, decided: Decided) -> _Made:
 
 EMITTERS: tuple[tuple[str, str, Emitter], ...] = (
     ("uniform", "module", _uniform),
+    ("per-layer", "module", _per_layer),
     ("any", "module", _surgery),
     ("any", "module", _watched),
     ("any", "module", partial(_watched, distinct=True)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -84,12 +86,44 @@ def llama(**changes: Any) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model whose first layer alone is cut, and its artifact."""
+    """A model that loses heads, for which its configuration has no entry, and its artifact."""
     out = tmp_path_factory.mktemp("any") / "out"
+    model = transformers.BertModel(transformers.BertConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=40)).eval()
     with pytest.warns(UserWarning, match="stock transformers does not load"):
-        result = compiled("body=80%", llama(), IDS, only=("*layers.0.mlp*",), floor=0.01, out=out)
+        result = compiled("body~85%", model, IDS, only=("*attention*",), floor=0.01, out=out)
     assert result.job.layout == "any"
     return result, out
+
+
+@pytest.mark.parametrize("asked, only, taken", [
+    ("auto", (), "per-layer"), ("uniform", (), "uniform"), ("any", (), ""),
+    ("auto", ("*layers.0.mlp*",), "per-layer")])
+def test_layers_are_unequal_where_that_is_clearly_better_or_nothing_else_reaches_the_target(
+        asked: str, only: Any, taken: str) -> None:
+    model = llama()
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e-3
+    result = compiled("body~80%", model, IDS, importance=FirstMattersLess(), allocation="global",
+                      calibration=[IDS], repair="none", layout=asked, only=only, dry_run=True)
+    assert result.job.stock == taken
+    said = " ".join(result.job.notes)
+    assert ("layout per-layer" in said) == (asked == "auto")
+    if asked == "auto":
+        assert ("diverge" in said) == (not only) and ("out of reach" in said) == bool(only)
+
+
+@dataclass(frozen=True)
+class FirstMattersLess:
+    """Slices of the first layer are worth a thousandth of the others, on one scale."""
+
+    name = "first"
+    needs = ()
+    absolute = True
+
+    def score(self, group: Any, ctx: Any) -> torch.Tensor:
+        return torch.arange(1.0, 1 + math.prod(group.shape)).reshape(group.shape) * (
+            1e-3 if ".layers.0." in group.name else 1.0)
 
 
 def test_a_model_that_no_config_describes_refuses_to_be_saved_as_one(

@@ -24,6 +24,7 @@ from ...plan.effects import norm_changes
 from ...store.completeness import untied
 from ...system.process import no_progress_bars
 from ..kinds import Config, StockModel, Tokenizer
+from ..own_layers import FILE, OwnSizes
 from . import stock_search as search
 from .stock_search import Key
 
@@ -38,16 +39,14 @@ def uniform_config(module: StockModel, solution: Solution, choices: Choices,
     config describes them (layers of unequal width, or a size that the config can't express).
     """
     problems = []
-    floats = _changed_eps(module.config, solution, choices)
     for changes in search.candidates(
-            module.config, _changed_sizes(solution, choices),
-            lambda changes: len(_misfits(module, _changed(module.config, changes), shapes))):
-        problem = mismatch(module, _changed(module.config, changes), shapes)
+            module.config, changed_sizes(solution, choices),
+            lambda changes: len(misfits(type(module), changed(module.config, changes), shapes))):
+        problem = mismatch(module, changed(module.config, changes), shapes)
         if not problem:
-            least: dict[Key, Any] = _least(module, changes, shapes)
-            least.update(floats)
-            least.update(ties(module))
-            return _changed(module.config, least)
+            least: dict[Key, Any] = search.least(changes, lambda some: not mismatch(
+                module, changed(module.config, some), shapes))
+            return changed(module.config, {**least, **besides(module, solution, choices)})
         problems.append(problem)
     raise SpaError(
         "no stock configuration describes the pruned shapes",
@@ -62,17 +61,12 @@ def ties(module: nn.Module) -> dict[str, bool]:
     return {"tie_word_embeddings": False} if untied(module) else {}
 
 
-def _least(module: StockModel, changes: dict[Key, Any],
-           shapes: Mapping[str, tuple[int, ...]]) -> dict[Key, Any]:
-    """Take back every change that the shapes do not need: it only happened to have that size."""
-    for key in list(changes):
-        fewer = {k: v for k, v in changes.items() if k != key}
-        if key != "head_dim" and not mismatch(module, _changed(module.config, fewer), shapes):
-            changes = fewer
-    return changes
+def besides(module: StockModel, solution: Solution, choices: Choices) -> dict[str, Any]:
+    """Return what a config must say beside sizes: epsilons that changed, ties that are none."""
+    return {**_changed_eps(module.config, solution, choices), **ties(module)}
 
 
-def _changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
+def changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
     """Return a copy of a config with entries changed, or None where it refuses them."""
     made = copy.deepcopy(config)
     try:
@@ -109,11 +103,15 @@ def pruned_shapes(module: nn.Module, tied: Mapping[str, str], solution: Solution
     return shapes
 
 
-def _changed_sizes(solution: Solution, choices: Choices) -> dict[int, set[int]]:
-    """Old size -> new sizes, of dimensions, of runs of factors and of atoms."""
+def changed_sizes(solution: Solution, choices: Choices,
+                  names: Collection[str] | None = None) -> dict[int, set[int]]:
+    """Return old size -> new sizes, of dimensions, of runs of factors and of atoms.
+
+    `names` are the arrays that count; all do where there are none.
+    """
     found: dict[int, set[int]] = {}
-    for dims in solution.weights().values():
-        for e in dims:
+    for name, dims in solution.weights().items():
+        for e in dims if names is None or name in names else ():
             if any(a in choices for a in atoms(e)):
                 for part in _parts(e):
                     old, new = part.size, kept_size(part, choices)
@@ -150,18 +148,18 @@ def frozen(module: nn.Module) -> set[str]:
 def mismatch(module: nn.Module, config: Config | None,
              shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
-    return next(iter(_misfits(module, config, shapes)), "")
+    return next(iter(misfits(type(module), config, shapes)), "")
 
 
-def _misfits(module: nn.Module, config: Config | None,
-             shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return how the model class built from a config differs from these shapes."""
+def misfits(cls: Callable[..., nn.Module], config: Config | None,
+            shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return how a model class built from a config differs from these shapes."""
     none = [""] * (2 * len(shapes) + 1)
     if config is None:
         return ["the config refuses such sizes", *none]
     try:
         with torch.device("meta"):
-            built = type(module)(config)
+            built = cls(config)
     except Exception as problem:
         return [f"{type(problem).__name__}: {problem}".splitlines()[0], *none]
     have = {name: tuple(t.shape) for name, t in built.state_dict().items()}
@@ -171,13 +169,14 @@ def _misfits(module: nn.Module, config: Config | None,
 
 
 def build(module: StockModel, config: Config | None, arrays: Mapping[str, torch.Tensor],
-          frozen: Collection[str] = ()) -> StockModel:
+          frozen: Collection[str] = (), cls: Callable[..., StockModel] | None = None) -> StockModel:
     """Return a model of the same class with a new config and the given arrays, without copies.
 
-    `frozen` names the parameters that no training is to change.
+    `frozen` names the parameters that no training is to change; `cls` is another class than the
+    model's, with arrays of the same names.
     """
     with torch.device("meta"):
-        made = type(module)(config)
+        made = (cls or type(module))(config)
     made.load_state_dict({n: t.detach() for n, t in arrays.items()}, strict=True, assign=True)
     for name in frozen:
         made.get_parameter(name).requires_grad_(False)
@@ -205,15 +204,17 @@ def save(model: StockModel, folder: str | Path, tokenizer: Tokenizer | None = No
     """Write config, weights (safetensors) and tokenizer, deterministically.
 
     Code that a trusted checkpoint brought along does not go into what others are given, and nothing
-    there names it.
+    there names it; the one file of code is that of a model whose layers are built one by one.
     """
     with no_progress_bars():
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    own = isinstance(model, OwnSizes)
     for file in Path(folder).rglob("*.py"):
-        file.unlink()
+        if not own or file != Path(folder) / FILE:
+            file.unlink()
     config = Path(folder) / "config.json"
     entries = json.loads(config.read_text(encoding="utf-8"))
-    if entries.pop("auto_map", None):
+    if not own and entries.pop("auto_map", None):
         config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ tried in every combination; many are searched one at a time, by how many arrays 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..kinds import Config
 LIMIT = 256
 """Combinations that are tried one by one."""
 LAYERS = "per_layer_config"
+
+_SIZES = re.compile(r"(^|_)(inner|dim|size|width|heads)$")
+"""What entries for sizes are called, where they have no value to tell them by."""
 
 Key = str | tuple[str, str, int]
 """An entry's name, or (per_layer_config, name, old value): all layers that have this value."""
@@ -28,7 +32,9 @@ def candidates(config: Config, sizes: Mapping[int, set[int]],
     """
     options: list[list[Any]] = [[*((key, new) for new in sorted(sizes[value])), None]
                                 for key, value in _entries(config) if value in sizes]
-    pinned = _pinned_head_dim(config)
+    options += [[*((key, new) for new in sorted(set().union(*sizes.values()))), None]
+                for key in _blanks(config)] if sizes else []
+    pinned = pinned_head_dim(config)
     count = 1
     for option in options:
         count *= len(option)
@@ -72,6 +78,12 @@ def _entries(config: Config) -> Iterator[tuple[Key, int]]:
                 yield (LAYERS, key, value), value
 
 
+def _blanks(config: Config) -> list[str]:
+    """Entries for sizes that are left to the class: None stands for what it computes."""
+    return [key for key, value in config.to_dict().items()
+            if value is None and key != "head_dim" and _SIZES.search(key)]
+
+
 def put(config: Config, changes: Mapping[Key, Any]) -> None:
     """Change entries of a config in place; what single layers say is said anew."""
     layers = config.to_dict().get(LAYERS)
@@ -86,7 +98,16 @@ def put(config: Config, changes: Mapping[Key, Any]) -> None:
                              for layer, own in layers.items()})
 
 
-def _pinned_head_dim(config: Config) -> dict[Key, Any]:
+def least(changes: dict[Key, Any], fit: Callable[[dict[Key, Any]], bool]) -> dict[Key, Any]:
+    """Take back every change that the shapes do not need: it only happened to have that size."""
+    for key in list(changes):
+        fewer = {k: v for k, v in changes.items() if k != key}
+        if key != "head_dim" and fit(fewer):
+            changes = fewer
+    return changes
+
+
+def pinned_head_dim(config: Config) -> dict[Key, Any]:
     """Where heads x head_dim = hidden is implied, say head_dim before either changes."""
     data = config.to_dict()
     heads, hidden = data.get("num_attention_heads", 0), data.get("hidden_size", 0)

@@ -10,9 +10,10 @@ from ...errors import SpaError
 from ..kinds import is_hf
 
 NOT_STOCK = (
-    "layout any was taken, as the uniform one cannot say or reach this: stock transformers does "
-    "not load what save_pretrained would write of the result; result.save(DIR) and "
-    "spacompiler.load(DIR) do; layout='uniform' insists, layout='any' says that this is wanted")
+    "layout any was taken, as no configuration of transformers can say or reach this (uniform or "
+    "per-layer): stock transformers does not load what save_pretrained would write of the result; "
+    "result.save(DIR) and spacompiler.load(DIR) do; layout='uniform' insists, layout='any' says "
+    "that this is wanted")
 
 
 def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:

@@ -1,0 +1,215 @@
+"""Transformers models whose layers have sizes of their own, each built from entries of its own.
+
+A stock class builds all of its layers from one configuration. While a class made here is built,
+each layer of its lists gets a copy of that configuration with the entries that `per_layer_config`
+has for this layer. `own_class` makes such a class of a stock one; `modelling_file` writes the same
+for stock transformers to read: the text of `own_init` and `OwnSizes` under a heading. Nothing here
+runs a file that lies beside weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import RLock, local
+from typing import Any
+
+import torch
+
+from ..errors import SpaError
+from .kinds import Config
+
+FILE, PREFIX, STOCK = "modeling_per_layer.py", "PerLayer", "transformers.models."
+Lists = tuple[tuple[tuple[type, ...], tuple[str, ...]], ...]
+"""Lists of layers: their classes, and the entries with the sizes of each list that is built."""
+
+LOCK = vars(torch).setdefault("_own_sizes", RLock())
+
+
+def own_init(init: Callable[..., None], keys: Sequence[str], turns: list[Any]) -> Any:
+    """Return the `__init__` of a layer that takes the entries of the layer whose turn it is."""
+
+    def build(self: Any, config: Any, *args: object, **kwargs: object) -> None:
+        said, own = config.to_dict(), copy.copy(config)
+        if said.keys() & set(keys):
+            if not turns or turns[-1][0] is not config:
+                turns.append([config, 0])
+            sizes = {int(i): entries for i, entries in said.get(keys[len(turns) - 1], {}).items()}
+            for key in ("_heterogeneity_spec", *keys):
+                vars(own).pop(key, None)
+            for name, value in sizes.get(turns[-1][1], {}).items():
+                setattr(own, name, value)
+            turns[-1][1] += 1
+        init(self, own, *args, **kwargs)
+        for part in self.modules():  # what is set later, as attn_implementation, reaches all layers
+            if vars(part).get("config") is own:
+                part.config = config
+
+    return build
+
+
+class OwnSizes:
+    """A model of transformers whose layers are built with sizes of their own."""
+
+    lists: Any = ()
+
+    def __init__(self, config: Any, *args: object, **kwargs: object) -> None:
+        with LOCK:
+            plain = {kind: kind.__init__ for kinds, _ in self.lists for kind in kinds}
+            for kinds, keys in self.lists:
+                turns: list[Any] = []
+                for kind in kinds:
+                    kind.__init__ = own_init(plain[kind], keys, turns)
+            try:
+                super().__init__(config, *args, **kwargs)
+            finally:
+                for kind, init in plain.items():
+                    kind.__init__ = init
+
+
+# --- what stays here ------------------------------------------------------------------------------
+
+HEADING = '''"""{title} whose layers have sizes of their own: config.json says which.
+
+Written by spacompiler from one template. Read it, then load with trust_remote_code=True; or call
+spacompiler.register() where spacompiler is installed: it does the same without this file.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Any
+
+import torch
+import transformers
+{imports}
+
+LISTS = {lists}
+NAMES = {names}
+LOCK = vars(torch).setdefault("_own_sizes", RLock())
+
+
+'''
+ENDING = '''
+
+for auto, name in NAMES.items():
+    entries = {"lists": LISTS, "_auto_class": auto, "__module__": __name__}
+    kind = type("PerLayer" + name, (OwnSizes, getattr(transformers, name)), entries)
+    globals().setdefault(kind.__name__, kind)
+'''
+
+
+def stock_of(cls: type) -> Any:
+    """Return the class of transformers that a class is, or is made of; None if there is none."""
+    return next((c for c in cls.__mro__ if c.__module__.startswith(STOCK)), None)
+
+
+class _Busy(local):
+    """Whether this thread builds a model: the models inside it are built as they are."""
+
+    now = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Be busy for a while."""
+        was, self.now = self.now, True
+        try:
+            yield
+        finally:
+            self.now = was
+
+
+BUSY = _Busy()
+
+
+class _Saved(OwnSizes):
+    """One that saves itself in the layout that it was loaded from, code included."""
+
+    def __init__(self, config: Any, *args: object, **kwargs: object) -> None:
+        with BUSY():
+            super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and the file that stock transformers builds it by."""
+        super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        (Path(folder) / FILE).write_text(modelling_file(type(self)), encoding="utf-8")
+
+
+@cache
+def own_class(cls: type, lists: Lists) -> Any:
+    """Return a stock class whose layers are built from entries of their own."""
+    return type(PREFIX + cls.__name__, (_Saved, cls), {"lists": lists, "__module__": __name__})
+
+
+def names(cls: type) -> dict[str, str]:
+    """Return {automatic class: stock class} of the file of a model's class."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    config: Any = stock_of(cls).config_class
+    found = {}
+    for auto in sorted((n for n in vars(modeling_auto) if n.startswith("AutoModel")),
+                       key=lambda n: (n == "AutoModelForPreTraining", n)):
+        kinds = getattr(getattr(modeling_auto, auto), "_model_mapping", {}).get(config, None)
+        for kind in kinds if isinstance(kinds, (list, tuple)) else [kinds]:
+            if isinstance(kind, type) and kind.__module__ == stock_of(cls).__module__ and \
+                    getattr(transformers, kind.__name__, None) is kind:
+                found.setdefault(auto, kind.__name__)
+    return found
+
+
+def auto_map(cls: type) -> dict[str, str]:
+    """Return what a configuration says of the file. Raises SpaError if it could not name the class.
+    """
+    stock = stock_of(cls)
+    module = FILE.removesuffix(".py")
+    found = {auto: f"{module}.{PREFIX}{name}" for auto, name in names(cls).items()}
+    if not any(name.endswith(f".{PREFIX}{stock.__name__}") for name in found.values()):
+        raise SpaError("no automatic class of transformers loads this model", where=stock.__name__,
+                       why="a configuration names code by these classes", fix="use --layout any")
+    return found
+
+
+def loads(cls: Any) -> str:
+    """Say how a model of such a class loads where this compiler is not at hand, and where it is."""
+    stock = stock_of(cls).__name__
+    auto = next((auto for auto, name in names(cls).items() if name == stock), "AutoModel")
+    return f"each layer has its own widths: {auto}.from_pretrained(DIR, trust_remote_code=True) " \
+        f"loads it by the {FILE} that lies there; so does {auto}.from_pretrained(DIR) after " \
+        "spacompiler.register(), and spacompiler.load(DIR)"
+
+
+def modelling_file(cls: Any) -> str:
+    """Return the text of the file that stock transformers builds a class by."""
+    kinds = sorted({k for some, _ in cls.lists for k in some}, key=lambda k: k.__qualname__)
+    imports = "\n".join(f"from {k.__module__} import {k.__name__}" for k in kinds)
+    lists = ", ".join(f"(({', '.join(k.__name__ for k in some)},), {_quoted(keys)})"
+                      for some, keys in cls.lists)
+    heading = HEADING.format(title=stock_of(cls).__name__, imports=imports, lists=f"({lists},)",
+                             names=_folded(names(cls)))
+    own = [inspect.getsource(part).rstrip() for part in (own_init, OwnSizes)]
+    return heading + "\n\n\n".join(own) + "\n" + ENDING
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return f"({', '.join(json.dumps(word) for word in words)},)"
+
+
+def _folded(entries: Mapping[str, str]) -> str:
+    """A dict as Python text, in lines of at most 100 characters."""
+    text = textwrap.fill(", ".join(f'"{k}": "{v}"' for k, v in entries.items()), 90)
+    return "{\n    " + text.replace("\n", "\n    ") + "}"
+
+
+def names_file(config: Config) -> bool:
+    """Whether a configuration names the file that this compiler writes, and no other code."""
+    said: Mapping[str, Any] = getattr(config, "auto_map", None) or {}
+    return bool(said) and all(str(name).rpartition("--")[2].startswith(
+        FILE.removesuffix("py")) for name in said.values())
