@@ -43,7 +43,7 @@ def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
 
 def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
     def allocate(candidates: Sequence[Group],
-                 scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], bool]:
+                 scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], str]:
         return allocate_counts(ask, subject, traced,
                                Scored(ask.importance, tuple(candidates), scores))
 

@@ -67,7 +67,7 @@ class OwnSizes:
                 for kind in kinds:
                     kind.__init__ = own_init(plain[kind], keys, turns)
             try:
-                super().__init__(config, *args, **kwargs)
+                super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             finally:
                 for kind, init in plain.items():
                     kind.__init__ = init
@@ -154,10 +154,10 @@ def names(cls: type) -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
     config: Any = stock_of(cls).config_class
-    found = {}
+    found: dict[str, str] = {}
     for auto in sorted((n for n in vars(modeling_auto) if n.startswith("AutoModel")),
                        key=lambda n: (n == "AutoModelForPreTraining", n)):
-        kinds = getattr(getattr(modeling_auto, auto), "_model_mapping", {}).get(config, None)
+        kinds: Any = getattr(getattr(modeling_auto, auto), "_model_mapping", {}).get(config, None)
         for kind in kinds if isinstance(kinds, (list, tuple)) else [kinds]:
             if isinstance(kind, type) and kind.__module__ == stock_of(cls).__module__ and \
                     getattr(transformers, kind.__name__, None) is kind:
@@ -168,7 +168,7 @@ def names(cls: type) -> dict[str, str]:
 def auto_map(cls: type) -> dict[str, str]:
     """Return what a configuration says of the file. Raises SpaError if it could not name the class.
     """
-    stock = stock_of(cls)
+    stock: Any = stock_of(cls)
     module = FILE.removesuffix(".py")
     found = {auto: f"{module}.{PREFIX}{name}" for auto, name in names(cls).items()}
     if not any(name.endswith(f".{PREFIX}{stock.__name__}") for name in found.values()):
@@ -194,7 +194,8 @@ def modelling_file(cls: Any) -> str:
                       for some, keys in cls.lists)
     heading = HEADING.format(title=stock_of(cls).__name__, imports=imports, lists=f"({lists},)",
                              names=_folded(names(cls)))
-    own = [inspect.getsource(part).rstrip() for part in (own_init, OwnSizes)]
+    own = [inspect.getsource(part).rstrip().replace("  # type: ignore[call-arg]", "")
+           for part in (own_init, OwnSizes)]
     return heading + "\n\n\n".join(own) + "\n" + ENDING
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import spacompiler
 from spacompiler.errors import SpaError, TargetError
+from spacompiler.pipeline import layouts
 from spacompiler.request.recipe import parse_target
 from spacompiler.torch_backend.emit import stock_search
 
@@ -86,13 +87,15 @@ def llama(**changes: Any) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model that loses heads, for which its configuration has no entry, and its artifact."""
+    """A model whose first layer alone is cut, where no configuration can say so; its artifact."""
+    def cannot(*args: Any) -> Any:
+        raise SpaError("no configuration describes it")
+
     out = tmp_path_factory.mktemp("any") / "out"
-    model = transformers.BertModel(transformers.BertConfig(
-        hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=40)).eval()
-    with pytest.warns(UserWarning, match="stock transformers does not load"):
-        result = compiled("body~85%", model, IDS, only=("*attention*",), floor=0.01, out=out)
+    with pytest.MonkeyPatch.context() as patch, \
+            pytest.warns(UserWarning, match="stock transformers does not load"):
+        patch.setattr(layouts, "per_layer", cannot)
+        result = compiled("body=80%", llama(), IDS, only=("*layers.0.mlp*",), floor=0.01, out=out)
     assert result.job.layout == "any"
     return result, out
 

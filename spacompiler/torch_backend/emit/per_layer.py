@@ -25,7 +25,8 @@ from . import stock
 from . import stock_search as search
 
 Shapes = Mapping[str, tuple[int, ...]]
-Entries = dict[str, Any]
+Entries = dict[Any, Any]
+"""Names of entries of a configuration, and their values."""
 Place = tuple[str, ...]
 """Names of the configurations inside a configuration, from the outermost on."""
 
@@ -88,8 +89,7 @@ class Search:
         for changes in search.candidates(
                 config, stock.changed_sizes(self.solution, choices, outside.keys()), wrong):
             if not wrong(changes):
-                return {str(k): v for k, v in search.least(
-                    changes, lambda some: not wrong(some)).items()}
+                return search.least(changes, lambda some: not wrong(some))
         raise _cannot(self.module, "no entry gives the sizes outside of its layers")
 
     def _own(self, stack: Stack, i: int, common: Entries, shapes: Shapes,
@@ -134,8 +134,7 @@ def _entries(layer: Layer, base: Config, wanted: Shapes,
         return {}
     for changes in search.candidates(base, sizes, lambda some: len(wrong(some))):
         if not (problem := wrong(changes)):
-            return {str(k): v for k, v in search.least(
-                changes, lambda some: not wrong(some)).items()}
+            return search.least(changes, lambda some: not wrong(some))
     return problem[0]
 
 

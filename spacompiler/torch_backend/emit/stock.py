@@ -61,9 +61,12 @@ def ties(module: nn.Module) -> dict[str, bool]:
     return {"tie_word_embeddings": False} if untied(module) else {}
 
 
-def besides(module: StockModel, solution: Solution, choices: Choices) -> dict[str, Any]:
+def besides(module: StockModel, solution: Solution, choices: Choices) -> dict[Key, Any]:
     """Return what a config must say beside sizes: epsilons that changed, ties that are none."""
-    return {**_changed_eps(module.config, solution, choices), **ties(module)}
+    said: dict[Key, Any] = {}
+    said.update(_changed_eps(module.config, solution, choices))
+    said.update(ties(module))
+    return said
 
 
 def changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
