@@ -5,8 +5,8 @@
     python benchmarks/per_layer.py /tmp/unequal --versions 5.23.0 5.24.0
 
 Each version is installed by pip into a folder of its own, without what it depends on, and each
-directory is loaded there by a process in which spacompiler cannot be imported: by the file that lies
-beside the weights. Results are compared with those recorded at the compile, greedy tokens with a
+directory is loaded there by a process in which spacompiler cannot be imported: by the file beside
+the weights. Results are compared with those recorded at the compile, greedy tokens with a
 cache with those without, and after one step of training the model is saved and loaded again.
 """
 

@@ -153,15 +153,17 @@ def names(cls: type) -> dict[str, str]:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    config: Any = stock_of(cls).config_class
+    stock: Any = stock_of(cls)
     found: dict[str, str] = {}
     for auto in sorted((n for n in vars(modeling_auto) if n.startswith("AutoModel")),
                        key=lambda n: (n == "AutoModelForPreTraining", n)):
-        kinds: Any = getattr(getattr(modeling_auto, auto), "_model_mapping", {}).get(config, None)
-        for kind in kinds if isinstance(kinds, (list, tuple)) else [kinds]:
-            if isinstance(kind, type) and kind.__module__ == stock_of(cls).__module__ and \
-                    getattr(transformers, kind.__name__, None) is kind:
-                found.setdefault(auto, kind.__name__)
+        mapping = getattr(getattr(modeling_auto, auto), "_model_mapping", {})
+        said: Any = mapping.get(stock.config_class, ())
+        for kind in said if isinstance(said, (list, tuple)) else (said,):
+            name = str(getattr(kind, "__name__", ""))
+            if getattr(kind, "__module__", "") == stock.__module__ and \
+                    getattr(transformers, name, None) is kind:
+                found.setdefault(auto, name)
     return found
 
 
