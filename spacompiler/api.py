@@ -18,6 +18,7 @@ from .pipeline.run import STAGES, run
 from .plan.plan import Plan
 from .request.needs import check_needs
 from .request.options import listing
+from .request.profiles import profile
 from .request.recipe import Errand, Recipe
 from .sources import named as source
 from .sources.backends import backend_of
@@ -27,7 +28,7 @@ from .stages.compiled import Compiled
 from .stages.records import Progress
 from .store.place import check_out
 from .system.process import alone
-from .torch_backend.kinds import is_hf
+from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
 from .torch_backend.read.readable import check_exportable, check_readable
 
 
@@ -127,10 +128,15 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
         given = replace(given, calibration=data)
     if recipe.onnx and out is not None:
         check_exportable(found.inputs)
+    recipe = with_cache(recipe, found.module)
     if recipe.decoder:
         from .deploy.decoder import check_causal_lm
 
         check_causal_lm(found.module)
+    if recipe.gguf:
+        from .deploy.gguf_file import check_gguf
+
+        check_gguf(found.module)
     ask, subject = make_request(found.module, found.inputs, recipe, replace(
         given, own=found.calibration, tokenizer=found.tokenizer, name=given.name or found.name,
         owned=isinstance(model, str), checkpoint=errand.checkpoint))
@@ -141,6 +147,13 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
     if out is not None:
         result.save(out)
     return result
+
+
+def with_cache(recipe: Recipe, model: object) -> Recipe:
+    """Let a language model have its cache where the runtime asked for wants one."""
+    wants = profile(recipe.runtime).cached and recipe.onnx and not recipe.decoder
+    writes = isinstance(model, nn.Module) and writes_text(model) and not is_encoder_decoder(model)
+    return replace(recipe, decoder=True) if wants and writes else recipe
 
 
 @alone()

@@ -12,15 +12,20 @@ from ..deploy.cases import cases as cases_of
 from ..deploy.decoder import export_decoder
 from ..deploy.decoder_parity import decoder_parity
 from ..deploy.genai import genai_config
+from ..deploy.gguf_file import write_gguf
 from ..deploy.int8 import difference, integer_kernels, quantize
+from ..deploy.runs import run_in
 from ..errors import ProofError, SpaError
+from ..request.profiles import profile
 from ..runtime.latency import compare_cases
+from ..runtime.session import model_file
 from ..stages.compiled import Compiled
 from ..stages.tolerances import ONNX
 from ..store.folder import write_json
 from ..system.staging import Scratch
 from ..torch_backend.gather.texts import positions
 from .measured import measured
+from .places import onnx_place
 
 
 def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
@@ -35,8 +40,8 @@ def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
                        why="it is emitted as a re-written program, traced without one: "
                            + "; ".join(job.notes[-1:]),
                        fix="leave --decoder out, or prune other roles")
-    path = folder / "model.onnx"
-    export_decoder(job.pruned, path, beside=sorted(folder.glob("model*.safetensors")))
+    path, options = onnx_place(job, folder)
+    export_decoder(job.pruned, path, **options)
     checks = decoder_parity(job.pruned, path)
     for check in checks:
         if not check.max_rel <= ONNX.value:
@@ -53,6 +58,40 @@ def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
         write_json(folder / "genai_config.json", config)
     times = measured(job, "latency", lambda: _latency(job, path)) if job.recipe.latency else None
     return data | (times or {})
+
+
+def write_gguf_file(job: Compiled, folder: Path) -> dict[str, Any]:
+    """Write model.gguf, and return what the report says about it.
+
+    Raises:
+        SpaError: llama.cpp has no graph for the model, or its rows do not fit the type.
+        ProofError: the file does not hold what was written.
+    """
+    if job.emission == "program":
+        raise SpaError("the pruned model cannot be written as GGUF",
+                       why="it is emitted as a re-written program: " + "; ".join(job.notes[-1:]),
+                       fix="leave --gguf out, or prune other roles")
+    found = write_gguf(job.pruned, folder / "model.gguf", job.recipe.gguf, folder=folder)
+    if found["tokenizer"].startswith("none"):
+        job.notes.append(f"model.gguf has no tokenizer ({found['tokenizer'][6:]}): it runs on "
+                         "token numbers")
+    return found
+
+
+def run_there(job: Compiled, folder: Path) -> dict[str, Any]:
+    """Run what was written in the runtime that it is for, and return what came of it.
+
+    A runtime that is not installed is named in the notes.
+
+    Raises:
+        ProofError: it does not load there, or writes other tokens than torch.
+    """
+    found = run_in(profile(job.recipe.runtime).check, folder, job.pruned,
+                   exact=not job.recipe.gguf.startswith("q"))
+    if found.get("missing"):
+        job.notes.append(f"--for {job.recipe.runtime}: not run there, {found['missing']} is not "
+                         "installed")
+    return {"name": job.recipe.runtime, **found}
 
 
 def _latency(job: Compiled, path: Path) -> dict[str, Any]:
@@ -85,7 +124,7 @@ def write_int8(job: Compiled, folder: Path) -> dict[str, Any]:
     Raises:
         SpaError: the file cannot be quantised.
     """
-    path, made = folder / "model.onnx", folder / "model.int8.onnx"
+    path, made = model_file(folder), folder / profile(job.recipe.runtime).int8_file
     quantize(path, made, job.recipe.int8_bits)
     return {"int8": measured(job, "the difference of int8 weights",
                              lambda: _int8_difference(job, path, made))}

@@ -224,6 +224,13 @@ def deployed(data: Mapping[str, Any]) -> list[tuple[str, str]]:
                      f"({int8['bits']} bits; this processor's products: {int8['kernels']})",
                      f"{int8['same']:.1%}, {int8['rms_rel']:.1e}, {int8['bytes']:,} of "
                      f"{int8['float_bytes']:,}"))
+    if gguf := data.get("gguf"):
+        rows.append((f"model.gguf read back: {gguf['tensors']} tensors for llama.cpp's "
+                     f"{gguf['architecture']}, weights {gguf['type']}, tokenizer "
+                     f"{gguf['tokenizer']}", "bit-equal"))
+    if (there := data.get("runtime")) and "same" in there:
+        rows.append((f"{there['name']} ≡ torch, greedy tokens that agree",
+                     f"{there['same']} of {there['tokens']}"))
     return rows
 
 

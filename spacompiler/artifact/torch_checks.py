@@ -139,9 +139,11 @@ def _summary(found: Mapping[str, str], slices: Mapping[str, Any]) -> str:
 
 def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iterator[Check]:
     """ONNX Runtime against the reloaded model, if there is an ONNX file or should be."""
+    from ..runtime.session import model_file
+
     asked = read_json(folder / "recipe.json").get("onnx", False) and \
         not structure.get("parts")
-    if (folder / "model.onnx").exists():
+    if model_file(folder).exists():
         yield tried("onnx", lambda: _onnx(folder, structure, module))
     elif asked:
         yield Check("onnx", False, "the recipe asks for model.onnx, and there is none")
@@ -150,9 +152,9 @@ def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iter
 def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
     """ONNX Runtime against the reloaded model, at two sizes other than the recorded one."""
     from ..runtime.decoder import cache_names
-    from ..runtime.session import open_session, run_session
+    from ..runtime.session import model_file, open_session, run_session
 
-    path = folder / "model.onnx"
+    path = model_file(folder)
     session = open_session(path)
     names = [i.name for i in session.get_inputs()]
     if cache_names(names):

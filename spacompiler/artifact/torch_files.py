@@ -28,6 +28,7 @@ from ..torch_backend.kinds import is_hf
 from ..torch_backend.own_layers import stock_of
 from ..torch_backend.weights import results
 from .measured import measured
+from .places import onnx_place, tell_in_config
 from .slices import plan_text, slices, without_places
 
 
@@ -38,14 +39,23 @@ def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     data["reload"] = _reload(job, folder)
     if job.folder is not None:
         data["files"] = beside.carry(job.folder, folder, _widths(job)).as_dict()
-    if job.recipe.decoder or job.recipe.onnx:
-        job.progress("exporting ONNX", 2, 4)
+    if job.recipe.decoder or job.recipe.onnx or job.recipe.gguf:
+        job.progress("exporting", 2, 4)
+    if job.recipe.gguf:
+        from .deployed import write_gguf_file
+
+        data["gguf"] = write_gguf_file(job, folder)
     if job.recipe.decoder:
         from .deployed import write_decoder
 
         data.update(write_decoder(job, folder))
     elif job.recipe.onnx:
         data["onnx"], data["latency"] = _onnx(job, folder)
+    tell_in_config(job, folder)
+    if job.recipe.runtime:
+        from .deployed import run_there
+
+        data["runtime"] = run_there(job, folder)
 
 
 def _weights(job: Compiled, folder: Path) -> None:
@@ -147,10 +157,10 @@ def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
     from ..deploy.export import export_onnx
     from ..deploy.parity import parity
 
-    path = folder / "model.onnx"
+    path, options = onnx_place(job, folder)
     program = pruned_program(job.made)
     export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
-                beside=sorted(folder.glob("model*.safetensors")))
+                **options)
     sets = [other_inputs(job.trace, k, positions(job.reference)) for k in (0, 1)]
     feeds = [feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}

@@ -16,6 +16,7 @@ from ..deploy.cases import LENGTH, Case, cases, declared
 from ..errors import UsageError
 from ..runtime.decoder import cache_names
 from ..runtime.latency import Latency, compare_cases, ratio
+from ..runtime.session import model_file
 from ..store.place import MANIFEST, check_artifact
 from ..system.staging import Scratch, orderly
 
@@ -98,7 +99,7 @@ def _file(path: Path) -> Path:
         from ..store.folder import check_hashes
 
         check_hashes(path)
-    file = path / "model.onnx" if path.is_dir() else path
+    file = model_file(path)
     if not file.exists():
         raise UsageError(f"there is no ONNX file at {str(file)!r}",
                          fix="give an .onnx file, or a directory that was compiled with ONNX")

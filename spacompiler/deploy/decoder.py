@@ -29,7 +29,7 @@ from ..runtime.decoder import PAST, PRESENT
 from ..system.process import quiet
 from ..torch_backend.kinds import is_encoder_decoder
 from ..torch_backend.read.export import drop_asserts
-from .export import export_onnx
+from .export import FORM, Form, export_onnx
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -171,9 +171,9 @@ def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
             model.set_experts_implementation(experts)
 
 
-def export_decoder(model: PreTrainedModel, path: Path, *, beside: Sequence[Path] = ()
-                   ) -> tuple[Path, ...]:
-    """Write a causal language model with its cache; `beside` is as for `export_onnx`.
+def export_decoder(model: PreTrainedModel, path: Path, *, beside: Sequence[Path] = (),
+                   form: Form = FORM) -> tuple[Path, ...]:
+    """Write a causal language model with its cache; `beside` and `form` are as for `export_onnx`.
 
     Raises:
         SpaError: the model cannot be traced or expressed.
@@ -182,4 +182,4 @@ def export_decoder(model: PreTrainedModel, path: Path, *, beside: Sequence[Path]
     axes = {name: {0: "batch", 2: "past"} for name in traced.inputs if name not in _AXES}
     axes |= {name: _AXES[name] for name in traced.inputs if name in _AXES}
     return export_onnx(traced.program, path, input_names=traced.inputs,
-                       output_names=traced.outputs, axes=axes, beside=beside)
+                       output_names=traced.outputs, axes=axes, beside=beside, form=form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +24,15 @@ from ..system.staging import Scratch
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
 from ..torch_backend.trace import copied
 from .decomposed import LocallyDecomposed
+from .lowered import lower
 from .spelled import spell_out, without_zero_biases
 from .weights_beside import refer_to_safetensors
 
 OPSET = 20
 """Version 20 runs everywhere; 23 fuses rotary embeddings that ONNX Runtime gets wrong at batch > 1.
 """
+OLDEST = 18
+"""The oldest version that torch's exporter writes by itself."""
 EXTERNAL_BYTES = 200 * 2**20
 """Weights above this go to a ``.data`` file beside the model."""
 
@@ -36,6 +40,22 @@ _INLINE_LIMIT = 2**30
 _FOLD_LIMIT = 1024
 _LOGGERS = ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
 _ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a file is written: the version of operators, the name of its file of weights.
+
+    Weights of more than `external` bytes in all go there; `optimize` folds what is constant.
+    """
+
+    opset: int = OPSET
+    data: str = "{}.data"
+    external: int = EXTERNAL_BYTES
+    optimize: bool = True
+
+
+FORM = Form()
 
 
 def tensor_inputs(ep: ExportedProgram) -> list[str]:
@@ -61,15 +81,14 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     axes: Mapping[str, Mapping[int, str]] | None = None,
-    optimize: bool = True,
-    external_bytes: int = EXTERNAL_BYTES,
     beside: Sequence[Path] = (),
+    form: Form = FORM,
 ) -> tuple[Path, ...]:
     """Write a program as an ONNX file, the same bytes for the same program.
 
     ``axes`` names dynamic axes by input name, ``{"input_ids": {0: "batch", 1: "sequence"}}``.
-    Weights of more than ``external_bytes`` in all go to ``<name>.data`` beside the file, or stay
-    where they are: those found bit-equal in safetensors files ``beside`` it are read from there.
+    Weights go into the file, to one of their own (see ``Form``), or stay where they are: those found
+    bit-equal in safetensors files ``beside`` it are read from there.
     Weights keep their names and layout; tied ones are written once. Returns the files written; on
     failure there are none and earlier ones stay as they were.
 
@@ -79,19 +98,21 @@ def export_onnx(
     """
     path = Path(path)
     names = _check_names(ep, input_names, output_names)
-    model = _to_ir(_without_idle_nodes(ep), names, output_names)
+    model = _to_ir(_without_idle_nodes(ep), names, output_names, form.opset)
     settle(model)
     without_zero_biases(model)
     _name_axes(model, axes or {})
     _share_tied(model, [*ep.state_dict, *ep.constants])
-    limit = min(external_bytes, _INLINE_LIMIT)
+    limit = min(form.external, _INLINE_LIMIT)
     shared = bool(beside) and _weight_bytes(model) > limit
-    if optimize:
+    if form.optimize:
         _simplify(model, keep_layout=shared)
     _strip(model)
     if shared:
         refer_to_safetensors(model, beside, limit)
-    return _save(model, path, limit)
+    if form.opset < OLDEST:
+        lower(model, form.opset)
+    return _save(model, path, limit, form.data.format(path.name))
 
 
 def _check_names(
@@ -132,7 +153,7 @@ def _is_idle_slice(node: Node) -> bool:
 
 
 def _to_ir(
-    ep: ExportedProgram, inputs: list[str], outputs: Sequence[str] | None
+    ep: ExportedProgram, inputs: list[str], outputs: Sequence[str] | None, opset: int
 ) -> ir.Model:
     """Translate the program; the weights stay torch's and are not copied."""
     try:
@@ -140,7 +161,7 @@ def _to_ir(
             program = torch.onnx.export(
                 ep,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=max(opset, OLDEST),
                 input_names=inputs,
                 output_names=outputs,
                 optimize=False,
@@ -279,10 +300,10 @@ def _weight_bytes(model: ir.Model) -> int:
     return sum(v.nbytes for v in values if v is not None and not isinstance(v, ir.ExternalTensor))
 
 
-def _save(model: ir.Model, path: Path, limit: int) -> tuple[Path, ...]:
+def _save(model: ir.Model, path: Path, limit: int, data: str) -> tuple[Path, ...]:
     """Write the model; a failure leaves nothing behind and the earlier files as they were."""
     try:
-        return _write(model, path, _weight_bytes(model) > limit)
+        return _write(model, path, _weight_bytes(model) > limit, path.with_name(data))
     except OSError as error:
         raise SpaError(
             what="the ONNX file cannot be written",
@@ -292,9 +313,8 @@ def _save(model: ir.Model, path: Path, limit: int) -> tuple[Path, ...]:
         ) from error
 
 
-def _write(model: ir.Model, path: Path, external: bool) -> tuple[Path, ...]:
+def _write(model: ir.Model, path: Path, external: bool, data: Path) -> tuple[Path, ...]:
     """Fill a hidden folder beside the target, then move its files into place."""
-    data = path.with_name(path.name + ".data")
     with Scratch(path.parent, path.name) as folder:
         ir.save(
             model,

@@ -15,6 +15,7 @@ from ..errors import SpaError, TargetError, UsageError
 from ..plan import legal
 from ..plan.problem import Problem, Unit
 from ..plan.stock_units import expressible
+from ..request.profiles import profile
 from ..stages.records import Request, Scored, Subject, Traced
 from ..torch_backend.emit import stock
 from ..torch_backend.emit.per_layer import Search
@@ -139,7 +140,8 @@ def unequal(ask: Request, subject: Subject, traced: Traced, scored: Scored, alik
 
 def _units(ask: Request, traced: Traced, scored: Scored, uniform: bool) -> tuple[Unit, ...]:
     return legal.units(traced.solution, scored.candidates, scored.scores, uniform=uniform,
-                       align=ask.recipe.align, lanes=lanes(), floor=ask.recipe.floor,
+                       align=ask.recipe.align, lanes=profile(ask.recipe.runtime).lanes or lanes(),
+                       floor=ask.recipe.floor,
                        absolute=getattr(scored.importance, "absolute", False))
 
 

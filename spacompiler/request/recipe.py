@@ -30,11 +30,15 @@ from .options import (
     option,
     required,
 )
+from .profiles import settled
 
 METRICS = ("params", "body", "macs")
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
 LAYOUTS = ("auto", "uniform", "per-layer", "any")
 SEEDS = 1 << 32
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+BLOCK = 32
+"""Values that a quantised type of a GGUF file keeps together."""
 
 
 def _check_floor(floor: float) -> None:
@@ -51,6 +55,17 @@ def _check_bits(bits: int) -> None:
     if bits not in (7, 8):
         raise UsageError(f"int8 weights have 7 or 8 bits, not {bits}",
                          fix="7 is right on every processor, 8 on those with VNNI alone")
+
+
+def _check_opset(opset: int) -> None:
+    if not 17 <= opset <= 24:
+        raise UsageError(f"opset must be 17 to 24, not {opset}")
+
+
+def _check_gguf(kind: str) -> None:
+    if kind and kind not in GGUF_TYPES:
+        raise UsageError(f"unknown type {kind!r} of a GGUF file",
+                         fix=did_you_mean(kind, GGUF_TYPES))
 
 
 def _check_blocks(blocks: str) -> None:
@@ -132,6 +147,14 @@ class Recipe(Options):
     int8_bits: int = option(
         7, EXPORTS, "Bits of int8 weights: 7 is right on every processor, 8 on those with VNNI "
         "alone.", check=_check_bits)
+    opset: int = option(
+        20, EXPORTS, "Version of ONNX's operators in model.onnx, 17 to 24.", check=_check_opset)
+    gguf: str = option(
+        "", EXPORTS, "Write model.gguf for llama.cpp, weights as f32, f16, bf16, q8_0, q4_0, q4_1, "
+        "q5_0 or q5_1: a language model of transformers.", metavar="TYPE", check=_check_gguf)
+    runtime: str = option(
+        "", EXPORTS, "What the result is to run on: sets widths, layout and files (see "
+        "docs/deploy.md).", flag="--for", metavar="NAME")
     latency: bool = option(True, CHECKS, "Time dense against pruned in ONNX Runtime.")
     adapters: tuple[str, ...] = option(
         (), ADAPTERS, "An adapter, merged before pruning: a directory of peft's or a file of "
@@ -161,12 +184,28 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         parse_target(self.target)
         super().__post_init__()
+        self._settle()
         check_combination(self.combine, len(self.adapters), self.keep_adapter)
         check_needs(vars(self), {entry.name: entry.default for entry in known(type(self))})
         for name in ("modules", "keep_adapter"):
             if self.blocks and getattr(self, name):
                 raise UsageError(f"blocks cannot be dropped with {name}",
                                  fix="drop blocks first, and compile the result again")
+
+
+    def _settle(self) -> None:
+        """Take over what the runtime wants; blocks of a quantised file want whole ones."""
+        defaults = {entry.name: entry.default for entry in known(type(self))}
+        found = settled(self.runtime, vars(self), defaults)
+        align, kind = found.get("align", self.align), found.get("gguf", self.gguf)
+        if str(kind).startswith("q") and align is None:
+            found["align"] = BLOCK
+        elif str(kind).startswith("q") and align % BLOCK:  # type: ignore[operator]
+            raise UsageError(f"align {align} is no multiple of {BLOCK}",
+                             why=f"{kind} keeps so many values of a row together",
+                             fix="leave align out, or give --gguf f16")
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike
 
 from ..errors import SpaError, UsageError
-from .session import open_session
+from .session import model_file, open_session
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 """Names of the cache going in and coming out, of layer and part (``key`` or ``value``)."""
@@ -54,7 +54,7 @@ class Decoder:
     """A causal language model with its key/value cache as inputs and outputs.
 
     Args:
-        path: a directory that holds ``model.onnx``, or the file.
+        path: a directory that holds ``model.onnx`` (or ``onnx/model.onnx``), or the file.
         threads: threads inside an operator.
 
     Raises:
@@ -62,8 +62,7 @@ class Decoder:
     """
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
-        file = Path(path)
-        file = file / "model.onnx" if file.is_dir() else file
+        file = model_file(Path(path))
         self.session = open_session(file, threads=threads)
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.names = cache_names(inputs)

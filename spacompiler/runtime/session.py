@@ -13,6 +13,17 @@ from ..errors import SpaError
 Arrays = Mapping[str, np.ndarray]
 
 
+PLACES = ("model.onnx", "onnx/model.onnx")
+"""Where in a directory a runtime looks for the model."""
+
+
+def model_file(path: Path) -> Path:
+    """Return the ONNX file that a directory holds, or would hold; a file is itself."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in PLACES if (path / name).exists()), path / PLACES[0])
+
+
 def open_session(path: Path, *, threads: int = 1) -> ort.InferenceSession:
     """Open a model for the CPU at one fixed optimisation level, so that results compare.
 

@@ -22,7 +22,7 @@ from spacompiler.deploy import decoder as decoders
 from spacompiler.deploy import int8
 from spacompiler.deploy.cases import Sizes, declared, synthetic
 from spacompiler.deploy.decoder_parity import DecoderParity, decoder_parity
-from spacompiler.deploy.export import export_onnx
+from spacompiler.deploy.export import Form, export_onnx
 from spacompiler.deploy.int8 import difference, integer_kernels, quantize
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.models_zoo import load
@@ -333,7 +333,7 @@ def test_large_files_read_weights_from_equal_safetensors_beside_them(tmp_path, s
     model = nn.Sequential(nn.Linear(70, 80), nn.ReLU(), nn.Linear(80, 60, bias=False))
     save_file({n: a + shift for n, a in model.state_dict().items()}, tmp_path / "model.safetensors")
     x = torch.randn(3, 4, 70)  # three axes: a product with a transposed weight, not a Gemm
-    made = export_onnx(trace(model, (x,)).program, tmp_path / "model.onnx", external_bytes=10_000,
+    made = export_onnx(trace(model, (x,)).program, tmp_path / "model.onnx", form=Form(external=10_000),
                        beside=[tmp_path / "model.safetensors"])
     assert [p.name for p in made] == files and made[0].stat().st_size < 5_000
     got = run_session(open_session(made[0]), {bench_input(made[0]): x.numpy()})[0]

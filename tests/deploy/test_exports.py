@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spacompiler.deploy.decoder import export_decoder
-from spacompiler.deploy.export import export_onnx
+from spacompiler.deploy.export import Form, export_onnx
 from spacompiler.deploy.inputs import latency_inputs, other_inputs
 from spacompiler.models_zoo import load
 from spacompiler.runtime.session import open_session, run_session
@@ -89,7 +89,8 @@ def test_no_input_is_longer_than_a_program_allows() -> None:
 
 def test_a_bias_that_there_is_not_is_not_written(tmp_path: Path) -> None:
     module, x = CASES["conv3d"]()
-    export_onnx(trace(module.eval(), (x,)).exported, tmp_path / "m.onnx", optimize=False)
+    export_onnx(trace(module.eval(), (x,)).exported, tmp_path / "m.onnx",
+                form=Form(optimize=False))
     node, = (n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == "Conv")
     assert len([name for name in node.input if name]) == 2
 

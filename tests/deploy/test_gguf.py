@@ -1,0 +1,166 @@
+"""GGUF files: every array in its place, read again by others; what llama.cpp has no graph for."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import spacompiler
+from spacompiler.deploy.gguf_file import check_gguf, paired, write_gguf
+from spacompiler.deploy.gguf_table import ROWS
+from spacompiler.errors import SpaError, UsageError
+
+SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "max_position_embeddings": 64}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+           "gemma": "Gemma", "olmo2": "Olmo2", "granite": "Granite"}
+
+
+def tiny(kind, **entries):
+    """A small random model of a type; norms and biases are no ones and zeros."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_head=4, n_layer=2,
+                                         n_positions=64, **entries)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        more = {"sliding_window": None} if kind == "mistral" else {}
+        config = getattr(transformers, f"{CLASSES[kind]}Config")(**{**SMALL, **more, **entries})
+        model = getattr(transformers, f"{CLASSES[kind]}ForCausalLM")(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.1 if p.ndim > 1 else 0.8, 0.2)
+    return model.float().eval()
+
+
+def narrowed(model, layer, width):
+    """Take neurons away from one layer."""
+    mlp = model.model.layers[layer].mlp
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        linear = getattr(mlp, name)
+        linear.weight = torch.nn.Parameter(linear.weight.detach().narrow(dim, 0, width).clone())
+    return model
+
+
+def fields(path):
+    """Entries of a file by key."""
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+def tensors(path):
+    """Arrays of a file by name."""
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_array_of_every_type_has_its_place(kind, tmp_path):
+    model = tiny(kind)
+    said = write_gguf(model, tmp_path / "m.gguf")
+    count = len({t.data_ptr() for t in model.state_dict().values()})
+    assert said["equal"] and said["tensors"] == len(tensors(tmp_path / "m.gguf")) == count
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_another_reader_finds_the_same_arrays(kind, tmp_path):
+    """transformers' own reader, which turns rotary pairs back."""
+    model = tiny(kind)
+    write_gguf(model, tmp_path / "m.gguf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    for name, array in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], array)
+
+
+def test_layers_of_unequal_width_are_lists(tmp_path):
+    model = narrowed(tiny("llama", tie_word_embeddings=False), 1, 48)
+    said = write_gguf(model, tmp_path / "m.gguf")
+    found = fields(tmp_path / "m.gguf")
+    assert said["architecture"] == "deci" and not said["equal"]
+    assert found["deci.feed_forward_length"] == [96, 48]
+    assert found["deci.attention.head_count_kv"] == [2, 2]
+    assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 16
+    stored = tensors(tmp_path / "m.gguf")["blk.0.attn_q.weight"].data
+    assert np.array_equal(stored, paired(model.model.layers[0].self_attn.q_proj.weight
+                                         .detach().numpy(), 4))
+
+
+def test_unequal_qwen3_joins_queries_keys_and_values(tmp_path):
+    tied = narrowed(tiny("qwen3", tie_word_embeddings=True), 0, 32)
+    assert write_gguf(tied, tmp_path / "m.gguf")["architecture"] == "openelm"
+    joined = tensors(tmp_path / "m.gguf")["blk.0.attn_qkv.weight"]
+    assert joined.data.shape == (16 * (4 + 2 + 2), 64)
+    with pytest.raises(SpaError, match="unequal width") as problem:
+        write_gguf(narrowed(tiny("qwen3", tie_word_embeddings=False), 0, 32), tmp_path / "n.gguf")
+    assert "no output layer" in problem.value.why
+
+
+def test_an_array_that_has_no_place_is_named(tmp_path):
+    model = tiny("llama")
+    model.model.layers[1].register_parameter("odd", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(SpaError) as problem:
+        write_gguf(model, tmp_path / "m.gguf")
+    assert problem.value.where == "model.layers.1.odd"
+
+
+@pytest.mark.parametrize("kind, entries, where", [
+    ("mistral", {"sliding_window": 8}, "sliding_window=8"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+     "rope_parameters")])
+def test_what_llama_cpp_computes_otherwise_is_refused(kind, entries, where, tmp_path):
+    with pytest.raises(SpaError) as problem:
+        write_gguf(tiny(kind, **entries), tmp_path / "m.gguf")
+    assert problem.value.where == where
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_embeddings_are_scaled_as_llama_cpp_does_it(tmp_path):
+    model = tiny("gemma")
+    write_gguf(model, tmp_path / "m.gguf")
+    stored = tensors(tmp_path / "m.gguf")["output_norm.weight"].data
+    assert np.array_equal(stored, model.model.norm.weight.detach().numpy() + np.float32(1))
+    model.model.embed_tokens.embed_scale.fill_(7.0)
+    with pytest.raises(SpaError) as problem:
+        write_gguf(model, tmp_path / "n.gguf")
+    assert problem.value.where == "embed_scale=7"
+
+
+def test_models_that_are_no_language_models_are_refused():
+    with pytest.raises(SpaError, match="cannot be written as GGUF"):
+        check_gguf(torch.nn.Linear(2, 2))
+
+
+def test_scaled_frequencies_and_other_scales_of_attention_are_in_the_file(tmp_path):
+    scaled = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    model = tiny("llama", rope_parameters=scaled)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.5
+    write_gguf(model, tmp_path / "m.gguf")
+    found = tensors(tmp_path / "m.gguf")
+    plain = 1e4 ** -(np.arange(8) / 8)
+    have = plain / found["rope_freqs.weight"].data
+    assert np.allclose(have, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
+    query = paired(model.model.layers[0].self_attn.q_proj.weight.detach().numpy(), 4)
+    assert np.allclose(found["blk.0.attn_q.weight"].data, query * 0.5 * 4, rtol=1e-5)
+
+
+def test_quantised_rows_are_whole_blocks(tmp_path):
+    write_gguf(tiny("llama"), tmp_path / "m.gguf", "q8_0")
+    found = tensors(tmp_path / "m.gguf")
+    assert found["blk.0.ffn_down.weight"].tensor_type.name == "Q8_0"
+    assert found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    with pytest.raises(UsageError, match=r"blk.1.ffn_down.weight cannot be stored as q8_0"):
+        write_gguf(narrowed(tiny("llama"), 1, 40), tmp_path / "n.gguf", "q8_0")
+
+
+def test_a_compile_for_a_runtime_takes_its_widths_and_writes_its_file(tmp_path):
+    result = spacompiler.compile(tiny("llama"), {"input_ids": torch.ones(2, 5, dtype=torch.long)},
+                                 target="body~60%", importance="magnitude", runtime="llama.cpp-q8",
+                                 out=tmp_path / "o")
+    assert result.module.config.intermediate_size % 32 == 0
+    assert result.report["gguf"]["type"] == "q8_0"
+    assert not (tmp_path / "o" / "model.onnx").exists()
+    assert fields(tmp_path / "o" / "model.gguf")["tokenizer.ggml.model"] == "no_vocab"
