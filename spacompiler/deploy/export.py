@@ -87,10 +87,10 @@ def export_onnx(
     """Write a program as an ONNX file, the same bytes for the same program.
 
     ``axes`` names dynamic axes by input name, ``{"input_ids": {0: "batch", 1: "sequence"}}``.
-    Weights go into the file, to one of their own (see ``Form``), or stay where they are: those found
-    bit-equal in safetensors files ``beside`` it are read from there.
-    Weights keep their names and layout; tied ones are written once. Returns the files written; on
-    failure there are none and earlier ones stay as they were.
+    Weights go into the file, to one of their own (see ``Form``), or stay where they are: those
+    found bit-equal in safetensors files ``beside`` it are read from there. They keep their names
+    and layout; tied ones are written once. Returns the files written; on failure there are none
+    and earlier ones stay as they were.
 
     Raises:
         SpaError: the names do not fit the program, a named axis is fixed, or torch's exporter

@@ -118,4 +118,4 @@ def main(name: str, folder: str, texts: Iterable[list[int]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3], json.load(sys.stdin)))
+    sys.exit(main(sys.argv[1], sys.argv[2], json.load(sys.stdin)))

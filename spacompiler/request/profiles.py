@@ -39,8 +39,6 @@ class Profile:
 _STOCK = {"layout": "uniform"}
 _WEIGHTS = {**_STOCK, "onnx": False, "latency": False}
 _GGUF = {"onnx": False, "latency": False, "gguf": "f32"}
-_JS = {"file": "onnx/model.onnx", "int8_file": "onnx/model_quantized.onnx", "data": "{}_data",
-       "section": "transformers.js_config"}
 
 ANY = Profile("ONNX Runtime, on the processor that compiles")
 PROFILES: Mapping[str, Profile] = {
@@ -60,7 +58,9 @@ PROFILES: Mapping[str, Profile] = {
     "onnx-web": Profile("onnxruntime-web: blocks of 4 lanes, weights in the file's own data",
                         {"align": 4}, data="{}_data"),
     "transformers.js": Profile(
-        "transformers.js: onnx/model.onnx and a stock configuration", _STOCK, cached=True, **_JS),
+        "transformers.js: onnx/model.onnx and a stock configuration", _STOCK, cached=True,
+        file="onnx/model.onnx", int8_file="onnx/model_quantized.onnx", data="{}_data",
+        section="transformers.js_config"),
     "openvino": Profile("OpenVINO, which reads model.onnx itself", lanes=16, check="openvino"),
     "torchao-int4": Profile(
         "torchao, int4 weights in groups of 32", {**_WEIGHTS, "align": 32}),

@@ -333,8 +333,8 @@ def test_large_files_read_weights_from_equal_safetensors_beside_them(tmp_path, s
     model = nn.Sequential(nn.Linear(70, 80), nn.ReLU(), nn.Linear(80, 60, bias=False))
     save_file({n: a + shift for n, a in model.state_dict().items()}, tmp_path / "model.safetensors")
     x = torch.randn(3, 4, 70)  # three axes: a product with a transposed weight, not a Gemm
-    made = export_onnx(trace(model, (x,)).program, tmp_path / "model.onnx", form=Form(external=10_000),
-                       beside=[tmp_path / "model.safetensors"])
+    made = export_onnx(trace(model, (x,)).program, tmp_path / "model.onnx",
+                       form=Form(external=10_000), beside=[tmp_path / "model.safetensors"])
     assert [p.name for p in made] == files and made[0].stat().st_size < 5_000
     got = run_session(open_session(made[0]), {bench_input(made[0]): x.numpy()})[0]
     assert np.allclose(got, model(x).detach().numpy(), atol=1e-5)
