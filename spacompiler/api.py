@@ -134,7 +134,7 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
 
         check_causal_lm(found.module)
     if recipe.gguf:
-        from .deploy.gguf_file import check_gguf
+        from .deploy.gguf_checks import check_gguf
 
         check_gguf(found.module)
     ask, subject = make_request(found.module, found.inputs, recipe, replace(

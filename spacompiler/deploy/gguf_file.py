@@ -142,12 +142,12 @@ def _sizes(arrays: Arrays, config: Any, dim: int) -> Sizes:
 
 def _head_dim(model: nn.Module) -> int:
     """The size of a head, as attention itself has it."""
-    found = {m.head_dim for m in model.modules() if isinstance(getattr(m, "head_dim", None), int)}
+    found = {d for m in model.modules() if isinstance(d := getattr(m, "head_dim", None), int)}
     if len(found) != 1:
         raise SpaError("this model cannot be written as GGUF", where=type(model).__name__,
                        why=f"its heads have the sizes {sorted(found)}: there is an entry for one",
                        fix="leave --gguf out")
-    return int(found.pop())
+    return found.pop()
 
 
 def _as_stored(arch: Arch, arrays: Arrays, sizes: Sizes, model: nn.Module) -> Arrays:

@@ -28,7 +28,8 @@ def lower(model: ir.Model, opset: int) -> None:
 
     Raises SpaError for an operator that version 17 cannot say.
     """
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in list(graph.all_nodes()):
             if node.domain in ("", "ai.onnx"):
                 _lower(node, opset)

@@ -8,7 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import spacompiler
-from spacompiler.deploy.gguf_file import check_gguf, paired, write_gguf
+from spacompiler.deploy.gguf_checks import check_gguf
+from spacompiler.deploy.gguf_file import paired, write_gguf
 from spacompiler.deploy.gguf_table import ROWS
 from spacompiler.errors import SpaError, UsageError
 
