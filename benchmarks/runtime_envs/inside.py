@@ -276,9 +276,11 @@ def error(got, want):
 
 def one(name, folder):
     """What came of one pair of files: for each an error by shape, or what it failed with."""
-    said, runs = {}, {}
-    feeds = loaded(folder, "inputs")
+    said, runs, last = {}, {}, {}
     for which in ("dense", "pruned"):
+        own = (folder / f"{which}_inputs.npz").exists()
+        feeds = loaded(folder, f"{which}_inputs" if own else "inputs")
+        last[which] = feeds[-1]
         want = [list(w.values()) for w in loaded(folder, f"{which}_outputs")]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -290,18 +292,18 @@ def one(name, folder):
             said[which] = f"{type(problem).__name__}: {' '.join(text.split())[-160:]}"
             runs.pop(which, None)
     if len(runs) == 2:
-        said["ratio"] = ratio(runs, feeds[-1])
+        said["ratio"] = ratio(runs, last)
     return said
 
 
-def ratio(runs, feed):
+def ratio(runs, feeds):
     """CPU time pruned : dense, the median over turns."""
     found, end = [], time.monotonic() + SECONDS
     while len(found) < TURNS and (time.monotonic() < end or len(found) < 3):
         spent = {}
         for which, run in runs.items():
             start = time.process_time()
-            run(feed)
+            run(feeds[which])
             spent[which] = time.process_time() - start
         found.append(spent["pruned"] / max(spent["dense"], 1e-9))
     return float(np.median(found))
