@@ -30,9 +30,11 @@ from spacompiler.evidence.calibration import python_text, windows
 from spacompiler.evidence.losses import default_loss, perplexity
 from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import Covariance
+from spacompiler.passes.gates import Gates
 from spacompiler.pipeline import finish
 from spacompiler.pipeline.decide import allocate_counts, decide
 from spacompiler.pipeline.request import Given, make_request
+from spacompiler.pipeline.score import scheduling
 from spacompiler.plan import legal as allocation
 from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
@@ -60,6 +62,7 @@ class Method:
     floor: float = 0.0
     needs: tuple[str, ...] = ()
     continued: bool = False
+    schedule: Any = None  # learns gates, from the criterion's scores; `scales` after the repair
 
 
 METHODS: dict[str, Method] = {
@@ -87,6 +90,13 @@ METHODS: dict[str, Method] = {
     "ours, scored by given text": Method(
         "curvature(continued=False)", "measured",
         "refit(sequential=True, residual=True, every=True)", (), 0.02, continued=True),
+    "gates, nothing else": Method("curvature", only=(), floor=0.02, schedule=Gates(scales=0)),
+    "gates, refit": Method("curvature", repair="refit(damping=0.1)", only=(), floor=0.02,
+                           schedule=Gates(scales=0)),
+    "gates": Method("curvature", repair="refit(damping=0.1)", only=(), floor=0.02,
+                    schedule=Gates()),
+    "gates, in sequence": Method("curvature", only=(), floor=0.02, schedule=Gates(),
+                                 repair="refit(sequential=True, residual=True, every=True)"),
     "OBS refit, continued": Method("obs(bias=False)",
                                    repair="refit(bias=False, damping=0.01)", continued=True),
 }
@@ -266,18 +276,26 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
         traced = Traced(bench.trace, bench.solution, tuple(bench.candidates(method)))
         scored = Scored(ask.importance, traced.candidates, {
             n: s.numpy() for n, s in bench.scores[name].items()}, context=bench.context)
-        if key not in known:
-            kept, uniform = allocate_counts(ask, subject, traced, scored)
-            known[key] = {"kept": kept, "uniform": uniform,
+        task = replace(scheduling(ask, subject, traced), context=bench.context,
+                       scores=scored.scores)
+        if method.schedule is not None:
+            scored, before = learned(bench, method, share, task)
+        elif key not in known:
+            kept, stock = allocate_counts(ask, subject, traced, scored)
+            known[key] = {"kept": kept, "stock": stock,
                           "seconds": time.process_time() - start}
-            start = time.process_time()
-        scored = replace(scored, counts=known[key]["kept"],
-                         uniform=known[key].get("uniform", False))
-        decided = decide(ask, subject, traced, scored)
+        if method.schedule is None:
+            before = known[key]["seconds"]
+            scored = replace(scored, counts=known[key]["kept"],
+                             stock=known[key].get("stock", ""))
+        start = time.process_time()
+        decided = decide(ask, subject, replace(traced, candidates=scored.candidates), scored)
         if ask.compensation is not None:
             decided = finish.repair(ask, subject, scored, decided)
+        if method.schedule is not None:
+            method.schedule.after(replace(task, candidates=scored.candidates), decided.choices)
         emitted = finish.emit(ask, subject, decided)
-    spent = time.process_time() - start + known[key]["seconds"]
+    spent = time.process_time() - start + before
     costs = decided.plan.costs
     found = {"parameters": costs["params"]["pruned"],
              "body": costs["body"]["pruned"] / costs["body"]["dense"],
@@ -285,6 +303,30 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
              **{text: perplexity(emitted.model, ids, batch=2) for text, ids in bench.texts.items()}}
     bench.restore()
     return found
+
+
+def learned(bench: Bench, method: Method, share: str, task: Any) -> tuple[Scored, float]:
+    """Return what gates learned, and the CPU seconds of it: once for all rows of equal gates."""
+    place = bench.results.with_suffix(".gates.pt")
+    held = torch.load(place, weights_only=True) if place.exists() else {}
+    gates = replace(method.schedule, scales=0)
+    key = f"{share} {gates}"
+    if key not in held:
+        start = time.process_time()
+        found = gates.run(replace(task, tell=_progress))
+        held[key] = {"scores": {n: torch.as_tensor(s) for n, s in found.scores.items()},
+                     "counts": dict(found.counts), "stock": found.stock,
+                     "seconds": time.process_time() - start, "notes": task.notes}
+        torch.save(held, place)
+    one = held[key]
+    groups = tuple(g for g in task.candidates if g.name in one["counts"])
+    return Scored(registry.find("importance", gates.criterion), groups,
+                  {n: s.numpy() for n, s in one["scores"].items()}, one["counts"],
+                  one["stock"], bench.context), one["seconds"]
+
+
+def _progress(stage: str, done: int, total: int) -> None:
+    print(f"{stage} ({done}/{total}, {time.process_time():.0f} s)", file=sys.stderr, flush=True)
 
 
 def run(bench: Bench, methods: Mapping[str, Method], shares: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +15,7 @@ from spacompiler.adapters.merging import fold, library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.evidence.labels import inputs_only
 from spacompiler.system.process import no_warnings
+from spacompiler.train.hooks import Hooks
 from spacompiler.train.loop import Training, train, vectors
 from spacompiler.train.objective import Objective, call
 from spacompiler.train.options import Schedule
@@ -29,13 +31,37 @@ REFUSED = {
 GRADIENT_BATCHES = 8
 
 
+class AdapterHooks(Hooks):
+    """The plain loop for adapters, with B at another rate; `finish` readies them to be merged."""
+
+    def __init__(self, plus: float = 1.0) -> None:
+        self._plus = plus
+
+    def optimizer(self, parameters: Mapping[str, nn.Parameter],
+                  options: Schedule) -> torch.optim.Optimizer:
+        """AdamW, B in a group of its own where it learns at another rate."""
+        if self._plus == 1:
+            return super().optimizer(parameters, options)
+        ups = {n for n in parameters if ".lora_B." in n}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in parameters.items() if n not in ups]},
+            {"params": [parameters[n] for n in sorted(ups)], "times": self._plus}]
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.decay)
+
+    def finish(self) -> dict[str, Any]:
+        """Take off what was put on adapters, and return what there is to report."""
+        return {}
+
+
 @dataclass(frozen=True)
 class Lora(Schedule):
     """Train W + (alpha / rank) B A on linear layers and convolutions (Hu et al. 2021), and merge.
 
     `init` is one of peft's `init_lora_weights`; `eva` takes A from the training data's activations
     (Paischer et al. 2024), `lora_ga` takes both factors from the gradient of the objective on the
-    first batches (Wang et al. 2024). With `norms`, gains of norms and biases are trained too.
+    first batches (Wang et al. 2024). With `norms`, gains of norms and biases are trained too. B
+    learns at `plus` times the rate (LoRA+, Hayou et al. 2024). `rho` is how far EVA may
+    redistribute ranks: up to so many times `rank` (1: not at all).
     """
 
     name: ClassVar[str] = "lora"
@@ -46,6 +72,8 @@ class Lora(Schedule):
     init: str = "default"
     dora: bool = False
     norms: bool = True
+    plus: float = 1.0
+    rho: float = 2.0
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"pissa_niter_\d+", self.init) or self.init in INITS[:-2] + INITS[-1:]:
@@ -74,16 +102,23 @@ class Lora(Schedule):
             weight.data = weight.data.clone()
         tuned = self._attach(peft, task, paths)
         tuned.train()
+        hooks = self.hooks(task)
         parameters = {n: p for n, p in task.module.named_parameters()
                       if p.requires_grad or id(p) in extra}
-        facts = train(task, self, parameters)
+        facts = train(task, self, parameters, hooks)
+        facts |= hooks.finish()
         fold(tuned, probe, before, where="recovery")
         return facts
+
+    def hooks(self, task: Training) -> AdapterHooks:
+        """Return what this recovery changes of the loop, once adapters are on the module."""
+        return AdapterHooks(self.plus)
 
     def _attach(self, peft: ModuleType, task: Training, paths: list[str]) -> Any:
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora,
-            init_lora_weights=True if self.init == "default" else self.init, target_modules=paths)
+            init_lora_weights=True if self.init == "default" else self.init, target_modules=paths,
+            eva_config=peft.EvaConfig(rho=self.rho) if self.init == "eva" else None)
         try:
             with no_warnings():
                 if self.init == "lora_ga":

@@ -33,6 +33,7 @@ from .request.registry import KINDS as KINDS
 from .stages.records import Schedule as Schedule
 from .stages.records import Scheduling as Scheduling
 from .stages.records import Scored as Scored
+from .train.hooks import Hooks as Hooks
 from .train.loop import Recovery as Recovery
 from .train.loop import Training as Training
 from .train.loop import train as train

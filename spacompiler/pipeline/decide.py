@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -100,6 +101,23 @@ def allocate_counts(ask: Request, subject: Subject, traced: Traced,
         raise
     _tell(ask, taken)
     return _counts(scored, taken.layout.units, taken.kept), taken.layout.stock
+
+
+def problems_of(ask: Request, subject: Subject, traced: Traced,
+                scored: Scored) -> list[tuple[Problem, str]]:
+    """Return the problem of each layout that reaches down to the target, of the last one at least.
+
+    And in which layout a configuration of transformers may express what solves it. Whether layers
+    go by themselves is the schedule's to say.
+    """
+    measure = _measure(ask, subject, traced, scored)
+    metric = parse_target(ask.recipe.target)[0]
+    found = []
+    for layout in layouts(replace(ask, allocation=ask.schedule), subject, traced, scored):
+        problem = _problem(ask, subject, scored, layout, cost(traced.solution, metric), measure)
+        problem.notes.extend(layout.notes)
+        found.append((problem, layout.stock))
+    return [one for one in found if one[0].price(one[0].least()) <= one[0].target] or found[-1:]
 
 
 def _problem(ask: Request, subject: Subject, scored: Scored, layout: Layout, price: Cost,

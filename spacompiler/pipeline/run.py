@@ -19,20 +19,22 @@ from ..trials import depth
 from . import finish, prepare, recover
 from .analyse import analyse
 from .decide import decide
-from .score import score
+from .score import scheduling, score
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 STAGES = ("merging adapters", "checking weights", "continuing text", "dropping blocks",
-          "tracing and solving axes", "scoring", "allocating", "repairing", "proving", "emitting",
+          "tracing and solving axes", "scoring", "allocating", "repairing", "learning factors",
+          "proving", "emitting",
           "setting the result apart", "keeping the adapter", "recovering", "comparing")
 DRY_STAGES = STAGES[:7]
-IN_MEMORY = (*STAGES[4:8], STAGES[9])
+IN_MEMORY = (*STAGES[4:9], STAGES[10])
 ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "continuing text": lambda ask, _: ask.recipe.continued,
     "dropping blocks": lambda ask, _: bool(ask.recipe.blocks),
     "repairing": lambda ask, _: ask.compensation is not None,
+    "learning factors": lambda ask, _: bool(getattr(ask.schedule, "scales", 0)),
     "setting the result apart": lambda _, subject: isinstance(subject.given, nn.Module),
     "keeping the adapter": lambda ask, _: ask.recipe.keep_adapter,
     "recovering": lambda ask, _: ask.recovery is not None,
@@ -66,6 +68,9 @@ def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = Fals
         return Compiled(ask, subject, traced, scored, decided)
     if "repairing" in do.stages:
         decided = do("repairing", finish.repair, ask, subject, scored, decided)
+    if "learning factors" in do.stages:
+        task = scheduling(ask, subject, replace(traced, candidates=scored.candidates))
+        do("learning factors", ask.schedule.after, task, decided.choices)
     scored = replace(scored, context=None)  # statistics are large, and nobody asks for them now
     proof = None
     if "proving" in do.stages:

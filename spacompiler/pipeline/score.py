@@ -17,7 +17,7 @@ from ..groups.solution import Group
 from ..stages.records import Request, Scheduling, Scored, Subject, Traced
 from ..torch_backend.backend import TORCH
 from . import defaults
-from .decide import allocate_counts
+from .decide import allocate_counts, problems_of
 
 
 def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
@@ -42,16 +42,21 @@ def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
 
 
 def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
-    def allocate(candidates: Sequence[Group],
-                 scores: Mapping[str, np.ndarray]) -> tuple[dict[str, int], str]:
-        return allocate_counts(ask, subject, traced,
-                               Scored(ask.importance, tuple(candidates), scores))
-
     assert ask.schedule is not None
-    found: Scored = ask.schedule.run(Scheduling(
-        subject.model, traced.trace, traced.solution, traced.candidates, ask.calibration, ask.loss,
-        allocate, ask.recipe.seed, ask.name, ask.tell, ask.notes))
+    found: Scored = ask.schedule.run(scheduling(ask, subject, traced))
     return replace(found, importance=ask.importance)
+
+
+def scheduling(ask: Request, subject: Subject, traced: Traced) -> Scheduling:
+    """What a schedule is given."""
+    def scored(candidates: Sequence[Group], scores: Mapping[str, np.ndarray]) -> Scored:
+        return Scored(ask.importance, tuple(candidates), scores)
+
+    return Scheduling(
+        subject.model, traced.trace, traced.solution, traced.candidates, ask.calibration, ask.loss,
+        lambda *found: allocate_counts(ask, subject, traced, scored(*found)),
+        lambda *found: problems_of(ask, subject, traced, scored(*found)),
+        ask.recipe.seed, ask.name, ask.tell, ask.notes)
 
 
 def _context(importance: Importance, subject: Subject, traced: Traced, seed: int) -> Any:

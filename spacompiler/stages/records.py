@@ -20,7 +20,7 @@ from ..evidence.calls import Inputs
 from ..evidence.losses import default_loss
 from ..groups.solution import Group, Solution
 from ..plan.plan import Plan
-from ..plan.problem import Allocation
+from ..plan.problem import Allocation, Problem
 from ..request.recipe import Recipe
 from .backend import Backend
 
@@ -174,7 +174,10 @@ class Scheduling:
     """What a schedule is given: a module that it may train, data, and how counts are allocated.
 
     `allocate(candidates, scores)` returns counts by the target and the allocation pass, and in
-    which layout a configuration of transformers may express them ("" in none).
+    which layout a configuration of transformers may express them ("" in none);
+    `problems(candidates, scores)`, for those that decide counts themselves, the units, legal counts
+    and cost to meet of each layout that may do, and which it is. `context` holds statistics of the
+    dense network that are at hand, `scores` those of the pass's own criterion.
     """
 
     module: Any
@@ -184,14 +187,21 @@ class Scheduling:
     calibration: Calibration
     loss: Callable[..., torch.Tensor]
     allocate: Callable[[Sequence[Group], Mapping[str, np.ndarray]], tuple[dict[str, int], str]]
+    problems: Callable[[Sequence[Group], Mapping[str, np.ndarray]], list[tuple[Problem, str]]]
     seed: int = 0
     name: str = ""
     tell: Progress = lambda stage, done, total: None
     notes: list[str] = field(default_factory=list)
+    context: Any = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Schedule(Protocol):
-    """Decide what goes while training: masks grow, and what was learned is folded in."""
+    """Decide what goes while training: masks grow, and what was learned is folded in.
+
+    A schedule may have a method more: `after(task, choices)`, called once the program is repaired,
+    may change its arrays again.
+    """
 
     name: ClassVar[str]
 

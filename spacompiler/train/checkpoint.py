@@ -89,6 +89,8 @@ class Checkpoint:
                 tensor.copy_(tensors[f"now.{name}"])
                 best[name].copy_(tensors[f"best.{name}"])
         for name, p in parameters.items():
-            optimizer.state[p] = {
-                key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            held = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adam.{key}.{name}" in tensors}
+            if held:  # none of what was frozen when it was saved
+                optimizer.state[p] = held
         torch.set_rng_state(tensors["random"])

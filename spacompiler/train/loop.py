@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import SpaError
 from ..evidence.calls import Batch
 from .checkpoint import Checkpoint, Run
+from .hooks import Hooks
 from .objective import Objective
 from .options import Schedule
 
@@ -73,9 +74,11 @@ def _integers(batch: Batch) -> bool:
     return not _first(batch).is_floating_point()
 
 
-def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Parameter]
-          ) -> dict[str, Any]:
+def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Parameter],
+          hooks: Hooks | None = None) -> dict[str, Any]:
     """Train parameters of `task.module` in place and return what happened, as plain data.
+
+    `hooks` may change the optimiser, what is done beside each step, and the loss.
 
     Raises:
         SpaError: nothing to train or to train on, a loss that is not finite, or a checkpoint of
@@ -84,15 +87,15 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     _check(task, parameters)
     _own(task.module, parameters)
     objective = Objective(task.module, task.dense, task.loss, options)
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=options.lr,
-                                  weight_decay=options.decay)
+    hooks = hooks or Hooks()
+    optimizer = hooks.optimizer(parameters, options)
     state = dict(parameters) | {n: b for n, b in task.module.named_buffers()}
     run, best = Run(), _copied(state)
     book = Checkpoint(task.checkpoint, task.key)
     book.load(run, state, best, optimizer, parameters)
     was = task.module.training
     try:
-        _loop(task, options, objective, optimizer, run, state, best,
+        _loop(task, options, _Machine(objective, optimizer, hooks), run, state, best,
               lambda: book.save(run, state, best, optimizer, parameters))
     finally:
         task.module.train(was)
@@ -125,19 +128,28 @@ def _own(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
                 part._buffers[name] = buffer.clone()
 
 
-def _loop(task: Training, options: Schedule, objective: Objective,
-          optimizer: torch.optim.Optimizer, run: Run, state: Mapping[str, torch.Tensor],
-          best: dict[str, torch.Tensor], save: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class _Machine:
+    """What takes a step."""
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    hooks: Hooks
+
+
+def _loop(task: Training, options: Schedule, machine: _Machine, run: Run,
+          state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor],
+          save: Callable[[], None]) -> None:
     steps = _steps(task, options)
     every = max(1, steps // options.evaluations)
     started = time.monotonic() - run.seconds
     if not run.history:
-        _evaluate(task, objective, run, state, best)
+        _evaluate(task, machine.objective, run, state, best)
     while run.step < steps and run.worse < options.patience:
-        loss = _step(task, options, objective, optimizer, run.step, steps)
+        loss = _step(task, options, machine, run.step, steps)
         run.step += 1
         if run.step % every == 0 or run.step == steps:
-            _evaluate(task, objective, run, state, best)
+            _evaluate(task, machine.objective, run, state, best)
             run.seconds = time.monotonic() - started
             save()
         _tell(task, run, steps, loss, time.monotonic() - started)
@@ -147,25 +159,37 @@ def _steps(task: Training, options: Schedule) -> int:
     return options.epochs * -(-len(task.batches) // options.accumulate)
 
 
-def _step(task: Training, options: Schedule, objective: Objective,
-          optimizer: torch.optim.Optimizer, step: int, steps: int) -> float:
+def _step(task: Training, options: Schedule, machine: _Machine, step: int, steps: int) -> float:
     """Take one step of the optimiser over `accumulate` batches; returns their mean objective."""
+    optimizer, hooks, rate = machine.optimizer, machine.hooks, options.rate(step, steps)
     for group in optimizer.param_groups:
-        group["lr"] = options.rate(step, steps)
+        group["lr"] = rate * group.get("times", 1.0)
     task.module.train()
-    batches = _chosen(task, options, step)
-    total = 0.0
-    for batch in batches:
-        value = objective(batch).total / len(batches)
-        value.backward()
-        total += value.item()
+    hooks.begin(step, optimizer)
+    total = _graded(task, machine, _chosen(task, options, step))
     if not math.isfinite(total):
         raise SpaError("training diverged", where=f"step {step + 1}",
                        why="the loss is not finite", fix=f"use a smaller lr than {options.lr}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, options.clip)
+    hooks.graded(step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    hooks.done(step, rate)
+    return total
+
+
+def _graded(task: Training, machine: _Machine, batches: Sequence[Batch]) -> float:
+    """Add up gradients of the mean objective of batches, and of the hooks' loss; returns it."""
+    total = 0.0
+    for batch in batches:
+        value = machine.objective(batch).total / len(batches)
+        value.backward()
+        total += value.item()
+    more = machine.hooks.loss()
+    if more is not None:
+        more.backward()  # type: ignore[no-untyped-call]
+        total += more.item()
     return total
 
 

@@ -162,6 +162,12 @@ def test_lora_that_starts_from_gradients_does(pruned):
     assert not any(hasattr(m, "_peft_loraga_grad") for m in t.module.modules())
 
 
+def test_eva_redistributes_ranks_as_far_as_rho_says(pruned):
+    counts = [Lora(init="eva", rank=2, rho=rho, accumulate=20, norms=False).run(task(pruned))[
+        "parameters"] for rho in (1.0, 2.0)]
+    assert counts[0] != counts[1]
+
+
 def test_what_has_no_gradient_cannot_start_from_it():
     """peft starts convolutions at random without a word."""
     g = torch.Generator().manual_seed(0)

@@ -1,0 +1,1 @@
+"""Gates on slices, learned under a budget while the network stays as it is, or trains beside."""

@@ -1,0 +1,249 @@
+"""Learned gates: what is folded computes what the gates did, targets are met, mechanisms act."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spacompiler.evidence.calibration import Calibration
+from spacompiler.evidence.losses import labelled
+from spacompiler.gates import gating, scaling
+from spacompiler.gates.network import Gated, ones
+from spacompiler.gates.projection import Projection, choices, tables
+from spacompiler.gates.refits import _fit
+from spacompiler.gates.soft_cost import SoftCost
+from spacompiler.groups.cost import cost
+from spacompiler.passes.bip import Bip
+from spacompiler.passes.compresso import Compresso
+from spacompiler.passes.ddp import Ddp
+from spacompiler.passes.gates import Gates
+from spacompiler.passes.grasp_gates import GraspGates
+from spacompiler.passes.lapp import Lapp
+from spacompiler.passes.polarise import Polarise
+from spacompiler.passes.progressive import Progressive
+from spacompiler.passes.tas import Tas
+from spacompiler.plan import legal
+from spacompiler.plan.problem import Problem
+from spacompiler.stages.proof import relative_error
+from spacompiler.stages.records import Scheduling
+from spacompiler.torch_backend.backend import TORCH
+from spacompiler.torch_backend.prove import masked_dense
+
+
+class Images(nn.Module):
+    """Convolutions with batch norms and a residual sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.one, self.two = nn.Conv2d(24, 40, 3, padding=1), nn.Conv2d(40, 24, 3, padding=1)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head((x + self.two(torch.relu(self.one(x)))).mean((2, 3)))
+
+
+class Text(nn.Module):
+    """Attention of two pairs of heads and a gated MLP on a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(16, 16), nn.RMSNorm(16, eps=1e-6)
+        for name, width in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8), ("o_proj", 16)):
+            setattr(self, name, nn.Linear(16, width, bias=False))
+        self.gate, self.up = nn.Linear(16, 40, bias=False), nn.Linear(16, 40, bias=False)
+        self.down, self.head = nn.Linear(40, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        h = self.norm(x)
+        q = self.q_proj(h).unflatten(-1, (2, 2, 4)).permute(0, 2, 3, 1, 4)
+        k, v = (p(h).unflatten(-1, (2, 1, 4)).permute(0, 2, 3, 1, 4)
+                for p in (self.k_proj, self.v_proj))
+        y = torch.softmax(q @ k.mT / 2, -1) @ v
+        x = x + self.o_proj(y.permute(0, 3, 1, 2, 4).flatten(2))
+        return self.head(x + self.down(functional.silu(self.gate(x)) * self.up(x)))
+
+
+def images():
+    draws = torch.Generator().manual_seed(1)
+    return [((torch.randn(4, 1, 6, 6, generator=draws, dtype=torch.float64),),
+             {"labels": torch.randint(0, 4, (4,), generator=draws)}) for _ in range(4)]
+
+
+def text():
+    draws = torch.Generator().manual_seed(1)
+    return [((), {"input_ids": torch.randint(0, 16, (2, 8), generator=draws)}) for _ in range(4)]
+
+
+def loss(results, args, kwargs):
+    labels = kwargs.get("labels", kwargs.get("input_ids"))
+    return labelled(results[0], labels)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Both networks in float64, traced once, with their batches."""
+    found = {}
+    for name, make, batches in (("images", Images, images()), ("text", Text, text())):
+        torch.manual_seed(0)
+        module = make().double().eval()
+        args, kwargs = batches[0]
+        kwargs = {k: v for k, v in kwargs.items() if k != "labels"}
+        trace, solution = TORCH.trace(module, (args, kwargs))
+        found[name] = module, trace, solution, batches, dict(trace.program.state_dict)
+    return found
+
+
+def task_on(found, share=0.6, roles=("channel", "head")):
+    module, trace, solution, batches, stored = found
+    trace.program.state_dict.update(stored)
+    trace.repaired.clear()
+    groups = tuple(legal.candidates(solution, roles=roles))
+    price = cost(solution, "macs")
+    dense = price.total
+
+    def problems(candidates, scores):
+        units = legal.units(solution, candidates, scores, uniform=False, align=1, lanes=8,
+                            floor=0.0)
+        return [(Problem(units, price, share * dense, dense, "macs"), "")]
+
+    return Scheduling(module, trace, solution, groups, Calibration("test", batches), loss,
+                      lambda *given: ({}, ""), problems, name="test")
+
+
+def few(row, **options):
+    return replace(row, steps=12, **options)
+
+
+ROWS = [(few(Gates(), criterion="taylor", length=0, scales=3), "text"),
+        (few(Gates(), criterion="taylor", scales=3), "images"),
+        (few(GraspGates(), scales=3), "text"), (few(Compresso(), beside_lr=0.01), "text"),
+        (few(Ddp()), "images"), (few(Lapp()), "images"), (few(Tas()), "images"),
+        (few(Bip()), "images"), (few(Polarise()), "images")]
+
+
+@pytest.mark.parametrize("row, net", ROWS, ids=[f"{r.name}-{n}" for r, n in ROWS])
+def test_the_folded_network_computes_what_the_gates_did(row, net, traced, monkeypatch):
+    task = task_on(traced[net])
+    seen, scaled = [], []
+    monkeypatch.setattr(gating, "check", lambda gated, before, after, *rest: seen.append(
+        (before, after)))
+    fold = scaling.fold
+    monkeypatch.setattr(scaling, "fold", lambda gated, network, gates: (
+        scaled.append((gated, gates, gated.call(
+            call(task), gates, choices=chosen, double=True))), fold(gated, network, gates)))
+    with torch.no_grad():
+        whole = Gated(task.trace, task.solution, task.candidates).call(
+            call(task), ones(task.candidates), double=True)
+    scored = row.run(task)
+    kept = tables(list(scored.candidates), scored.scores, scored.counts)
+    chosen = choices(list(scored.candidates), kept)
+    assert_met(task, chosen)
+    for before, after in seen:
+        assert relative_error(after, before) <= 1e-10
+        assert relative_error(whole, before) > 1e-4  # the control: gates do something
+        assert relative_error(masked_dense(task.trace, task.solution, chosen), before) <= 1e-10
+    unscaled = masked_dense(task.trace, task.solution, chosen)
+    row.after(task, chosen)
+    if row.scales:
+        before = scaled[0][2]
+        after = masked_dense(task.trace, task.solution, chosen)
+        assert relative_error(after, before) <= 1e-10
+        assert relative_error(unscaled, before) > 1e-4
+    assert seen or row.scales or scored.scores
+
+
+def test_the_hidden_dimension_is_gated_and_its_gates_are_one_or_zero(traced):
+    task = task_on(traced["text"], roles=("hidden",))
+    row = few(GraspGates(), criterion="magnitude", scales=3)
+    scored = row.run(task)
+    assert [g.role for g in scored.candidates] == ["hidden"]
+    chosen = choices(list(scored.candidates), tables(
+        list(scored.candidates), scored.scores, scored.counts))
+    assert_met(task, chosen)
+    row.after(task, chosen)
+    assert "no factors were learned" in task.notes[-1] and not task.trace.repaired
+    gates = {g.name: torch.from_numpy(chosen[g.atom].table).double() for g in scored.candidates}
+    with torch.no_grad():
+        gated = Gated(task.trace, task.solution, scored.candidates).call(
+            call(task), gates, double=True)
+    assert relative_error(gated, masked_dense(task.trace, task.solution, chosen)) <= 1e-10
+
+
+def test_a_budget_comes_down_step_by_step(traced, monkeypatch):
+    task, shares = task_on(traced["images"]), []
+    old = Projection.counts
+
+    def counts(self, order, *, share=None, exact=False):
+        kept = old(self, order, share=share, exact=exact)
+        shares.append(self.problem.price(kept) / self.problem.dense)
+        return kept
+
+    monkeypatch.setattr(Projection, "counts", counts)
+    Progressive(steps=12, every=2).run(task)
+    assert shares[0] == 1.0 and all(a >= b - 0.02 for a, b in pairwise(shares))
+    assert len({round(s, 2) for s in shares}) > 3 and abs(shares[-1] - 0.6) <= 0.01
+
+
+def call(task):
+    return task.trace.labelled(task.trace.args, task.trace.kwargs)
+
+
+def assert_met(task, chosen):
+    price = cost(task.solution, "macs")
+    dense = price.total
+    got = price.set({atom: c.count for atom, c in chosen.items()})
+    assert abs(got / dense - 0.6) <= 0.01 + 1e-9
+
+
+def test_a_slice_that_stays_takes_away_what_the_others_cannot_say():
+    """Refit without a slice = refit with it, less w'_u r_u; blocks go together."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    weight, gram = torch.randn(5, 8, dtype=torch.float64), x.T @ x / 200
+    slot = torch.tensor([0, 1, 2, 2, 3, 4, 5, 5])
+    kept = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    made, columns, (residual,) = _fit(weight, gram, kept, [slot], 1e-12)
+    for u in (1, 2):
+        less = _fit(weight, gram, kept & (slot != u), [slot], 1e-12)[0]
+        at = slot == u
+        own = (x @ residual[:, at]) @ columns[:, at].T
+        torch.testing.assert_close(x @ (made - less).T, own, rtol=1e-6, atol=1e-6)
+        plain = x[:, at] @ weight[:, at].T  # the control: what it gives by itself is much else
+        assert (own - plain).norm() > 0.1 * own.norm()
+    out = slot == 3  # what is out would bring what the others do not say
+    torch.testing.assert_close((x @ residual[:, out]).T @ x[:, kept],
+                               torch.zeros(1, 7, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_a_soft_cost_is_the_cost_at_whole_counts_and_its_slope_is_a_price(traced):
+    _, _, solution, _, _ = traced["images"]
+    groups = list(legal.candidates(solution, roles=("channel", "head")))
+    price = cost(solution, "macs")
+    soft = SoftCost(price, groups)
+    opened = {g.name: torch.ones(g.shape, requires_grad=True) for g in groups}
+    total = soft(opened)
+    assert float(total.detach()) == price.total
+    slopes = torch.autograd.grad(total, list(opened.values()))
+    for group, slope in zip(groups, slopes, strict=True):
+        less = price.change({group.atom: group.size - 1})
+        assert float(slope.reshape(-1, group.size).sum(0)[0]) == pytest.approx(-less)
+
+
+def test_a_projection_keeps_the_best_slices_that_the_budget_has_room_for(traced):
+    task = task_on(traced["images"])
+    order = {g.name: np.random.default_rng(i).random(g.shape)
+             for i, g in enumerate(task.candidates)}
+    (problem, _), = task.problems(task.candidates, order)
+    counts = Projection(problem).counts(order, exact=True)
+    assert problem.met(counts)
+    kept = tables(list(task.candidates), order, Projection(problem).by_group(counts))
+    lost = [order[n][~t] for n, t in kept.items()]
+    stay = [order[n][t] for n, t in kept.items()]
+    assert np.quantile(np.concatenate(lost), 0.9) < np.quantile(np.concatenate(stay), 0.3)
