@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from spacompiler.repair.evidence import Evidence
+from spacompiler.repair.ridge import SMALL, Factors, Missed, best, solution
 
 GRID = tuple(10.0 ** (i / 2) for i in range(-6, 5))
 
@@ -75,6 +77,8 @@ class Refit:
     def _change(self, weight: torch.Tensor, evidence: Evidence, k: torch.Tensor,
                 bias: bool) -> torch.Tensor:
         """Return D = W'_K - W_K: D (H_KK + lambda) = E[r x_K'], r = y - W_K x_K what is missed."""
+        if len(k) > SMALL and (evidence.own is not None or self.damping is not None):
+            return self._factored(weight, evidence, k, bias)  # else eigenvectors cost little
         gram, cross = evidence.moments(bias)
         gram, cross = gram[k][:, k], cross[k]
         missed = cross - gram @ weight.T
@@ -88,6 +92,52 @@ class Refit:
         ridge = _ridge(values, turned.square().sum(1), power,
                        self.independent * evidence.count - bias, scale * torch.tensor(GRID))
         return (vectors @ (turned / (values + ridge).unsqueeze(1))).T
+
+    def _factored(self, weight: torch.Tensor, evidence: Evidence, k: torch.Tensor,
+                  bias: bool) -> torch.Tensor:
+        """The same by Cholesky factors, which sites that read the same features share."""
+        key = k.numpy().tobytes(), bias
+        if key not in evidence.shared:
+            evidence.shared.clear()
+            gram = evidence.part(k, k, bias)
+            scale = float(gram.diagonal().mean().clamp(min=1e-30))
+            evidence.shared[key] = Factors(gram.div_(scale)), scale
+        factors, scale = evidence.shared[key]
+        missed, power = _missed(weight, evidence, k, bias, scale)
+        ridge = max(self.damping or 0.0, 1e-12)
+        if self.damping is None:
+            at = best(factors, missed, power, self.independent * evidence.count - bias, GRID,
+                      evidence.told.ridge)
+            evidence.told.ridge = at
+            if at is None:
+                return torch.zeros_like(weight)
+            ridge = GRID[at]
+        found, evidence.told.error = solution(factors, ridge, missed, single=evidence.single)
+        return found.T
+
+
+def _missed(weight: torch.Tensor, evidence: Evidence, k: torch.Tensor, bias: bool,
+            scale: float) -> tuple[Missed, Callable[[torch.Tensor], float]]:
+    """Return E[x_K r'] and, of mixtures of r, E|mixture r|^2, both divided by `scale`.
+
+    Where y = W x these are E[x_K x_G'] W_G' and E|mixture W_G x_G|^2, G the features that go.
+    """
+    own = evidence.own
+    if own is None or not torch.equal(own[:, k], weight):
+        gram, cross = evidence.moments(bias)
+        missed = (cross[k] - gram[k][:, k] @ weight.T).div_(scale)
+        return Missed(missed), lambda mixture: float("inf")
+    stays = torch.zeros(len(evidence.x), dtype=torch.bool).index_fill_(0, k, True)
+    gone = torch.nonzero(~stays).squeeze(1)
+    columns = own[:, gone].T
+    between, among = (evidence.part(rows, gone, bias).div_(scale) for rows in (k, gone))
+
+    def power(mixture: torch.Tensor) -> float:
+        mixed = columns @ mixture
+        return float((mixed * (among @ mixed)).sum())
+
+    few = len(gone) < columns.shape[1]
+    return (Missed(between, columns) if few else Missed(between @ columns)), power
 
 
 def _ridge(values: torch.Tensor, along: torch.Tensor, power: float, count: float,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 
 from ..evidence.consumers import Consumer
 from ..evidence.statistics import Covariance
+from .ridge import Factors
 
 
 class Compensation(Protocol):
@@ -38,7 +39,9 @@ class Compensation(Protocol):
 class Evidence:
     """Sums over `count` samples of one shared index: x (f,), y (o,), x x' (f, f), x y' (f, o), y'y.
 
-    x is what the consumer reads, y what its product should be.
+    x is what the consumer reads, y what its product should be. Where y is `own` x, the product of
+    the dense network itself with `own` (o, f), the last two follow and are 0-dimensional. `shared`
+    is what those that read the same x have in common, `single` allows float32.
     """
 
     count: int
@@ -47,27 +50,53 @@ class Evidence:
     gram: torch.Tensor
     cross: torch.Tensor
     squares: float
+    own: torch.Tensor | None = None
+    shared: Shared = field(default_factory=dict)
+    single: bool = False
+    told: Told = field(default_factory=lambda: Told())
 
     def moments(self, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return E[x x'] and E[x y'], of the deviations from the means if `centred`."""
-        gram, cross = self.gram / self.count, self.cross / self.count
+        cross = self.cross if self.own is None else self.gram @ self.own.T
+        gram, cross = self.gram / self.count, cross / self.count
         if centred:
             x, y = self.x / self.count, self.y / self.count
             gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, y)
         return gram, cross
 
+    def part(self, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
+        """Return some rows and columns of E[x x'], of deviations from the mean if `centred`."""
+        part = self.gram.index_select(0, rows).index_select(1, columns).div_(self.count)
+        if centred:
+            x = self.x / self.count
+            part.addr_(x[rows], x[columns], alpha=-1)
+        return part
+
     def power(self, centred: bool) -> float:
         """Return E[y'y], of the deviation from the mean if `centred`."""
+        squares = self.squares if self.own is None else \
+            float((self.own.T * (self.gram @ self.own.T)).sum())
         mean = float((self.y / self.count).square().sum()) if centred else 0.0
-        return self.squares / self.count - mean
+        return squares / self.count - mean
+
+
+Shared = dict[tuple[bytes, bool], tuple[Factors, float]]
+
+
+@dataclass
+class Told:
+    """What a solution says besides: the ridge of the site before it, then its own, by its number
+    in a grid, and how far off float32 was, relative to the change (nan: it was not used)."""
+
+    ridge: int | None = None
+    error: float = float("nan")
 
 
 def of_dense(covariance: Covariance, weight: torch.Tensor, shared: int) -> Evidence:
     """Return the sums of one shared index in the dense network: y = W x, W (outputs, features)."""
     x, gram, w = covariance.total[shared], covariance.gram[shared], weight.double()
-    cross = gram @ w.T
     seen = max(int(covariance.seen[shared]), 1)
-    return Evidence(seen, x, w @ x, gram, cross, float((w.T * cross).sum()))
+    return Evidence(seen, x, w @ x, gram, torch.zeros(()), 0.0, own=w)
 
 
 def of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
@@ -78,7 +107,7 @@ def of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
     """
     total: list[Evidence] = []
     for i, (a, b) in enumerate(zip(dense, pruned, strict=True)):
-        wanted = at.inputs(a) @ weight.mT
+        wanted = at.inputs(a) @ weight.mT.to(a.dtype)
         if gap is not None:
             wanted = wanted + gap[i]
         x = at.inputs(b)

@@ -10,7 +10,8 @@ that the dense network with repaired arrays, removed slices read as zero, is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isnan
 
 import torch
 
@@ -20,7 +21,7 @@ from ..evidence.calls import Batch
 from ..evidence.scores import Scores
 from ..graph.ir import Ref
 from ..groups.solution import Group, Solution
-from .evidence import Compensation, Evidence, of_dense, of_pair
+from .evidence import Compensation, Evidence, Shared, Told, of_dense, of_pair
 from .network import Lockstep, Repairable
 from .sites import Site, readings, sites
 
@@ -33,6 +34,8 @@ class Repairer:
     solution: Solution
     choices: Choices
     compensation: Compensation | None
+    errors: list[float] = field(default_factory=list)
+    _ridges: dict[tuple[int, ...], int | None] = field(default_factory=dict)
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array as it is now."""
@@ -49,6 +52,8 @@ class Repairer:
         bias = self.stored(site.bias) if site.bias is not None else None
         if self.compensation is not None:
             made, shift = self._solved(site, made, evidence)
+            for each in evidence:  # it is held for other plans: their factors are others
+                each.shared.clear()
             bias = bias + shift.to(bias.dtype) if bias is not None else None
         made = made * site.kept.unsqueeze(1)
         return site.consumer.array(made.to(old.dtype), tuple(old.shape)), bias
@@ -66,11 +71,15 @@ class Repairer:
         groups = [g for g in self.solution.groups.values() if g.atom in self.choices
                   and any((r.node, r.tensor) in places for r in g.reads)]
         for group in _with_covariance(context, batches, groups):
+            shared: tuple[object, list[Shared]] = (None, [])
             for view in context.consumers(group):
                 site = by_node.pop(view.consumer.node.name, None)
+                if shared[0] is not view.covariance:
+                    shared = view.covariance, [{} for _ in view.weight]
                 if site is not None:
                     self._repair(site, view.weight, [
-                        of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)])
+                        replace(of_dense(view.covariance, w, s), shared=shared[1][s])
+                        for s, w in enumerate(view.weight)])
 
     def sequential(self, context: Scores, batches: Sequence[Batch], found: Sequence[Site], *,
                    residual: bool) -> None:
@@ -154,8 +163,13 @@ class Repairer:
                 again: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.compensation is not None
         solve = getattr(self.compensation, "again" if again else "solve", self.compensation.solve)
-        parts = [solve(w, each, kept, has_bias=site.bias is not None)
-                 for w, each, kept in zip(weight, evidence, site.kept, strict=True)]
+        shape, parts = tuple(weight.shape), []
+        for w, each, kept in zip(weight, evidence, site.kept, strict=True):
+            each.single = self.stored(site.weight).dtype != torch.float64
+            each.told = Told(self._ridges.get(shape))
+            parts.append(solve(w, each, kept, has_bias=site.bias is not None))
+            self._ridges[shape] = each.told.ridge
+            self.errors.append(each.told.error)
         return torch.stack([w for w, _ in parts]), torch.cat([shift for _, shift in parts])
 
 
@@ -231,6 +245,9 @@ def repair(network: Repairable, solution: Solution, choices: Choices, compensati
                        fix="use --repair none")
     bare = [site.consumer.node.title() for site in found
             if site.bias is None and getattr(compensation, "create_biases", False)]
-    return [*(f"not repaired: {where}, whose weights are computed or used twice"
+    single = [error for error in worker.errors if not isnan(error)]
+    return [*([f"{len(single)} of {len(worker.errors)} least squares were solved in float32, off "
+               f"by at most {max(single):.0e} of the change"] if single else []),
+            *(f"not repaired: {where}, whose weights are computed or used twice"
               for where in left[:3]),
             *(f"no bias to repair: {where} has none and can be given none" for where in bare[:3])]
