@@ -10,7 +10,7 @@ from typing import ClassVar
 from spacompiler.errors import SpaError
 from spacompiler.passes.global_ranking import GlobalRanking
 from spacompiler.passes.uniform import Uniform
-from spacompiler.plan.problem import Problem
+from spacompiler.plan.problem import Measured, Problem
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,44 @@ class Tried:
 
     Scores of one group need not be comparable with another's, and some roles (heads) may cost
     more than others save: this is found by a forward pass over `batches` of the calibration for
-    each candidate, without repair. What cannot be measured falls back to uniform.
+    each candidate, without repair; what has lost more than `near` times the least on the first of
+    them is not looked at further. What cannot be measured falls back to uniform.
     """
 
     name: ClassVar[str] = "tried"
     batches: int = 4
+    near: float = 1.25
 
     def __post_init__(self) -> None:
-        if self.batches < 1:
-            raise TypeError("batches must be at least 1")
+        if self.batches < 1 or self.near < 1:
+            raise TypeError("batches and near must be at least 1")
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit: those that lost least; ties go to the first."""
         plans = dict(self._plans(problem))
         if problem.measure is None or len(plans) == 1:
             return plans["uniform"]
-        lost = {}
-        for name, kept in plans.items():
-            found = problem.measure.lost(problem, kept, self.batches)
-            lost[name] = found if isfinite(found) else float("inf")
+        lost = self._lost(problem, problem.measure, plans)
         best = min(lost, key=lambda name: lost[name])
         problem.notes.append("allocation tried: " + ", ".join(
             f"{name} {value:.3g}" for name, value in lost.items())
             + f" (divergence from the dense network); {best} is taken")
         return plans[best]
+
+    def _lost(self, problem: Problem, measure: Measured,
+              plans: dict[str, dict[str, int]]) -> dict[str, float]:
+        """The divergence of each plan: of all batches, or of the first where it is beaten there."""
+
+        def lost(name: str, batches: int, skip: int = 0) -> float:
+            found = measure.lost(problem, plans[name], batches, skip)
+            return found if isfinite(found) else float("inf")
+
+        first = {name: lost(name, 1) for name in plans}
+        count = min(self.batches, len(measure.batches))
+        close = [n for n, value in first.items() if value <= self.near * min(first.values())]
+        if count > 1 and len(close) > 1:
+            first |= {n: (first[n] + (count - 1) * lost(n, count, 1)) / count for n in close}
+        return first
 
     def _plans(self, problem: Problem) -> Iterator[tuple[str, dict[str, int]]]:
         """Candidates that meet the target, by name; uniform in any case, equal ones once."""

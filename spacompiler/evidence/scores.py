@@ -265,12 +265,18 @@ class Scores:
                 watched.setdefault(place, []).append(at)
         return watched
 
+    def covariance_bytes(self, groups: Sequence[Group]) -> float:
+        """Return at most how many bytes the covariances of all that reads groups take at once."""
+        keys = {at.key: at for g in groups for at in self._consumers_of(g)}
+        return sum(map(self._covariance_bytes, keys.values()))
+
+    def _covariance_bytes(self, at: Consumer) -> float:
+        return 8.0 * _features(self.solution.graph.tensors[at.weight].shape) ** 2
+
     def _sizes(self, watched: Mapping[Place, Sequence[Consumer]]) -> dict[Place, float]:
         """Bytes of the covariances that are made of what is read at each place."""
-        shapes = {at.weight: self.solution.graph.tensors[at.weight].shape
-                  for own in watched.values() for at in own}
-        return {place: float(sum(8.0 * _features(shapes[at.weight]) ** 2 for at in own
-                                 if "covariance" in self._inputs.get(at.key, {})))
+        return {place: sum(self._covariance_bytes(at) for at in own
+                           if "covariance" in self._inputs.get(at.key, {}))
                 for place, own in watched.items()}
 
     def _look(self, watched: Mapping[Place, Sequence[Consumer]]) -> See:

@@ -86,4 +86,4 @@ def _compared(dense: nn.Module, pruned: nn.Module, loss: Any, batch: Batch) -> d
     with torch.no_grad():
         losses = {name: float(loss(found, args, kwargs)) for name, found in
                   (("dense", want), ("pruned", got))}
-    return {"agreement": float(same), "divergence": float(distance(b, a)), **losses}
+        return {"agreement": float(same), "divergence": float(distance(b, a)), **losses}

@@ -12,6 +12,7 @@ import torch
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
 from ..evidence.protocol import Context, Importance
+from ..evidence.scores import Scores
 from ..evidence.statistics import forward_only
 from ..groups.solution import Group
 from ..stages.records import Request, Scheduling, Scored, Subject, Traced
@@ -99,11 +100,14 @@ def _calibrated(ask: Request, scored: Scored, context: _Calibrating) -> Iterable
 
     Covariances are held for one block at a time where the backend can stream them.
     """
-    needs, batches = scored.importance.needs, ask.calibration.batches
+    needs, batches = set(scored.importance.needs), ask.calibration.batches
     total = len(batches)
     done = iter(range(1, total + 1))
     if not needs:
         return scored.candidates
+    if _looks_again(ask, needs) and isinstance(context, Scores) \
+            and context.covariance_bytes(scored.candidates) <= HELD:
+        needs.add("covariance")
     if forward_only(needs) and "covariance" in needs and hasattr(context, "stream"):
         ask.tell("calibrating", 0, total)
         streamed: Iterable[Group] = context.stream(needs, ask.calibration.for_repair,
@@ -111,9 +115,19 @@ def _calibrated(ask: Request, scored: Scored, context: _Calibrating) -> Iterable
         return streamed
     context.calibrate(needs, batches, ask.loss, groups=scored.candidates,
                       tick=lambda: ask.tell("calibrating", next(done), total))
-    wider = {"covariance", "curvature"} & set(needs)
+    wider = {"covariance", "curvature"} & needs
     if not getattr(scored.importance, "continued", True):
         wider -= {"curvature"}
     if ask.calibration.beside and wider:
         context.widen(wider, ask.calibration.beside, ask.loss, scored.candidates)
     return scored.candidates
+
+
+HELD = 1 << 30
+"""Bytes of covariances that are held beside gradients, to spare the repair a pass of its own."""
+
+
+def _looks_again(ask: Request, needs: set[str]) -> bool:
+    """Whether the repair will ask for covariances that could be gathered beside gradients."""
+    return ask.compensation is not None and not forward_only(needs) \
+        and "adapter_steps" not in needs and getattr(ask.compensation, "weights", True)

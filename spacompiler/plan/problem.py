@@ -57,8 +57,16 @@ class Measured(Protocol):
                  seed: int = 0) -> dict[str, Any]:
         """Return, per unit, the absolute products of weights and slopes in its block."""
 
-    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
-        """Return the divergence of the masked network from the dense one under counts `kept`."""
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The batches of the calibration."""
+
+    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int,
+             skip: int = 0) -> float:
+        """Return the divergence of the masked network from the dense one under counts `kept`.
+
+        A mean over the first `batches` but for `skip`.
+        """
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]], batches: int) -> Any:

@@ -109,15 +109,17 @@ class Measure:
         return total
 
     @torch.no_grad()
-    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
+    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int,
+             skip: int = 0) -> float:
         """Return the divergence from the dense network of one in which what goes reads as zero.
 
-        A mean over the first `batches` of the calibration; nothing is repaired.
+        A mean over the first `batches` of the calibration but for `skip`; nothing is repaired.
         """
         choices = self.plan(problem, kept)
         reads = masks(self.solution, choices) if choices else None
-        dense, pruned = Runner(self.trace.program), Runner(self.trace.program, reads=reads)
-        some, total = self.batches[:batches], 0.0
+        dense, pruned = (Runner(self.trace.program, reads=how, wide=self.trace.wide)
+                         for how in (None, reads))
+        some, total = self.batches[skip:batches], 0.0
         for args, kwargs in some:
             call = self.trace.match(args, kwargs)
             key = id(args), id(kwargs)

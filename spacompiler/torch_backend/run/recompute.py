@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
 
 from ...graph.ir import Graph
 
-FEW, LEAST = 1 << 26, 1 << 26  # bytes
+FEW, LEAST = 1 << 26, 1 << 28  # bytes
 # the dear operators: computing them again would cost a large part of a forward pass
 HELD = frozenset("aten::" + name for name in (
     "mm addmm bmm baddbmm convolution mkldnn_convolution mkldnn_linear cudnn_convolution "
