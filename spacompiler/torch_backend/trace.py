@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import SpaError
 from ..evidence.labels import is_label, labels_of
 from ..graph.ir import Graph
+from .machine import computing
 
 
 @dataclass
@@ -62,6 +63,11 @@ class Trace:
         raise SpaError("this trace serves groups and slicing only",
                        why="it was recorded with the sizes of the example inputs",
                        fix="trace without quick")
+
+    @property
+    def wide(self) -> torch.dtype | None:
+        """The type that calibration computes in, where the program's own is emulated here."""
+        return computing(self.program.state_dict.values())
 
     def fixed(self) -> list[tuple[str, int]]:
         """Inputs of several examples that the program takes at the traced number of them alone."""

@@ -140,8 +140,9 @@ class Sensitivity:
         override = {name: self._override(site, made.get(name), reads)
                     for name, site in places.items()}
         with torch.no_grad():
-            dense = first_floating(Runner(self._trace.program).call(*call))
-        runner = OverridingRunner(self._trace.program, reads=masked, override=override)
+            dense = first_floating(Runner(self._trace.program, wide=self._trace.wide).call(*call))
+        runner = OverridingRunner(self._trace.program, reads=masked, override=override,
+                                  wide=self._trace.wide)
         with torch.set_grad_enabled(bool(seen)):
             pruned = first_floating(runner.call(*call))
             lost = distance(pruned, dense)
@@ -168,7 +169,8 @@ class Sensitivity:
             where[self._position(node, ref)] = arrays[1]
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            y = target(*(where.get(i, a) for i, a in enumerate(args)), **kwargs)
+            y = target(*(where[i].to(args[x].dtype) if i in where else a
+                         for i, a in enumerate(args)), **kwargs)
             if torch.is_grad_enabled():
                 y = y if y.requires_grad else y.detach().requires_grad_()
                 reads[node.name] = args[x].detach(), y

@@ -24,7 +24,7 @@ from ...evidence.consumers import Consumer
 from ...evidence.network import Loss, Place, Seen
 from ...groups.solution import Group, Member, Solution
 from ..run.recompute import budget
-from ..run.runner import Override, OverridingRunner, Reads
+from ..run.runner import Override, OverridingRunner, Reads, widened
 from ..trace import Trace
 from .curvature import Curvature
 from .gates import OF_GATES, Gates
@@ -170,7 +170,7 @@ class Gradients:
         """A runner of the program; a lean one holds no more than is cheap for backward."""
         traced = (self.trace.args, self.trace.kwargs)
         return OverridingRunner(
-            self.trace.program, weights, reads=reads, override=override,
+            self.trace.program, weights, reads=reads, override=override, wide=self.trace.wide,
             held=budget(self.solution.graph, traced, batch) if lean else None)
 
     def _leaf(self, leaves: dict[str, torch.Tensor], learned: Container[str], reduced: bool,
@@ -179,7 +179,8 @@ class Gradients:
         first = self.trace.tied.get(name, name)
         if first not in leaves:
             leaves[first] = self.stored(first).detach()
-            if first in learned:
+            if first in learned:  # what is not is widened where it is used
+                leaves[first] = widened(self.trace.wide, leaves[first])
                 leaves[first].requires_grad_()
                 if reduced:
                     hand_on(leaves[first], partial(self._weights.take, first))

@@ -95,7 +95,8 @@ class ProgramNetwork:
             see(number, node.name, name, value, count)
             return value
 
-        runner = Runner(self.trace.program, self.stored, reads=Reads(by_node, touch))
+        runner = Runner(self.trace.program, self.stored, reads=Reads(by_node, touch),
+                        wide=self.trace.wide)
         steps = runner.steps(args, kwargs, {*by_node})
         while True:
             with torch.no_grad():

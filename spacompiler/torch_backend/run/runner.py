@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx
 from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
+from ..machine import SHORT
 from ..trace import Program
 from .recompute import Budget, Segment, borders, give_back, recomputed, segments
 
@@ -44,7 +46,8 @@ class Runner(fx.Interpreter):
     """Interpret a program.
 
     `reads` may change what nodes read, `override` replaces single nodes, `double` computes in
-    float64 whatever the program says, converting each weight when it is used. With `held`, no more
+    float64 whatever the program says, converting each weight when it is used; where `wide` is a
+    type, what is shorter is computed in that one likewise. With `held`, no more
     is held for the backward pass; the rest is computed again (see `recompute`), `again` set
     meanwhile.
     """
@@ -52,7 +55,8 @@ class Runner(fx.Interpreter):
     def __init__(self, program: Program, weights: Weights | None = None, *,
                  graph_module: fx.GraphModule | None = None,
                  reads: Reads | None = None, override: Mapping[str, Override] | None = None,
-                 double: bool = False, watch: Callable[[str, Any], None] | None = None,
+                 double: bool = False, wide: torch.dtype | None = None,
+                 watch: Callable[[str, Any], None] | None = None,
                  held: Budget | None = None) -> None:
         super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
         self.extra_traceback = False
@@ -60,6 +64,7 @@ class Runner(fx.Interpreter):
         self._weights = weights or (lambda name: stored[name])
         self._program, self._reads = program, reads or Reads()
         self._override, self._double, self._watch = override or {}, double, watch
+        self._widen = _double if double else partial(widened, wide) if wide else None
         self._held, self.again = held, False
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -173,10 +178,10 @@ class Runner(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an operator, its arguments in float64 if the runner is `double`."""
+        """Call an operator, its arguments as wide as the runner computes."""
         assert not isinstance(target, str)
-        if self._double:
-            args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        if self._widen is not None:
+            args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
         return target(*args, **kwargs)
 
 
@@ -187,8 +192,8 @@ class OverridingRunner(Runner):
         if n.name not in self._override:
             return super()._execute(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if self._double:
-            args, kwargs = pytree.tree_map(_double, (args, kwargs))
+        if self._widen is not None:
+            args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
         return self._override[n.name](args, kwargs)
 
 
@@ -200,3 +205,12 @@ def _double(value: object) -> Any:
         return torch.float64 if value.is_floating_point else \
             torch.complex128 if value.is_complex else value
     return value
+
+
+def widened(wide: torch.dtype | None, value: object) -> Any:
+    """Return a value, or a type that an operator is given, as `wide` if it is a shorter float."""
+    if wide is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(wide) if value.dtype in SHORT else value
+    return wide if isinstance(value, torch.dtype) and value in SHORT else value
