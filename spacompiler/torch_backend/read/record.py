@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..trace import Recorded
+from .known import Known
 from .running import follow, innermost_forward
 
 _META = torch.device("meta")
@@ -101,6 +102,7 @@ class _Recorder(ProxyTorchDispatchMode):
         self._nodes: dict[Any, Any] = {}
         self._alive: list[torch.Tensor] = []
         self._device: torch.device | None = None
+        self._known = Known()
 
     def __enter__(self) -> _Recorder:
         TorchDispatchMode.__enter__(self)
@@ -170,7 +172,9 @@ class _Recorder(ProxyTorchDispatchMode):
         if any(a.name == "device" for a in func._schema.arguments) and "device" not in kwargs \
                 and not any(isinstance(x, (torch.Tensor, torch.device)) for x in leaves):
             kwargs = {**kwargs, "device": _META}
-        result = _LIKE_OPERAND.get(func, func)(*args, **kwargs)
+        like = _LIKE_OPERAND.get(func)
+        result = like(*args, **kwargs) if like else self._known(func, args, kwargs, (
+            *leaves, spec, *kwargs.items()))
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta = {"val": pytree.tree_map(_snapshot, result), "stack_trace": _place(),
                      "nn_module_stack": {"": (self.path[-1], "")}}
