@@ -1,29 +1,39 @@
 """Other tools on the same models: how long, how much memory, and does the result run.
 
+    python benchmarks/peers.py --out docs/peer-same-work.md
     python benchmarks/coverage.py torchvision --peer torch-pruning --out docs/peer-torchvision.md
 
-Both sides get a process of their own per model, the same module and inputs (torchvision's
-classifiers at their usual image size), half of each width,
-magnitude scores and no proof; CPU seconds of that process count, for finding groups the median
-of three times. Each tool has handled one small network before, so that neither pays for what it
-only does once in a process. Whether the other tool's result computes what the masked dense model
-does is not checked here: only that it runs and is smaller.
+Same work on both sides: each has a process of its own per model, the same module and inputs, half
+of each width by magnitude, no proof. Finding groups counts from the module to the groups, tracing
+with it; the whole job from the module to a smaller one. The other tool is told how many heads
+there are, where it has to be, and which layer gives the classes. Both results are executed; one
+that does not run counts as none. CPU seconds of the process count, the median of three times for
+finding; no garbage is collected meanwhile. Each tool has handled one small network before, so that
+neither pays for what it only does once in a process. Whether the other tool's result computes what
+the masked dense model does is not checked here: only that it runs and is smaller.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
 import gc
 import importlib
+import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from peer_models import MODELS, heads, mended, output
 from torch import nn
 
 from spacompiler.groups.solution import solve
@@ -33,8 +43,8 @@ from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import make_plan
 from spacompiler.request.recipe import ROLES, Recipe
 from spacompiler.rows.aten_table import TABLE
-from spacompiler.stages.records import Traced
-from spacompiler.torch_backend.emit.module import operate
+from spacompiler.stages.records import Decided, Request, Subject, Traced
+from spacompiler.torch_backend.backend import EMITTERS
 from spacompiler.torch_backend.read.export import trace
 
 SHARE = 0.5
@@ -103,34 +113,62 @@ def _timed(model: str, suite: str, run: Callable[[Timing, nn.Module, object], st
     return timing
 
 
+def _call(module: nn.Module, inputs: object) -> None:
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    with torch.no_grad():
+        module(*args, **kwargs)  # type: ignore[misc, arg-type]
+
+
+def _smaller(ask: Request, subject: Subject, traced: Traced) -> nn.Module:
+    """Score, plan and slice, by the first way of slicing whose result runs."""
+    scored = score(ask, subject, traced)
+    plan = make_plan(traced.candidates, scored.scores, {
+        g.name: max(1, int(g.size * SHARE)) for g in traced.candidates})
+    decided = Decided(traced.trace, traced.solution, plan, plan.choices(traced.solution), False)
+    for _, emission, make in EMITTERS[1:]:
+        made = make(subject, decided).model
+        try:
+            _call(made, subject.inputs)
+        except Exception:  # sizes in its code: the next way looks for them
+            if emission == "program":
+                raise
+            continue
+        return made
+    raise AssertionError("the last way runs or raises")
+
+
 def ours(suite: str, model: str) -> Timing:
     """Trace, solve, score, plan and slice; no proof."""
     def run(timing: Timing, module: nn.Module, inputs: object) -> str:
-        small, example = _small()
-        solve(trace(small, example, quick=True).graph, TABLE)
+        def find(of: nn.Module, example: object) -> Traced:
+            program = trace(of, example, quick=True)
+            return Traced(program, solve(program.graph, TABLE))
+
+        find(*_small())
+        _found(timing, lambda: find(module, inputs))
         start = time.process_time()
         recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
                         layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
                         approximate=True)
         ask, subject = make_request(module, inputs, recipe,
                                     Given(calibration="none", name=model))
-        program = trace(module, inputs, quick=True)
-        traced = time.process_time()
-        graphs = [program.graph, *(copy.deepcopy(program.graph) for _ in range(REPEATS - 1))]
-        solution = _found(timing, lambda: solve(graphs.pop(), TABLE))
-        repeats = time.process_time() - traced - timing.find_s
-        candidates = tuple(allocation.candidates(solution, roles=ROLES, approximate=True))
-        scored = score(ask, subject, Traced(program, solution, candidates))
-        plan = make_plan(candidates, scored.scores, {
-            g.name: max(1, int(g.size * SHARE)) for g in candidates})
-        operate(program, module, solution, plan.choices(solution))
-        timing.total_s = time.process_time() - start - repeats
-        return "ok"
+        traced = find(module, inputs)
+        candidates = tuple(allocation.candidates(traced.solution, roles=ROLES, approximate=True))
+        made = _smaller(ask, subject, replace(traced, candidates=candidates))
+        timing.total_s = time.process_time() - start
+        _call(made, inputs)
+        return _judged(made, module)
     return _timed(model, suite, run)
 
 
+def _judged(made: nn.Module, dense: nn.Module | int) -> str:
+    before, after = (n if isinstance(n, int) else sum(p.numel() for p in n.parameters())
+                     for n in (dense, made))
+    return "ok" if after < before else "left whole, silently"
+
+
 def torch_pruning(suite: str, model: str) -> Timing:
-    """Torch-Pruning without hints: half of every width by magnitude."""
+    """Torch-Pruning, told what it has to be: half of every width by magnitude."""
     def run(timing: Timing, module: nn.Module, inputs: object) -> str:
         import torch_pruning as tp
 
@@ -139,17 +177,17 @@ def torch_pruning(suite: str, model: str) -> Timing:
         _found(timing, lambda: tp.DependencyGraph().build_dependency(
             module, example_inputs=inputs))
         before = sum(p.numel() for p in module.parameters())
+        told = heads(module)
         start = time.process_time()
         pruner = tp.pruner.MagnitudePruner(
             module, inputs, importance=tp.importance.GroupMagnitudeImportance(),
-            pruning_ratio=SHARE)
+            pruning_ratio=SHARE, ignored_layers=output(module), num_heads=told,
+            prune_num_heads=bool(told), prune_head_dims=not told, head_pruning_ratio=SHARE)
         pruner.step()
         timing.total_s = time.process_time() - start
-        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
-        with torch.no_grad():
-            module(*args, **kwargs)  # type: ignore[misc]
-        after = sum(p.numel() for p in module.parameters())
-        return "ok" if after < before else "left whole, silently"
+        mended(module)
+        _call(module, inputs)
+        return _judged(module, before)
     return _timed(model, suite, run)
 
 
@@ -165,11 +203,56 @@ def summary(peer: str, pairs: list[tuple[Timing, Timing]]) -> str:
         find = [a.find_s / max(b.find_s, 1e-9) for a, b in both]
         total = [a.total_s / max(b.total_s, 1e-9) for a, b in both]
         lines += [f"- finding groups, ours / theirs: median {statistics.median(find):.3f}, "
-                  f"worst {max(find):.3f}, above 0.1 for {sum(f > 0.1 for f in find)} of "
-                  f"{len(find)}",
+                  f"worst {max(find):.3f}, best {min(find):.3f}",
                   f"- whole compile, ours / theirs: median {statistics.median(total):.2f}, "
                   f"worst {max(total):.2f}, best {min(total):.3f}",
                   f"- peak memory / (model + one forward), ours: "
                   f"median {statistics.median(a.room for a, _ in both):.2f}, "
                   f"worst {max(a.room for a, _ in both):.2f}"]
     return "\n".join(lines)
+
+
+def _one(tool: str, model: str) -> Timing:
+    """Let a process of its own time one tool on one model."""
+    done = subprocess.run([sys.executable, __file__, "--one", tool, model], capture_output=True,
+                          text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    return Timing(**json.loads(lines[-1])) if lines else \
+        Timing(model, result=(done.stderr.strip().splitlines() or ["nothing"])[-1][:120])
+
+
+def main() -> int:
+    """Compare on the models of `peer_models`, or time one tool on one of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", choices=PEERS, default="torch-pruning")
+    parser.add_argument("--only", nargs="*", default=list(MODELS))
+    parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"))
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if asked.one:
+        tool, model = asked.one
+        print(json.dumps(asdict({"ours": ours, **PEERS}[tool]("peer_models", model))))
+        return 0
+    pairs = []
+    for model in asked.only:
+        pairs.append((_one("ours", model), _one(asked.peer, model)))
+        print(*pairs[-1], sep="\n", flush=True)
+    rows = [f"| {a.model} | {a.find_s:.3f} | {b.find_s:.3f} | {a.total_s:.2f} | {b.total_s:.2f} "
+            f"| {a.result} | {b.result} |" for a, b in pairs]
+    text = "\n".join([
+        f"# The same work beside {asked.peer}", "",
+        f"Made by `python benchmarks/peers.py` with {asked.peer} "
+        f"{version(asked.peer)}, torch {torch.__version__}, one thread. What counts, and what the "
+        "other tool is told, stands at the top of that file. CPU seconds.", "",
+        summary(asked.peer, pairs), "",
+        "| model | find groups | theirs | whole job | theirs | result | theirs |",
+        "|---|---|---|---|---|---|---|", *rows, ""])
+    print(text)
+    if asked.out:
+        asked.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
