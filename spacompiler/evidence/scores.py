@@ -22,8 +22,9 @@ from ..groups.solution import Group, Member, Solution
 from ..request.registry import available
 from .consumers import Consumer, consumer
 from .network import GradientSource, Loss, Network, Place, See
+from .room import Room
 from .slots import by_channel, onto, rows, slots
-from .statistics import OF_INPUTS, View, forward_only
+from .statistics import OF_INPUTS, Covariance, View, forward_only
 
 __all__ = ["Loss", "Scores", "onto", "rows", "slots"]
 Then = Callable[[torch.Tensor], torch.Tensor] | None
@@ -40,6 +41,7 @@ class Scores:
     solution: Solution
     seed: int = 0
     gradients: GradientSource | None = None
+    room: Room = field(default_factory=Room)
     _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
     _nodes: dict[str, Node] = field(default_factory=dict)
@@ -248,9 +250,13 @@ class Scores:
                              fix=did_you_mean(name, sorted(known)))
         kinds = [kind for kind in OF_INPUTS if kind in wanted]
         found = self._places(groups if kinds else ())
-        self._inputs.update({at.key: {kind: OF_INPUTS[kind]() for kind in kinds}
+        self._inputs.update({at.key: {kind: self._statistic(kind) for kind in kinds}
                              for own in found.values() for at in own})
         return found
+
+    def _statistic(self, kind: str) -> Any:
+        """A statistic of inputs that nothing was added to yet."""
+        return Covariance(room=self.room) if kind == "covariance" else OF_INPUTS[kind]()
 
     def _places(self, groups: Sequence[Group]) -> dict[Place, list[Consumer]]:
         """The first consumer of every input that groups are read from, by its places."""

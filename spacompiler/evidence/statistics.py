@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from .consumers import Consumer
+from .room import Room
 
 
 class Accumulator(Protocol):
@@ -65,13 +66,15 @@ class Moments:
 class Covariance:
     """Count, sums (shared, features) and X^T X (shared, features, features).
 
-    `seen` (shared,) is the count without the samples that are dealt out to other indices.
+    `seen` (shared,) is the count without the samples that are dealt out to other indices, `room`
+    where X^T X lies.
     """
 
     count: int = 0
     seen: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     gram: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    room: Room = field(default_factory=Room)
 
     def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
         """Add a batch to the sums and to X^T X. `x` is (shared, samples, features)."""
@@ -80,7 +83,7 @@ class Covariance:
         self.count += _samples(x, seen)
         self.seen = self.seen + (torch.full((len(x),), x.shape[1]) if seen is None else seen)
         self.total = self.total + x.sum(1, dtype=torch.float64)
-        self.gram = product.double() if self.gram.ndim == 0 else self.gram.add_(product)
+        self.gram = self.room.take(product) if self.gram.ndim == 0 else self.gram.add_(product)
 
     @property
     def mean(self) -> torch.Tensor:

@@ -117,7 +117,7 @@ class Measure:
         """
         choices = self.plan(problem, kept)
         reads = masks(self.solution, choices) if choices else None
-        dense, pruned = (Runner(self.trace.program, reads=how, wide=self.trace.wide)
+        dense, pruned = (Runner(self.trace.program, reads=how, double=self.trace.wide)
                          for how in (None, reads))
         some, total = self.batches[skip:batches], 0.0
         for args, kwargs in some:

@@ -140,9 +140,9 @@ class Sensitivity:
         override = {name: self._override(site, made.get(name), reads)
                     for name, site in places.items()}
         with torch.no_grad():
-            dense = first_floating(Runner(self._trace.program, wide=self._trace.wide).call(*call))
+            dense = first_floating(Runner(self._trace.program, double=self._trace.wide).call(*call))
         runner = OverridingRunner(self._trace.program, reads=masked, override=override,
-                                  wide=self._trace.wide)
+                                  double=self._trace.wide)
         with torch.set_grad_enabled(bool(seen)):
             pruned = first_floating(runner.call(*call))
             lost = distance(pruned, dense)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...evidence.consumers import Consumer
+from ...evidence.room import Room
 from ..run.runner import Override
 from ..trace import Program
 from .step import Step, hand_on
@@ -25,6 +26,7 @@ class Curvature:
 
     step: Step
     totals: dict[str, torch.Tensor] = field(default_factory=dict)
+    room: Room = field(default_factory=Room)
     routes: set[tuple[str, str]] = field(default_factory=set)
     _outputs: dict[str, Consumer] = field(default_factory=dict)
     _dealt: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Curvature:
         g = at.outputs(gradient * self.step.count)
         if at.route is not None:
             g, _ = at.route.deal(g[0], self._dealt[at.places[1]])
-        product = (g.mT @ g).double()
+        product = g.mT @ g
         have = self.totals.get(at.node.name)
-        self.totals[at.node.name] = product if have is None else have.add_(product)
+        self.totals[at.node.name] = self.room.take(product) if have is None \
+            else have.add_(product)

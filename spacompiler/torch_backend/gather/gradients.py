@@ -22,6 +22,7 @@ from ...errors import SpaError
 from ...evidence.calls import Batch, examples
 from ...evidence.consumers import Consumer
 from ...evidence.network import Loss, Place, Seen
+from ...evidence.room import Room
 from ...groups.solution import Group, Member, Solution
 from ..run.recompute import budget
 from ..run.runner import Override, OverridingRunner, Reads, widened
@@ -48,6 +49,7 @@ class Gradients:
     solution: Solution
     stored: Callable[[str], torch.Tensor]
     kinds: frozenset[str] = KINDS
+    room: Room = field(default_factory=Room)
     gates: dict[tuple[str, str], torch.Tensor] = field(init=False)
     sums: dict[tuple[str, str, Member], torch.Tensor] = field(init=False)
     arrays: dict[tuple[str, str], torch.Tensor] = field(init=False)
@@ -60,7 +62,7 @@ class Gradients:
     def __post_init__(self) -> None:
         self._gates = Gates(self.solution, self._step)
         self._weights = WeightSums(self.solution, self.stored, self._step)
-        self._curves = Curvature(self._step)
+        self._curves = Curvature(self._step, room=self.room)
         self.gates, self.curvature = self._gates.totals, self._curves.totals
         self.sums, self.arrays = self._weights.sums, self._weights.arrays
 
@@ -170,7 +172,7 @@ class Gradients:
         """A runner of the program; a lean one holds no more than is cheap for backward."""
         traced = (self.trace.args, self.trace.kwargs)
         return OverridingRunner(
-            self.trace.program, weights, reads=reads, override=override, wide=self.trace.wide,
+            self.trace.program, weights, reads=reads, override=override, double=self.trace.wide,
             held=budget(self.solution.graph, traced, batch) if lean else None)
 
     def _leaf(self, leaves: dict[str, torch.Tensor], learned: Container[str], reduced: bool,

@@ -32,7 +32,7 @@ class Lockstep:
                        if spec.target is not None}
         self._at, self._runs = 0, []
         for args, kwargs in batches:
-            run = Runner(trace.program, stored, reads=self._reads, wide=trace.wide)
+            run = Runner(trace.program, stored, reads=self._reads, double=trace.wide)
             run.start(*trace.match(args, kwargs))
             self._runs.append(run)
 

@@ -96,7 +96,7 @@ class ProgramNetwork:
             return value
 
         runner = Runner(self.trace.program, self.stored, reads=Reads(by_node, touch),
-                        wide=self.trace.wide)
+                        double=self.trace.wide)
         steps = runner.steps(args, kwargs, {*by_node})
         while True:
             with torch.no_grad():

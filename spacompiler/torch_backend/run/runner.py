@@ -46,8 +46,8 @@ class Runner(fx.Interpreter):
     """Interpret a program.
 
     `reads` may change what nodes read, `override` replaces single nodes, `double` computes in
-    float64 whatever the program says, converting each weight when it is used; where `wide` is a
-    type, what is shorter is computed in that one likewise. With `held`, no more
+    float64 whatever the program says, converting each weight when it is used; where it is a type,
+    what is shorter is computed in that one likewise. With `held`, no more
     is held for the backward pass; the rest is computed again (see `recompute`), `again` set
     meanwhile.
     """
@@ -55,7 +55,7 @@ class Runner(fx.Interpreter):
     def __init__(self, program: Program, weights: Weights | None = None, *,
                  graph_module: fx.GraphModule | None = None,
                  reads: Reads | None = None, override: Mapping[str, Override] | None = None,
-                 double: bool = False, wide: torch.dtype | None = None,
+                 double: bool | torch.dtype | None = False,
                  watch: Callable[[str, Any], None] | None = None,
                  held: Budget | None = None) -> None:
         super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
@@ -63,8 +63,8 @@ class Runner(fx.Interpreter):
         stored = {**program.state_dict, **program.constants}
         self._weights = weights or (lambda name: stored[name])
         self._program, self._reads = program, reads or Reads()
-        self._override, self._double, self._watch = override or {}, double, watch
-        self._widen = _double if double else partial(widened, wide) if wide else None
+        self._override, self._double, self._watch = override or {}, double is True, watch
+        self._widen = _double if double is True else partial(widened, double) if double else None
         self._held, self.again = held, False
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
