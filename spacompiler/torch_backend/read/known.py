@@ -93,9 +93,9 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | Non
 
 def _conv2d(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     x, w, *rest = args
-    stride, padding, dilation, groups = (
-        *rest[1:], *([1, 1], [0, 0], [1, 1], 1)[len(rest[1:]):])
-    dtype = None if kwargs or isinstance(padding, str) else _plain((x, w, *rest[:1]))
+    defaults: list[Any] = [None, [1, 1], [0, 0], [1, 1], 1]
+    bias, stride, padding, dilation, groups = [*rest, *defaults[len(rest):]]
+    dtype = None if kwargs or isinstance(padding, str) else _plain((x, w, bias))
     if dtype is None or x.ndim != 4 or x.shape[1] != w.shape[1] * groups:
         return None
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(

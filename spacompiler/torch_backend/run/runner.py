@@ -47,9 +47,8 @@ class Runner(fx.Interpreter):
 
     `reads` may change what nodes read, `override` replaces single nodes, `double` computes in
     float64 whatever the program says, converting each weight when it is used; where it is a type,
-    what is shorter is computed in that one likewise. With `held`, no more
-    is held for the backward pass; the rest is computed again (see `recompute`), `again` set
-    meanwhile.
+    what is shorter is computed in that one likewise. With `held`, no more is held for the backward
+    pass; the rest is computed again (see `recompute`), `again` set meanwhile.
     """
 
     def __init__(self, program: Program, weights: Weights | None = None, *,
