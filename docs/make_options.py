@@ -1,23 +1,28 @@
-"""Write docs/options.md from the table of options; with --check, only say whether it is up to date.
+"""Write docs/options.md and docs/recipe.schema.json from the table of options; with --check, only
+say whether they are up to date.
 
     python docs/make_options.py [--check]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import MISSING
 from pathlib import Path
 
 from spacompiler.request.options import Known, by_panel, known
 from spacompiler.request.recipe import Errand, Recipe
+from spacompiler.request.recipe_file import schema
 
 PAGE = Path(__file__).with_name("options.md")
+SCHEMA = Path(__file__).with_name("recipe.schema.json")
 HEAD = """# Options of a compile
 
 Made by `python docs/make_options.py` from the fields of `Recipe` and `Errand` in
 `spacompiler/request/recipe.py`, where each is written once: the command line, the keywords of
-`spacompiler.compile` and the entries of a recipe follow from there.
+`spacompiler.compile` and the entries of [a recipe](recipes/README.md) (keys as in Python, and
+[a schema](recipe.schema.json) for editors) follow from there.
 """
 
 
@@ -28,7 +33,8 @@ def cell(text: str) -> str:
 
 def row(entry: Known) -> str:
     """One option as a line of a table."""
-    flags = " ".join(f"`{flag}`" for flag in entry.flag.split("/"))
+    flags = "in recipes alone" if entry.about.recorded else \
+        " ".join(f"`{flag}`" for flag in entry.flag.split("/"))
     default = "required" if entry.default is MISSING else \
         "" if entry.default in ("", None, ()) else f"`{entry.default!r}`"
     return f"| {flags} | `{entry.keyword}` | {default} | {cell(entry.about.help)} |"
@@ -44,15 +50,17 @@ def page() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or compare it; exit code 1 says that it is out of date."""
+    """Write the files, or compare them; exit code 1 says that it is out of date."""
     if arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
-    if not arguments:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE.name} is out of date: run python docs/make_options.py", file=sys.stderr)
-        return 1
+    made = {PAGE: page(), SCHEMA: json.dumps(schema(Recipe), indent=1) + "\n"}
+    for place, text in made.items():
+        if not arguments:
+            place.write_text(text, encoding="utf-8")
+        elif not place.exists() or place.read_text(encoding="utf-8") != text:
+            print(f"{place.name} is out of date: run python docs/make_options.py", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -25,7 +25,7 @@ class GlobalRanking:
         kept = problem.full()
         total = problem.price(kept)
         units = {u.name: u for u in problem.units}
-        heap = [(self._rate(problem, u, u.size), u.name) for u in problem.units
+        heap = [(self._rate(problem, u, u.legal[-1]), u.name) for u in problem.units
                 if len(u.legal) > 1]
         heapq.heapify(heap)
         while heap and total > problem.target:

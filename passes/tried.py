@@ -80,4 +80,4 @@ class Tried:
 def _only(problem: Problem, role: str) -> Problem:
     """The same problem, in which units of other roles stay whole."""
     return replace(problem, units=tuple(
-        u if u.groups[0].role == role else replace(u, legal=(u.size,)) for u in problem.units))
+        u if u.groups[0].role == role else replace(u, legal=u.legal[-1:]) for u in problem.units))

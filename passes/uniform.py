@@ -27,7 +27,7 @@ class Uniform:
         inner = {u.name for u in problem.units if atoms & set(u.groups[0].outers)}
 
         def at(ratio: float) -> dict[str, int]:
-            return {u.name: u.size if u.name in inner else u.nearest(ratio * u.size)
+            return {u.name: u.legal[-1] if u.name in inner else u.nearest(ratio * u.size)
                     for u in problem.units}
 
         return refine(problem, nearest(problem, at, 0.0, 1.0, 40))

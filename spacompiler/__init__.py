@@ -16,9 +16,9 @@ _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "load": "artifact
           "lift": "adapters.lifting",
           "verify": "artifact.verify", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner",
-          "register": "torch_backend.registered"}
-__all__ = ["ProofError", "Pruner", "Result", "SpaError", "TargetError", "UsageError", "__version__",
-           "compile", "inspect", "lift", "load", "register", "verify"]
+          "register": "torch_backend.registered", "Recipe": "request.recipe"}
+__all__ = ["ProofError", "Pruner", "Recipe", "Result", "SpaError", "TargetError", "UsageError",
+           "__version__", "compile", "inspect", "lift", "load", "register", "verify"]
 
 if TYPE_CHECKING:
     from .adapters.lifting import lift
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .artifact.verify import verify
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .live.pruner import Pruner
+    from .request.recipe import Recipe
     from .torch_backend.registered import register
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
 from .pipeline.request import Data, Given, example_of, make_request
+from .pipeline.resolved import check_hashes
 from .pipeline.run import STAGES, run
 from .plan.plan import Plan
 from .request.needs import check_needs
-from .request.options import listing
+from .request.options import listing, spoken
 from .request.profiles import profile
 from .request.recipe import Errand, Recipe
 from .sources import named as source
@@ -67,10 +68,24 @@ class Result:
         return self.path
 
 
+    def push_to_hub(self, repository: str, *, private: bool = True,
+                    token: str | None = None) -> str:
+        """Upload the artifact that was saved to a model repository and return its address.
+
+        Raises SpaError if nothing was saved, or the hub refuses.
+        """
+        from .artifact.card import push
+
+        if self.path is None:
+            raise UsageError("there is nothing to upload", fix="save the result first: save(DIR)")
+        return push(self.path, repository, private=private, token=token)
+
+
 # The signature of `compile` is public: what may be an object here, or is of another type than in a
 # recipe, is spelt out for editors and type checkers; every other option comes from the table alone.
 @alone()
-def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, target: str,
+def compile(model: str | nn.Module | Recipe, example_inputs: Inputs | None = None, *,
+            target: str = "", recipe: Recipe | str | Path | None = None,
             out: str | Path | None = None, importance: object = "auto",
             allocation: object = "auto", schedule: object = "", repair: object = "auto",
             recovery: object = "", calibration: Data = None, recover_data: Data = None,
@@ -86,8 +101,10 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     alone). A PeftModel is merged, and the user's stays as it is.
 
     Args:
-        model: a module with `example_inputs`, or a name as on the command line.
+        model: a module with `example_inputs`, a name as on the command line, or a recipe that
+            names one.
         example_inputs: positional inputs as a tuple, or keywords as a dict; batch 2 or more.
+        recipe: a recipe or its file, of which the keywords that are given here replace parts.
         loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
         tokenizer: turns calibration text into `input_ids`; saved with the artifact.
         name: what the report calls the model, and where `load` finds its code again.
@@ -101,9 +118,9 @@ def compile(model: str | nn.Module, example_inputs: Inputs | None = None, *, tar
     given = Given(importance, allocation, schedule, repair, recovery, calibration, recover_data,
                   loss=loss, tokenizer=tokenizer, name=name, progress=progress)
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
-    recipe = Recipe.of({"target": target, "adapter": tuple(map(str, adapters)), **given.names(),
-                        **options}, beside=PUBLIC)
-    return _compile(model, example_inputs, recipe, given, Errand.of({
+    words = {"target": target, "adapter": tuple(map(str, adapters)), **given.names(), **options}
+    model, asked = _asked(model, recipe, words)
+    return _compile(model, example_inputs, asked, given.filled(asked), Errand.of({
         "out": out, "dry_run": dry_run, "checkpoint": checkpoint,
         "trust_remote_code": trust_remote_code}))
 
@@ -112,6 +129,33 @@ PUBLIC = frozenset(signature(compile).parameters) - {"options"}
 """Keywords that `compile` spells out."""
 compile.__doc__ = (compile.__doc__ or "").replace("{options}", "\n".join(
     listing(table, " " * 8) for table in (Recipe, Errand)))
+
+
+def _asked(model: str | nn.Module | Recipe, recipe: Recipe | str | Path | None,
+           words: Mapping[str, object]) -> tuple[str | nn.Module, Recipe]:
+    """Return the model and what is asked for; words at their defaults replace nothing.
+
+    Raises UsageError for a recipe without a model, or a request without a target.
+    """
+    recipe = model if isinstance(model, Recipe) else recipe
+    defaults = {e.keyword: "" if e.default is MISSING else e.default for e in spoken(Recipe)}
+    said = {w: v for w, v in words.items() if w not in defaults or v != defaults[w]}
+    if isinstance(recipe, (str, Path)):
+        recipe = Recipe.read(recipe, **said)
+    elif recipe is not None:
+        recipe = recipe.but(said, PUBLIC)
+    elif not words["target"]:
+        raise UsageError("there is no target", fix="say what stays: target='params=70%'")
+    else:
+        recipe = Recipe.of(words, beside=PUBLIC)
+    if isinstance(model, Recipe):
+        model = recipe.model
+        if not model:
+            raise UsageError("the recipe names no model",
+                             why="it was made of a module that only you have",
+                             fix="compile(module, example_inputs, recipe=recipe)")
+    check_hashes(recipe)
+    return model, recipe
 
 
 def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
@@ -140,6 +184,8 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
     ask, subject = make_request(found.module, found.inputs, recipe, replace(
         given, own=found.calibration, tokenizer=found.tokenizer, name=given.name or found.name,
         owned=isinstance(model, str), checkpoint=errand.checkpoint))
+    ask = replace(ask, model=model if isinstance(model, str) else
+                  "" if _kind(given.name) == "module" else given.name)
     subject = replace(subject, source=found.facts or {"kind": _kind(given.name)},
                       folder=found.folder)
     ask.notes.extend(found.notes)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from ..evidence.statistics import forward_only
+from ..groups.repeats import family
 from ..groups.solution import Solution
 from ..plan.plan import widths
 from ..stages.compiled import Compiled
-from ..store.said import said
+from ..stages.spelled import spelled
 from ..torch_backend.gather.heads import Fitting
+from .pictures import BINS
 
-LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs"}
+LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs",
+          "bytes": "bytes of weights", "memory": "bytes of weights and caches",
+          "active": "active parameters"}
 
 
 def facts(job: Compiled) -> dict[str, Any]:
@@ -23,9 +31,10 @@ def facts(job: Compiled) -> dict[str, Any]:
         "target": plan.target,
         "source": job.source,
         "costs": plan.costs,
-        "importance": said(job.importance),
-        "allocation": said(job.allocation),
-        "repair": "none" if job.compensation is None or job.idle else said(job.compensation),
+        "importance": spelled("importance", job.importance),
+        "allocation": spelled("allocation", job.allocation),
+        "repair": "none" if job.compensation is None or job.idle else
+        spelled("compensation", job.compensation),
         "calibration": {"origin": job.calibration.origin if job.importance.needs else "not needed",
                         "batches": len(job.calibration.batches) if job.importance.needs else 0},
         "loss": _loss(job),
@@ -49,6 +58,9 @@ def facts(job: Compiled) -> dict[str, Any]:
         "blocks": None if job.dropped is None else {
             "dropped": list(job.dropped.paths), "relative_error": job.dropped.error,
             "negative_control": job.dropped.control, "control_block": job.dropped.bypassed},
+        "scores": distributions(job),
+        "class": type(job.pruned if job.pruned is not None else job.module).__name__,
+        "environment": environment(),
         "notes": job.notes,
     }
 
@@ -93,23 +105,41 @@ def table_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def sentence(data: Mapping[str, Any]) -> str:
+    """Say what was made and how, in a line or two."""
+    blocks = f"{len(data['blocks']['dropped'])} blocks left out, " if data["blocks"] else ""
+    return (f"{blocks}{data['groups']['shrunk']} groups of {data['groups']['found']} made smaller "
+            f"(importance `{data['importance']}`, allocation `{data['allocation']}`, repair "
+            f"`{data['repair']}`, calibration: {data['calibration']['origin']}). "
+            f"{_lossed(data['loss'])}Layout {data['layout']} (by {data['emission']}).").strip()
+
+
+LOADERS = {
+    "uniform": "from transformers import {class_}\n\nmodel = {class_}.from_pretrained(\"DIR\")",
+    "per-layer": "import spacompiler\nfrom transformers import AutoModel\n\n"
+                 "spacompiler.register()  # or trust_remote_code=True\n"
+                 "model = AutoModel.from_pretrained(\"DIR\")  # or AutoModelForCausalLM, ...",
+    "any": "import spacompiler\n\nmodel = spacompiler.load(\"DIR\"{model})",
+    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession(\"DIR/model.onnx\")"}
+
+
+def loading(data: Mapping[str, Any]) -> str:
+    """Return the lines of Python that load what was written."""
+    kind = (data.get("source") or {}).get("kind", "module")
+    given = "" if kind in ("zoo", "hub", "directory") else ", model=dense_module"
+    return LOADERS.get(data["layout"], "").format(class_=data.get("class") or "AutoModel",
+                                                  model=given)
+
+
 def markdown(data: Mapping[str, Any]) -> str:
-    """Return the report as a page."""
-    lines = [f"# {data['model']}: {data['target']}", "",
-             f"Importance `{data['importance']}`, allocation `{data['allocation']}`, "
-             f"repair `{data['repair']}`, calibration: {data['calibration']['origin']}. "
-             f"{_lossed(data['loss'])}Layout {data['layout']} (by {data['emission']}).", "",
+    """Return the report as a page of text; the whole of it is report.json, and report.html."""
+    lines = [f"# {data['model']}: {data['target']}", "", sentence(data), "",
              *_table(("", "dense", "pruned", "stays"), table_rows(data)), "",
+             "## How to load it", "", "```python", loading(data), "```", "",
              "## Proof", "", *_proof(data), "",
              *_recovery(data["recovery"]),
              "## Widths", "",
-             *_table(("group", "role", "before", "after"),
-                     [(f"`{g['group']}`", g["role"], g["before"], g["after"])
-                      for g in data["shrunk"]]), "",
-             "## Arrays", "",
-             *_table(("array", "before", "after"),
-                     [(f"`{w['array']}`", _shape(w["before"]), _shape(w["after"]))
-                      for w in data["widths"]]), "",
+             *_table(("groups", "role", "before", "after"), _folded(data["shrunk"])), "",
              "## Frozen", "",
              *_table(("why", "dimensions"), list(data["frozen"].items())), ""]
     lines += _source(data.get("source") or {}, data.get("files") or {})
@@ -118,6 +148,41 @@ def markdown(data: Mapping[str, Any]) -> str:
     if data["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in data["notes"]), ""]
     return "\n".join(lines)
+
+
+def _folded(shrunk: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Groups of repeated blocks in one row each."""
+    found: dict[tuple[str, str, int], list[int]] = {}
+    for g in shrunk:
+        found.setdefault((family(g["group"]), g["role"], g["before"]), []).append(g["after"])
+    return [(f"`{name}`" + (f" ({len(after)})" if len(after) > 1 else ""), role, str(before),
+             str(after[0]) if min(after) == max(after) else f"{min(after)} to {max(after)}")
+            for (name, role, before), after in found.items()]
+
+
+def distributions(job: Compiled) -> list[dict[str, Any]]:
+    """Return a histogram of each shrunken group's scores by rank, the cut as a share of it."""
+    found = []
+    for g in job.scored.candidates:
+        if g.atom not in job.decided.choices or g.name not in job.scores:
+            continue
+        scores = np.sort(job.scores[g.name].reshape(-1, g.size).astype(float).mean(0))
+        gone = g.size - job.decided.choices[g.atom].count
+        low, high = float(scores[0]), float(scores[-1])
+        cut = float(scores[gone]) if gone < g.size else high
+        found.append({"group": g.name,
+                      "bins": np.histogram(scores, BINS, (low, high))[0].tolist()
+                      if high > low else [g.size],
+                      "cut": round((cut - low) / (high - low), 4) if high > low else 0.0})
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Return versions of what computed, and the kind of processor."""
+    names = ("spacompiler", "torch", "transformers", "onnxruntime", "onnx", "numpy")
+    found = {name: version(name) for name in names}
+    return {"python": platform.python_version(), **found,
+            "machine": f"{platform.system()} {platform.machine()}"}
 
 
 SOURCE = {"class": "class", "dtype": "type of its numbers", "bytes": "bytes of weights as stored",
@@ -171,20 +236,26 @@ def _table(head: tuple[str, ...], rows: Iterable[Iterable[object]]) -> list[str]
 
 
 def _proof(data: Mapping[str, Any]) -> list[str]:
-    proof = data["proof"]
-    if proof is None:
-        done = _table(("check", "result"), _blocks(data) + _written(data))
+    rows = proof_rows(data)
+    if data["proof"] is None:
         return ["**No width changed.**" if data["blocks"] and not data["shrunk"] else
-                "**Skipped on request.**", "", *(done if data["blocks"] else ())]
+                "**Skipped on request.**", "",
+                *(_table(("check", "result"), rows) if data["blocks"] else ())]
+    return _table(("check", "result"), rows)
+
+
+def proof_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (check, result) of the proof, its control, and of the files."""
     rows = _blocks(data)
-    rows += [(f"masked dense ≡ pruned, {proof['precision']}, relative error",
-             f"{proof['relative_error']:.1e}"),
-            (f"negative control (one wrong index in `{proof['control_array']}`)",
-             f"{proof['negative_control']:.1e}")]
-    if proof["approximate_by"] is not None:
-        rows.append(("LayerNorm over fewer slices differs from masked dense by",
-                     f"{proof['approximate_by']:.1e}"))
-    return _table(("check", "result"), rows + _written(data))
+    if proof := data["proof"]:
+        rows += [(f"masked dense ≡ pruned, {proof['precision']}, relative error",
+                  f"{proof['relative_error']:.1e}"),
+                 (f"negative control (one wrong index in `{proof['control_array']}`)",
+                  f"{proof['negative_control']:.1e}")]
+        if proof["approximate_by"] is not None:
+            rows.append(("LayerNorm over fewer slices differs from masked dense by",
+                         f"{proof['approximate_by']:.1e}"))
+    return rows + _written(data)
 
 
 def _blocks(data: Mapping[str, Any]) -> list[tuple[str, str]]:

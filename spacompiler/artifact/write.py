@@ -1,4 +1,4 @@
-"""Write a finished job: weights, config, ONNX, plan, report, manifest; and check the files."""
+"""Write a finished job: weights, config, ONNX, plan, report, card, manifest; check the files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..plan.plan import pruned_bytes
+from ..request import recipe_file
 from ..stages.compiled import Compiled
 from ..store.folder import whole, write_json, write_manifest
-from ..store.said import said
 from . import report
+from .card import card
 from .onnx_files import write_file
+from .page import page
 from .slices import plan_text, slices, without_places
 from .torch_files import write_module
 
@@ -42,13 +44,26 @@ def write(job: Compiled, out: Path) -> dict[str, Any]:
         write_json(folder / "slices.json", slices(job))
         if job.kept is not None:
             job.kept.save(folder / "adapter")
-        write_json(folder / "recipe.json", local({
-            "model": job.name, **job.recipe.as_dict(), "importance": said(job.importance),
-            "allocation": said(job.allocation),
-            "repair": "none" if job.compensation is None else said(job.compensation),
-            "calibration": job.calibration.origin}))
+        _write_recipe(job, folder)
         data.update(local({k: data[k] for k in NAMING if k in data}))
         write_json(folder / "report.json", data)
-        (folder / "report.md").write_text(report.markdown(data), encoding="utf-8")
+        for name, text in {"report.md": report.markdown(data), "report.html": page(data),
+                           "README.md": card(data, _base(job))}.items():
+            (folder / name).write_text(text, encoding="utf-8")
         write_manifest(folder)
     return data
+
+
+def _base(job: Compiled) -> str:
+    """What a hub finds the dense model by, or ""."""
+    return job.name if job.source.get("kind") == "hub" else ""
+
+
+def _write_recipe(job: Compiled, folder: Path) -> None:
+    """Write the recipe as it was carried out, for programs and for people."""
+    asked = job.recipe
+    kind = type(asked)
+    made = kind(**without_places(job)({
+        **job.plan.recipe, "onnx": asked.onnx, "latency": asked.latency}))
+    write_json(folder / "recipe.json", {**made.as_dict(), "model": made.model or job.name})
+    (folder / "recipe.yaml").write_text(recipe_file.text(made, whole=True), encoding="utf-8")

@@ -10,31 +10,54 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..request.options import known
+from ..request.options import MAIN, known
 from ..request.recipe import Errand, Recipe
 from .console import errors, progress
-from .options import AsJson, Model, asked, taking
+from .options import AsJson, ModelOrNone, asked, taking
+
+Saved = Annotated[Path | None, typer.Option(
+    "--recipe", metavar="FILE", rich_help_panel=MAIN,
+    help="A recipe in YAML, of which the options that are given replace parts.")]
 
 
 @taking(Recipe, Errand)
-def compile(model: Model, as_json: AsJson = False, **given: object) -> None:
+def compile(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = False,
+            **given: object) -> None:
     """Prune MODEL to a target and write a smaller model that is proved right."""
-    recipe, errand = asked(Recipe, given), asked(Errand, given)
+    words, errand = asked(Recipe, given), asked(Errand, given)
     out = errand.get("out")
     with errors(as_json, out):
-        if out is None and not errand["dry_run"]:
+        if out is None and not errand.get("dry_run"):
             raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
-        check_early(Recipe.of(recipe), out)
+        wanted = request(model, recipe, words)
+        check_early(wanted, out)
         from .. import api
         from ..artifact import report
 
         with progress() as tick:
-            result = api.compile(model, progress=tick, **recipe, **errand)
+            result = api.compile(model or wanted, recipe=wanted, progress=tick, **errand)
         data = result.report or report.facts(result.job)
         if as_json:
             print(json.dumps({**data, "out": str(out) if out else None}, default=str))
         else:
-            _print_compiled(data, None if errand["dry_run"] else out)
+            _print_compiled(data, None if errand.get("dry_run") else out)
+
+
+def request(model: str | None, file: Path | None, words: Mapping[str, object]) -> Recipe:
+    """Return what a command line asks for, by a recipe or without.
+
+    Raises UsageError where no model or no target is named.
+    """
+    if file is not None:
+        found = Recipe.read(file, **words, **({"model": model} if model else {}))
+    elif "target" not in words:
+        raise UsageError("there is no target", fix="say what stays: --target params=70%")
+    else:
+        found = Recipe.of(words)
+    if not model and not found.model:
+        raise UsageError("no model is named", fix="give MODEL: zoo:NAME, a directory, an .onnx "
+                         "file or package.module:factory")
+    return found
 
 
 def check_early(recipe: Recipe, out: Path | None) -> None:

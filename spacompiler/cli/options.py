@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..request.options import MAIN, PANELS, Known, Options, known
+from ..request.options import MAIN, PANELS, Known, Options, spoken
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
-Model = Annotated[str, typer.Argument(
+_MODEL = typer.Argument(
     metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, an .onnx file, or "
-                          "package.module:factory (returns module, example inputs)")]
+                          "package.module:factory (returns module, example inputs)")
+Model = Annotated[str, _MODEL]
+ModelOrNone = Annotated[str | None, _MODEL]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _TYPES: Mapping[object, object] = {
     tuple[str, ...]: list[str] | None, tuple[int, ...]: list[int] | None}
@@ -30,7 +32,7 @@ def taking(*tables: type[Options]) -> Callable[[Callable[..., None]], Callable[.
     def give(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values()
                if p.kind is not p.VAR_KEYWORD]
-        made = [_parameter(entry) for table in tables for entry in known(table)]
+        made = [_parameter(entry) for table in tables for entry in spoken(table)]
         wanted = [*(p for p in own if p.default is p.empty), *made,
                   *(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.default is not p.empty)]
 
@@ -47,9 +49,7 @@ def taking(*tables: type[Options]) -> Callable[[Callable[..., None]], Callable[.
 def _parameter(entry: Known) -> inspect.Parameter:
     """What typer reads of an option; None stands for one that was not given and has no value."""
     about, default = entry.about, entry.default
-    if default is MISSING:
-        default = inspect.Parameter.empty
-    elif default == "" or entry.repeatable:
+    if default is MISSING or default == "" or entry.repeatable:
         default = None
     return inspect.Parameter(
         entry.name, inspect.Parameter.KEYWORD_ONLY, default=default,
@@ -60,13 +60,22 @@ def _parameter(entry: Known) -> inspect.Parameter:
 
 def asked(table: type[Options], given: Mapping[str, object]) -> dict[str, Any]:
     """Return what a command was given of a table, by Python's keywords."""
-    found = {entry.keyword: given.get(entry.name) for entry in known(table)}
+    found = {entry.keyword: given.get(entry.name) for entry in spoken(table)}
     return {word: tuple(value) if isinstance(value, list) else value
             for word, value in found.items() if value is not None and value != []}
 
 
 class Panels(TyperCommand):
-    """A command whose help lists options under headings."""
+    """A command whose help lists options under headings, and which hands on what was given alone.
+    """
+
+    def invoke(self, ctx: Context) -> object:
+        """Run the command; None stands for an option that was not given: tables have defaults."""
+        for name in ctx.params:
+            source = ctx.get_parameter_source(name)
+            if source is not None and source.name == "DEFAULT":
+                ctx.params[name] = None
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Write the arguments, then each panel's options, those that run foreign code last."""

@@ -122,10 +122,17 @@ def axis_names(trace: Trace) -> dict[str, dict[int, str]]:
 
 def latency_inputs(trace: Trace, length: int = 128) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return example inputs for timing: batch 1, sequences of `length` or what is possible."""
+    return timed_inputs(trace, 1, length)
+
+
+def timed_inputs(trace: Trace, batch: int,
+                 length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs of a batch and a length, or of the sizes next to them that there are.
+    """
     bounds = _bounds(trace, length)
 
     def size(d: int, old: int) -> int:
         low, high = bounds[old]
-        return 1 if d == 0 else int(max(low, min(length, high)))
+        return int(max(low, min(batch, high))) if d == 0 else int(max(low, min(length, high)))
 
     return resized((trace.args, trace.kwargs), _varying(trace), size)

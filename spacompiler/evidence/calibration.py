@@ -93,6 +93,9 @@ def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length:
 
 HELD_OUT = 8  # windows of a text beside those that are read
 PYTHON_TEXT = "pydoc_data.topics (text that Python carries)"
+ORIGINS = {"sampled": "sampled from the model itself", "own": "the model's own",
+           "python": PYTHON_TEXT, "none": "example inputs only"}
+"""What reports call data that is asked for by a word."""
 
 
 def python_text(part: str = "calibration") -> str:

@@ -9,6 +9,11 @@ from math import prod
 from ..axes.expressions import Atom, Expr, Prod, atoms, resolve
 from .solution import Solution
 
+ITEM_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16,
+              "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2,
+              "int8": 1, "uint8": 1, "bool": 1}
+"""Bytes of one number, 4 of any other kind."""
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -102,18 +107,73 @@ def _macs(solution: Solution) -> list[Term]:
     return [*(Term(c.macs, c.factor) for c in solution.solver.contractions if c.macs), *outside]
 
 
-_TERMS: dict[str, Callable[[Solution], list[Term]]] = {
-    "params": lambda s: _params(s, set(), "outside"),
-    "body": lambda s: _params(s, heads(s), "outside"),
-    "macs": _macs,
+def _bytes(solution: Solution) -> list[Term]:
+    kinds = {t.weight: t.dtype for t in solution.graph.weights().values()}
+    return [Term(dims, ITEM_BYTES.get(kinds[weight], 4))
+            for weight, dims in solution.weights().items()]
+
+
+def _active(solution: Solution) -> list[Term]:
+    """Parameters that one token meets: of a mixture's experts as many as a router takes."""
+    taken = {e: k for e, k in solution.solver.least if isinstance(e, Atom)}
+
+    def term(found: Term) -> Term:
+        routed = next((i for i, e in enumerate(found.exprs)
+                       if len(found.exprs) > 2 and resolve(e) in taken), None)
+        if routed is None:
+            return found
+        rest = (*found.exprs[:routed], *found.exprs[routed + 1:])
+        return Term(rest, found.factor * taken[resolve(found.exprs[routed])])  # type: ignore[index]
+
+    return [term(t) for t in _params(solution, set(), "outside")]
+
+
+ATTENTION = "scaled_dot_product_attention"
+
+
+def cached(solution: Solution) -> list[Term]:
+    """Bytes of keys and values, one token of one row: of each attention the smallest tensors on
+    the way from a product with weights to its second and third operand, as caches keep them."""
+    graph = solution.graph
+    makers = {out: node for node in graph.nodes for out in node.outputs}
+    products = {c.node for c in solution.solver.contractions}
+    stored = {a for dims in solution.weights().values() for e in dims for a in atoms(e)}
+    found: dict[str, Term] = {}
+    for node in graph.nodes:
+        if ATTENTION not in node.op:
+            continue
+        for name in list(node.refs())[1:3]:
+            at, best = name, name
+            while (maker := makers.get(at)) is not None and maker.name not in products:
+                at = next(iter(maker.refs()), "")
+                if at in graph.tensors and prod(graph.tensors[at].shape) \
+                        < prod(graph.tensors[best].shape):
+                    best = at
+            exprs = tuple(e for e in solution.dims(best) if stored & set(atoms(e)))
+            found.setdefault(best, Term(exprs, ITEM_BYTES.get(graph.tensors[best].dtype, 4)))
+    return list(found.values())
+
+
+def _memory(solution: Solution, tokens: int) -> list[Term]:
+    return [*_bytes(solution), *(Term(t.exprs, t.factor * tokens) for t in cached(solution))]
+
+
+_TERMS: dict[str, Callable[[Solution, int], list[Term]]] = {
+    "params": lambda s, _: _params(s, set(), "outside"),
+    "body": lambda s, _: _params(s, heads(s), "outside"),
+    "macs": lambda s, _: _macs(s),
+    "bytes": lambda s, _: _bytes(s),
+    "active": lambda s, _: _active(s),
+    "memory": _memory,
 }
 
 
-def cost(solution: Solution, metric: str) -> Cost:
-    """Return the cost of a network: parameters, parameters of the body, or MACs.
+def cost(solution: Solution, metric: str, tokens: int = 0) -> Cost:
+    """Return the cost of a network: one row of the table above.
 
     MACs count multiply-accumulates of one forward pass at the traced sizes, per contraction
-    (linear, convolution, attention); element-wise work is not counted. All three are those of the
-    whole network where parts of it are compiled.
+    (linear, convolution, attention); element-wise work is not counted. Parameters and MACs are
+    those of the whole network where parts of it are compiled. Memory is bytes of weights and of
+    keys and values of so many `tokens` (batch times length).
     """
-    return Cost(_TERMS[metric](solution))
+    return Cost(_TERMS[metric](solution, tokens))

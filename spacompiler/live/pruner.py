@@ -26,7 +26,7 @@ from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
 from spacompiler.plan.problem import Problem, Unit, check_met
 from spacompiler.request import registry
-from spacompiler.request.recipe import is_nearest, parse_target
+from spacompiler.request.targets import is_nearest, parse_target
 from spacompiler.store import strict_json
 from spacompiler.system.process import alone
 from spacompiler.torch_backend.machine import lanes

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import TargetError, TraceError, UsageError
 from ..evidence.losses import default_loss
 from ..plan import legal
+from ..request.wishes import parse_wish
 from ..stages.records import Request, Subject, Traced
 from ..torch_backend.backend import TORCH
 from ..torch_backend.gather.heads import fitting
@@ -32,7 +33,8 @@ def analyse(ask: Request, subject: Subject) -> tuple[Request, Subject, Traced]:
         check_tokens(traced.trace, ask.calibration.for_repair)
     _note_folded(ask, traced)
     _note_fixed(ask, subject, traced)
-    traced = replace(traced, candidates=tuple(legal.candidates(traced.solution, **ask.asked)))
+    traced = replace(traced, candidates=tuple(legal.candidates(
+        traced.solution, **ask.asked, wished=[parse_wish(t).pattern for t in ask.recipe.keep])))
     if ask.compensation is not None and ask.compensation.create_biases:
         subject, traced = _with_biases(ask, subject, traced)
     if is_met(ask, subject, traced.solution):
@@ -126,7 +128,7 @@ def is_quick(ask: Request) -> bool:
     """True if the compile looks at weights alone, and needs no program of the network."""
     recipe = ask.recipe
     runs = recipe.prove or recipe.onnx or recipe.latency or recipe.keep_adapter \
-        or bool(ask.importance.needs) or recipe.modules
+        or "latency" in recipe.target or bool(ask.importance.needs) or recipe.modules
     return not (runs or ask.compensation or ask.recovery or ask.schedule)
 
 

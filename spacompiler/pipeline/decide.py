@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,13 @@ from ..groups.cost import Cost, cost
 from ..groups.solution import Solution
 from ..plan.plan import costs, make_plan
 from ..plan.problem import MISS, Problem, Unit, check_met
-from ..request.recipe import is_nearest, parse_target
+from ..request.targets import METRICS, Target, is_nearest, parse_target, parse_targets
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..torch_backend import unreached
 from ..torch_backend.kinds import is_hf
+from . import timing
 from .layouts import Allocated, Layout, allocated, layouts, unequal
+from .resolved import resolved
 
 
 def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Decided:
@@ -32,13 +34,16 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
     if not counts and scored.candidates:
         counts, layout = allocate_counts(ask, subject, traced, scored)
     plan = make_plan(scored.candidates, scored.scores, counts, target=r.target,
-                     weights_hash=subject.backend.digest(subject.model), recipe=r.as_dict())
+                     weights_hash=subject.backend.digest(subject.model),
+                     recipe=resolved(ask, scored.importance).as_dict())
     choices = plan.choices(traced.solution)
     if not choices and scored.candidates and subject.dropped is None:
         raise TargetError(f"target {r.target} takes nothing away", where=ask.name,
                           why="what is whole lies nearer to it than one slice less does",
                           fix="let less stay, or take finer steps: --align 1")
-    plan.costs.update(costs(traced.solution, choices, subject.whole))
+    plan.costs.update(costs(traced.solution, choices, subject.whole, [
+        (t.metric, t.batch * t.length) for t in parse_targets(r.target)
+        if t.metric not in (*METRICS, "latency")]))
     _tell_of_unreached(ask, subject, traced, choices)
     if not scored.candidates and is_hf(subject.model):
         layout = "uniform"
@@ -73,25 +78,83 @@ def is_met(ask: Request, subject: Subject, solution: Solution) -> bool:
     return left <= (share + MISS) * dense
 
 
-def allocate_counts(ask: Request, subject: Subject, traced: Traced,
-                    scored: Scored) -> tuple[dict[str, int], str]:
+Counts = tuple[dict[str, int], str]
+"""How many slices each candidate keeps, and the layout of transformers that may say it."""
+
+
+def allocate_counts(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Counts:
     """Return how many slices each candidate keeps, by the allocation pass and the target.
 
-    And in which layout a configuration of transformers may express that, "" in none. Raises
-    TargetError if the target is missed.
+    And in which layout a configuration of transformers may express that, "" in none. Of several
+    limits the one is met that the others hold under. Raises TargetError if the target is missed.
     """
-    price = cost(traced.solution, parse_target(ask.recipe.target)[0])
+    targets = parse_targets(ask.recipe.target)
+    if len(targets) == 1:
+        return _by(targets[0], ask, subject, traced, scored)
+    return _within_all(targets, ask, subject, traced, scored)
+
+
+def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Counts:
+    """Meet one limit."""
+    if target.metric == "latency":
+        def at(share: float, notes: list[str]) -> Counts:
+            return meet(replace(target, metric="macs", amount=share, absolute=False, nearest=True),
+                        replace(ask, notes=notes), subject, traced, scored)
+
+        return timing.meet(target, at, ask, subject, traced, scored)
+    return meet(target, ask, subject, traced, scored)
+
+
+def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, traced: Traced,
+                scored: Scored) -> Counts:
+    """Meet one of several limits, under which all others hold, and say which one binds."""
+    why: dict[str, str] = {}
+    for target in targets:
+        notes: list[str] = []
+        try:
+            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored)
+        except TargetError as problem:
+            why[target.metric] = problem.why
+            continue
+        broken = [other.metric for other in targets if other is not target
+                  and not _holds(other, ask, subject, traced, scored, counts)]
+        if not broken:
+            others = ", ".join(o.metric for o in targets if o is not target)
+            ask.notes.extend([*notes, f"of the limits {ask.recipe.target}, {target.metric} binds: "
+                              f"{others} hold under it"])
+            return counts, layout
+        why[target.metric] = f"where it is met, {', '.join(broken)} is not"
+    raise TargetError(f"target {ask.recipe.target} cannot be met", where=ask.name,
+                      why="; ".join(f"{metric}: {reason}" for metric, reason in why.items()),
+                      fix="let more of one of them stay, or let more go: --role, --only, --floor")
+
+
+def _holds(limit: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
+           counts: Mapping[str, int]) -> bool:
+    """Whether a limit holds under counts."""
+    if limit.metric == "latency":
+        return timing.holds(limit, ask, subject, traced, scored, counts)
+    price = cost(traced.solution, limit.metric, limit.batch * limit.length)
+    dense = subject.whole.get(limit.metric, price.total)
+    left = price.set({g.atom: counts[g.name] for g in scored.candidates})
+    return left <= limit.of(dense) + MISS * dense
+
+
+def meet(target: Target, ask: Request, subject: Subject, traced: Traced,
+         scored: Scored) -> Counts:
+    """Allocate under one limit of what can be counted; raises TargetError if it is missed."""
+    price = cost(traced.solution, target.metric, target.batch * target.length)
     measure = _measure(ask, subject, traced, scored)
 
     def problem(layout: Layout) -> Problem:
-        return _problem(ask, subject, scored, layout, price, measure)
+        return _problem(target, subject, scored, layout, price, measure)
 
     tried: list[Allocated] = []
     for layout in layouts(ask, subject, traced, scored):
         tried.append(allocated(ask, layout, problem(layout)))
         if tried[-1].met:
             break
-    taken = min(tried, key=lambda one: one.miss) if is_nearest(ask.recipe.target) else tried[-1]
+    taken = min(tried, key=lambda one: one.miss) if target.nearest else tried[-1]
     if taken.met and taken.layout.stock == "uniform":
         taken = unequal(ask, subject, traced, scored, taken, problem)
     try:
@@ -111,23 +174,24 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
     go by themselves is the schedule's to say.
     """
     measure = _measure(ask, subject, traced, scored)
-    metric = parse_target(ask.recipe.target)[0]
+    parse_target(ask.recipe.target)  # a schedule goes by one share
+    target, = parse_targets(ask.recipe.target)
     found = []
     for layout in layouts(replace(ask, allocation=ask.schedule), subject, traced, scored):
-        problem = _problem(ask, subject, scored, layout, cost(traced.solution, metric), measure)
+        problem = _problem(target, subject, scored, layout,
+                           cost(traced.solution, target.metric), measure)
         problem.notes.extend(layout.notes)
         found.append((problem, layout.stock))
     return [one for one in found if one[0].price(one[0].least()) <= one[0].target] or found[-1:]
 
 
-def _problem(ask: Request, subject: Subject, scored: Scored, layout: Layout, price: Cost,
+def _problem(target: Target, subject: Subject, scored: Scored, layout: Layout, price: Cost,
              measure: Any) -> Problem:
     """The allocation problem over the units of a layout, on the network as it is."""
-    metric, share = parse_target(ask.recipe.target)
     price.set({g.atom: g.size for g in scored.candidates})
-    dense = subject.whole.get(metric, price.total)
-    return Problem(layout.units, price, share * dense, dense, metric, measure=measure,
-                   closest=is_nearest(ask.recipe.target))
+    dense = subject.whole.get(target.metric, price.total)
+    return Problem(layout.units, price, target.of(dense), dense, target.metric, measure=measure,
+                   closest=target.nearest)
 
 
 def _tell(ask: Request, taken: Allocated) -> None:

@@ -10,6 +10,7 @@ from ..evidence.calibration import Calibration
 from ..evidence.protocol import Importance
 from ..request import registry
 from ..stages.records import Request, Subject, Traced
+from .resolved import is_open
 
 
 def importance_for(module: object, asked: object, calibration: object) -> object:
@@ -39,7 +40,7 @@ def settled(ask: Request, subject: Subject, traced: Traced) -> Importance:
     A criterion of inputs gives way to one of weights if it cannot score every group.
     """
     taken = ask.importance
-    if ask.recipe.importance != "auto" or isinstance(subject.model, nn.Module):
+    if not is_open(ask.recipe, "importance") or isinstance(subject.model, nn.Module):
         return taken
     if taken.needs:
         context = subject.backend.context(traced.trace, traced.solution, ask.recipe.seed)

@@ -16,6 +16,7 @@ from ..plan import legal
 from ..plan.problem import Problem, Unit
 from ..plan.stock_units import expressible
 from ..request.profiles import profile
+from ..request.wishes import parse_wish
 from ..stages.records import Request, Scored, Subject, Traced
 from ..torch_backend.emit import stock
 from ..torch_backend.emit.per_layer import Search
@@ -140,8 +141,9 @@ def unequal(ask: Request, subject: Subject, traced: Traced, scored: Scored, alik
 
 def _units(ask: Request, traced: Traced, scored: Scored, uniform: bool) -> tuple[Unit, ...]:
     return legal.units(traced.solution, scored.candidates, scored.scores, uniform=uniform,
-                       align=ask.recipe.align, lanes=profile(ask.recipe.runtime).lanes or lanes(),
-                       floor=ask.recipe.floor,
+                       align=ask.recipe.align, floor=ask.recipe.floor,
+                       lanes=ask.recipe.lanes or profile(ask.recipe.runtime).lanes or lanes(),
+                       wishes=[parse_wish(text) for text in ask.recipe.keep],
                        absolute=getattr(scored.importance, "absolute", False))
 
 

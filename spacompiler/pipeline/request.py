@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import SpaError, UsageError
 from ..evidence.calibration import (
     HELD_OUT,
+    ORIGINS,
     PYTHON_TEXT,
     Calibration,
     filled,
@@ -28,6 +29,7 @@ from ..evidence.losses import default_loss
 from ..request import registry
 from ..request.options import known
 from ..request.recipe import Recipe
+from ..request.recipe_file import GIVEN
 from ..sources.backends import backend_of
 from ..stages.records import Progress, Request, Subject
 from ..store.said import said
@@ -86,9 +88,19 @@ class Given:
                    for kind, what in passes.items() if what is not None},
                 **{word: what for word, what in data.items() if isinstance(what, str)}}
 
+    def filled(self, recipe: Recipe) -> Given:
+        """With the names that a recipe says where nothing was given."""
+        return replace(self, calibration=recipe.calibration or None
+                       if self.calibration is None or self.calibration == "" else self.calibration,
+                       recover_data=recipe.recover_data or None
+                       if self.recover_data is None or self.recover_data == ""
+                       else self.recover_data)
+
     def asked(self, recipe: Recipe, option: str) -> object:
         """The pass that an option of a recipe names, or the one in its place."""
-        return getattr(self, option) or getattr(recipe, option)
+        given = getattr(self, option)
+        left = given is None or (isinstance(given, str) and given in ("", "auto"))
+        return getattr(recipe, option) if left else given
 
 
 def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
@@ -97,26 +109,29 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     """Return the calibration that a user asked for.
 
     `what` is a path, an iterable of inputs, "none" (the example inputs only), "sampled" (what
-    the module makes up, see `sampling`), or None: the model's own calibration data where it has
-    some, text that Python carries where the model has a tokenizer, else the example inputs.
+    the module makes up, see `sampling`), "own" (the model's data), "python" (text that Python
+    carries), or None: the first of own, python (where there is a tokenizer) and none that there is.
     """
+    if what == GIVEN:
+        raise UsageError("the recipe's data was given in Python, and is not part of it",
+                         fix="give it again: calibration=batches, or --calibration FILE")
     if what == "sampled":
         from ..torch_backend.gather.sampling import sampled
 
-        return Calibration("sampled from the model itself", sampled(
+        return Calibration(ORIGINS["sampled"], sampled(
             module, inputs, tokenizer, **windows._asdict()))
-    if what is None and own is not None:
+    if what in (None, "own") and own is not None:
         batches, held_out = ([as_batch(module, as_call(inputs), b) for b in own(count, seed)]
                              for count, seed in ((max(1, windows.samples // 2), windows.seed),
                                                  (2, windows.seed + HELD_OUT)))
-        return Calibration("the model's own", batches, held_out=held_out)
+        return Calibration(ORIGINS["own"], batches, held_out=held_out)
     reader = Reader(module, as_call({} if inputs is None else inputs), tokenizer)
-    if what is None and tokenizer is not None and not reader.refusal:
+    if what == "python" or (what is None and tokenizer is not None and not reader.refusal):
         return reader.read(lambda length: from_string(
             python_text(), tokenizer, origin=PYTHON_TEXT,
             **windows._replace(length=length)._asdict()), windows.length)
-    if what is None or what == "none":
-        return Calibration("example inputs only", [as_call(inputs)], real=False)
+    if what in (None, "own", "none"):
+        return Calibration(ORIGINS["none"], [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
         return from_arrays(Path(what), windows.samples)
     if isinstance(what, (str, Path)):
@@ -149,6 +164,9 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
                  given: Given | None = None) -> tuple[Request, Subject]:
     """Resolve passes and calibration data; raises before anything is computed."""
     given = given or Given()
+    if given.calibration == "own" and given.own is None:
+        raise UsageError("the model brings no data of its own", where="calibration own",
+                         fix="give a file, batches, or leave calibration out")
     scorer = registry.find("importance", defaults.importance_for(
         model, given.asked(recipe, "importance"), given.calibration))
     schedule, mends = given.asked(recipe, "schedule"), given.asked(recipe, "repair")
@@ -165,7 +183,8 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
             model, given.asked(recipe, "allocation"), batches,
             () if trains else scorer.needs)), batches,
         compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
-        must_repair=mends != "auto", schedule=trains, loss=given.loss or default_loss,
+        must_repair=mends != "auto" and "repair" not in recipe.automatic,
+        schedule=trains, loss=given.loss or default_loss,
         tokenizer=given.tokenizer, name=given.name or type(model).__name__,
         tell=given.progress or (lambda stage, done, total: None))
     return _with_recovery(ask, given, model, inputs), Subject(

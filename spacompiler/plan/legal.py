@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..groups.fibres import beside
 from ..groups.repeats import family
 from ..groups.solution import Group, Solution
+from ..request.wishes import Wish
 from .pieces import leads
 from .problem import Unit
 
@@ -23,14 +24,16 @@ from .problem import Unit
 
 
 def candidates(solution: Solution, *, roles: Sequence[str], only: Sequence[str] = (),
-               ignore: Sequence[str] = (), approximate: bool = False) -> list[Group]:
+               ignore: Sequence[str] = (), approximate: bool = False,
+               wished: Sequence[str] = ()) -> list[Group]:
     """Return the groups that may shrink.
 
     `only` and `ignore` are shell patterns over group names and arrays: a group is chosen by
     `only` if its name or all of its arrays match (roles do not count then), and stays by
-    `ignore` if its name or any of its arrays does. Raises UsageError if a pattern matches nothing.
+    `ignore` if its name or any of its arrays does; `wished` are patterns of wishes.
+    Raises UsageError if a pattern matches nothing.
     """
-    for pattern in (*only, *ignore):
+    for pattern in (*only, *ignore, *wished):
         if not any(_touches(group, [pattern]) for group in solution.groups.values()):
             known = ", ".join(list(solution.groups)[:4])
             raise UsageError(f"pattern {pattern!r} matches no group or parameter",
@@ -139,11 +142,11 @@ def legal_counts(size: int, multiple: int, floor: float, fewest: int = 0) -> tup
 
 def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.ndarray], *,
           uniform: bool, align: int | None, lanes: int, floor: float,
-          absolute: bool = False) -> tuple[Unit, ...]:
+          absolute: bool = False, wishes: Sequence[Wish] = ()) -> tuple[Unit, ...]:
     """Build the units of an allocation problem, one per group or per family.
 
-    Pieces of one split are one unit. With `absolute`, error curves are sums of scores, not shares
-    of each group's total.
+    Pieces of one split are one unit. `wishes` leave some of the counts. With `absolute`, error
+    curves are sums of scores, not shares of each group's total.
     """
     bundles: dict[str, list[Group]] = {}
     first: dict[Any, str] = {}
@@ -156,14 +159,30 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
         sizes = {g.size for g in bundle}
         if len(sizes) > 1:
             made.extend(units(solution, bundle, scores, uniform=False, align=align, lanes=lanes,
-                              floor=floor, absolute=absolute))
+                              floor=floor, absolute=absolute, wishes=wishes))
             continue
         multiple = max(step(solution, g, align, lanes) for g in bundle)
         chosen = max(fewest(solution, g) for g in bundle)
-        legal = legal_counts(bundle[0].size, multiple, floor, chosen)
+        legal = wished(bundle, legal_counts(bundle[0].size, multiple, floor, chosen), wishes)
         losses = np.sum([_losses(scores[g.name], absolute) for g in bundle], axis=0)
         made.append(Unit(name, tuple(bundle), legal, losses, chosen))
     return tuple(made)
+
+
+def wished(groups: Sequence[Group], legal: tuple[int, ...],
+           wishes: Sequence[Wish]) -> tuple[int, ...]:
+    """Return the counts that wishes for any of these groups leave, of each wish in turn.
+
+    Raises UsageError where two leave none together.
+    """
+    for wish in wishes:
+        if any(_touches(group, [wish.pattern]) for group in groups):
+            left = wish.of(legal, groups[0].size)
+            if not left:
+                raise UsageError(f"wishes for {groups[0].name} leave no count that may be kept",
+                                 fix=f"leave one out; the last one is {wish.pattern}")
+            legal = left
+    return legal
 
 
 def _losses(score: np.ndarray, absolute: bool = False) -> np.ndarray:

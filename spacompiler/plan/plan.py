@@ -13,15 +13,11 @@ import numpy as np
 from ..axes.choices import Choice, Choices, kept_size
 from ..axes.expressions import Atom
 from ..errors import SpaError
-from ..groups.cost import cost
+from ..groups.cost import ITEM_BYTES, cost
 from ..groups.solution import Group, Solution
-from ..request.recipe import METRICS
+from ..request.targets import METRICS
 from ..store import strict_json
 from ..store.forms import FORMS
-
-ITEM_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "complex128": 16,
-              "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2,
-              "int8": 1, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +133,13 @@ def widths(solution: Solution, choices: Choices) -> list[tuple[str, tuple[int, .
 
 
 def costs(solution: Solution, choices: Choices,
-          whole: Mapping[str, int] | None = None) -> dict[str, dict[str, int]]:
-    """Return {metric: {dense, pruned}} for every metric; `whole` are the costs of the dense
-    network where it has blocks that the solution's lacks."""
+          whole: Mapping[str, int] | None = None,
+          more: Iterable[tuple[str, int]] = ()) -> dict[str, dict[str, int]]:
+    """Return {metric: {dense, pruned}} for what reports count and `more`, (metric, tokens);
+    `whole` are the costs of the dense network where it has blocks that the solution's lacks."""
     found = {}
-    for metric in METRICS:
-        price = cost(solution, metric)
+    for metric, tokens in (*((m, 0) for m in METRICS), *more):
+        price = cost(solution, metric, tokens)
         dense = (whole or {}).get(metric, price.total)
         pruned = price.set({atom: choice.count for atom, choice in choices.items()})
         found[metric] = {"dense": dense, "pruned": pruned}

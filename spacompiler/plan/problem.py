@@ -21,7 +21,8 @@ MISS = 0.01
 class Unit:
     """Groups that must keep the same number of slices (usually one; a family if uniform).
 
-    `legal` are the counts that may be kept, ascending, the last one the full size; `losses[k]`
+    `legal` are the counts that may be kept, ascending, the last one the full size (unless a wish
+    says less); `losses[k]`
     is what is lost when k slices are kept: the error curve that allocation passes go by (a share
     of the groups' importance, or the importance itself where criteria say it is comparable).
     `chosen` is how many of them a router takes: so many stay, whatever the floor.
@@ -36,7 +37,7 @@ class Unit:
     @property
     def size(self) -> int:
         """The number of slices of the dense network."""
-        return self.legal[-1]
+        return self.groups[0].size
 
     def counts(self, kept: int) -> dict[Atom, int]:
         """Return the count of each group that `kept` slices of the unit mean."""
@@ -99,8 +100,8 @@ class Problem:
         return self.cost.set(counts)
 
     def full(self) -> dict[str, int]:
-        """Return the counts, by unit, of the dense network."""
-        return {unit.name: unit.size for unit in self.units}
+        """Return the highest legal count of each unit: the dense network's, but for wishes."""
+        return {unit.name: unit.legal[-1] for unit in self.units}
 
     def least(self) -> dict[str, int]:
         """Return the lowest legal count of each unit."""

@@ -26,7 +26,7 @@ def expressible(units: Sequence[Unit], fits: Callable[[Choices], bool],
         able = [k for k in some if fits(_keeping(unit, k))]
         if len(unit.legal) > 16 and able:
             return unit.legal
-        return (*able, unit.size)
+        return (*able, unit.legal[-1])
 
     found: list[Unit] = []
     failed: list[Unit] = []

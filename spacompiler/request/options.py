@@ -30,7 +30,10 @@ PANELS = (MAIN, GOES, QUALITY, DATA, ADAPTERS, RECOVERY, EXPORTS, CHECKS, DANGER
 """Headings of the help, in their order."""
 
 Check = Callable[[Any], object]
-"""Raises UsageError for a value, of the right type, that an option cannot have."""
+"""Raises UsageError for a value, of the right type, that an option cannot have.
+
+What it says of values in JSON Schema, if anything, is its attribute `schema`.
+"""
 
 T = TypeVar("T")
 
@@ -40,7 +43,8 @@ class About:
     """What is said of an option beside its name, type and default.
 
     `flag` and `keyword` are its names on the command line and in Python where they are not the
-    field's own; `passes` is the kind of pass that its value names.
+    field's own; `passes` is the kind of pass that its value names. What is `recorded` stands in
+    recipes alone: it is no flag and no keyword.
     """
 
     panel: str
@@ -50,6 +54,7 @@ class About:
     metavar: str = ""
     passes: str = ""
     check: Check | None = None
+    recorded: bool = False
 
 
 def option(default: T, panel: str, help: str, **more: Any) -> T:
@@ -96,7 +101,7 @@ class Options:
     def __post_init__(self) -> None:
         table = known(type(self))
         for entry in table:
-            object.__setattr__(self, entry.name, _typed(entry, getattr(self, entry.name)))
+            object.__setattr__(self, entry.name, typed(entry, getattr(self, entry.name)))
         for entry in table:
             if entry.about.check is not None:
                 entry.about.check(getattr(self, entry.name))
@@ -110,7 +115,7 @@ class Options:
         it takes itself.
         Raises UsageError for a keyword that is none, or for a value that cannot be.
         """
-        names = {entry.keyword: entry.name for entry in known(cls)
+        names = {entry.keyword: entry.name for entry in spoken(cls)
                  if among is None or entry.keyword in among}
         for word in given:
             if word not in names:
@@ -130,6 +135,11 @@ def known(table: type[Options]) -> tuple[Known, ...]:
                  for f in fields(table))
 
 
+def spoken(table: type[Options]) -> tuple[Known, ...]:
+    """Return the options that are given by flags and keywords."""
+    return tuple(entry for entry in known(table) if not entry.about.recorded)
+
+
 def by_panel(options: Iterable[Known]) -> dict[str, list[Known]]:
     """Sort options under the headings of the help."""
     found: dict[str, list[Known]] = {panel: [] for panel in PANELS}
@@ -144,7 +154,7 @@ def listing(table: type[Options], indent: str) -> str:
         textwrap.fill(f"{entry.keyword}: {entry.about.help}" + (
             "" if entry.default in (MISSING, "", None, ()) else f" [{entry.default!r}]"),
             100, initial_indent=indent, subsequent_indent=indent + "    ")
-        for entry in known(table))
+        for entry in spoken(table))
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -164,12 +174,15 @@ _TYPES: Mapping[object, tuple[tuple[type, ...], str]] = {
 _ITEMS: Mapping[object, type] = {tuple[str, ...]: str, tuple[int, ...]: int}
 
 
-def _typed(entry: Known, value: object) -> object:
-    """Return a value of the option's type: one text alone is a list of one, an index an int.
+def typed(entry: Known, value: object) -> object:
+    """Return a value of the option's type: one text alone is a list of one, an index an int, and
+    a mapping a list of `key=value`.
 
     Raises UsageError for any other type.
     """
     item = _ITEMS.get(entry.type)
+    if item is str and isinstance(value, Mapping):
+        value = tuple(f"{key}={each}" for key, each in value.items())
     if item is not None and isinstance(value, (str, list, tuple)):
         value = (value,) if isinstance(value, str) else tuple(value)
     if entry.type in (int, int | None) and hasattr(value, "__index__") \
@@ -186,19 +199,44 @@ def _typed(entry: Known, value: object) -> object:
     return value
 
 
+@dataclass(frozen=True)
+class _AtLeast:
+    least: int
+    words: str
+
+    @property
+    def schema(self) -> dict[str, object]:
+        """The same in JSON Schema."""
+        return {"minimum": self.least}
+
+    def __call__(self, value: float | Sequence[float] | None) -> None:
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and each < self.least:
+                raise UsageError(self.words.format(value=each))
+
+
+@dataclass(frozen=True)
+class _OneOf:
+    words: Collection[str]
+    what: str
+
+    @property
+    def schema(self) -> dict[str, object]:
+        """The same in JSON Schema."""
+        return {"enum": list(self.words)}
+
+    def __call__(self, value: str | tuple[str, ...]) -> None:
+        for each in (value,) if isinstance(value, str) else value:
+            if each not in self.words:
+                raise UsageError(f"unknown {self.what} {each!r}",
+                                 fix=did_you_mean(each, self.words))
+
+
 def at_least(least: int, words: str) -> Check:
     """Return a check of numbers, or of each number of a list; `{value}` in the words is it."""
-    def check(value: float | Sequence[float] | None) -> None:
-        for each in value if isinstance(value, tuple) else (value,):
-            if each is not None and each < least:
-                raise UsageError(words.format(value=each))
-    return check
+    return _AtLeast(least, words)
 
 
 def one_of(words: Collection[str], what: str) -> Check:
     """Return a check of a text, or of each text of a list, against the words that there are."""
-    def check(value: str | tuple[str, ...]) -> None:
-        for each in (value,) if isinstance(value, str) else value:
-            if each not in words:
-                raise UsageError(f"unknown {what} {each!r}", fix=did_you_mean(each, words))
-    return check
+    return _OneOf(words, what)

@@ -1,16 +1,19 @@
 """A recipe: everything a user may ask of a compile, as plain data that is saved beside the result.
 
->>> parse_target("params=70%")
-('params', 0.7)
+>>> Recipe("params=70%").floor
+0.1
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from ..errors import UsageError, did_you_mean
+from . import recipe_file
 from .combinations import check_combination
 from .needs import check_needs
 from .options import (
@@ -29,21 +32,31 @@ from .options import (
     one_of,
     option,
     required,
+    spoken,
 )
 from .profiles import settled
+from .targets import parse_targets
+from .wishes import check_wishes
 
-METRICS = ("params", "body", "macs")
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
 LAYOUTS = ("auto", "uniform", "per-layer", "any")
 SEEDS = 1 << 32
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCK = 32
 """Values that a quantised type of a GGUF file keeps together."""
+DECIDING = {"calibration", "importance", "schedule", "blocks", "keep_adapter"}
+"""Options that say what suits where others are left open."""
 
 
 def _check_floor(floor: float) -> None:
     if not 0 <= floor < 1:
         raise UsageError(f"floor must be a share from 0 to below 1, not {floor}")
+
+
+def _check_lanes(lanes: int | None) -> None:
+    if lanes not in (None, 8, 16):
+        raise UsageError(f"lanes must be 8 or 16, not {lanes}",
+                         fix="16 is for AVX-512, 8 for other processors; align takes any number")
 
 
 def _check_seed(seed: int) -> None:
@@ -82,8 +95,10 @@ class Recipe(Options):
     """
 
     target: str = required(
-        MAIN, "What stays: params=70%, body=75% (all but embeddings and output layer) or macs=60%; "
-        "params~70%: the nearest that can be reached.")
+        MAIN, "What stays: params=70%, body=75% (all but embeddings and output layer), macs=60%, "
+        "bytes, memory (weights and key/value cache, @BATCHxLENGTH), active (of a mixture's "
+        "experts) or latency (in ONNX Runtime); params~70%: the nearest that can be reached; "
+        "amounts: latency@1x128=12ms, memory=300MB; several, with commas between, are limits.")
     importance: str = option(
         "auto", QUALITY, "Pass that scores slices (see `passes`). Default: taylor; for ONNX files "
         "one without gradients.", passes="importance")
@@ -103,6 +118,9 @@ class Recipe(Options):
         (), GOES, "Pattern over groups and parameters: nothing else goes. Repeatable.")
     ignore: tuple[str, ...] = option(
         (), GOES, "Pattern over groups and parameters that stay. Repeatable.")
+    keep: tuple[str, ...] = option(
+        (), GOES, "What groups keep: 'layers.0*=100%', '*mlp*=50%', '*attn*>=30%' (at least), "
+        "'*=x8' (multiples of 8). Repeatable.", metavar="PATTERN=SHARE", check=check_wishes)
     modules: tuple[str, ...] = option(
         (), GOES, "Path of a sub-module to compile in place of the whole. Repeatable.",
         flag="--module")
@@ -116,6 +134,9 @@ class Recipe(Options):
     align: int | None = option(
         None, GOES, "Widths become multiples of this. Default: what this CPU's kernels want.",
         check=at_least(1, "align must be at least 1, not {value}"))
+    lanes: int | None = option(
+        None, GOES, "Channels in a block of convolutions' kernels, which widths are multiples of "
+        "where align is not given: 8 or 16. Default: this CPU's.", check=_check_lanes)
     floor: float = option(
         0.1, GOES, "Least share of each group that stays.", check=_check_floor)
     layout: str = option(
@@ -124,8 +145,9 @@ class Recipe(Options):
         "beside), any (ours alone), or auto: what is worth it.",
         check=one_of(LAYOUTS, "layout"))
     calibration: str = option(
-        "", DATA, "A text file, sampled (what the model makes up) or none (example inputs only). "
-        "Default: the model's own data, or text that Python carries.")
+        "", DATA, "A text file, .npz or .npy arrays (or a folder of them), sampled (what the model "
+        "makes up), own (data that the model brings along), python (text that Python carries) or "
+        "none (example inputs only). Default: own, else python, else none.")
     continued: bool = option(
         False, DATA, "Let the model write on from each calibration window; repair, and scores by "
         "covariance and curvature, see that text too.")
@@ -180,9 +202,67 @@ class Recipe(Options):
     recover_batch: int = option(
         4, RECOVERY, "Windows in a batch to train on.",
         check=at_least(1, "recover_batch must be at least 1"))
+    model: str = option(
+        "", MAIN, "The model, as it is named on the command line.", recorded=True)
+    automatic: tuple[str, ...] = option(
+        (), CHECKS, "Options that were left to the compiler: what is said of them is what it took.",
+        recorded=True)
+    hashes: tuple[str, ...] = option(
+        (), CHECKS, "The sha256 of data that was read, by the option that named it.",
+        recorded=True)
+
+    @classmethod
+    def read(cls, path: str | Path, **options: object) -> Self:
+        """Read a recipe from a YAML file; `options` replace what it says.
+
+        Raises UsageError, with the line, for what cannot be, and for code that the file names.
+        """
+        place = Path(path)
+        said = recipe_file.values(cls, recipe_file.read(place), place.name, place.parent, options)
+        asked = cls.over(said, options, beside=("model",))
+        if "model" in options:
+            asked["model"] = options["model"]
+        if "target" not in asked:
+            raise UsageError(f"recipe {place.name} has no target",
+                             fix="say what stays: target: params=70%")
+        try:
+            return cls(**asked)
+        except UsageError as problem:
+            raise recipe_file.at(problem, place.name) from None
+
+    def write(self, path: str | Path) -> None:
+        """Write the recipe to a YAML file, without what is at its default."""
+        Path(path).write_text(recipe_file.text(self), encoding="utf-8")
+
+    def but(self, options: Mapping[str, object], beside: Iterable[str] = ()) -> Self:
+        """Return the recipe with some keywords replaced; what is known of the old ones goes.
+
+        Raises UsageError for a keyword that is none (nor among `beside`), or an unfit value.
+        """
+        return type(self)(**self.over({e.name: getattr(self, e.name) for e in known(type(self))},
+                                      options, beside))
+
+    @classmethod
+    def over(cls, values: Mapping[str, Any], options: Mapping[str, object],
+             beside: Iterable[str] = ()) -> dict[str, Any]:
+        """Return values by field, some of them replaced by keywords, as `but` does."""
+        words = {entry.keyword: entry.name for entry in spoken(cls)}
+        for word in sorted(options.keys() - words.keys() - {*beside}):
+            raise UsageError(f"there is no option {word!r}",
+                             fix=did_you_mean(word, {*words, *beside}))
+        given = {words[word]: value for word, value in options.items() if word in words}
+        if {"align", "lanes", "runtime"} & given.keys():
+            given = {"align": None, "lanes": None, **given}
+        values = dict(values)
+        if DECIDING & given.keys():  # what was left to the compiler is decided anew
+            values |= {name: "auto" for name in values.pop("automatic", ())}
+        kept = {"automatic": [n for n in values.get("automatic", ()) if n not in given],
+                "hashes": [h for h in values.get("hashes", ())
+                           if re.split("[.=]", h)[0] not in given]}
+        return {**values, **kept, **given}
 
     def __post_init__(self) -> None:
-        parse_target(self.target)
+        parse_targets(self.target)
         super().__post_init__()
         self._settle()
         check_combination(self.combine, len(self.adapters), self.keep_adapter)
@@ -244,31 +324,3 @@ def parse_blocks(text: str) -> int | tuple[str, ...] | None:
         raise UsageError(f"cannot read blocks {text!r}",
                          fix="give a number, auto, or paths with commas between")
     return paths
-
-
-def is_nearest(target: str) -> bool:
-    """Whether the nearest share that can be reached will do (`params~70%`)."""
-    return "~" in target
-
-
-def parse_target(text: str) -> tuple[str, float]:
-    """Return (metric, share that stays); raises UsageError for anything but 0% < share < 100%."""
-    form = "write metric=share, e.g. params=70%, body=75% or macs=60%: the share that stays " \
-           "(params~70%: the nearest to it that can be reached)"
-    if not isinstance(text, str):
-        raise UsageError(f"a target is text, not {text!r}", fix=form)
-    found = re.fullmatch(r"\s*(\w+)\s*[=~]\s*([-+]?[\d.]+)\s*(%?)\s*", text)
-    if not found:
-        raise UsageError(f"cannot read target {text!r}", fix=form)
-    metric, number, percent = found.groups()
-    if metric not in METRICS:
-        raise UsageError(f"unknown metric {metric!r} in target {text!r}",
-                         fix=did_you_mean(metric, METRICS))
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError as problem:
-        raise UsageError(f"cannot read target {text!r}", fix=form) from problem
-    if not 0 < share < 1:
-        raise UsageError(f"target {text!r} is out of range",
-                         why="the share that stays must lie between 0% and 100%", fix=form)
-    return metric, share

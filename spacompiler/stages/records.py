@@ -31,7 +31,8 @@ Progress = Callable[[str, int, int], None]
 class Request:
     """What is wanted: a recipe, the passes that it names, and the data.
 
-    `compensation`, `schedule` and `recovery` are None where nothing is repaired or trained.
+    `compensation`, `schedule` and `recovery` are None where nothing is repaired or trained. `model`
+    is what finds the model again, "" where only the user has it.
     `notes` is what the steps have to tell the user, in their order; it only grows.
     """
 
@@ -48,6 +49,7 @@ class Request:
     loss: Callable[..., torch.Tensor] = default_loss
     tokenizer: Any = None
     name: str = ""
+    model: str = ""
     tell: Progress = lambda stage, done, total: None
     notes: list[str] = field(default_factory=list)
 

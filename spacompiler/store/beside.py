@@ -38,7 +38,7 @@ NEVER = ("*.py", "*.pyc", "*.so", "*.dll", "*.sh", "*.bat", "*.exe", "*.ipynb", 
          "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.h5", "*.msgpack", "*.npy", "*.npz")
 RENAMED = {"README.md": "README.dense.md"}
 WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "report.*", "plan.json",
-           "recipe.json", "slices.json", "structure.json", "dense_config.json", "MANIFEST.json",
+           "recipe.*", "slices.json", "structure.json", "dense_config.json", "MANIFEST.json",
            "model*.onnx", "model*.onnx.data", ".*", ".*/*")
 """What an artifact has its own of, and what lies hidden: not worth a word."""
 

@@ -2,9 +2,9 @@
 
     model.safetensors  config.json  tokenizer …      weights (never pickle), stock layout if uniform
     model.onnx (+ model.onnx.data)                   for ONNX Runtime
-    plan.json  recipe.json                           what was removed, what was asked
+    plan.json  recipe.yaml  recipe.json              what was removed, what was asked
     check.safetensors                                example inputs and results, for `verify`
-    report.json  report.md                           what changed, in numbers
+    report.html  report.md  report.json  README.md   what changed, in pictures and numbers
     MANIFEST.json                                    sha256 of every file
 """
 

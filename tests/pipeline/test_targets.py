@@ -14,7 +14,7 @@ from torch import nn
 import spacompiler
 from spacompiler.errors import SpaError, TargetError
 from spacompiler.pipeline import layouts
-from spacompiler.request.recipe import parse_target
+from spacompiler.request.targets import parse_target
 from spacompiler.torch_backend.emit import stock_search
 
 Q: dict[str, Any] = {"importance": "magnitude", "align": 1, "latency": False, "onnx": False,

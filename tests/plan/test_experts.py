@@ -21,6 +21,7 @@ from spacompiler.artifact.report import facts
 from spacompiler.axes.choices import Choice
 from spacompiler.axes.expressions import reasons
 from spacompiler.errors import SpaError, TargetError
+from spacompiler.groups.cost import cost
 from spacompiler.groups.solution import Group, Solution, solve
 from spacompiler.passes.taylor import Taylor
 from spacompiler.rows.aten_table import TABLE
@@ -270,3 +271,16 @@ def test_onnx_equals_torch_at_other_shapes(tmp_path: Path) -> None:
         with torch.no_grad():
             want = pruned(input_ids=ids).logits
         assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
+
+
+def test_active_parameters_are_those_of_the_experts_that_a_router_takes() -> None:
+    module, (_, solution) = built()[0], traced()
+    held = sum(p.numel() for n, p in module.named_parameters() if "experts." in n)
+    config = module.config
+    share = config.num_experts_per_tok / config.num_local_experts
+    whole, active = cost(solution, "params"), cost(solution, "active")
+    assert active.total == whole.total - held + share * held
+    one = experts(solution)[0]
+    before = active.total
+    router = active.set({one.atom: one.size - 1}) - before
+    assert router == -module.model.layers[0].mlp.gate.weight.shape[1]

@@ -1,0 +1,127 @@
+"""A compile can be repeated by the recipe that its artifact holds."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import spacompiler
+from spacompiler.cli.main import app
+from spacompiler.errors import UsageError
+from spacompiler.request.recipe import Recipe
+from spacompiler.torch_backend import machine
+
+GALLERY = Path(__file__).parents[2] / "docs" / "recipes"
+QUICK = {"importance": "magnitude", "onnx": False, "prove": False, "latency": False}
+
+
+def files(folder):
+    return {str(Path(at, n).relative_to(folder)) for at, _, names in os.walk(folder) for n in names}
+
+
+def same(one, other):
+    assert files(one) == files(other)
+    return filecmp.cmpfiles(one, other, files(one), shallow=False)[1:] == ([], [])
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 32, 3), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(32 * 4, 4))
+
+
+def test_an_artifact_is_made_again_by_its_recipe(tmp_path):
+    told = []
+    spacompiler.compile("zoo:mlp", target="params~70%", latency=False, onnx=False,
+                        out=tmp_path / "a")
+    made = Recipe.read(tmp_path / "a" / "recipe.yaml")
+    assert made.importance == "taylor(per='token')" and made.lanes in (8, 16)
+    assert made.automatic == ("importance", "allocation", "repair")
+    spacompiler.compile(made, out=tmp_path / "b", progress=lambda *a: told.append(a))
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_command_line_takes_a_recipe_and_replaces_parts(tmp_path):
+    path = tmp_path / "r.yaml"
+    Recipe("macs=60%", model="zoo:mlp", align=1, **QUICK, approximate=True).write(path)
+    done = CliRunner().invoke(app, ["compile", "--recipe", str(path), "--floor", "0.2",
+                                    "--out", str(tmp_path / "a")])
+    assert done.exit_code == 0, done.stderr
+    made = Recipe.read(tmp_path / "a" / "recipe.yaml")
+    assert (made.floor, made.approximate, made.onnx) == (0.2, True, False)
+    for arguments, what in (([], "no model is named"), (["zoo:mlp"], "there is no target")):
+        done = CliRunner().invoke(app, ["compile", *arguments, "--dry-run", *(
+            [] if arguments else ["--target", "params=50%"])])
+        assert done.exit_code == 2 and what in done.stderr
+
+
+def test_widths_do_not_depend_on_the_machine_that_repeats(tmp_path, monkeypatch):
+    inputs = (torch.randn(2, 3, 6, 6),)
+    monkeypatch.setattr("spacompiler.pipeline.layouts.lanes", lambda: 16)
+    monkeypatch.setattr("spacompiler.pipeline.resolved.lanes", lambda: 16)
+    first = spacompiler.compile(net(), inputs, target="params~60%", dry_run=True, **QUICK)
+    recipe = Recipe(**first.plan.recipe)
+    for place in ("layouts", "resolved"):
+        monkeypatch.setattr(f"spacompiler.pipeline.{place}.lanes", lambda: 8)
+    other = spacompiler.compile(net(), inputs, target="params~60%", dry_run=True, **QUICK)
+    again = spacompiler.compile(net(), inputs, recipe=recipe, dry_run=True)
+    assert machine.lanes() in (8, 16) and first.plan.kept != other.plan.kept
+    assert again.plan.to_json() == first.plan.to_json()
+
+
+def test_data_that_was_handed_over_is_asked_for_again(tmp_path):
+    inputs, batches = (torch.randn(2, 3, 6, 6),), [(torch.ones(2, 3, 6, 6),)]
+    first = spacompiler.compile(net(), inputs, target="params~60%", dry_run=True, onnx=False,
+                                importance="wanda", calibration=batches)
+    recipe = Recipe(**first.plan.recipe)
+    assert recipe.calibration == "given" and recipe.model == ""
+    assert recipe.hashes[0].startswith("calibration=")
+    again = spacompiler.compile(net(), inputs, recipe=recipe, dry_run=True, calibration=batches)
+    assert again.plan.to_json() == first.plan.to_json()
+    with pytest.raises(UsageError, match="was given in Python"):
+        spacompiler.compile(net(), inputs, recipe=recipe, dry_run=True)
+    with pytest.raises(UsageError, match="names no model"):
+        spacompiler.compile(recipe, dry_run=True)
+
+
+def test_a_file_that_changed_since_is_refused(tmp_path):
+    place = tmp_path / "x.npy"
+    import numpy as np
+
+    np.save(place, np.ones((2, 3, 6, 6), "float32"))
+    inputs = (torch.randn(2, 3, 6, 6),)
+    first = spacompiler.compile(net(), inputs, target="params~60%", dry_run=True, onnx=False,
+                                importance="wanda", calibration=str(place))
+    recipe = Recipe(**first.plan.recipe)
+    np.save(place, np.zeros((2, 3, 6, 6), "float32"))
+    with pytest.raises(UsageError, match="not what the recipe was carried out with"):
+        spacompiler.compile(net(), inputs, recipe=recipe, dry_run=True)
+    assert spacompiler.compile(net(), inputs, recipe=recipe.but({"calibration": "none"}),
+                               dry_run=True).plan.recipe["hashes"] == ()
+
+
+# What takes long (a mixture's experts, the files) is carried out by benchmarks/gallery.py.
+SMALL = {"importance": "magnitude", "calibration": "none", "repair": "none", "align": 1}
+
+
+@pytest.mark.parametrize("name, model, more", [
+    ("convolutional", "", {}), ("hidden-dimension", "", {}),
+    ("text-classifier", "", SMALL), ("vision-transformer", "", SMALL),
+    ("language-model", "zoo:llama-gqa", {**SMALL, "allocation": "uniform"}),
+    ("depth", "zoo:llama-gqa", {**SMALL, "blocks": "model.layers.1"}),
+    ("lora-guided", "zoo:llama-gqa", {
+        "schedule": "lora-prune(steps=2)", "align": 1,
+        "calibration": [{"input_ids": torch.arange(24).reshape(2, 12)}] * 3}),
+    ("onnx-file", "zoo:mlp", {})])
+def test_recipes_of_the_gallery_come_to_a_plan(name, model, more):
+    recipe = Recipe.read(GALLERY / f"{name}.yaml")
+    found = spacompiler.compile(model or recipe.model, recipe=recipe, dry_run=True,
+                                onnx=False, prove=False, latency=False, **more)
+    cost = found.plan.costs["params"]
+    assert cost["pruned"] < cost["dense"]
