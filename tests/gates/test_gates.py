@@ -1,5 +1,6 @@
 """Learned gates: what is folded computes what the gates did, targets are met, mechanisms act."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from spacompiler.artifact.recorded import claims
 from spacompiler.evidence.calibration import Calibration
 from spacompiler.evidence.losses import labelled
 from spacompiler.gates import gating, scaling
@@ -27,6 +29,7 @@ from spacompiler.passes.polarise import Polarise
 from spacompiler.passes.progressive import Progressive
 from spacompiler.passes.tas import Tas
 from spacompiler.plan import legal
+from spacompiler.plan.plan import Plan
 from spacompiler.plan.problem import Problem
 from spacompiler.stages.proof import relative_error
 from spacompiler.stages.records import Scheduling
@@ -174,6 +177,14 @@ def test_the_hidden_dimension_is_gated_and_its_gates_are_one_or_zero(traced):
         gated = Gated(task.trace, task.solution, scored.candidates).call(
             call(task), gates, double=True)
     assert relative_error(gated, masked_dense(task.trace, task.solution, chosen)) <= 1e-10
+
+
+@pytest.mark.parametrize("schedule, words", [("grasp-gates", ""), ("", "repairs nothing")])
+def test_factors_are_a_repair_that_the_recipe_names(schedule, words, tmp_path):
+    recipe = {"model": "m", "repair": "none", "schedule": schedule}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert words in claims(tmp_path, {}, {"repaired": ["a"]}, Plan({}, {}))
+    assert bool(claims(tmp_path, {}, {"repaired": ["a"]}, Plan({}, {}))) == bool(words)
 
 
 def test_a_budget_comes_down_step_by_step(traced, monkeypatch):
