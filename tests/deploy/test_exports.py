@@ -58,7 +58,21 @@ def no_bias(kind: Any, rank: int) -> Any:
                     torch.randn(2, 2, *(5,) * rank))
 
 
+class Pooled(nn.Module):
+    """A pooling to one place of a value that lies with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).contiguous(memory_format=torch.channels_last)
+        return self.out(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 CASES: dict[str, Any] = {
+    "rms norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8)), torch.randn(3, 6)),
+    "channels last": lambda: (Pooled(), torch.randn(2, 2, 4, 4)),
     "conv3d": no_bias(nn.Conv3d, 3), "conv2d": no_bias(nn.Conv2d, 2),
     "positions": lambda: (Positions(), torch.randint(0, 50, (2, 12))),
     "projected": lambda: (Projected(), torch.randn(3, 5, 6)),

@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import Argument
 
 Known = Callable[[str], bool]
@@ -74,8 +75,8 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = make_fx(functionalize(call), decomposition_table=dict(table))(
-            *(_on_cpu(n.meta["val"]) for n in operands))
+        traced = _traced(call, table, [_on_cpu(n.meta["val"]) for n in operands])
+    _drop_restrides(traced.graph)
     for inner in traced.graph.nodes:
         if (inner.op == "call_function" and not fits(inner)) or inner.op not in _OPS:
             raise ValueError(f"{node.target} consists of {inner.target}")
@@ -85,6 +86,44 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
     with node.graph.inserting_before(node):
         result = node.graph.graph_copy(traced.graph, places)
     _take_place(node, result)
+
+
+def _traced(call: Callable[..., Any], table: Mapping[Any, Any], values: list[Any]) -> fx.GraphModule:
+    """The operations that a call consists of, none of which writes into an operand.
+
+    What torch's own code consists of may write into what it made (the mean of an RMSNorm, to which
+    its constant is added): that shows only once the call is taken apart, so that it is then traced
+    again, without writes, before the table is asked.
+    """
+    traced = make_fx(functionalize(call), decomposition_table=dict(table))(*values)
+    if any(_writes(node) for node in traced.graph.nodes):
+        plain = make_fx(functionalize(call))(*values)
+        traced = make_fx(functionalize(plain), decomposition_table=dict(table))(*values)
+    return traced
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _drop_restrides(graph: fx.Graph) -> None:
+    """Take out what only says how a value of one place along a dimension lies in memory, in place.
+
+    A pooling to one place does so where its operand lies with channels last.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default):
+        source = node.args[0]
+        if len(node.args) == 3 and _lie_alike(source.meta["val"], node.meta["val"]):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _lie_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two values of equal shapes have the same strides wherever there are several places.
+    """
+    return one.shape == other.shape and all(
+        size == 1 or statically_known_true(a == b)
+        for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
 
 
 def _on_cpu(value: object) -> Any:
