@@ -1,7 +1,9 @@
 """What torch's ONNX exporter writes wrongly, or fails on, said in a way that it gets right.
 
 Pieces along a dimension that varies become slices, an LSTM with projections (which ONNX has not)
-its own steps, and a bias of zeros that the exporter made for none is left out.
+its own steps, a pooling of single places (which ONNX Runtime merges wrongly with a padding before
+it) slices with steps, an einsum of numbers of several types one of a single type, and a bias of
+zeros that the exporter made for none is left out.
 """
 
 from __future__ import annotations
@@ -30,6 +32,56 @@ def spell_out(module: GraphModule) -> None:
         elif node.target is _ATEN.lstm.input and _is_projected(node):
             table = {_ATEN.lstm.input: decomposition_table[_ATEN.lstm.input]}
             replace(node, table, fake_mode(module), lambda inner: True)
+        elif str(node.target).startswith("aten.avg_pool") and _takes_single_places(node):
+            _strided(node)
+        elif node.target is _ATEN.einsum.default:
+            _alike(node)
+
+
+def _takes_single_places(node: Node) -> bool:
+    """True for avg_pool(x, kernel, stride, padding, ceil_mode, ...) with windows of one place."""
+    kernel, _, padding, ceil = (*node.args[1:], *(None,) * 3)[:4]
+    return not node.kwargs and set(_list(kernel)) == {1} and not any(_list(padding)) and not ceil
+
+
+def _list(value: object) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _strided(node: Node) -> None:
+    """A pooling of windows of one place takes every n-th place along its last dimensions."""
+    now, kernel = node.args[:2]
+    steps = _list(node.args[2]) if len(node.args) > 2 else []
+    rank = int(str(node.target).partition("avg_pool")[2][0])
+    steps = (steps or _list(kernel)) * (rank if len(steps or _list(kernel)) == 1 else 1)
+    with node.graph.inserting_before(node):
+        for dim, step in zip(range(-rank, -1), steps, strict=False):
+            now = _number(node.graph, _ATEN.slice.Tensor, (now, dim, 0, _END, step),
+                          _sliced(now, dim, step))
+    node.target, node.args = _ATEN.slice.Tensor, (now, -1, 0, _END, steps[-1])
+
+
+_END = 2**63 - 1
+
+
+def _sliced(node: object, dim: int, step: int) -> torch.Tensor:
+    value = _value(node)
+    with value.fake_mode:
+        made: torch.Tensor = _ATEN.slice.Tensor(value, dim, 0, _END, step)
+    return made
+
+
+def _alike(node: Node) -> None:
+    """Cast the operands of an einsum to the type of its result: the exporter takes another one."""
+    kind = _value(node).dtype
+    operands: Any = node.args[1]
+    with node.graph.inserting_before(node):
+        made = [x if _value(x).dtype == kind else _number(
+            node.graph, _ATEN._to_copy.default, (x,), _value(x).to(kind)) for x in operands]
+        for cast, x in zip(made, operands, strict=True):
+            if cast is not x:
+                cast.kwargs = {"dtype": kind}
+    node.args = (node.args[0], made, *node.args[2:])
 
 
 def _dim(node: Node) -> Any:

@@ -70,7 +70,28 @@ class Pooled(nn.Module):
         return self.out(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Thinned(nn.Module):
+    """Every other place, shifted by one: a padding, and a pooling with windows of one place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(nn.functional.pad(x, (1, 0, 1, 0))[..., :-1, :-1], 1, 2)
+
+
+class Counted(nn.Module):
+    """Frequencies times whole numbers, in an einsum of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.einsum("i, j -> i j", torch.arange(4), self.table)
+        return x[:, None] * places.sin()
+
+
 CASES: dict[str, Any] = {
+    "thinned": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), Thinned()), torch.randn(2, 2, 6, 6)),
+    "counted": lambda: (Counted(), torch.randn(2, 3)),
     "rms norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8)), torch.randn(3, 6)),
     "channels last": lambda: (Pooled(), torch.randn(2, 2, 4, 4)),
     "conv3d": no_bias(nn.Conv3d, 3), "conv2d": no_bias(nn.Conv2d, 2),
