@@ -153,6 +153,9 @@ def structure(job: Compiled) -> dict[str, Any]:
                                      if not isinstance(v, torch.Tensor)}}}
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     from ..deploy.export import export_onnx
     from ..deploy.parity import parity
@@ -161,7 +164,7 @@ def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
     program = pruned_program(job.made)
     export_onnx(program, path, input_names=job.trace.graph.inputs, axes=axis_names(job.trace),
                 **options)
-    sets = [other_inputs(job.trace, k, positions(job.reference)) for k in (0, 1)]
+    sets = _served(job)
     feeds = [feed(job.trace, *s) for s in sets]
     found = {id(feed): s for feed, s in zip(feeds, sets, strict=True)}
 
@@ -177,6 +180,27 @@ def _onnx(job: Compiled, folder: Path) -> tuple[list[dict[str, Any]], dict[str, 
              "max_rel": c.max_rel} for c in checks]
     return rows, measured(job, "latency", lambda: _latency(job, path)) \
         if job.recipe.latency else None
+
+
+def _served(job: Compiled) -> list[Call]:
+    """Example inputs at other sizes, as far as the module itself takes them.
+
+    Whole numbers may point into another input (the edges of a graph into its nodes): with fewer
+    of these they point nowhere.
+    """
+    found, problem = [], ""
+    for which in (0, 1):
+        call = other_inputs(job.trace, which, positions(job.reference))
+        try:
+            results(job.pruned, *call)
+        except Exception as raised:  # any code may run here
+            problem = str(raised).strip().splitlines()[0] if str(raised) else type(raised).__name__
+        else:
+            found.append(call)
+    if problem:
+        job.notes.append("model.onnx was not checked at all sizes: the module itself does not take "
+                         f"some ({problem})")
+    return found or [(job.trace.args, dict(job.trace.kwargs))]
 
 
 def _latency(job: Compiled, path: Path) -> dict[str, Any]:

@@ -85,7 +85,15 @@ def why_none(solution: Solution, *, roles: Sequence[str], only: Sequence[str],
             counts["under a norm that would take other statistics (needs --approximate)"] += 1
     found = len(solution.groups)
     return f"groups found: {found}" + "".join(
-        f"; {number} {reason}" for reason, number in counts.items())
+        f"; {number} {reason}" for reason, number in counts.items()) + _unknown(solution)
+
+
+def _unknown(solution: Solution) -> str:
+    """Which operators freeze what they touch because no row knows them, by name and place."""
+    names = list(dict.fromkeys(node.title() for node in solution.solver.opaque))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"; unknown operators keep what they touch: {', '.join(names[:3])}{more}" \
+        if names else ""
 
 
 def _match(name: str, patterns: Iterable[str]) -> bool:

@@ -71,10 +71,25 @@ def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
             fix="give inputs that it runs on") from problem
     difference = runs_like(module, args, kwargs, traced)
     if difference and not runs_like(module, args, kwargs, _called_again(module, args, kwargs)):
-        raise ProofError(
-            "the traced program does not compute what the module does", why=difference,
-            fix="the module's code may write into values that others alias, or choose by data")
+        raise _unlike(module, args, kwargs, difference)
     return prove(trace, decided.solution, decided.choices, seed=seed)
+
+
+def _unlike(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+            difference: str) -> ProofError:
+    """Why a traced program is not its module: by the arrays that a call gives other memory."""
+    what = "the traced program does not compute what the module does"
+    before = {name: array.data_ptr() for name, array in module.state_dict().items()}
+    _called_again(module, args, kwargs)
+    moved = [n for n, a in module.state_dict().items() if a.data_ptr() != before.get(n)]
+    if not moved:
+        return ProofError(what, why=difference, fix="the module's code may write into values that "
+                                                    "others alias, or choose by data")
+    return ProofError(
+        what, where=moved[0], why=f"each call computes {len(moved)} of its arrays anew from "
+        f"others, and puts them in their places; {difference}",
+        fix="give a module without that code: with what it computed as its weights (a "
+            "re-parametrised block as its one convolution)")
 
 
 def _called_again(module: nn.Module, args: tuple[Any, ...],

@@ -24,7 +24,8 @@ _UNREADABLE: tuple[tuple[Test, str, str], ...] = (
 
 
 def check_readable(module: object, *, values: bool = True) -> None:
-    """Raise SpaError for an array without values, UsageError for a call in inference mode.
+    """Raise SpaError for an array without values or a part that no attribute reaches, UsageError
+    for a call in inference mode.
 
     Where no `values` are needed, an array must have a size only.
     """
@@ -34,10 +35,25 @@ def check_readable(module: object, *, values: bool = True) -> None:
         raise UsageError("a model cannot be compiled in inference mode",
                          why="what is made there cannot be trained, and scores need gradients",
                          fix="call it outside of torch.inference_mode()")
+    for path, part in module.named_modules():
+        for name in part._modules:
+            _check_reachable(path, part, name)
     for kind, name, tensor in _arrays(module):
         for wrong, why, fix in _UNREADABLE if values else _UNREADABLE[:1]:
             if wrong(tensor):
                 raise SpaError(f"{kind} {name} {why}", where=type(module).__name__, fix=fix)
+
+
+def _check_reachable(path: str, part: nn.Module, name: str) -> None:
+    """Raise SpaError for a part under the name of something that its owner's class has."""
+    inner = part._modules[name]
+    if inner is not None and hasattr(type(part), name) and getattr(part, name, None) is not inner:
+        full = f"{path}.{name}" if path else name
+        raise SpaError(
+            f"the part {full!r} cannot be reached", where=type(part).__name__,
+            why=f"{type(part).__name__}.{name} is something of its class, which hides it",
+            fix=f"rename it, or take it away (module{'.' + path if path else ''}._modules"
+                f".pop({name!r})) where it only lists what other parts hold")
 
 
 def check_exportable(inputs: object) -> None:
