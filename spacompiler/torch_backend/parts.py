@@ -199,10 +199,28 @@ def enter(subject: Subject, calibration: Calibration,
                         for args, kwargs in given]
                        for given in (calibration.batches, calibration.beside))
     notes = [f"compiled in parts: {', '.join(paths)}",
-             *filter(None, (left_out(whole, paths),))]
+             *filter(None, (left_out(whole, paths), _packed(whole, subject.inputs)))]
     return replace(subject, model=parts, inputs=inputs, whole_inputs=subject.inputs,
                    parts=tuple(paths), backend=PARTS), \
         replace(calibration, batches=batches, beside=beside), notes
+
+
+def _packed(whole: nn.Module, inputs: Inputs) -> str:
+    """Say which recurrent layers read packed sequences, which no trace holds, and what helps."""
+    found: dict[str, None] = {}
+    args, kwargs = as_call(inputs)
+    with untouched(whole), ExitStack() as hooks, torch.no_grad():
+        for path, part in whole.named_modules():
+            if isinstance(part, nn.RNNBase):
+                def note(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                    if args and isinstance(args[0], nn.utils.rnn.PackedSequence):
+                        found[path] = None
+
+                hooks.callback(part.register_forward_pre_hook(note).remove)
+        if any(isinstance(part, nn.RNNBase) for part in whole.modules()):
+            whole(*args, **kwargs)
+    return f"{', '.join(found)} read packed sequences, which cannot be traced, and stay: to let " \
+        "their units go, give them padded batches (drop pack_padded_sequence)" if found else ""
 
 
 def of(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Parts, tuple[Call, ...]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import spacompiler
 from spacompiler.deploy.decoder import export_decoder
 from spacompiler.deploy.export import Form, export_onnx
 from spacompiler.deploy.inputs import latency_inputs, other_inputs
@@ -152,3 +153,24 @@ def test_a_decoder_starts_with_a_cache_of_batch_and_length_zero(name: str,
     with torch.no_grad():
         want = model(input_ids=torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+class Edges(nn.Module):
+    """Sums over the edges of a graph, whose numbers point into its nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).relu()
+        return self.out(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+
+
+def test_a_network_of_a_graph_is_checked_at_sizes_that_it_takes(tmp_path: Path) -> None:
+    call = (torch.randn(8, 4), torch.tensor([[0, 7, 3, 5, 6], [7, 1, 2, 0, 4]]))
+    result = spacompiler.compile(Edges().eval(), call, target="params~60%",
+                                 importance="magnitude", align=1, latency=False)
+    result.save(tmp_path / "out")
+    assert (tmp_path / "out/model.onnx").exists()
+    assert any("the module itself does not take some" in note for note in result.job.notes)

@@ -53,6 +53,72 @@ def test_arrays_without_usable_values_are_named(make: Any, words: str) -> None:
             call(make())
 
 
+class Shadowed(nn.Module):
+    """Registers a part as `parameters`, which every module has a method of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+        self._modules["parameters"] = nn.ParameterList(self.net[0].parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def packed() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
+
+
+@pytest.mark.parametrize("make, words", [
+    (Shadowed, r"the part 'parameters' cannot be reached[\s\S]*_modules.pop\('parameters'\)"),
+    (packed, r"layer 0 is quantised[\s\S]*compile the module in floating point")])
+def test_parts_that_cannot_be_read_are_named(make: Any, words: str) -> None:
+    with pytest.raises(SpaError, match=words):
+        compiled(make())
+
+
+@torch.library.custom_op("spatest::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+@halved.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Halving(nn.Module):
+    """An operator of the user's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return halved(x)
+
+
+def test_nothing_to_prune_names_the_operators_that_no_row_knows() -> None:
+    with pytest.raises(TargetError, match=r"unknown operators keep what they touch: "
+                                          r"spatest\.halved\.default in 1 \(.*test_refusals.py:"):
+        compiled(nn.Sequential(nn.Linear(16, 64), Halving(), nn.Linear(64, 4)))
+
+
+class Fused(nn.Module):
+    """Computes its weight from two others at every call, as blocks that are re-parametrised do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.fused = nn.Linear(16, 64), nn.Linear(16, 64), nn.Linear(16, 64)
+        self.out = nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.fused.weight.data = self.one.weight.data.detach() + self.two.weight.data.detach()
+        return self.out(self.fused(x).relu())
+
+
+def test_weights_that_each_call_computes_anew_are_named() -> None:
+    with pytest.raises(ProofError, match=r"in fused.weight|fused\.weight") as problem:
+        compiled(Fused(), target="params~90%")
+    assert "each call computes 1 of its arrays anew" in problem.value.why
+
+
 def test_groups_of_a_model_without_values_can_be_looked_at() -> None:
     with torch.device("meta"):
         assert spacompiler.inspect(mlp(), X).groups

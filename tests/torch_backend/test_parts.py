@@ -305,3 +305,27 @@ def test_a_part_as_a_program_has_the_signature_of_the_part():
     result = spacompiler.compile(Asking(Sized), INPUTS, target="body=67%", **FAST)
     assert result.job.emission == "program"
     assert list(inspect.signature(result.module.blocks[0].forward).parameters) == ["x"]
+
+
+class Packs(nn.Module):
+    """Packs its sequences for its LSTM, as code for sequences of several lengths does."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True,
+                                                   enforce_sorted=False)
+        return self.head(nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0],
+                                                          batch_first=True)[0])
+
+
+def test_a_layer_that_reads_packed_sequences_is_named_with_what_helps():
+    result = spacompiler.compile(
+        Packs().eval(), (torch.randn(3, 5, 6), torch.tensor([5, 3, 2])), target="body~80%",
+        importance="magnitude", align=1, latency=False, onnx=False)
+    assert "compiled in parts: head" in result.job.notes
+    assert any(n.startswith("lstm read packed sequences") and "drop pack_padded_sequence" in n
+               for n in result.job.notes)

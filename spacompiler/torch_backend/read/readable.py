@@ -36,6 +36,7 @@ def check_readable(module: object, *, values: bool = True) -> None:
                          why="what is made there cannot be trained, and scores need gradients",
                          fix="call it outside of torch.inference_mode()")
     for path, part in module.named_modules():
+        _check_unpacked(path, part)
         for name in part._modules:
             _check_reachable(path, part, name)
     for kind, name, tensor in _arrays(module):
@@ -54,6 +55,17 @@ def _check_reachable(path: str, part: nn.Module, name: str) -> None:
             why=f"{type(part).__name__}.{name} is something of its class, which hides it",
             fix=f"rename it, or take it away (module{'.' + path if path else ''}._modules"
                 f".pop({name!r})) where it only lists what other parts hold")
+
+
+def _check_unpacked(path: str, part: nn.Module) -> None:
+    """Raise SpaError for a layer of torch.ao.quantization, whose weights are one packed object."""
+    packed = vars(part).get("_packed_params")
+    if isinstance(packed, torch.ScriptObject):
+        raise SpaError(
+            f"layer {path.removesuffix('._packed_params') or type(part).__name__} is quantised",
+            why=f"its weights are packed for a kernel ({type(part).__name__} of "
+                f"{type(part).__module__}), and cannot be cut",
+            fix="compile the module in floating point, and quantise the result")
 
 
 def check_exportable(inputs: object) -> None:
