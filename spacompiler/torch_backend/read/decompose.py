@@ -88,7 +88,8 @@ def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
     _take_place(node, result)
 
 
-def _traced(call: Callable[..., Any], table: Mapping[Any, Any], values: list[Any]) -> fx.GraphModule:
+def _traced(call: Callable[..., Any], table: Mapping[Any, Any],
+            values: list[Any]) -> fx.GraphModule:
     """The operations that a call consists of, none of which writes into an operand.
 
     What torch's own code consists of may write into what it made (the mean of an RMSNorm, to which

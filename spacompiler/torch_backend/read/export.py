@@ -20,6 +20,7 @@ from ...evidence.labels import as_example
 from ...rows.aten_table import TABLE
 from ...system.process import quiet
 from ..caches import cacheless
+from ..experts import experts_in_groups
 from ..run.runner import Runner
 from ..trace import Program, Trace
 from ..untouched import untouched
@@ -47,12 +48,12 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
                          fix="give the Python module that it was made from")
     args, kwargs = as_call(as_example(module, inputs))
     kwargs = cacheless(module, kwargs)
-    with untouched(module):
+    with untouched(module), experts_in_groups(module):
         program = _record(module, args, kwargs) if quick else None
         program = program or _export(module, args, kwargs)
     if any(spec.kind is OutputKind.PARAMETER_MUTATION
            for spec in program.graph_signature.output_specs):
-        with untouched(module), torch.no_grad():
+        with untouched(module), experts_in_groups(module), torch.no_grad():
             module(*args, **kwargs)
             program = _export(module, args, kwargs)
     drop_asserts(program.graph)
