@@ -37,18 +37,17 @@ def check_readable(module: object, *, values: bool = True) -> None:
                          fix="call it outside of torch.inference_mode()")
     for path, part in module.named_modules():
         _check_unpacked(path, part)
-        for name in part._modules:
-            _check_reachable(path, part, name)
+        for name, inner in part.named_children():
+            _check_reachable(path, part, name, inner)
     for kind, name, tensor in _arrays(module):
         for wrong, why, fix in _UNREADABLE if values else _UNREADABLE[:1]:
             if wrong(tensor):
                 raise SpaError(f"{kind} {name} {why}", where=type(module).__name__, fix=fix)
 
 
-def _check_reachable(path: str, part: nn.Module, name: str) -> None:
+def _check_reachable(path: str, part: nn.Module, name: str, inner: nn.Module) -> None:
     """Raise SpaError for a part under the name of something that its owner's class has."""
-    inner = part._modules[name]
-    if inner is not None and hasattr(type(part), name) and getattr(part, name, None) is not inner:
+    if hasattr(type(part), name) and getattr(part, name, None) is not inner:
         full = f"{path}.{name}" if path else name
         raise SpaError(
             f"the part {full!r} cannot be reached", where=type(part).__name__,
