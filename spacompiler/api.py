@@ -33,7 +33,7 @@ from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
 from .torch_backend.read.readable import check_exportable, check_readable
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a compile made: `module` is the pruned module (None after a dry run)."""
 
@@ -55,6 +55,12 @@ class Result:
     def solution(self) -> Solution:
         """The solved axes and groups."""
         return self.job.solution
+
+    def __repr__(self) -> str:
+        """A few lines: what is left, how it was proved, where it lies."""
+        from .artifact.report import summary
+
+        return summary(self.job, self.path)
 
     @alone()
     def save(self, out: str | Path) -> Path:
@@ -167,6 +173,8 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
         check_out(errand.out)
     found = _source(model, inputs, given.tokenizer, errand.trust_remote_code, recipe,
                     given.progress)
+    if found.adapter:
+        recipe = replace(recipe, adapters=(found.adapter, *recipe.adapters))
     if inputs is None:
         found.inputs, data = example_of(found.module, found.inputs, given.calibration)
         given = replace(given, calibration=data)
@@ -187,7 +195,7 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
     ask = replace(ask, model=model if isinstance(model, str) else
                   "" if _kind(given.name) == "module" else given.name)
     subject = replace(subject, source=found.facts or {"kind": _kind(given.name)},
-                      folder=found.folder)
+                      folder=found.folder, sound=found.sound)
     ask.notes.extend(found.notes)
     result = Result(run(ask, subject, dry_run=errand.dry_run))
     if out is not None:

@@ -36,3 +36,23 @@ def test_code_blocks_run(page, tmp_path):
 def test_the_readme_has_blocks():
     kinds = [kind for kind, _ in blocks(PAGES[0])]
     assert kinds.count("bash") >= 4 and kinds.count("python") >= 2
+
+
+def test_every_promise_names_tests_that_there_are():
+    """A row of SECURITY.md names files, and functions of the file that was named last."""
+    files = {path.name: path for path in (*ROOT.glob("tests/**/test_*.py"),
+                                          *ROOT.glob("benchmarks/*.py"))}
+    found = 0
+    for row in (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in row.split("|")]
+        if len(cells) != 4 or cells[1] in ("promise", "---"):
+            continue
+        named, text = re.findall(r"(?:[\w/]*/)?(\w+\.py)|\b(test_\w+)\b(?!\.py)", cells[2]), ""
+        assert named, f"no test is named for: {cells[1]}"
+        for file, function in named:
+            text = files[file].read_text(encoding="utf-8") if file else text
+            assert not function or re.search(rf"^def {function}\(", text, re.M), function
+        for path in re.findall(r"(?:tests|benchmarks)/[\w/]+\.py", cells[2]):
+            assert (ROOT / path).is_file(), path
+        found += 1
+    assert found > 12

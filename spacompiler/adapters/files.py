@@ -59,6 +59,8 @@ def parse(text: str) -> tuple[Path, float, dict[str, Any]]:
     >>> parse("tuned(rank=4)=0.5")
     (PosixPath('tuned'), 0.5, {'rank': 4})
     """
+    if not text.strip():
+        raise UsageError("the name of the adapter is empty", fix="write DIR or DIR=0.5")
     if Path(text).exists():
         return Path(text), 1.0, {}
     place, sign, number = text.rpartition("=")
@@ -189,6 +191,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix not in LOADERS:
         raise SpaError(f"{file.name} is no file of weights that is read", where=str(file.parent),
                        fix=f"give one that ends in {', '.join(LOADERS)}")
+    unsigned = torch.uint16, torch.uint32, torch.uint64  # torch computes nothing with them
     try:
         tensors = LOADERS[file.suffix](file)
         if not isinstance(tensors, dict) or not all(
@@ -199,6 +202,10 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
                        why=str(problem).splitlines()[0] if str(problem) else "",
                        fix="copy it again, or save it as safetensors") from problem
     for name, tensor in tensors.items():
+        if tensor.dtype in unsigned:
+            raise SpaError(f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}",
+                           where=str(file), why="numbers of that type are no weights",
+                           fix="copy it again, or save it as safetensors in float32")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SpaError(f"{name} holds NaN or infinity", where=str(file),
                            fix="use an adapter with finite weights")

@@ -28,6 +28,7 @@ from ..runtime.session import open_session, run_session
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
 from ..stages.tolerances import RELOAD_FILE
+from ..store import beside
 from ..store.arrays import save_check
 from ..store.folder import write_json
 from .measured import measured
@@ -56,6 +57,7 @@ def write_file(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
                          fix="please report it")
     data["reload"] = f"the file's results are those of the model in memory to {error:.1e}"
     data["onnx"] = elsewhere(job)
+    data["files"] = _beside(job, Path(traced.file.path).parent, folder)
     save_check(folder / "check.safetensors", (), {
         n: torch.from_numpy(np.array(a)) for n, a in traced.feeds.items()},
         [torch.from_numpy(np.array(a)) for a in got])
@@ -66,6 +68,14 @@ def write_file(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     if job.recipe.latency and not refused and size <= LATENCY_BYTES:
         job.progress("measuring latency", 2, 4)
         data["latency"] = measured(job, "latency", lambda: _latency(traced, path))
+
+
+def _beside(job: Compiled, source: Path, folder: Path) -> dict[str, Any]:
+    found = beside.carry_known(source, folder)
+    if sized := [name for name in found.carried if name in beside.SIZED]:
+        job.notes.append(f"{', '.join(sized)} went along as it lay beside the file: sizes of "
+                         "layers in it are those of the dense model")
+    return found.as_dict()
 
 
 def save(model: ir.Model, path: Path) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,22 @@ def facts(job: Compiled) -> dict[str, Any]:
         "environment": environment(),
         "notes": job.notes,
     }
+
+
+def summary(job: Compiled, path: Path | None) -> str:
+    """Return at most 20 lines: what is left, how it was proved, notes, and where it lies."""
+    where = f"written to {path}" if path else "in memory" if job.emitted else "a dry run"
+    lines = [f"{job.name}: {job.plan.target}, layout {job.layout}, {where}" if job.emitted else
+             f"{job.name}: {job.plan.target}, {where}"]
+    lines += [f"{LABELS[metric]}: {pair['dense']:,} -> {pair['pruned']:,} ({share(pair)} stays)"
+              for metric, pair in job.plan.costs.items() if metric in LABELS]
+    lines.append(f"groups: {len(job.plan.kept)} of {len(job.solution.groups)} shrunk")
+    if job.proof is not None:
+        lines.append(f"proof: relative error {job.proof.error:.1e}; a wrong index gives "
+                     f"{job.proof.control or 0:.1e}")
+    lines += [f"note: {shorten(note, 160)}" for note in job.notes[:8]]
+    more = len(job.notes) - 8
+    return "\n  ".join(lines + ([f"and {more} more notes"] if more > 0 else []))
 
 
 def _loss(job: Compiled) -> dict[str, str] | None:

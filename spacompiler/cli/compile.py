@@ -24,9 +24,10 @@ Saved = Annotated[Path | None, typer.Option(
 def compile(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = False,
             **given: object) -> None:
     """Prune MODEL to a target and write a smaller model that is proved right."""
-    words, errand = asked(Recipe, given), asked(Errand, given)
-    out = errand.get("out")
-    with errors(as_json, out):
+    place = given.get("out")
+    with errors(as_json, place if isinstance(place, Path) else None):
+        words, errand = asked(Recipe, given), asked(Errand, given)
+        out = errand.get("out")
         if out is None and not errand.get("dry_run"):
             raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
         wanted = request(model, recipe, words)

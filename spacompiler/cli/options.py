@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..errors import UsageError
 from ..request.options import MAIN, PANELS, Known, Options, spoken
 
 if TYPE_CHECKING:
@@ -59,7 +60,14 @@ def _parameter(entry: Known) -> inspect.Parameter:
 
 
 def asked(table: type[Options], given: Mapping[str, object]) -> dict[str, Any]:
-    """Return what a command was given of a table, by Python's keywords."""
+    """Return what a command was given of a table, by Python's keywords.
+
+    Raises UsageError for an empty text: a variable of the shell's may have been meant.
+    """
+    for entry in spoken(table):
+        value = given.get(entry.name)
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UsageError(f"{entry.flag} is empty", fix="leave it out, or give it a value")
     found = {entry.keyword: given.get(entry.name) for entry in spoken(table)}
     return {word: tuple(value) if isinstance(value, list) else value
             for word, value in found.items() if value is not None and value != []}

@@ -156,8 +156,8 @@ class Pruner:
     def finish(self) -> None:
         """Remove what is still due, check that the target is met, and take out all hooks.
 
-        A transformers model's config is brought in step where it can say the widths (`notes` tell
-        where not), so that `save_pretrained` writes what stock transformers loads.
+        A transformers model's config is brought in step where it can say the widths, so that
+        `save_pretrained` writes what stock transformers loads; elsewhere it refuses (see `notes`).
 
         Raises TargetError if the target is missed.
         """
@@ -170,6 +170,8 @@ class Pruner:
         if self._stock:
             refused = stock.bring_config(self.live)
             self.notes += [f"the config stays as it was: {refused}"] if refused else []
+        if not stock.end_shrinking(self.model):
+            self.notes.append("no configuration says these widths: save_pretrained refuses")
 
     def stop(self) -> None:
         """Take out all hooks; the model stays as it is."""
@@ -214,6 +216,7 @@ class Pruner:
         shrank = self.live.to(later, self._optimizers)
         if shrank:
             self._look()
+            stock.begin_shrinking(self.model)
         return shrank
 
     # --- scores and counts --------------------------------------------------------------------

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from spacompiler.errors import SpaError
 from spacompiler.live.shrinking import Shrinking
 from spacompiler.plan.problem import Unit
 from spacompiler.plan.stock_units import expressible as expressible_units
 from spacompiler.torch_backend.emit import stock as hf
+from spacompiler.torch_backend.emit.unsaved import described, refuse_to_save
 from spacompiler.torch_backend.kinds import is_hf
 from spacompiler.torch_backend.weights import results, runs_like
 
@@ -51,6 +55,35 @@ def bring_config(live: Shrinking) -> str:
     if wrong:
         _set(model.config, {key: old[key] for key in changes})
     return wrong
+
+
+UNFINISHED = (
+    "this model is being pruned, and its configuration does not say its widths yet: "
+    "from_pretrained does not load what is written now; Pruner.load with the pruner's state and "
+    "load_state_dict do")
+
+
+def save_unfinished(model: Any, *args: object, **kwargs: object) -> object:
+    """Stand in for `save_pretrained` while a model shrinks: write, and warn of what is written."""
+    warnings.warn(UNFINISHED, stacklevel=2)
+    return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def begin_shrinking(model: nn.Module) -> None:
+    """Let every transformers model in a module warn where it is saved before the end."""
+    for part in filter(is_hf, model.modules()):
+        vars(part)["save_pretrained"] = partial(save_unfinished, part)
+
+
+def end_shrinking(model: nn.Module) -> bool:
+    """Let those save that their configuration describes, and the others refuse; True if all do."""
+    parts = [*filter(is_hf, model.modules())]
+    for part in parts:
+        vars(part).pop("save_pretrained", None)
+    wrong = [part for part in parts if not described(part)]
+    for part in wrong:
+        vars(part)["save_pretrained"] = refuse_to_save
+    return not wrong
 
 
 def _set(config: object, changes: Mapping[str, Any]) -> None:

@@ -115,6 +115,9 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     if what == GIVEN:
         raise UsageError("the recipe's data was given in Python, and is not part of it",
                          fix="give it again: calibration=batches, or --calibration FILE")
+    if isinstance(what, str) and not what.strip():
+        raise UsageError("the name of the data is empty",
+                         fix="leave it out, or give a file, sampled, or none")
     if what == "sampled":
         from ..torch_backend.gather.sampling import sampled
 

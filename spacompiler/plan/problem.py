@@ -138,8 +138,9 @@ def check_met(problem: Problem, kept: Mapping[str, int], *, finest: bool = False
         by = coarse.legal[-1] - coarse.legal[-2] if coarse else 1
         why = f"the nearest that could be reached is {share:.1%}" + (
             f": {coarse.name} moves in steps of {by} of {coarse.size}" if coarse else "")
-        near = f"--target '{problem.metric}~{problem.target / problem.dense:.4g}'"
-        fix = f"take what is nearest: {near}; or " + (
+        near = f"take what is nearest: --target '{problem.metric}~" \
+               f"{problem.target / problem.dense:.4g}'; or "
+        fix = ("let less stay, or " if problem.closest else near) + (
             "use --align 1 for finer steps" if by > 1 and not finest
             else "let more go: --role, --only, --ignore")
     problem.price(kept)

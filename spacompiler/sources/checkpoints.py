@@ -43,7 +43,7 @@ def from_transformers(name: str, folder: Path, trust: bool = False,
     facts, notes = pretrained.facts(folder, module, report)
     tokenizer, unread = _tokenizer(transformers, folder, trust)
     return Source(name, module, example_inputs(module), tokenizer, folder=folder, facts=facts,
-                  notes=[*notes, *unread])
+                  notes=[*notes, *unread], sound=True)
 
 
 def _model_class(transformers: ModuleType, config: PretrainedConfig) -> Any:

@@ -44,7 +44,12 @@ def load(text: str, *, trust_remote_code: bool = False, unused: Iterable[str] = 
     nothing of the hub, and takes what was fetched from there before.
     Raises UsageError for a name that cannot be right, SpaError for a model that cannot be loaded.
     """
+    if not text.strip():
+        raise UsageError("the name of the model is empty",
+                         fix="give zoo:NAME, a directory, a hub id, an .onnx file or a factory")
     kind = kind or kind_of(text)
+    if kind == "directory" and (base := _local_base(Path(text))):
+        return _adapted(text, base, trust_remote_code, unused)
     if kind == "module":
         raise SpaError(f"{text} is a module of the user's own",
                        why="its code is not recorded, only the name of its class",
@@ -57,6 +62,27 @@ def load(text: str, *, trust_remote_code: bool = False, unused: Iterable[str] = 
         found = from_transformers(text, folder, trust_remote_code, unused)
     found.kind = kind
     found.facts = {"kind": kind, **found.facts}
+    return found
+
+
+def _local_base(place: Path) -> Path | None:
+    """The directory of the model that an adapter's directory names, if it is on this machine."""
+    named = weight_files.base_of(place)
+    if not named:
+        return None
+    for found in (Path(named), place.parent / named):
+        if (found / weight_files.CONFIG).is_file():
+            return found
+    try:
+        return hub.fetch(named, local=True) if kind_of(named) == "hub" else None
+    except SpaError:  # it was never fetched
+        return None
+
+
+def _adapted(text: str, base: Path, trust: bool, unused: Iterable[str]) -> Source:
+    found = load(str(base), trust_remote_code=trust, unused=unused, kind="directory", local=True)
+    found.adapter = text
+    found.notes.append(f"{text} is an adapter: the model is {base}, which it names as its base")
     return found
 
 

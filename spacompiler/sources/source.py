@@ -18,7 +18,8 @@ class Source:
 
     `calibration(n, seed)` yields example batches where the model brings its own; `kind` is one of
     `zoo`, `onnx`, `factory`, `directory`, `hub` and `module` (the user's own), `folder` where its
-    files lie, `facts` and `notes` what a report says of it.
+    files lie, `facts` and `notes` what a report says of it, `adapter` the directory that was named
+    in place of the model that it belongs to; `sound`, that all its arrays were found finite.
     """
 
     name: str
@@ -30,3 +31,5 @@ class Source:
     folder: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    adapter: str = ""
+    sound: bool = False

@@ -84,7 +84,8 @@ class Subject:
     `whole_inputs` are the network's. `arrays` are the names of the user's own, `biased` says that
     biases were added. `owned` models may be changed; `given` is the user's, with which the result
     shares no memory. `base` are arrays as they were before adapters were merged. `source` is what
-    is known of where it comes from, and `folder` where its files lie.
+    is known of where it comes from, and `folder` where its files lie; `sound` says that its arrays
+    were found finite as they were read.
     """
 
     model: Any
@@ -94,6 +95,7 @@ class Subject:
     given: Any = None
     source: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    sound: bool = False
     dense: Any = None
     dropped: Dropped | None = None
     whole: Mapping[str, int] = field(default_factory=dict)

@@ -36,6 +36,8 @@ CARRIED = (
     "README.md", "README.dense.md")
 NEVER = ("*.py", "*.pyc", "*.so", "*.dll", "*.sh", "*.bat", "*.exe", "*.ipynb", "*.bin", "*.pt",
          "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.h5", "*.msgpack", "*.npy", "*.npz")
+SIZED = ("config.json", "genai_config.json")
+"""What lies beside ONNX files and says sizes of layers, which nothing there is built from."""
 RENAMED = {"README.md": "README.dense.md"}
 WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "report.*", "plan.json",
            "recipe.*", "slices.json", "structure.json", "dense_config.json", "MANIFEST.json",
@@ -80,6 +82,19 @@ def carry(source: Path, out: Path, widths: dict[int, int]) -> Beside:
         else:
             changed = _copy(source / name, out / RENAMED.get(name, name), widths)
             (found.adapted if changed else found.carried).append(name)
+    return found
+
+
+def carry_known(source: Path, out: Path) -> Beside:
+    """Copy what is known to belong to a model out of a folder that may hold anything else."""
+    found = Beside()
+    for name in _files(source):
+        if _matches(name, (*CARRIED, *SIZED)) and not _runs(name):
+            if _stays_inside(source, source / name):
+                _copy(source / name, out / RENAMED.get(name, name), {})
+                found.carried.append(name)
+            else:
+                found.left[name] = "it is a link that leaves the directory"
     return found
 
 

@@ -81,18 +81,27 @@ def check(path: str) -> Path:
     return place
 
 
+def base_of(place: Path) -> str | None:
+    """Return what an adapter's directory names as its base; None for any other directory."""
+    if not (place / ADAPTER).is_file() or (place / CONFIG).is_file():
+        return None
+    return str(read(place / ADAPTER).get("base_model_name_or_path") or "")
+
+
 def _adapter(place: Path) -> SpaError:
     """The error for an adapter's directory; transformers would put it on a model beside it."""
-    base = str(read(place / ADAPTER).get("base_model_name_or_path") or "BASE")
     both = (place / CONFIG).is_file() and ((place / WEIGHTS).is_file() or (place / INDEX).is_file())
     if both:
         return SpaError(f"{str(place)!r} holds a model and an adapter",
                         why=f"{ADAPTER} lies beside {CONFIG} and weights",
                         fix="move the adapter's files to a directory of their own; give that as "
                             "--adapter, if it is to be merged")
+    base = base_of(place)
     return SpaError(f"{str(place)!r} holds an adapter, not a model",
-                    why=f"{ADAPTER} names {base} as its base",
-                    fix=f"give both: spacompiler compile {base} --adapter {place} ...")
+                    why=f"{ADAPTER} names {base} as its base, which is not found here" if base else
+                        f"{ADAPTER} names no base",
+                    fix=f"give both: spacompiler compile {base} --adapter {place} ..." if base else
+                        "give the model that it was trained on, and this directory as --adapter")
 
 
 def _no_config(place: Path) -> SpaError:

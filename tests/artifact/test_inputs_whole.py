@@ -119,6 +119,31 @@ def test_an_artifact_that_is_not_whole_is_not_loaded(tmp_path, written, way, kin
     assert checks["hashes"] and checks["reload"] is False
 
 
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("lora") / "lora"
+    get_peft_model(transformers.LlamaForCausalLM(config()), LoraConfig(
+        r=2, target_modules=["up_proj", "q_proj"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path, checkpoint, lora, kind):
+    folder = shutil.copytree(lora, tmp_path / "damaged")
+    (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+    damage(folder, kind, "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    asked = {"target": "body=70%", "adapter": folder, "dry_run": True, **QUICK}
+    if kind == "none":
+        spacompiler.compile(str(checkpoint), **asked)
+        return
+    with pytest.raises(SpaError) as caught:
+        spacompiler.compile(str(checkpoint), **asked)
+    assert "up_proj" in str(caught.value) and caught.value.fix
+
+
 def onnx_file(place, kind="none"):
     """y = relu(x @ up) @ down, with one thing wrong; stored beside it where it is to be missing."""
     rng = np.random.default_rng(0)

@@ -273,12 +273,55 @@ def test_what_trained_loads_with_stock_transformers(name, tmp_path):
     config = model.config
     pruner = spacompiler.Pruner(model, example, target="body=65%", importance="magnitude")
     pruner.finish()
+    assert "save_pretrained" not in vars(model)
     assert model.config is config and not any("config stays" in note for note in pruner.notes)
     assert model.config.to_dict() != load(name).build()[0].config.to_dict()
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(**example).logits, model.eval()(**example).logits)
+
+
+class Wrapped(nn.Module):
+    """A model of transformers inside of a user's module, and one that nothing is cut of."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.whole = llama(), llama()
+
+    def forward(self, input_ids):
+        return self.inner(input_ids).logits + self.whole(input_ids).logits
+
+
+def test_widths_that_no_configuration_says_are_not_saved_as_if_one_did(tmp_path):
+    ids = {"input_ids": batch(llama, 0)[0]}
+    model = llama()
+    pruner = spacompiler.Pruner(model, ids, target="body=80%", importance="magnitude",
+                                layout="any", only=("*layers.0.mlp*",), floor=0.01)
+    pruner.shrink(0.5)
+    with pytest.warns(UserWarning, match="is being pruned"):
+        model.save_pretrained(tmp_path / "unfinished")
+    assert copy.deepcopy(model).save_pretrained.args[0] is not model
+    pruner.finish()
+    for part in (model, model.model):
+        with pytest.raises(SpaError, match="cannot load"):
+            part.save_pretrained(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    assert any("save_pretrained refuses" in note for note in pruner.notes)
+
+
+def test_models_inside_of_a_module_are_saved_only_as_they_are(tmp_path):
+    ids = {"input_ids": batch(llama, 0)[0]}
+    model = Wrapped()
+    asked = {"target": "params~95%", "importance": "magnitude", "only": ("inner*layers.0.mlp*",),
+             "align": 1}
+    made = spacompiler.compile(model, ids, latency=False, onnx=False, repair="none", prove=False,
+                               **asked).module
+    spacompiler.Pruner(model, ids, **asked).finish()
+    for module in (model, made):
+        module.whole.save_pretrained(tmp_path / "whole")
+        with pytest.raises(SpaError, match="cannot load"):
+            module.inner.save_pretrained(tmp_path / "wrong")
 
 
 # --- what is measured ---------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import spacompiler
 from spacompiler.api import Result
-from spacompiler.errors import SpaError
+from spacompiler.errors import ProofError, SpaError
 from spacompiler.onnx_backend.read.examples import guess
 from spacompiler.onnx_backend.read.file import open_model
 from spacompiler.sources.named import load as load_source
@@ -372,3 +373,122 @@ def test_damaged_arrays_are_one_clear_error(damage: Any, what: str, tmp_path: Pa
     with pytest.raises(SpaError) as caught:
         open_model(tmp_path / "m.onnx")
     assert what in caught.value.what + caught.value.why and len(str(caught.value)) < 600
+
+
+# --- branches and bodies ----------------------------------------------------------------------
+
+
+def branching(constants: bool) -> onnx.ModelProto:
+    """A network in each branch, with arrays of its own; a name of one is a value of the other."""
+    model = parsed("""m (float[N, 8] x, int64 rate) => (float[N, 4] y) {
+        k = Constant<value_int=16000>()
+        e = Equal(rate, k)
+        y = If (e) <then_branch = t () => (float[N, 4] p) {
+                        a = MatMul(x, w1) r = Relu(a) p = MatMul(r, w2) },
+                    else_branch = f () => (float[N, 4] q) {
+                        w1 = MatMul(x, u1) s = Tanh(w1) q = MatMul(s, u2) }> }""")
+    for branch, names in zip(model.graph.node[2].attribute, ("w1 w2", "u1 u2"), strict=True):
+        for name, shape in zip(names.split(), ((8, 32), (32, 4)), strict=True):
+            array = numpy_helper.from_array(RNG.standard_normal(shape).astype(np.float32), name)
+            if constants:
+                node = onnx.helper.make_node("Constant", [], [name], value=array)
+                branch.g.node.insert(0, node)
+            else:
+                branch.g.initializer.append(array)
+    return model
+
+
+@pytest.mark.parametrize("constants", [False, True])
+def test_what_is_stored_in_branches_goes_too(tmp_path: Path, constants: bool) -> None:
+    made = pruned(branching(constants), tmp_path, target="params~70%")
+    assert {(g.size, g.role) for g in made.solution.groups.values()} == {(32, "channel")}
+    assert len(made.plan.kept) == 2
+    assert all(c.passed for c in spacompiler.verify(tmp_path / "out", str(tmp_path / "m.onnx")))
+
+
+@pytest.mark.parametrize("rate", [16000, 8000])
+def test_the_branch_that_inputs_do_not_take_is_proved_too(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
+    """A wrong order of what stays in one branch is found, whichever branch the inputs take."""
+    from spacompiler.onnx_backend import prove
+
+    onnx.save(branching(False), tmp_path / "m.onnx")
+    rewritten = prove.rewrite
+
+    def wrong(trace: Any, *args: Any, **kwargs: Any) -> Any:
+        made = rewritten(trace, *args, **kwargs)
+        value = made.graph.initializers["u2"]
+        value.const_value = onnx_ir.tensor(value.const_value.numpy()[::-1].copy())
+        return made
+
+    monkeypatch.setattr(prove, "rewrite", wrong)
+    with pytest.raises(ProofError, match="not the masked dense model"):
+        spacompiler.compile(
+            str(tmp_path / "m.onnx"), {"x": RNG.standard_normal((3, 8)), "rate": rate},
+            target="params~70%", importance="magnitude", align=1, latency=False)
+
+
+def test_a_value_that_both_branches_read_is_masked_in_each(tmp_path: Path) -> None:
+    model = weights(parsed("""m (float[N, 8] x, bool c) => (float[N, 4] y) {
+        a = MatMul(x, w1)
+        y = If (c) <then_branch = t () => (float[N, 4] p) { b = Relu(a) p = MatMul(a, v) },
+                    else_branch = f () => (float[N, 4] q) { q = MatMul(a, v) }> }"""),
+        w1=(8, 32), v=(32, 4))
+    assert pruned(model, tmp_path, target="params~70%").job.proof.holds
+
+
+def test_a_body_that_is_not_entered_stays_with_its_reason(tmp_path: Path) -> None:
+    model = weights(parsed("""m (float[2, 8] x) => (float[2, 4] y) {
+        n = Constant<value_int=3>()
+        c = Cast<to=9>(n)
+        h = MatMul(x, w0)
+        g = Loop(n, c, h) <body = b (int64 i, bool k, float[2, 16] s) =>
+                           (bool k2, float[2, 16] s2) { k2 = Identity(k) s2 = MatMul(s, wl) }>
+        y = MatMul(g, w2) }"""), w0=(8, 16), w2=(16, 4))
+    body = next(n for n in model.graph.node if n.op_type == "Loop").attribute[0].g
+    body.initializer.append(numpy_helper.from_array(np.eye(16, dtype=np.float32), "wl"))
+    onnx.save(model, tmp_path / "m.onnx")
+    said = str(spacompiler.inspect(str(tmp_path / "m.onnx")))
+    assert "frozen wl:0  Loop in Loop_g has a body" in said
+
+
+def test_products_of_four_bit_integers_stay_with_their_reason(tmp_path: Path) -> None:
+    model = weights(parsed("""m (float[2, 8] x) => (float[2, 4] y) {
+        h = MatMul(x, w0)
+        q = com.microsoft.MatMulNBits<K=32, N=16, bits=4, block_size=32>(h, b, s)
+        y = MatMul(q, w2) }"""), w0=(8, 32), w2=(16, 4), s=(16,))
+    numbers(model, b=RNG.integers(0, 255, (16, 1, 16)).astype(np.uint8))
+    onnx.save(model, tmp_path / "m.onnx")
+    said = str(spacompiler.inspect(str(tmp_path / "m.onnx")))
+    assert "frozen w0:1  com.microsoft::MatMulNBits" in said and "zero point" in said
+
+
+# --- what lies beside the file ----------------------------------------------------------------
+
+
+def test_files_beside_the_file_go_along_and_those_of_sizes_are_told(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "config.json", "preprocessor_config.json", "holiday.txt",
+                 "run.py", "other.onnx"):
+        (tmp_path / name).write_text("{}")
+    made = pruned(mlp(), tmp_path)
+    gone = ["config.json", "preprocessor_config.json", "tokenizer.json"]
+    assert made.report["files"] == {"carried": gone, "adapted": [], "left": {}}
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= set(gone)
+    assert not {"holiday.txt", "run.py", "other.onnx"} & {
+        p.name for p in (tmp_path / "out").iterdir()}
+    assert any("config.json went along as it lay" in note for note in made.report["notes"])
+
+
+# --- the control ------------------------------------------------------------------------------
+
+
+def test_a_branch_without_effect_is_proved_on_weights_drawn_anew(tmp_path: Path) -> None:
+    """A gain of zero hides what is wrong in its branch."""
+    model = numbers(weights(parsed("""m (float[N, 8] x) => (float[N, 8] y) {
+        a = MatMul(x, w1)
+        h = Relu(a)
+        b = MatMul(h, w2)
+        g = Mul(b, gain)
+        y = Add(x, g) }"""), w1=(8, 32), w2=(32, 8)), gain=np.zeros(8, np.float32))
+    proof = pruned(model, tmp_path).job.proof
+    assert proof.redrawn and proof.holds and proof.control > 0.01

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import spacompiler
-from spacompiler.errors import ProofError, SpaError, TargetError
+from spacompiler.errors import ProofError, SpaError, TargetError, UsageError
 
 
 def compiled(net: nn.Module, inputs: Any, target: str = "params=60%") -> spacompiler.Result:
@@ -57,3 +57,50 @@ def test_a_target_that_takes_nothing_away_is_an_error(target: str) -> None:
     net = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
     with pytest.raises(TargetError):
         compiled(net, (torch.randn(4, 2),), target)
+
+
+def test_an_empty_name_is_no_request() -> None:
+    for asked in ({"calibration": ""}, {"calibration": " "}, {"adapter": ""}):
+        with pytest.raises(UsageError, match="is empty"):
+            spacompiler.compile(mlp(), (torch.randn(4, 8),), target="params=60%", **asked)
+    with pytest.raises(UsageError, match="is empty"):
+        spacompiler.inspect("")
+
+
+def test_an_empty_option_of_the_command_line_is_named() -> None:
+    from typer.testing import CliRunner
+
+    from spacompiler.cli.main import app
+
+    for option in ("--calibration", "--adapter", "--only"):
+        found = CliRunner().invoke(app, ["compile", "zoo:mlp", "--target", "params=60%",
+                                         "--dry-run", option, ""])
+        assert found.exit_code == 2 and f"{option} is empty" in found.output
+
+
+def test_a_quantised_module_is_told_to_be_pruned_before() -> None:
+    net = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
+    with pytest.raises(SpaError) as caught:
+        compiled(net, (torch.randn(4, 8),))
+    assert "give the module as it was before, and quantise the result" in caught.value.fix
+
+
+def test_experts_that_run_one_by_one_are_told_to_be_batched() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
+        experts_implementation="eager"))
+    with pytest.raises(SpaError) as caught:
+        spacompiler.inspect(model, {"input_ids": torch.arange(18).reshape(2, 9)})
+    assert "experts_implementation='batched_mm'" in caught.value.fix
+
+
+def test_a_result_prints_as_a_few_lines() -> None:
+    made = compiled(mlp(), (torch.randn(4, 8),))
+    made.job.notes.extend(f"note {i}" for i in range(30))
+    said = repr(made)
+    assert said.count("\n") < 20 and "parameters: 420 -> " in said and "22 more notes" in said
+    dry = spacompiler.compile(mlp(), (torch.randn(4, 8),), target="params~60%", dry_run=True,
+                              importance="magnitude")
+    assert "a dry run" in repr(dry)

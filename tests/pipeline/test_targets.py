@@ -6,16 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
 
 import spacompiler
+from spacompiler.axes.choices import Choice
 from spacompiler.errors import SpaError, TargetError
 from spacompiler.pipeline import layouts
 from spacompiler.request.targets import parse_target
-from spacompiler.torch_backend.emit import stock_search
+from spacompiler.torch_backend.emit import stock, stock_search
 
 Q: dict[str, Any] = {"importance": "magnitude", "align": 1, "latency": False, "onnx": False,
                      "repair": "none"}
@@ -50,8 +52,9 @@ def test_a_target_that_is_missed_offers_the_nearest() -> None:
 
 
 def test_a_nearest_share_that_leaves_all_is_an_error() -> None:
-    with pytest.raises(TargetError, match="cannot be met"):
+    with pytest.raises(TargetError, match="cannot be met") as caught:
         compiled("params~97%")
+    assert "~" not in caught.value.fix and caught.value.fix.startswith("let less stay")
 
 
 class Recurrent(nn.Module):
@@ -153,6 +156,22 @@ def test_many_entries_of_one_size_are_searched_one_at_a_time() -> None:
 
     found = list(stock_search.candidates(Config(), {8: {4, 6}}, wrong))
     assert right in found and len(calls) < 256
+
+
+@pytest.mark.parametrize("limit", [1, stock_search.LIMIT])
+def test_fewer_heads_are_not_taken_for_narrower_ones(
+        monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Arrays say heads times width alone; the rotary frequencies say the width."""
+    monkeypatch.setattr(stock_search, "LIMIT", limit)
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=8)).eval()
+    solution = spacompiler.inspect(module)
+    group = next(g for g in solution.groups.values() if g.role == "head")
+    choices = {group.atom: Choice(np.arange(8) < 4, group.outers)}
+    made = stock.uniform_config(module, solution, choices,
+                                stock.pruned_shapes(module, {}, solution, choices))
+    assert (made.head_dim, made.num_attention_heads, made.num_key_value_heads) == (8, 4, 4)
 
 
 def test_a_config_with_entries_for_single_layers_is_uniform() -> None:

@@ -305,3 +305,45 @@ def test_a_directory_with_brackets_in_its_name_is_written_and_shown(tmp_path, ch
         "1", "--no-latency", "--no-onnx", "--no-prove", "--out", str(tmp_path / "out[/red]")])
     assert done.exit_code == 0, done.output
     assert Path(tmp_path / "out[/red]" / "report.md").exists() and "a[bold]b" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, checkpoint):
+    """An adapter that names the checkpoint beside it as its base."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    folder = checkpoint.parent / "lora"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"])).save_pretrained(folder)
+    change(folder / "adapter_config.json", base_model_name_or_path=checkpoint.name)
+    return folder
+
+
+def test_an_adapter_given_as_the_model_is_merged_into_the_base_that_it_names(lora, no_network):
+    made = spacompiler.compile(str(lora), target="body=70%", **QUICK)
+    assert made.job.recipe.adapters == (str(lora),)
+    assert any("is an adapter: the model is" in note for note in made.job.notes)
+    assert spacompiler.inspect(str(lora)).groups
+
+
+@pytest.mark.parametrize("named, said", [
+    ("owner/base", "spacompiler compile owner/base --adapter"), (None, "as --adapter")])
+def test_an_adapter_whose_base_is_not_here_says_what_to_give(
+        tmp_path, lora, no_network, named, said):
+    folder = shutil.copytree(lora, tmp_path / "alone")
+    change(folder / "adapter_config.json", base_model_name_or_path=named)
+    with pytest.raises(SpaError, match="holds an adapter, not a model") as caught:
+        source.load(str(folder))
+    assert said in caught.value.fix and "BASE" not in str(caught.value)
+
+
+def test_the_numbers_of_a_directory_are_looked_at_once(monkeypatch, copied):
+    from spacompiler.store import completeness
+    from spacompiler.torch_backend import backend, pretrained
+
+    calls = []
+    for place in (backend, pretrained):
+        monkeypatch.setattr(place, "unsound", lambda module: calls.append(module) or
+                            completeness.unsound(module))
+    spacompiler.compile(str(copied), target="body=70%", **QUICK)
+    assert len(calls) == 1

@@ -141,9 +141,23 @@ def _prepare(file: OnnxFile) -> None:
         if model.ir_version < 4:
             model.ir_version = 4
             file.notes.append("IR version 4 instead of 3: stored constants need not be inputs")
+    _lift_from_branches(model)
     passes.TopologicalSortPass()(model)
     _forget_shapes(model)
     _unshare(model)
+
+
+def _lift_from_branches(model: ir.Model) -> None:
+    """Store arrays of branches and bodies with the others, under names that nothing else has."""
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    stored = model.graph.initializers
+    taken = {out.name for node in model.graph.all_nodes() for out in node.outputs}
+    for name in [name for name in stored if name in taken]:
+        value, count = stored.pop(name), 2
+        while f"{name}_{count}" in taken or f"{name}_{count}" in stored:
+            count += 1
+        value.name = f"{name}_{count}"
+        model.graph.register_initializer(value)
 
 
 def _lower_ir(file: OnnxFile) -> None:

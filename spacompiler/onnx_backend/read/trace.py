@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from ...graph.ir import Graph
+from ...groups.solution import Solution
 from .file import OnnxFile
 from .shapes import Facts
 
@@ -60,3 +61,21 @@ class OnnxTrace:
         """Return a value for a stored array in that array's type."""
         kept = ir.DataType(self.facts.types[name]).numpy()
         return np.ascontiguousarray(value.astype(kept, copy=False))
+
+
+def redrawn(trace: OnnxTrace, solution: Solution, seed: int) -> OnnxTrace:
+    """Return a trace with other floating arrays: none of them tiny, dead or equal.
+
+    Matrices keep the size of what they are given, gains and biases lie about 1; a single number
+    is an operator's argument, unless it is zero: that may be the gain of a branch.
+    """
+    draws = np.random.default_rng(seed)
+    made = {}
+    for name in sorted(solution.graph.weights()):
+        old = trace.stored(name)
+        if old.dtype.kind == "f" and name not in trace.filled and (old.size > 1 or not old.any()):
+            fan = old.size // old.shape[0] if old.ndim > 1 else 0
+            new = draws.standard_normal(old.shape) / fan**0.5 if fan else \
+                draws.uniform(0.5, 1.5, old.shape)
+            made[name] = trace.array(name, new)
+    return replace(trace, repaired=made)

@@ -13,7 +13,7 @@ from ...plan.effects import touched
 from ...rows.onnx_integers import zero_point
 from ..clones import clean, same_nodes, store, values_of
 from ..read.trace import OnnxTrace
-from .constants import constant
+from .constants import Constants
 
 MASKED = "_masked"
 """What is added to a value's name for the one in which removed slices are zero."""
@@ -64,26 +64,30 @@ class _Masks:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self.made: dict[str, ir.Value] = {}
+        self.constants = Constants(model)
+        self.made: dict[tuple[str, int], ir.Value] = {}
         self.order = {id(n): i for i, n in enumerate(model.graph.all_nodes())}
 
     def of(self, node: ir.Node, value: ir.Value, mask: np.ndarray, number: int,
            zero: ir.Value | None = None) -> ir.Value:
-        """Return the masked value, made before the first of its readers in the node's graph."""
-        name = value.name or ""
-        if name in self.made:
-            return self.made[name]
-        graph = node.graph
-        zero = zero or constant(self.model, np.zeros((), ir.DataType(number).numpy()),
-                                f"{name}_zero")
-        stored = constant(self.model, mask, f"{name}_mask")
+        """Return the masked value, made before the first of its readers in the node's graph.
+
+        Each branch that reads a value of the graph around it has a masked one of its own.
+        """
+        name, graph = value.name or "", node.graph
+        outer = self.made.get((name, id(self.model.graph)))
+        if outer is not None or (name, id(graph)) in self.made:
+            return outer or self.made[name, id(graph)]
+        zero = zero or self.constants.add(np.zeros((), ir.DataType(number).numpy()),
+                                          f"{name}_zero")
+        stored = self.constants.add(mask, f"{name}_mask")
         step = ir.Node("", "Where", [stored, value, zero],
                        num_outputs=1, name=f"{name}_where")
-        step.outputs[0].name = name + MASKED
+        inside = "" if graph is self.model.graph else f"_{len(self.made)}"
+        step.outputs[0].name = f"{name}{MASKED}{inside}"
         readers = [user for user, _ in value.uses() if user.graph is graph and user is not step]
         first = min(readers, key=lambda user: self.order[id(user)], default=node)
         self.order[id(step)] = self.order[id(first)]
         graph.insert_before(first, step)  # type: ignore[union-attr]
-        if graph is self.model.graph:
-            self.made[name] = step.outputs[0]
+        self.made[name, id(graph)] = step.outputs[0]
         return step.outputs[0]

@@ -41,7 +41,8 @@ def uniform_config(module: StockModel, solution: Solution, choices: Choices,
     problems = []
     for changes in search.candidates(
             module.config, changed_sizes(solution, choices),
-            lambda changes: len(misfits(type(module), changed(module.config, changes), shapes))):
+            lambda changes: len(misfits(type(module), changed(module.config, changes), shapes,
+                                        unsaved(module)))):
         problem = mismatch(module, changed(module.config, changes), shapes)
         if not problem:
             least: dict[Key, Any] = search.least(changes, lambda some: not mismatch(
@@ -151,12 +152,23 @@ def frozen(module: nn.Module) -> set[str]:
 def mismatch(module: nn.Module, config: Config | None,
              shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return "" if the model class built from a config has these shapes, else a difference."""
-    return next(iter(misfits(type(module), config, shapes)), "")
+    return next(iter(misfits(type(module), config, shapes, unsaved(module))), "")
+
+
+def unsaved(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of buffers that no file holds (rotary frequencies), by name."""
+    held = module.state_dict().keys()
+    return {n: tuple(t.shape) for n, t in module.named_buffers() if n not in held}
 
 
 def misfits(cls: Callable[..., nn.Module], config: Config | None,
-            shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return how a model class built from a config differs from these shapes."""
+            shapes: Mapping[str, tuple[int, ...]],
+            buffers: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
+    """Return how a model class built from a config differs from these shapes.
+
+    `buffers` that no file holds must keep their size: they tell a head's width apart where arrays
+    say heads times width alone.
+    """
     none = [""] * (2 * len(shapes) + 1)
     if config is None:
         return ["the config refuses such sizes", *none]
@@ -168,7 +180,10 @@ def misfits(cls: Callable[..., nn.Module], config: Config | None,
     have = {name: tuple(t.shape) for name, t in built.state_dict().items()}
     found = [f"{name} would be {have.get(name, 'missing')}, not {shape}"
              for name, shape in shapes.items() if have.get(name) != shape]
-    return found + [f"{name} would be added" for name in sorted(have.keys() - shapes.keys())]
+    found += [f"{name} would be added" for name in sorted(have.keys() - shapes.keys())]
+    made = {name: tuple(t.shape) for name, t in built.named_buffers()}
+    return found + [f"{name} would be {made[name]}, not {shape}"
+                    for name, shape in (buffers or {}).items() if made.get(name, shape) != shape]
 
 
 def build(module: StockModel, config: Config | None, arrays: Mapping[str, torch.Tensor],

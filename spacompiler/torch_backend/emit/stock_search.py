@@ -40,18 +40,18 @@ def candidates(config: Config, sizes: Mapping[int, set[int]],
         count *= len(option)
     if count <= LIMIT:
         for chosen in itertools.product(*options):
-            yield {**pinned, **dict(c for c in chosen if c)}
+            yield {**fixed, **dict(c for c in chosen if c)}
         return
     for start in ([option[0] for option in options], [None] * len(options)):
-        yield _descended(options, start, pinned, wrong)
+        yield _descended(options, start, fixed, wrong)
 
 
-def _descended(options: list[list[Any]], start: list[Any], pinned: dict[Key, Any],
+def _descended(options: list[list[Any]], start: list[Any], fixed: dict[Key, Any],
                wrong: Callable[[dict[Key, Any]], int]) -> dict[Key, Any]:
     """Change one entry at a time while fewer arrays differ."""
 
     def changes(chosen: list[Any]) -> dict[Key, Any]:
-        return {**pinned, **dict(c for c in chosen if c)}
+        return {**fixed, **dict(c for c in chosen if c)}
 
     chosen, best, better = list(start), wrong(changes(start)), True
     while best and better:

@@ -7,7 +7,8 @@ from typing import NoReturn
 from torch import nn
 
 from ...errors import SpaError
-from ..kinds import is_hf
+from ..kinds import StockModel, is_hf
+from .stock import mismatch
 
 NOT_STOCK = (
     "layout any was taken, as no configuration of transformers can say or reach this (uniform or "
@@ -28,7 +29,17 @@ def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
 
 
 def refusing(module: nn.Module) -> nn.Module:
-    """Let a module of layout any refuse `save_pretrained`, if it has that."""
-    if is_hf(module):
-        vars(module)["save_pretrained"] = refuse_to_save
+    """Let models of transformers refuse `save_pretrained` where no configuration describes them.
+
+    That is a module of layout any itself, and every model inside of it that was cut.
+    """
+    for part in module.modules():
+        if is_hf(part) and (part is module or not described(part)):
+            vars(part)["save_pretrained"] = refuse_to_save
     return module
+
+
+def described(model: StockModel) -> bool:
+    """Whether the class of a model makes arrays of these shapes of its configuration."""
+    return not mismatch(model, model.config, {
+        name: tuple(array.shape) for name, array in model.state_dict().items()})
