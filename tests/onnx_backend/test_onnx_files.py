@@ -460,7 +460,7 @@ def test_products_of_four_bit_integers_stay_with_their_reason(tmp_path: Path) ->
     numbers(model, b=RNG.integers(0, 255, (16, 1, 16)).astype(np.uint8))
     onnx.save(model, tmp_path / "m.onnx")
     said = str(spacompiler.inspect(str(tmp_path / "m.onnx")))
-    assert "frozen w0:1  com.microsoft::MatMulNBits" in said and "zero point" in said
+    assert "frozen w0:1  com.microsoft.MatMulNBits" in said and "zero point" in said
 
 
 # --- what lies beside the file ----------------------------------------------------------------
