@@ -34,7 +34,7 @@ def candidates(config: Config, sizes: Mapping[int, set[int]],
                                 for key, value in _entries(config) if value in sizes]
     options += [[*((key, new) for new in sorted(set().union(*sizes.values()))), None]
                 for key in _blanks(config)] if sizes else []
-    pinned = pinned_head_dim(config)
+    fixed = pinned_head_dim(config)
     count = 1
     for option in options:
         count *= len(option)
