@@ -173,7 +173,7 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
         check_out(errand.out)
     found = _source(model, inputs, given.tokenizer, errand.trust_remote_code, recipe,
                     given.progress)
-    if found.adapter:
+    if found.adapter and found.adapter not in recipe.adapters:
         recipe = replace(recipe, adapters=(found.adapter, *recipe.adapters))
     if inputs is None:
         found.inputs, data = example_of(found.module, found.inputs, given.calibration)
