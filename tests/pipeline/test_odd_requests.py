@@ -60,7 +60,7 @@ def test_a_target_that_takes_nothing_away_is_an_error(target: str) -> None:
 
 
 def test_an_empty_name_is_no_request() -> None:
-    for asked in ({"calibration": ""}, {"calibration": " "}, {"adapter": ""}):
+    for asked in ({"calibration": " "}, {"adapter": " "}):
         with pytest.raises(UsageError, match="is empty"):
             spacompiler.compile(mlp(), (torch.randn(4, 8),), target="params=60%", **asked)
     with pytest.raises(UsageError, match="is empty"):
@@ -76,24 +76,6 @@ def test_an_empty_option_of_the_command_line_is_named() -> None:
         found = CliRunner().invoke(app, ["compile", "zoo:mlp", "--target", "params=60%",
                                          "--dry-run", option, ""])
         assert found.exit_code == 2 and f"{option} is empty" in found.output
-
-
-def test_a_quantised_module_is_told_to_be_pruned_before() -> None:
-    net = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
-    with pytest.raises(SpaError) as caught:
-        compiled(net, (torch.randn(4, 8),))
-    assert "give the module as it was before, and quantise the result" in caught.value.fix
-
-
-def test_experts_that_run_one_by_one_are_told_to_be_batched() -> None:
-    transformers = pytest.importorskip("transformers")
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
-        experts_implementation="eager"))
-    with pytest.raises(SpaError) as caught:
-        spacompiler.inspect(model, {"input_ids": torch.arange(18).reshape(2, 9)})
-    assert "experts_implementation='batched_mm'" in caught.value.fix
 
 
 def test_a_result_prints_as_a_few_lines() -> None:

@@ -6,7 +6,6 @@ of its nodes, so that what the solver says about a tensor can be found in the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,26 +105,9 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         f"{type(module).__name__} cannot be traced by torch.export",
         where=_place(module, problems[-1]),
         why=reason[0] if reason else type(problems[-1]).__name__,
-        fix=next((fix for test, fix in _ADVICE if test(module)), _PART)) from problems[-1]
+        fix="compile a part of it: --module PATH of a sub-module that does not contain that line",
+    ) from problems[-1]
 
-
-def _quantised(module: nn.Module) -> bool:
-    """Whether modules of torch's or torchao's hold numbers in another form than floats."""
-    return any("quantized" in type(m).__module__ and type(m).__module__.startswith("torch")
-               for m in module.modules())
-
-
-def _loops_over_experts(module: nn.Module) -> bool:
-    return getattr(getattr(module, "config", None), "_experts_implementation", "") == "eager"
-
-
-_PART = "compile a part of it: --module PATH of a sub-module that does not contain that line"
-_ADVICE: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
-    (_quantised, "it is quantised: give the module as it was before, and quantise the result"),
-    (_loops_over_experts, "its experts run one by one, as many as tokens choose: load it with "
-                          "experts_implementation='batched_mm'"),
-)
-"""What to do beside entering parts: the first that is true of a module."""
 
 _BATCHED = ("BatchedTensor", "fake tensor in the exported program")
 
