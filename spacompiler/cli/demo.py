@@ -52,8 +52,8 @@ def _run(out: Path, tick: Progress) -> tuple[list[tuple[str, ...]], list[str], d
     tick(f"loading {MODEL}", 0, 8)
     found = source.load(MODEL)
     result = api.compile(found.module, found.inputs, target=TARGET, out=out, name=MODEL,
-                         allocation="global", repair="refit", tokenizer=found.tokenizer,
-                         progress=tick)
+                         allocation="global", repair="refit", layout="uniform",
+                         tokenizer=found.tokenizer, progress=tick)
     held_out = windows(found.tokenizer, python_text("held-out"), WINDOW)[:WINDOWS]
     scores, sentences = [], []
     for label, module in (("dense", found.module), ("pruned", result.module)):
