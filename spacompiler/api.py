@@ -16,17 +16,21 @@ from .groups.solution import Solution
 from .pipeline.request import Data, Given, example_of, make_request
 from .pipeline.resolved import check_hashes
 from .pipeline.run import STAGES, run
+from .pipeline.sweep import Evaluate
+from .pipeline.sweep import sweep as run_sweep
+from .pipeline.swept import Sweep
 from .plan.plan import Plan
 from .request.needs import check_needs
 from .request.options import listing, spoken
 from .request.profiles import profile
 from .request.recipe import Errand, Recipe
+from .request.targets import parse_targets
 from .sources import named as source
 from .sources.backends import backend_of
 from .sources.checkpoints import example_inputs
 from .sources.source import Source
 from .stages.compiled import Compiled
-from .stages.records import Progress
+from .stages.records import Progress, Request, Subject
 from .store.place import check_out
 from .system.process import alone
 from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
@@ -167,10 +171,20 @@ def _asked(model: str | nn.Module | Recipe, recipe: Recipe | str | Path | None,
 def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
              errand: Errand) -> Result:
     out = None if errand.dry_run else errand.out
-    check_needs({"recovery": given.asked(recipe, "recovery"), "recover_data": given.recover_data,
-                 "checkpoint": errand.checkpoint}, {})
     if errand.out is not None:
         check_out(errand.out)
+    ask, subject = _prepared(model, inputs, recipe, given, errand, writes=out is not None)
+    result = Result(run(ask, subject, dry_run=errand.dry_run))
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
+              errand: Errand, *, writes: bool) -> tuple[Request, Subject]:
+    """Find the model, its inputs and the data: what a compile starts from."""
+    check_needs({"recovery": given.asked(recipe, "recovery"), "recover_data": given.recover_data,
+                 "checkpoint": errand.checkpoint}, {})
     found = _source(model, inputs, given.tokenizer, errand.trust_remote_code, recipe,
                     given.progress)
     if found.adapter and found.adapter not in recipe.adapters:
@@ -178,7 +192,7 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
     if inputs is None:
         found.inputs, data = example_of(found.module, found.inputs, given.calibration)
         given = replace(given, calibration=data)
-    if recipe.onnx and out is not None:
+    if recipe.onnx and writes:
         check_exportable(found.inputs)
     recipe = with_cache(recipe, found.module)
     if recipe.decoder:
@@ -194,13 +208,45 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
         owned=isinstance(model, str), checkpoint=errand.checkpoint))
     ask = replace(ask, model=model if isinstance(model, str) else
                   "" if _kind(given.name) == "module" else given.name)
-    subject = replace(subject, source=found.facts or {"kind": _kind(given.name)},
-                      folder=found.folder, sound=found.sound)
     ask.notes.extend(found.notes)
-    result = Result(run(ask, subject, dry_run=errand.dry_run))
-    if out is not None:
-        result.save(out)
-    return result
+    return ask, replace(subject, source=found.facts or {"kind": _kind(given.name)},
+                        folder=found.folder, sound=found.sound)
+
+
+@alone()
+def sweep(model: str | nn.Module | Recipe, example_inputs: Inputs | None = None, *,
+          sizes: Sequence[float] = (0.9, 0.75, 0.6, 0.5), metric: str = "params",
+          evaluate: Evaluate | None = None, allow: float = 0.05, latency: bool = False,
+          recipe: Recipe | str | Path | None = None, importance: object = "auto",
+          allocation: object = "auto", repair: object = "auto", calibration: Data = None,
+          loss: Callable[..., Any] | None = None, tokenizer: Callable[..., Any] | None = None,
+          name: str = "", trust_remote_code: bool = False, progress: Progress | None = None,
+          **options: object) -> Sweep:
+    """Try several sizes of a model, traced once and scored once, and say which one to take.
+
+    Args:
+        sizes: shares that stay, of `metric`.
+        evaluate: module -> number, more is better; default: the loss on data that nothing else
+            looks at, or how many likeliest answers stay the same.
+        allow: the winner is the smallest size that loses no more than this share: of the number,
+            or of perplexity.
+        latency: time each size in ONNX Runtime too.
+
+    Others, and further keywords, are those of `compile`. Raises what it raises.
+    """
+    given = Given(importance, allocation, "", repair, "", calibration, loss=loss,
+                  tokenizer=tokenizer, name=name, progress=progress)
+    targets = [f"{metric}~{share:.6g}" for share in sorted(set(sizes), reverse=True)]
+    if not targets:
+        raise UsageError("there are no sizes to try", fix="give some: sizes=(0.9, 0.5)")
+    for target in targets:
+        parse_targets(target)
+    words = {"target": targets[0], "adapter": (), **given.names(), **options}
+    model, asked = _asked(model, recipe, words)
+    ask, subject = _prepared(model, example_inputs, asked, given.filled(asked),
+                             Errand(trust_remote_code=trust_remote_code), writes=False)
+    points, dense = run_sweep(ask, subject, targets, evaluate, timed=latency)
+    return Sweep(ask.name, points, allow, dense)
 
 
 def with_cache(recipe: Recipe, model: object) -> Recipe:

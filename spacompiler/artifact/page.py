@@ -33,6 +33,7 @@ pre{background:var(--box);border-radius:8px;padding:12px;overflow-x:auto;font-si
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 td,th{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}td:first-child{min-width:9rem}
+th,td:last-child:not(:first-child){overflow-wrap:normal}.bars svg{max-width:560px}
 svg{display:block;max-width:100%;height:auto}svg.wide{width:100%}svg text{font:12px system-ui,
 sans-serif;fill:var(--ink)}.d{fill:var(--d)}.p{fill:var(--p)}.c{stroke:var(--c);stroke-width:2}
 summary{cursor:pointer}ul{padding-left:1.2rem}.key i{display:inline-block;width:.8em;height:.8em}
@@ -73,7 +74,7 @@ def _sizes(data: Mapping[str, Any]) -> str:
     shapes = "" if not data.get("latency") else "Timed in ONNX Runtime at " + ", ".join(
         f"{n} {'×'.join(map(str, s))}" for n, s in data["latency"]["shapes"].items()) + \
         f", {data['latency']['threads']} thread, this machine."
-    return (f"<h2>Size and speed</h2>{_key()}{pictures.bars(rows)}"
+    return (f"<h2>Size and speed</h2>{_key()}<div class='bars'>{pictures.bars(rows)}</div>"
             f'<p class="soft">{_e(shapes)}</p>')
 
 

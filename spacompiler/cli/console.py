@@ -22,13 +22,13 @@ PIPE = 200
 """Columns of a table where there is no terminal to fit it to."""
 
 
-def show(renderable: RenderableType) -> None:
-    """Print a table, as wide as the terminal."""
+def show(renderable: RenderableType, pipe: int = PIPE) -> None:
+    """Print a table, as wide as the terminal; `pipe` columns where there is none."""
     from rich.console import Console
 
     streams = (sys.stdin, sys.stdout, sys.stderr)
     fits = "COLUMNS" in os.environ or any(s is not None and s.isatty() for s in streams)
-    Console(width=None if fits else PIPE).print(renderable)
+    Console(width=None if fits else pipe).print(renderable)
 
 
 @contextmanager

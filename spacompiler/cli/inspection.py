@@ -4,39 +4,122 @@ from __future__ import annotations
 
 import html
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 from rich.table import Table
 
-from ..axes.expressions import show
+from ..axes.expressions import atoms, show
 from ..errors import SpaError, UsageError, did_you_mean
 from ..graph.ir import Node
-from ..groups.solution import Solution
+from ..groups.cost import Cost, cost
+from ..groups.solution import Group, Solution
 from ..groups.why import why
+from .inspection_page import page
 from .tables import table as make_table
 
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
+DEFAULT_ROLES = ("channel", "head")
+KERNEL = 2
+"""Dimensions from here on of arrays of rank 3 and more are windows of kernels."""
 
-def rows(solution: Solution) -> list[tuple[str, ...]]:
-    """Return (group, role, slices, fibred under, members, dimension of the first member)."""
-    found: list[tuple[str, ...]] = []
+
+class Row(NamedTuple):
+    """Groups of repeated layers: how many, of what, whether they may go, and their shares of
+    parameters and MACs (all of them together)."""
+
+    name: str
+    groups: tuple[Group, ...]
+    may: str
+    params: float
+    macs: float
+
+
+def rows(solution: Solution) -> list[Row]:
+    """Return the groups, repeated layers folded."""
+    bundles: dict[tuple[str, str, int, str], list[Group]] = {}
     for group in solution.groups.values():
-        under = "×".join(str(o.size) for o in group.outers)
-        first = group.members[0]
-        found.append((group.name, group.role, str(group.size), under, str(len(group.members)),
-                      show(solution.dims(first.weight)[first.dim])))
-    return found
+        key = (_NUMBER.sub("*", group.name), group.role, group.size, may(group))
+        bundles.setdefault(key, []).append(group)
+    prices = [cost(solution, metric) for metric in ("params", "macs")]
+
+    def share(price: Cost, groups: Sequence[Group]) -> float:
+        return -price.change({g.atom: 0 for g in groups}) / (price.total or 1)
+
+    return [Row(name if len(groups) > 1 else groups[0].name, tuple(groups), why,
+                *(share(price, groups) for price in prices))
+            for (name, _, _, why), groups in bundles.items()]
+
+
+def may(group: Group) -> str:
+    """Return "yes" if the default roles let a group shrink, else what would."""
+    if group.role not in DEFAULT_ROLES:
+        return f"--role {group.role!r}" if " " in group.role else f"--role {group.role}"
+    return "--approximate" if group.approximate else "yes"
 
 
 def table(solution: Solution) -> Table:
-    """Return the groups as a table, with what is frozen counted in its title."""
-    frozen, unknown = solution.frozen(), solution.solver.opaque
-    title = f"{len(solution.groups)} groups, {len(frozen)} frozen dimensions"
+    """Return the groups as a table, with what stays counted in its title."""
+    kernels, others = _kernels(solution)
+    unknown = solution.solver.opaque
+    title = (f"{len(solution.groups)} groups; {len(others)} dimensions and {len(kernels)} kernel "
+             "axes stay (--full lists them)")
     if unknown:
-        title += f", unknown operators: {', '.join(sorted({n.op for n in unknown}))}"
-    return make_table(("group", "role", "slices", "under", "members", "axis"), rows(solution),
-                      title)
+        title += f"; unknown operators: {', '.join(sorted({n.op for n in unknown}))}"
+    cells = [(f"{r.name} ×{len(r.groups)}" if len(r.groups) > 1 else r.name, r.groups[0].role,
+              "×".join(map(str, r.groups[0].shape)), r.may, f"{r.params:.1%}", f"{r.macs:.1%}")
+             for r in rows(solution)]
+    return make_table(("group", "role", "slices", "may go", "params", "MACs"), cells, title)
+
+
+def _kernels(solution: Solution) -> tuple[list[tuple[str, int, list[str]]], ...]:
+    """Frozen dimensions: windows of kernels, and all others."""
+    ranks = {name: len(dims) for name, dims in solution.weights().items()}
+    found: tuple[list[tuple[str, int, list[str]]], ...] = [], []
+    for weight, dim, reasons in solution.frozen():
+        found[not (ranks[weight] > KERNEL and dim >= KERNEL)].append((weight, dim, reasons))
+    return found
+
+
+def about(solution: Solution, text: str) -> list[str]:
+    """Say of one `PARAM:DIM` what may go from it, what not and why, as lines.
+
+    Raises UsageError for an unknown array.
+    """
+    weight, dim = _dimension(solution, text)
+    e = solution.dims(weight)[dim]
+    lines = [f"{weight}:{dim}, {e.size} positions: {show(e)}"]
+    groups = solution.by_atom()
+    for atom in atoms(e):
+        group = groups.get(atom)
+        if group is None:
+            why = "; ".join(atom.reasons) or "nothing learned carries it"
+            lines.append(f"  {atom.size} slices stay: {why}")
+            continue
+        said = "may go" if may(group) == "yes" else f"stay unless asked for by {may(group)}"
+        more = f" ({'; '.join(group.approximate)})" if group.approximate else ""
+        lines.append(f"  {group.size} slices of role {group.role} {said}{more}, together with:")
+        lines.extend(f"    {m} {m.role}" for m in group.members if (m.weight, m.dim) != (
+            weight, dim))
+    return lines
+
+
+def write_page(solution: Solution, path: Path, title: str) -> None:
+    """Write the groups as one page of HTML."""
+    kernels, others = _kernels(solution)
+    frozen: dict[str, list[str]] = {}
+    for weight, dim, reasons in others:
+        frozen.setdefault("; ".join(reasons[:1]), []).append(f"{weight}:{dim}")
+    if kernels:
+        frozen["windows of kernels"] = [f"{weight}:{dim}" for weight, dim, _ in kernels]
+    families = [{"name": r.name, "role": r.groups[0].role, "size": r.groups[0].size,
+                 "count": len(r.groups), "may": r.may, "share": r.params,
+                 "members": [f"{m} {m.role}" for g in r.groups for m in g.members]}
+                for r in rows(solution)]
+    path.write_text(page(title, families, frozen), encoding="utf-8")
 
 
 def as_data(solution: Solution) -> dict[str, Any]:
@@ -44,6 +127,7 @@ def as_data(solution: Solution) -> dict[str, Any]:
     return {
         "groups": [{"name": g.name, "role": g.role, "size": g.size,
                     "under": [o.size for o in g.outers], "approximate": bool(g.approximate),
+                    "may_go": may(g),
                     "members": [{"array": m.weight, "dim": m.dim, "role": m.role}
                                 for m in g.members]} for g in solution.groups.values()],
         "frozen": [{"array": w, "dim": d, "why": reasons} for w, d, reasons in solution.frozen()],

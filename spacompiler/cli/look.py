@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 from ..request.options import DANGEROUS, MAIN, Options, at_least, option
 from ..request.recipe import Trusting
 from .console import errors, progress, show
 from .options import AsJson, Model, asked, taking
 
+if TYPE_CHECKING:
+    from .pass_words import Words
+
+NARROW = 80
+"""Columns that lists of groups and passes fit where there is no terminal."""
 UNCHECKED = 3
 """Exit code of what could not be checked whole."""
 
@@ -47,9 +53,12 @@ class Timing(Dense):
 @taking(Trusting)
 def inspect(
     model: Model,
-    why: Annotated[tuple[str, str] | None, typer.Option(
-        metavar="PARAM:DIM PARAM:DIM", help="Print the chain of operators that couples two "
-                                            "dimensions.")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="[PARAM:DIM]", hidden=True)] = None,
+    why: Annotated[str | None, typer.Option(
+        metavar="PARAM:DIM [PARAM:DIM]", help="Say what may go from a dimension and why the rest "
+        "stays; of two, print the chain of operators that couples them.")] = None,
+    page: Annotated[Path | None, typer.Option(
+        "--html", metavar="FILE", help="Write the groups as a page to search and fold.")] = None,
     graph: Annotated[Path | None, typer.Option(
         help="Write groups and dimensions as a graph: .dot, .graphml or .html.")] = None,
     module: Annotated[list[str] | None, typer.Option(
@@ -62,22 +71,28 @@ def inspect(
         from .. import api
         from . import inspection
 
-        if graph is not None:
-            inspection.check_graph(graph)
+        if other is not None and why is None:
+            raise UsageError(f"unexpected {other!r}", fix="a second dimension goes with --why")
+        for place in (graph, page):
+            if place is not None:
+                inspection.check_graph(place)
         with progress() as tick:
             tick(f"tracing {model}", 0, 1)
             solution = api.inspect(model, modules=tuple(module or ()), **asked(Trusting, given))
         if graph is not None:
             inspection.write_graph(solution, graph)
+        if page is not None:
+            inspection.write_page(solution, page, f"Groups of {model}")
         if why is not None:
-            chain = inspection.explain(solution, *why)
+            chain = inspection.about(solution, why) if other is None else \
+                inspection.explain(solution, why, other)
             print(json.dumps(chain) if as_json else "\n".join(chain))
         elif as_json:
             print(json.dumps(inspection.as_data(solution)))
         elif full:
             print(solution)
         else:
-            show(inspection.table(solution))
+            show(inspection.table(solution), NARROW)
 
 
 @taking(Dense)
@@ -141,17 +156,42 @@ def bench(
             show(benchmark.table(rows))
 
 
-def passes(as_json: AsJson = False) -> None:
-    """List the installed passes."""
+def passes(
+    name: Annotated[str | None, typer.Argument(
+        metavar="NAME", help="Say all there is to say of one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the installed passes, or tell when to use one and what it needs."""
     with errors(as_json):
         from ..request import registry
+        from . import pass_words
 
-        rows = [(kind, entry.name, *registry.describe(entry))
-                for kind, entry in registry.available()]
+        entries = [(kind, e) for kind, e in registry.available() if name in (None, e.name)]
+        if not entries:
+            raise UsageError(f"there is no pass {name!r}", fix=did_you_mean(
+                str(name), {e.name for _, e in registry.available()}))
         if as_json:
-            print(json.dumps([dict(zip(("kind", "name", "options", "what"), row, strict=True))
-                              for row in rows]))
-        else:
+            print(json.dumps([dict(zip(("kind", "name", "options", "what"), (
+                kind, e.name, *registry.describe(e)), strict=True)) for kind, e in entries]))
+            return
+        found = [pass_words.words(kind, e) for kind, e in entries]
+        if name is None:
             from .tables import table
 
-            show(table(("kind", "name", "options", "what"), rows))
+            show(table(("kind", "name", "use it when", "ONNX"),
+                       [(w.kind, w.name, w.use, w.onnx) for w in found]), NARROW)
+            print("spacompiler passes NAME says more: options, needs, formula")
+        for each in found if name is not None else ():
+            print("\n".join(_of_pass(each)))
+
+
+def _of_pass(words: Words) -> list[str]:
+    """All there is to say of a pass, within 80 columns."""
+    rows = [("use it when", words.use), ("needs", words.needs), ("ONNX files", words.onnx),
+            ("options", ", ".join(words.options) or "none")]
+    lines = [f"{words.name} ({words.kind})"]
+    lines += [textwrap.fill(f"  {label}: {text}", NARROW, subsequent_indent="    ")
+              for label, text in rows if text]
+    paragraphs = (" ".join(part.split()) for part in words.text.split("\n\n"))
+    return [*lines, *(textwrap.fill(p, NARROW, initial_indent="  ", subsequent_indent="  ")
+                      for p in paragraphs if p)]

@@ -1,4 +1,6 @@
-"""The command line: compile, inspect, verify, passes. Results go to stdout, progress to stderr.
+"""The command line: compile, sweep, inspect, verify, passes.
+
+Results go to stdout, progress to stderr.
 
 Exit codes: 0 done, 1 failed (nothing written), 2 the request was malformed, 3 not all of an
 artifact could be checked.
@@ -14,10 +16,11 @@ from .. import __version__
 from .compile import compile, lift
 from .look import bench, inspect, passes, verify
 from .options import Panels
+from .sweep import sweep
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-for command in (compile, lift, inspect, verify, bench, passes):
+for command in (compile, sweep, lift, inspect, verify, bench, passes):
     app.command(cls=Panels)(command)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import SpaError, TargetError
 from ..plan.plan import make_plan
-from ..request.targets import Target
+from ..request.targets import LENGTH, Target
 from ..runtime.latency import Latency, compare_latency, ratio
 from ..stages.records import Request, Scored, Subject, Traced
 from ..system.staging import Scratch, orderly
@@ -81,6 +81,14 @@ def holds(limit: Target, ask: Request, subject: Subject, traced: Traced, scored:
     if limit.absolute:
         return times["pruned"].best <= limit.amount * (1 + 2 * CLOSE)
     return ratio(times["pruned"], times["dense"], cpu=True).median <= limit.amount + 2 * CLOSE
+
+
+def share(ask: Request, subject: Subject, traced: Traced, scored: Scored,
+          counts: Mapping[str, int]) -> float:
+    """Return what share of the dense network's time the network of some counts takes."""
+    times = measured(Target("latency", 1.0, length=LENGTH["latency"]), ask, subject, traced,
+                     scored, counts)
+    return ratio(times["pruned"], times["dense"], cpu=True).median
 
 
 def _said(target: Target, took: float, wanted: float, tries: int) -> str:

@@ -1,0 +1,91 @@
+"""What is said of passes beside their own docstrings: when to take one, and what it needs.
+
+A pass of yours says it itself: a class attribute `use`, else the first sentence of its docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
+from typing import Any, NamedTuple
+
+USE: Mapping[str, str] = {
+    "taylor": "the default: good without repair, any torch model with data",
+    "taylor-vector": "to compare with LLM-Pruner's vectors",
+    "taylor-element": "to compare with LLM-Pruner's elements",
+    "wanda": "there are no gradients: ONNX files, or little memory",
+    "fluctuation": "with repair by biases: FLAP",
+    "cfsp": "to compare with CFSP",
+    "obs": "with refit: the exact error of each layer",
+    "curvature": "best quality of language models, with refit and enough text",
+    "gblm": "to compare with GBLM-Pruner",
+    "relevance": "CNNs with a handful of images",
+    "magnitude": "there is no data at all",
+    "batch-norm-scale": "it was trained with a penalty on BatchNorm's scales",
+    "geometric-median": "CNNs without data",
+    "snip": "before training", "grasp": "before training",
+    "random": "the control that all must beat",
+    "lora-gradient": "only adapters have gradients: LoRAPrune's criterion",
+    "lora-prune": "what goes is to be decided while LoRA trains",
+    "uniform": "every layer is to keep the same share",
+    "tried": "the default: the best of some, tried on data",
+    "global": "scores are comparable across layers: one ranking",
+    "dynamic": "to compare with dynamic ratios", "measured": "best quality, takes longest",
+    "standardised": "scores differ in scale from layer to layer",
+    "cfsp-layers": "layers differ much in what they change (CFSP)",
+    "adapt-layers": "to compare with Adapt-Pruner's layers",
+    "eco-layers": "to compare with layers by entropy",
+    "refit": "the default with data: least squares on what layers read",
+    "bias": "weights must stay as they are: biases take up the mean",
+    "batch-norm": "CNNs: statistics are taken anew",
+    "lora": "train what is left with little memory", "norms": "train gains and biases alone",
+    "full": "train all of what is left"}
+"""When to take a built-in pass."""
+GRADIENTS = ("gates", "token_gates", "fisher", "vectors", "elements", "hessian", "weight_squares",
+             "weight_gradients", "curvature", "relevance", "adapter_steps")
+TRAINS = ("schedule", "recovery")
+
+
+class Words(NamedTuple):
+    """What a page says of a pass."""
+
+    kind: str
+    name: str
+    use: str
+    needs: str
+    onnx: str
+    options: Sequence[str]
+    text: str
+
+
+def words(kind: str, entry: EntryPoint) -> Words:
+    """Read off a pass what it needs and whether an ONNX file will do."""
+    import dataclasses
+
+    try:
+        found: Any = entry.load()
+    except (ImportError, AttributeError) as problem:
+        return Words(kind, entry.name, "", "", "", (), f"cannot be loaded: {problem}")
+    options = [f"{f.name}={f.default!r}" for f in dataclasses.fields(found) if f.init] \
+        if dataclasses.is_dataclass(found) else []
+    needs, onnx = _needs(kind, found)
+    text = (found.__doc__ or "").strip()
+    use = getattr(found, "use", "") or USE.get(entry.name) or " ".join(
+        text.split("\n\n")[0].split()).split(". ")[0]
+    return Words(kind, entry.name, use, needs, onnx, options, text)
+
+
+def _needs(kind: str, found: Any) -> tuple[str, str]:
+    if kind in TRAINS:
+        return "training on data", "no"
+    if kind != "importance":
+        return {"compensation": "calibration data"}.get(kind, ""), "yes"
+    try:
+        named = tuple(found().needs)
+    except TypeError:
+        return "", ""
+    if not named:
+        return "weights alone", "yes"
+    backward = any(need in GRADIENTS for need in named)
+    return f"calibration data, {'gradients' if backward else 'forward only'} " \
+           f"({', '.join(named)})", "no" if backward else "yes"
