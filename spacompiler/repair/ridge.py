@@ -17,7 +17,7 @@ import torch
 
 SMALL = 256
 """Up to so many features eigenvectors cost nothing."""
-PROBES = 128
+BLOCK, PROBES = 512, 128
 NEAR = 1e-4
 """How far off a solution in float32 may be, relative to itself; else it is solved in float64."""
 
@@ -34,8 +34,7 @@ class Factors:
         if (ridge, dtype) not in self._made:
             damped = self.gram.to(dtype, copy=True)
             damped.diagonal().add_(ridge)
-            factor, failed = torch.linalg.cholesky_ex(damped.mT)  # in LAPACK's order already
-            self._made[ridge, dtype] = None if failed else factor
+            self._made[ridge, dtype] = cholesky(damped)
         return self._made[ridge, dtype]
 
     def solve(self, ridge: float, of: torch.Tensor) -> torch.Tensor:
@@ -46,6 +45,26 @@ class Factors:
         damped = self.gram.double()
         return torch.linalg.solve(damped + ridge * torch.eye(len(damped), dtype=damped.dtype),
                                   of.double()).to(of.dtype)
+
+
+def cholesky(a: torch.Tensor) -> torch.Tensor | None:
+    """Return the lower factor of a positive definite array (n, n), else None; `a` is overwritten.
+
+    By blocks: products of matrices run at several times the speed of the library's factorisation.
+    """
+    for at in range(0, len(a), BLOCK):
+        end = min(at + BLOCK, len(a))
+        factor, failed = torch.linalg.cholesky_ex(a[at:end, at:end])
+        if failed:
+            return None
+        a[at:end, at:end] = factor
+        below = torch.linalg.solve_triangular(factor.mT, a[end:, at:end], upper=True, left=False)
+        a[end:, at:end] = below
+        a[at:end, end:] = 0
+        for column in range(end, len(a), BLOCK):
+            part = below[column - end:]
+            a[column:, column:column + BLOCK].addmm_(part, part[:BLOCK].T, alpha=-1)
+    return a
 
 
 @dataclass(frozen=True)

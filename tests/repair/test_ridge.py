@@ -69,6 +69,14 @@ def test_where_float32_is_too_coarse_float64_solves() -> None:
     torch.testing.assert_close(made, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 20])
+def test_a_factor_by_blocks_is_the_factor(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "BLOCK", 8)
+    x = torch.randn(40, size, dtype=torch.float64)
+    torch.testing.assert_close(ridge.cholesky(x.T @ x), torch.linalg.cholesky(x.T @ x))
+    assert ridge.cholesky(x.T @ x - 1000 * torch.eye(size)) is None
+
+
 def test_the_valley_is_found_from_either_side() -> None:
     errors = [9.0, 8.0, 5.0, 6.0, 7.0, 7.5, 8.0]
     assert [ridge._valley(errors.__getitem__, 7, at) for at in (0, 2, 6)] == [2, 2, 2]
