@@ -328,13 +328,10 @@ def beside(suite: str, peer: str, only: str, limit: float, path: Path | None) ->
     return "\n\n".join([
         f"# {suite}: beside {peer}",
         f"Made by `python benchmarks/coverage.py {suite} --peer {peer} --timeout {limit:g}`: "
-        "the same models and "
-        "inputs, a process each, half of every width by magnitude, no proof on our side and no "
-        "check of results on theirs beyond running them. Both have handled one small network in "
-        "that process before. Seconds are CPU seconds (finding groups: the median of three times, "
-        "no garbage is collected meanwhile, on either side; ours has its trace already, "
-        "which the whole compile counts; theirs traces within); memory is the "
-        "peak against the model plus one forward.", told, table(head, cells)]) + "\n"
+        "the same work on both sides, as the top of `benchmarks/peers.py` says it: tracing counts "
+        "on both, results of both are executed, and those of theirs are not checked further. "
+        "Seconds are CPU seconds; memory is the peak against the model plus one forward.", told,
+        table(head, cells)]) + "\n"
 
 
 def _commit() -> str:

@@ -1,7 +1,7 @@
 """Other tools on the same models: how long, how much memory, and does the result run.
 
     python benchmarks/peers.py --out docs/peer-same-work.md
-    python benchmarks/coverage.py torchvision --peer torch-pruning --out docs/peer-torchvision.md
+    python benchmarks/coverage.py torchvision --peer torch-pruning --out FILE.md
 
 Same work on both sides: each has a process of its own per model, the same module and inputs, half
 of each width by magnitude, no proof. Finding groups counts from the module to the groups, tracing
@@ -227,6 +227,7 @@ def main() -> int:
     parser.add_argument("--peer", choices=PEERS, default="torch-pruning")
     parser.add_argument("--only", nargs="*", default=list(MODELS))
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"))
+    parser.add_argument("--json", type=Path, help="keep results here; those there are not made anew")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -234,10 +235,14 @@ def main() -> int:
         tool, model = asked.one
         print(json.dumps(asdict({"ours": ours, **PEERS}[tool]("peer_models", model))))
         return 0
+    known = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else {}
     pairs = []
     for model in asked.only:
-        pairs.append((_one("ours", model), _one(asked.peer, model)))
+        known[model] = known.get(model) or [asdict(_one(t, model)) for t in ("ours", asked.peer)]
+        pairs.append((Timing(**known[model][0]), Timing(**known[model][1])))
         print(*pairs[-1], sep="\n", flush=True)
+        if asked.json:
+            asked.json.write_text(json.dumps(known, indent=1))
     rows = [f"| {a.model} | {a.find_s:.3f} | {b.find_s:.3f} | {a.total_s:.2f} | {b.total_s:.2f} "
             f"| {a.result} | {b.result} |" for a, b in pairs]
     text = "\n".join([

@@ -5,7 +5,7 @@
 
 `refit` fits one consumer that keeps so many of its features (three quarters) by eigenvectors, as
 `refit` did before, and by Cholesky factors, as it does: CPU seconds of both, turn by turn, the
-least of three, and whether they say the same. The first factored one seeks its ridge from the
+least of two, and whether they say the same. The first factored one seeks its ridge from the
 middle of the grid, the others from the ridge of the layer before. `room` gathers covariances of
 several layers in memory and in files: CPU seconds, and the growth of memory that cannot be given
 back.
@@ -26,7 +26,7 @@ from spacompiler.evidence.statistics import Covariance
 from spacompiler.passes.refit import GRID, Refit
 from spacompiler.repair.evidence import Evidence, Told, of_dense
 
-SAMPLES, TURNS = 2048, 3
+SAMPLES, TURNS = 2048, 2
 P, R = ParamSpec("P"), TypeVar("R")
 
 

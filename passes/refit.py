@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -66,7 +66,7 @@ class Refit:
         k = torch.nonzero(kept).squeeze(1)
         made = weight.clone()
         if len(k):
-            made[:, k] += self._change(weight[:, k], evidence, k, bias)
+            made[:, k] += self._change(weight, evidence, k, bias)
         return made, mean_shift(made, evidence, k) if bias else torch.zeros_like(evidence.y)
 
     def again(self, weight: torch.Tensor, evidence: Evidence, kept: torch.Tensor, *,
@@ -77,8 +77,10 @@ class Refit:
     def _change(self, weight: torch.Tensor, evidence: Evidence, k: torch.Tensor,
                 bias: bool) -> torch.Tensor:
         """Return D = W'_K - W_K: D (H_KK + lambda) = E[r x_K'], r = y - W_K x_K what is missed."""
-        if len(k) > SMALL and (evidence.own is not None or self.damping is not None):
+        if len(k) > SMALL and (self.damping is not None or (
+                evidence.own is not None and torch.equal(evidence.own, weight))):
             return self._factored(weight, evidence, k, bias)  # else eigenvectors cost little
+        weight = weight[:, k]
         gram, cross = evidence.moments(bias)
         gram, cross = gram[k][:, k], cross[k]
         missed = cross - gram @ weight.T
@@ -96,48 +98,41 @@ class Refit:
     def _factored(self, weight: torch.Tensor, evidence: Evidence, k: torch.Tensor,
                   bias: bool) -> torch.Tensor:
         """The same by Cholesky factors, which sites that read the same features share."""
+        stays = torch.zeros(len(evidence.x), dtype=torch.bool).index_fill_(0, k, True)
+        gone = torch.nonzero(~stays).squeeze(1)
         key = k.numpy().tobytes(), bias
         if key not in evidence.shared:
             evidence.shared.clear()
-            gram = evidence.part(k, k, bias)
-            scale = float(gram.diagonal().mean().clamp(min=1e-30))
-            evidence.shared[key] = Factors(gram.div_(scale)), scale
-        factors, scale = evidence.shared[key]
-        missed, power = _missed(weight, evidence, k, bias, scale)
+            gram, between, among, scale = evidence.parts(k, gone, bias)
+            evidence.shared[key] = Factors(gram), between, among, scale
+        factors, between, among, scale = evidence.shared[key]
         ridge = max(self.damping or 0.0, 1e-12)
+        if evidence.own is None or not torch.equal(evidence.own, weight):
+            gram, cross = evidence.moments(bias)
+            missed = Missed((cross[k] - gram[k][:, k] @ weight[:, k].T).div_(scale))
+        else:
+            missed = _of_gone(evidence.own[:, gone].T, between)
         if self.damping is None:
-            at = best(factors, missed, power, self.independent * evidence.count - bias, GRID,
-                      evidence.told.ridge)
+            at = best(factors, missed, partial(_power, weight[:, gone].T, among),
+                      self.independent * evidence.count - bias, GRID, evidence.told.ridge)
             evidence.told.ridge = at
             if at is None:
-                return torch.zeros_like(weight)
+                return torch.zeros_like(weight[:, k])
             ridge = GRID[at]
         found, evidence.told.error = solution(factors, ridge, missed, single=evidence.single)
         return found.T
 
 
-def _missed(weight: torch.Tensor, evidence: Evidence, k: torch.Tensor, bias: bool,
-            scale: float) -> tuple[Missed, Callable[[torch.Tensor], float]]:
-    """Return E[x_K r'] and, of mixtures of r, E|mixture r|^2, both divided by `scale`.
+def _of_gone(columns: torch.Tensor, between: torch.Tensor) -> Missed:
+    """E[x_K r'] where y = W x, so that r = W_G x_G: E[x_K x_G'] W_G', `columns` being W_G'."""
+    few = columns.shape[0] < columns.shape[1]
+    return Missed(between, columns) if few else Missed(between @ columns)
 
-    Where y = W x these are E[x_K x_G'] W_G' and E|mixture W_G x_G|^2, G the features that go.
-    """
-    own = evidence.own
-    if own is None or not torch.equal(own[:, k], weight):
-        gram, cross = evidence.moments(bias)
-        missed = (cross[k] - gram[k][:, k] @ weight.T).div_(scale)
-        return Missed(missed), lambda mixture: float("inf")
-    stays = torch.zeros(len(evidence.x), dtype=torch.bool).index_fill_(0, k, True)
-    gone = torch.nonzero(~stays).squeeze(1)
-    columns = own[:, gone].T
-    between, among = (evidence.part(rows, gone, bias).div_(scale) for rows in (k, gone))
 
-    def power(mixture: torch.Tensor) -> float:
-        mixed = columns @ mixture
-        return float((mixed * (among @ mixed)).sum())
-
-    few = len(gone) < columns.shape[1]
-    return (Missed(between, columns) if few else Missed(between @ columns)), power
+def _power(columns: torch.Tensor, among: torch.Tensor, mixture: torch.Tensor) -> float:
+    """E|mixture' r|^2 where r = W_G x_G."""
+    mixed = columns @ mixture
+    return float((mixed * (among @ mixed)).sum())
 
 
 def _ridge(values: torch.Tensor, along: torch.Tensor, power: float, count: float,

@@ -64,13 +64,20 @@ class Evidence:
             gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, y)
         return gram, cross
 
-    def part(self, rows: torch.Tensor, columns: torch.Tensor, centred: bool) -> torch.Tensor:
-        """Return some rows and columns of E[x x'], of deviations from the mean if `centred`."""
-        part = self.gram.index_select(0, rows).index_select(1, columns).div_(self.count)
-        if centred:
-            x = self.x / self.count
-            part.addr_(x[rows], x[columns], alpha=-1)
-        return part
+    def parts(self, k: torch.Tensor, gone: torch.Tensor, centred: bool) -> tuple[
+            torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """Return E[x_K x_K'], E[x_K x_G'], E[x_G x_G'] over the mean of the first's diagonal, and
+        that mean; of deviations from the means if `centred`."""
+        x = self.x / self.count
+        diagonal = self.gram.diagonal()[k] / self.count
+        scale = float((diagonal - x[k].square() if centred else diagonal).mean().clamp(min=1e-30))
+        rows, others = self.gram.index_select(0, k), self.gram.index_select(0, gone)
+        made = rows.index_select(1, k), rows.index_select(1, gone), others.index_select(1, gone)
+        for part, one, other in zip(made, (k, k, gone), (k, gone, gone), strict=True):
+            part.mul_(1 / (self.count * scale))
+            if centred:
+                part.addr_(x[one], x[other], alpha=-1 / scale)
+        return *made, scale
 
     def power(self, centred: bool) -> float:
         """Return E[y'y], of the deviation from the mean if `centred`."""
@@ -80,7 +87,7 @@ class Evidence:
         return squares / self.count - mean
 
 
-Shared = dict[tuple[bytes, bool], tuple[Factors, float]]
+Shared = dict[tuple[bytes, bool], tuple[Factors, torch.Tensor, torch.Tensor, float]]
 
 
 @dataclass

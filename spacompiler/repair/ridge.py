@@ -28,11 +28,14 @@ class Factors:
 
     gram: torch.Tensor
     _made: dict[tuple[float, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
+    _short: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def of(self, ridge: float, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the lower factor (n, n) in a type, or None where there is none."""
         if (ridge, dtype) not in self._made:
-            damped = self.gram.to(dtype, copy=True)
+            if dtype == torch.float32 and not self._short.ndim:
+                self._short = self.gram.float()
+            damped = (self._short if dtype == torch.float32 else self.gram).clone()
             damped.diagonal().add_(ridge)
             self._made[ridge, dtype] = cholesky(damped)
         return self._made[ridge, dtype]
