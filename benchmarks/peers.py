@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("--peer", choices=PEERS, default="torch-pruning")
     parser.add_argument("--only", nargs="*", default=list(MODELS))
     parser.add_argument("--one", nargs=2, metavar=("TOOL", "MODEL"))
-    parser.add_argument("--json", type=Path, help="keep results here; those there are not made anew")
+    parser.add_argument("--json", type=Path, help="a file that keeps results")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
