@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -40,8 +40,8 @@ class Evidence:
     """Sums over `count` samples of one shared index: x (f,), y (o,), x x' (f, f), x y' (f, o), y'y.
 
     x is what the consumer reads, y what its product should be. Where y is `own` x, the product of
-    the dense network itself with `own` (o, f), the last two follow and are 0-dimensional. `shared`
-    is what those that read the same x have in common, `single` allows float32.
+    the dense network itself with `own` (o, f), the last two are computed once they are asked for.
+    `shared` is what those that read the same x have in common, `single` allows float32.
     """
 
     count: int
@@ -57,8 +57,7 @@ class Evidence:
 
     def moments(self, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return E[x x'] and E[x y'], of the deviations from the means if `centred`."""
-        cross = self.cross if self.own is None else self.gram @ self.own.T
-        gram, cross = self.gram / self.count, cross / self.count
+        gram, cross = self.gram / self.count, self.cross / self.count
         if centred:
             x, y = self.x / self.count, self.y / self.count
             gram, cross = gram - torch.outer(x, x), cross - torch.outer(x, y)
@@ -81,10 +80,18 @@ class Evidence:
 
     def power(self, centred: bool) -> float:
         """Return E[y'y], of the deviation from the mean if `centred`."""
-        squares = self.squares if self.own is None else \
-            float((self.own.T * (self.gram @ self.own.T)).sum())
         mean = float((self.y / self.count).square().sum()) if centred else 0.0
-        return squares / self.count - mean
+        return self.squares / self.count - mean
+
+    def __getattr__(self, name: str) -> Any:
+        """What follows from W, where it was left out: it costs more than a factorisation."""
+        if name not in ("cross", "squares") or self.own is None:
+            raise AttributeError(name)
+        if name == "cross":
+            self.cross = self.gram @ self.own.T
+        else:
+            self.squares = float((self.own.T * self.cross).sum())
+        return self.__dict__[name]
 
 
 Shared = dict[tuple[bytes, bool], tuple[Factors, torch.Tensor, torch.Tensor, float]]
@@ -103,7 +110,9 @@ def of_dense(covariance: Covariance, weight: torch.Tensor, shared: int) -> Evide
     """Return the sums of one shared index in the dense network: y = W x, W (outputs, features)."""
     x, gram, w = covariance.total[shared], covariance.gram[shared], weight.double()
     seen = max(int(covariance.seen[shared]), 1)
-    return Evidence(seen, x, w @ x, gram, torch.zeros(()), 0.0, own=w)
+    made = Evidence(seen, x, w @ x, gram, gram, 0.0, own=w)
+    del made.cross, made.squares
+    return made
 
 
 def of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],

@@ -10,7 +10,7 @@ that the dense network with repaired arrays, removed slices read as zero, is the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isnan
 
 import torch
@@ -77,9 +77,10 @@ class Repairer:
                 if shared[0] is not view.covariance:
                     shared = view.covariance, [{} for _ in view.weight]
                 if site is not None:
-                    self._repair(site, view.weight, [
-                        replace(of_dense(view.covariance, w, s), shared=shared[1][s])
-                        for s, w in enumerate(view.weight)])
+                    evidence = [of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)]
+                    for each, own in zip(evidence, shared[1], strict=True):
+                        each.shared = own
+                    self._repair(site, view.weight, evidence)
 
     def sequential(self, context: Scores, batches: Sequence[Batch], found: Sequence[Site], *,
                    residual: bool) -> None:

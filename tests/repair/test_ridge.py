@@ -52,6 +52,7 @@ def test_factors_give_the_closed_form(which: Refit, samples: int, noise: float,
     made, b = which.solve(weight, evidence, KEPT, has_bias=has_bias)
     torch.testing.assert_close(made, want, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(b, shift, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(evidence.cross, evidence.gram @ weight.T)
     once = replace(evidence, single=True, told=Told(), shared={})
     short, _ = which.solve(weight, once, KEPT, has_bias=has_bias)
     off = float((short - want).norm() / (want - weight).norm().clamp(min=1e-300))
