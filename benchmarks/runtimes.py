@@ -328,10 +328,13 @@ def cell(said: dict[str, object], loose: bool) -> str:
 
 def page(table: dict[str, dict[str, dict[str, object]]], sizes: dict[str, str]) -> str:
     """The page of results."""
-    head = ["runtime", *(f"{n} ({sizes[n]})" for n in FILE_ARTIFACTS)]
+    shown = [n for n in FILE_ARTIFACTS if any(n in found for found in table.values())]
+    head = ["runtime", *(f"{n} ({sizes[n]})" for n in shown)]
+    left = ", ".join(n for n in RUNTIMES if n not in table)
     rows, texts = [], []
     for name, found in table.items():
-        pins = " ".join(RUNTIMES[name].pins[:1])
+        pins = next((p for p in RUNTIMES[name].pins if RUNTIMES[name].called in p),
+                    " ".join(RUNTIMES[name].pins[:1]))
         label = f"{name}{f' ({pins})' if pins else ''}"
         if TEXT_ARTIFACT in found:
             said = found[TEXT_ARTIFACT]
@@ -341,7 +344,7 @@ def page(table: dict[str, dict[str, dict[str, object]]], sizes: dict[str, str]) 
         else:
             rows.append(f"| {label} | " + " | ".join(
                 cell(found[n], RUNTIMES[name].loose) if n in found else ""
-                for n in FILE_ARTIFACTS) + " |")
+                for n in shown) + " |")
     return "\n".join([
         "# What runs what is written", "",
         "Made by `python benchmarks/runtimes.py --write`: every runtime in an environment of its",
@@ -350,10 +353,11 @@ def page(table: dict[str, dict[str, dict[str, object]]], sizes: dict[str, str]) 
         "The largest difference to torch over the largest result, at two sizes; for bert, which is",
         "wide enough to compare, also CPU time pruned : dense, in turn on one machine.", "",
         "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *rows, "",
-        "## Language models as directories", "",
-        f"Greedy tokens of {TOKENS} that are torch's, or the relative difference of logits (of",
-        "quantised ones: to the unquantised).", "",
-        "| runtime | dense | pruned |", "|---|---|---|", *texts, ""])
+        *(["## Language models as directories", "",
+           f"Greedy tokens of {TOKENS} that are torch's, or the relative difference of logits (of",
+           "quantised ones: to the unquantised).", "",
+           "| runtime | dense | pruned |", "|---|---|---|", *texts, ""] if texts else []),
+        *([f"Not run for this page: {left}.", ""] if left else [])])
 
 
 if __name__ == "__main__":

@@ -217,8 +217,8 @@ def ncnn(path, feeds):
              for a in first.values()]
     subprocess.run(["cp", path, f"{place}/m.onnx"], check=True)
     tool = Path(sys.executable).parent / "pnnx"
-    subprocess.run([sys.executable, str(tool), f"{place}/m.onnx", "inputshape=" + ",".join(sizes), "fp16=0"],
-                   check=True, capture_output=True, cwd=place)
+    subprocess.run([sys.executable, str(tool), f"{place}/m.onnx", "fp16=0",
+                    "inputshape=" + ",".join(sizes)], check=True, capture_output=True, cwd=place)
     net = n.Net()
     net.opt.num_threads, net.opt.use_fp16_storage = 1, False
     assert not net.load_param(f"{place}/m.ncnn.param")
