@@ -82,6 +82,9 @@ class Gating:
         if rows.projected and not rule.projects:
             raise UsageError(f"{self.relaxation!r} learns under masks that meet the budget",
                              fix="use budget='projection'")
+        if rows.by_input and rule.projects:
+            raise UsageError(f"{self.relaxation!r} has no mask that holds for all inputs",
+                             fix="use budget='penalty' or 'lagrangian'")
         if self.refit and not rule.projects:
             raise UsageError("refit needs masks that meet the budget",
                              fix="use budget='projection', or refit=0")
@@ -164,12 +167,16 @@ class Gating:
         return None if made.empty else made
 
     def _pieces(self, task: Scheduling) -> Sequence[Any]:
-        return pieces(task.calibration.for_repair, self.rows, self.length)
+        """Batches cut to the size of a step, where the program serves other sizes."""
+        graph = task.trace.graph
+        given = [t for t in map(graph.tensors.__getitem__, graph.inputs) if t.shape]
+        free = [all(d in t.dynamic for t in given if len(t.shape) > d) for d in (0, 1)]
+        return pieces(task.calibration.for_repair, self.rows * free[0], self.length * free[1])
 
     def _fold(self, task: Scheduling, gated: Gated, made: Learner,
               kept: dict[str, np.ndarray]) -> None:
         """Put what was learned into the program, and check that it computes what gates did."""
-        able, final = scalable(gated), made.relaxation.final()
+        able, final = scalable(gated), made.final()
         values = ones(gated.groups) | {
             n: torch.where(torch.from_numpy(kept[n]), final[n].double(), 0.0)
             for n in able if not bool((final[n] == 1).all())}
@@ -180,8 +187,9 @@ class Gating:
         call = task.trace.labelled(task.trace.args, task.trace.kwargs)
         with torch.no_grad():
             before = _run(gated, call, values, mask, made.beside)
-            for name, value in trained.items():
-                network.put(name, value)
+            for name, first in task.trace.tied.items():
+                if first in trained:
+                    network.put(name, trained[first])
             fold(gated, network, values)
             after = _run(gated, call, ones(gated.groups), mask, None)
         kinds = {x.dtype for x in task.trace.program.state_dict.values()}

@@ -14,7 +14,7 @@ from ..errors import SpaError
 from ..evidence.calls import Batch
 from .beside import Beside
 from .budgets import Budget
-from .network import Gated, Gates
+from .network import Gated, Gates, ones
 from .objective import Aim
 from .projection import Order, Projection, choices, tables
 from .refits import Refitted
@@ -122,6 +122,10 @@ class Learner:
         found: Mapping[str, torch.Tensor] = self._sums if self.pace.average and self._sums \
             else self.relaxation.order()
         return {n: v.double().numpy() for n, v in found.items()}
+
+    def final(self) -> Arrays:
+        """Return the factor of each slice, if it stays: one where it learned under masks."""
+        return ones(self.gated.groups) if self.budget.projects else self.relaxation.final()
 
     @staticmethod
     def _tensors(gates: Gates) -> Arrays:

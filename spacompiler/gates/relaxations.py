@@ -26,6 +26,7 @@ class Relaxation:
     """What all have in common: one learned number a slice, and gates that end at one or zero."""
 
     projected: ClassVar[bool] = False
+    by_input: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.parameters: Arrays = {}
@@ -240,6 +241,8 @@ class Inputs(Relaxation):
     all x: the mean gate counts, and `strength` times mean g (1 - g) of it is added to the loss
     (consensus sub-network, 2023).
     """
+
+    by_input: ClassVar[bool] = True
 
     def __init__(self, hidden: int = 8, momentum: float = 0.9, strength: float = 1.0) -> None:
         super().__init__()

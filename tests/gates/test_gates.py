@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from spacompiler.artifact.recorded import claims
+from spacompiler.errors import UsageError
 from spacompiler.evidence.calibration import Calibration
 from spacompiler.evidence.losses import labelled
 from spacompiler.gates import gating, scaling
@@ -61,6 +62,7 @@ class Text(nn.Module):
             setattr(self, name, nn.Linear(16, width, bias=False))
         self.gate, self.up = nn.Linear(16, 40, bias=False), nn.Linear(16, 40, bias=False)
         self.down, self.head = nn.Linear(40, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.head.weight = self.embed.weight
 
     def forward(self, input_ids):
         x = self.embed(input_ids)
@@ -128,7 +130,8 @@ ROWS = [(few(Gates(), criterion="taylor", length=0, scales=3), "text"),
         (few(Gates(), criterion="taylor", scales=3), "images"),
         (few(GraspGates(), scales=3), "text"), (few(Compresso(), beside_lr=0.01), "text"),
         (few(Ddp()), "images"), (few(Lapp()), "images"), (few(Tas()), "images"),
-        (few(Bip()), "images"), (few(Polarise()), "images")]
+        (few(Bip()), "images"), (few(Polarise()), "images"),
+        (few(Progressive(), budget="projection", relaxation="soft-l0"), "text")]
 
 
 @pytest.mark.parametrize("row, net", ROWS, ids=[f"{r.name}-{n}" for r, n in ROWS])
@@ -185,6 +188,28 @@ def test_factors_are_a_repair_that_the_recipe_names(schedule, words, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     assert words in claims(tmp_path, {}, {"repaired": ["a"]}, Plan({}, {}))
     assert bool(claims(tmp_path, {}, {"repaired": ["a"]}, Plan({}, {}))) == bool(words)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: GraspGates(budget="penalty"), "masks that meet the budget"),
+    (lambda: Polarise(budget="projection"), "holds for all inputs"),
+    (lambda: Ddp(refit=0.1), "refit needs masks"), (lambda: Ddp(relaxation="l0"), "unknown relax"),
+    (lambda: Ddp(budget="none"), "unknown budget"), (lambda: Ddp(beside="all"), "cannot train"),
+])
+def test_what_cannot_be_combined_is_said_at_once(make, words):
+    with pytest.raises(UsageError, match=words) as error:
+        make()
+    assert error.value.fix
+
+
+def test_what_learned_under_masks_is_not_scaled_and_tied_arrays_stay_one(traced):
+    task = task_on(traced["text"])
+    few(Progressive(), relaxation="soft-l0", budget="projection").run(task)
+    stored, tied = task.trace.program.state_dict, task.trace.tied
+    names = [n for n in stored if tied[n] == tied["head.weight"]]
+    assert len(names) == 2 and torch.equal(*(stored[n] for n in names))
+    assert not torch.equal(stored["head.weight"], task.module.head.weight)
+    assert not (stored["down.weight"] == 0).all(0).any(), "columns were scaled"
 
 
 def test_a_budget_comes_down_step_by_step(traced, monkeypatch):
