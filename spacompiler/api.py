@@ -13,6 +13,7 @@ from torch import nn
 from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
+from .pipeline.inputs import named_inputs
 from .pipeline.request import Data, Given, example_of, make_request
 from .pipeline.resolved import check_hashes
 from .pipeline.run import STAGES, run
@@ -33,6 +34,7 @@ from .stages.compiled import Compiled
 from .stages.records import Progress, Request, Subject
 from .store.place import check_out
 from .system.process import alone
+from .system.shown import shown
 from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
 from .torch_backend.read.readable import check_exportable, check_readable
 
@@ -77,6 +79,11 @@ class Result:
         self.path = Path(out)
         return self.path
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: what is left of what."""
+        from .artifact import page, report
+
+        return page.table(self.report or report.facts(self.job))
 
     def push_to_hub(self, repository: str, *, private: bool = True,
                     token: str | None = None) -> str:
@@ -103,7 +110,7 @@ def compile(model: str | nn.Module | Recipe, example_inputs: Inputs | None = Non
             adapter: str | Path | Sequence[str | Path] = (), name: str = "",
             checkpoint: str | Path | None = None, dry_run: bool = False,
             trust_remote_code: bool = False, progress: Progress | None = None,
-            **options: object) -> Result:
+            quiet: bool = False, **options: object) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
 
     Passes are given by name, as `module:object`, or as objects; `calibration` and `recover_data`
@@ -118,7 +125,9 @@ def compile(model: str | nn.Module | Recipe, example_inputs: Inputs | None = Non
         loss: (flat results, args, kwargs) -> scalar tensor; default: cross-entropy.
         tokenizer: turns calibration text into `input_ids`; saved with the artifact.
         name: what the report calls the model, and where `load` finds its code again.
-        progress: is called with (stage, done, total) as the work goes on.
+        progress: is called with (stage, done, total) as the work goes on; default: a bar, where
+            stderr is a terminal or this a notebook.
+        quiet: show no bar.
 {options}
 
     Raises:
@@ -126,13 +135,15 @@ def compile(model: str | nn.Module | Recipe, example_inputs: Inputs | None = Non
         ProofError: the result would be wrong. SpaError: anything else that is not our bug.
     """
     given = Given(importance, allocation, schedule, repair, recovery, calibration, recover_data,
-                  loss=loss, tokenizer=tokenizer, name=name, progress=progress)
+                  loss=loss, tokenizer=tokenizer, name=name)
     adapters = [adapter] if isinstance(adapter, (str, Path)) else adapter
     words = {"target": target, "adapter": tuple(map(str, adapters)), **given.names(), **options}
     model, asked = _asked(model, recipe, words)
-    return _compile(model, example_inputs, asked, given.filled(asked), Errand.of({
-        "out": out, "dry_run": dry_run, "checkpoint": checkpoint,
-        "trust_remote_code": trust_remote_code}))
+    errand = Errand.of({"out": out, "dry_run": dry_run, "checkpoint": checkpoint,
+                        "trust_remote_code": trust_remote_code})
+    with shown(progress, quiet) as tick:
+        return _compile(model, example_inputs, asked,
+                        replace(given.filled(asked), progress=tick), errand)
 
 
 PUBLIC = frozenset(signature(compile).parameters) - {"options"}
@@ -190,6 +201,7 @@ def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
     if found.adapter and found.adapter not in recipe.adapters:
         recipe = replace(recipe, adapters=(found.adapter, *recipe.adapters))
     if inputs is None:
+        found.inputs = named_inputs(found.module, found.inputs, recipe)
         found.inputs, data = example_of(found.module, found.inputs, given.calibration)
         given = replace(given, calibration=data)
     if recipe.onnx and writes:

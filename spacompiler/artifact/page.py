@@ -53,6 +53,14 @@ def page(data: Mapping[str, Any]) -> str:
             f"<main><h1>{html.escape(title)}</h1>{''.join(parts)}</main></body></html>\n")
 
 
+def table(data: Mapping[str, Any]) -> str:
+    """Return the figures of a compile as a table, for a notebook."""
+    rows = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>"
+                   for row in report.table_rows(data))
+    return (f"<table><caption>{_e(data['model'])}, {_e(data['target'])}</caption><tr><th></th>"
+            f"<th>dense</th><th>pruned</th><th>stays</th></tr>{rows}</table>")
+
+
 def _verdict(data: Mapping[str, Any]) -> str:
     tiles = [(share, what, f"{dense} → {pruned}")
              for what, dense, pruned, share in report.table_rows(data)]

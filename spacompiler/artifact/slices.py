@@ -15,7 +15,7 @@ from .cuts import cuts
 def without_places(job: Compiled) -> Callable[[Any], Any]:
     """What takes the places of the user's files out of data: files keep their names."""
     r = job.recipe
-    given = [job.name, r.calibration, r.recover_data, *(a.rpartition("=")[0] or a
+    given = [job.name, r.inputs, r.calibration, r.recover_data, *(a.rpartition("=")[0] or a
                                                         for a in r.adapters), *r.adapters]
     passes = (r.importance, r.allocation, r.repair, r.recovery, r.schedule)
     given += [text.partition(":")[0] for text in (*passes, job.name)]

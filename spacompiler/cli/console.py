@@ -86,12 +86,7 @@ def _lines_or_bar() -> Iterator[Callable[[str, int, int], None]]:
             f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True) \
             if not stage.startswith("training") or done % max(1, total // 10) == 0 else None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from ..system.shown import bar
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
-               TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda stage, done, total: bar.update(
-            task, description=stage, completed=done, total=total)
+    with bar() as tick:
+        yield tick

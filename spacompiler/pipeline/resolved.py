@@ -79,6 +79,8 @@ def _hashes(ask: Request) -> Iterator[str]:
         asked = getattr(ask.recipe, option)
         if data is not None and not _known_word(data) and (asked or data is ask.calibration):
             yield f"{option}={_digest(data) if asked in WORDS else hash_of(asked)}"
+    if ask.recipe.inputs:
+        yield f"inputs={hash_of(ask.recipe.inputs)}"
     for i, path in enumerate(ask.recipe.adapters):
         yield f"adapters.{i}={hash_of(_place(path))}"
 
@@ -115,7 +117,7 @@ def _sha(parts: Iterable[bytes]) -> str:
 def check_hashes(recipe: Recipe) -> None:
     """Raise UsageError if data or an adapter is not the one that a recipe was carried out with."""
     wanted = dict(each.split("=", 1) for each in recipe.hashes)
-    named = {"calibration": recipe.calibration, "recover_data": recipe.recover_data,
+    named = {"inputs": recipe.inputs, "calibration": recipe.calibration, "recover_data": recipe.recover_data,
              **{f"adapters.{i}": _place(path) for i, path in enumerate(recipe.adapters)}}
     for option, path in named.items():
         if option not in wanted or path in WORDS:

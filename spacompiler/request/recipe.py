@@ -144,6 +144,12 @@ class Recipe(Options):
         "transformers), per-layer (each layer as wide as it is, stock transformers with a file "
         "beside), any (ours alone), or auto: what is worth it.",
         check=one_of(LAYOUTS, "layout"))
+    inputs: str = option(
+        "", DATA, "Example inputs: a .npz file of arrays by name, or the one input as .npy.",
+        metavar="FILE")
+    input_shape: tuple[str, ...] = option(
+        (), DATA, "Shape of an example input: NAME=2x3x224x224, or the shape alone where there is "
+        "one. Repeatable.", metavar="NAME=SHAPE")
     calibration: str = option(
         "", DATA, "A text file, .npz or .npy arrays (or a folder of them), sampled (what the model "
         "makes up), own (data that the model brings along), python (text that Python carries) or "

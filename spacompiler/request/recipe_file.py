@@ -24,7 +24,7 @@ from .options import Known, Options, by_panel, known, typed
 
 BYTES, DEPTH = 2**20, 8
 """Larger files and deeper nests are not read."""
-FILES = ("model", "calibration", "recover_data", "adapters")
+FILES = ("model", "inputs", "calibration", "recover_data", "adapters")
 """Options that may name files: those that lie beside the recipe are found there."""
 GIVEN = "given"
 WORDS = ("", "sampled", "own", "python", "none", GIVEN)
