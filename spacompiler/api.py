@@ -225,15 +225,16 @@ def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
                         folder=found.folder, sound=found.sound)
 
 
+HANDED = ("importance", "allocation", "repair", "calibration", "loss", "tokenizer", "name",
+          "progress")
+"""What a sweep may be given as objects, beside options."""
+
+
 @alone()
 def sweep(model: str | nn.Module | Recipe, example_inputs: Inputs | None = None, *,
           sizes: Sequence[float] = (0.9, 0.75, 0.6, 0.5), metric: str = "params",
           evaluate: Evaluate | None = None, allow: float = 0.05, latency: bool = False,
-          recipe: Recipe | str | Path | None = None, importance: object = "auto",
-          allocation: object = "auto", repair: object = "auto", calibration: Data = None,
-          loss: Callable[..., Any] | None = None, tokenizer: Callable[..., Any] | None = None,
-          name: str = "", trust_remote_code: bool = False, progress: Progress | None = None,
-          **options: object) -> Sweep:
+          recipe: Recipe | str | Path | None = None, **options: Any) -> Sweep:
     """Try several sizes of a model, traced once and scored once, and say which one to take.
 
     Args:
@@ -246,17 +247,17 @@ def sweep(model: str | nn.Module | Recipe, example_inputs: Inputs | None = None,
 
     Others, and further keywords, are those of `compile`. Raises what it raises.
     """
-    given = Given(importance, allocation, "", repair, "", calibration, loss=loss,
-                  tokenizer=tokenizer, name=name, progress=progress)
     targets = [f"{metric}~{share:.6g}" for share in sorted(set(sizes), reverse=True)]
     if not targets:
         raise UsageError("there are no sizes to try", fix="give some: sizes=(0.9, 0.5)")
     for target in targets:
         parse_targets(target)
+    given = Given(**{word: options.pop(word) for word in HANDED if word in options})
+    errand = Errand(trust_remote_code=options.pop("trust_remote_code", False))
     words = {"target": targets[0], "adapter": (), **given.names(), **options}
     model, asked = _asked(model, recipe, words)
-    ask, subject = _prepared(model, example_inputs, asked, given.filled(asked),
-                             Errand(trust_remote_code=trust_remote_code), writes=False)
+    ask, subject = _prepared(model, example_inputs, asked, given.filled(asked), errand,
+                             writes=False)
     points, dense = run_sweep(ask, subject, targets, evaluate, timed=latency)
     return Sweep(ask.name, points, allow, dense)
 

@@ -107,6 +107,11 @@ def about(solution: Solution, text: str) -> list[str]:
     return lines
 
 
+def explained(solution: Solution, one: str, other: str | None) -> list[str]:
+    """Say what may go from one dimension, or why two are coupled."""
+    return about(solution, one) if other is None else explain(solution, one, other)
+
+
 def write_page(solution: Solution, path: Path, title: str) -> None:
     """Write the groups as one page of HTML."""
     kernels, others = _kernels(solution)

@@ -73,9 +73,8 @@ def inspect(
 
         if other is not None and why is None:
             raise UsageError(f"unexpected {other!r}", fix="a second dimension goes with --why")
-        for place in (graph, page):
-            if place is not None:
-                inspection.check_graph(place)
+        for place in filter(None, (graph, page)):
+            inspection.check_graph(place)
         with progress() as tick:
             tick(f"tracing {model}", 0, 1)
             solution = api.inspect(model, modules=tuple(module or ()), **asked(Trusting, given))
@@ -84,8 +83,7 @@ def inspect(
         if page is not None:
             inspection.write_page(solution, page, f"Groups of {model}")
         if why is not None:
-            chain = inspection.about(solution, why) if other is None else \
-                inspection.explain(solution, why, other)
+            chain = inspection.explained(solution, why, other)
             print(json.dumps(chain) if as_json else "\n".join(chain))
         elif as_json:
             print(json.dumps(inspection.as_data(solution)))

@@ -140,11 +140,11 @@ def unequal(ask: Request, subject: Subject, traced: Traced, scored: Scored, alik
 
 
 def _units(ask: Request, traced: Traced, scored: Scored, uniform: bool) -> tuple[Unit, ...]:
-    return legal.units(traced.solution, scored.candidates, scored.scores, uniform=uniform,
-                       align=ask.recipe.align, floor=ask.recipe.floor,
-                       lanes=ask.recipe.lanes or profile(ask.recipe.runtime).lanes or lanes(),
-                       wishes=[parse_wish(text) for text in ask.recipe.keep],
-                       absolute=getattr(scored.importance, "absolute", False))
+    r = ask.recipe
+    return legal.under(legal.units(
+        traced.solution, scored.candidates, scored.scores, uniform=uniform, align=r.align,
+        lanes=r.lanes or profile(r.runtime).lanes or lanes(), floor=r.floor,
+        absolute=getattr(scored.importance, "absolute", False)), [parse_wish(t) for t in r.keep])
 
 
 def _expressible(ask: Request, subject: Subject, traced: Traced,

@@ -103,6 +103,16 @@ class Given:
         return getattr(recipe, option) if left else given
 
 
+def _check_named(what: Data) -> None:
+    """Raise UsageError for a word that names no data that can be read."""
+    if what == GIVEN:
+        raise UsageError("the recipe's data was given in Python, and is not part of it",
+                         fix="give it again: calibration=batches, or --calibration FILE")
+    if isinstance(what, str) and not what.strip():
+        raise UsageError("the name of the data is empty",
+                         fix="leave it out, or give a file, sampled, or none")
+
+
 def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
             tokenizer: Callable[..., Any] | None = None,
             own: Callable[[int, int], Iterable[Any]] | None = None) -> Calibration:
@@ -112,17 +122,12 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     the module makes up, see `sampling`), "own" (the model's data), "python" (text that Python
     carries), or None: the first of own, python (where there is a tokenizer) and none that there is.
     """
-    if what == GIVEN:
-        raise UsageError("the recipe's data was given in Python, and is not part of it",
-                         fix="give it again: calibration=batches, or --calibration FILE")
-    if isinstance(what, str) and not what.strip():
-        raise UsageError("the name of the data is empty",
-                         fix="leave it out, or give a file, sampled, or none")
+    _check_named(what)
     if what == "sampled":
         from ..torch_backend.gather.sampling import sampled
 
-        return Calibration(ORIGINS["sampled"], sampled(
-            module, inputs, tokenizer, **windows._asdict()))
+        made = sampled(module, inputs, tokenizer, **windows._asdict())
+        return Calibration(ORIGINS["sampled"], made)
     if what in (None, "own") and own is not None:
         batches, held_out = ([as_batch(module, as_call(inputs), b) for b in own(count, seed)]
                              for count, seed in ((max(1, windows.samples // 2), windows.seed),

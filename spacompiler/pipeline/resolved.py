@@ -117,7 +117,8 @@ def _sha(parts: Iterable[bytes]) -> str:
 def check_hashes(recipe: Recipe) -> None:
     """Raise UsageError if data or an adapter is not the one that a recipe was carried out with."""
     wanted = dict(each.split("=", 1) for each in recipe.hashes)
-    named = {"inputs": recipe.inputs, "calibration": recipe.calibration, "recover_data": recipe.recover_data,
+    named = {"inputs": recipe.inputs, "calibration": recipe.calibration,
+             "recover_data": recipe.recover_data,
              **{f"adapters.{i}": _place(path) for i, path in enumerate(recipe.adapters)}}
     for option, path in named.items():
         if option not in wanted or path in WORDS:

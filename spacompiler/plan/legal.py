@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import gcd, prod
 from typing import Any
@@ -150,10 +151,10 @@ def legal_counts(size: int, multiple: int, floor: float, fewest: int = 0) -> tup
 
 def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.ndarray], *,
           uniform: bool, align: int | None, lanes: int, floor: float,
-          absolute: bool = False, wishes: Sequence[Wish] = ()) -> tuple[Unit, ...]:
+          absolute: bool = False) -> tuple[Unit, ...]:
     """Build the units of an allocation problem, one per group or per family.
 
-    Pieces of one split are one unit. `wishes` leave some of the counts. With `absolute`, error
+    Pieces of one split are one unit. With `absolute`, error
     curves are sums of scores, not shares of each group's total.
     """
     bundles: dict[str, list[Group]] = {}
@@ -167,14 +168,19 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
         sizes = {g.size for g in bundle}
         if len(sizes) > 1:
             made.extend(units(solution, bundle, scores, uniform=False, align=align, lanes=lanes,
-                              floor=floor, absolute=absolute, wishes=wishes))
+                              floor=floor, absolute=absolute))
             continue
         multiple = max(step(solution, g, align, lanes) for g in bundle)
         chosen = max(fewest(solution, g) for g in bundle)
-        legal = wished(bundle, legal_counts(bundle[0].size, multiple, floor, chosen), wishes)
+        legal = legal_counts(bundle[0].size, multiple, floor, chosen)
         losses = np.sum([_losses(scores[g.name], absolute) for g in bundle], axis=0)
         made.append(Unit(name, tuple(bundle), legal, losses, chosen))
     return tuple(made)
+
+
+def under(units: Sequence[Unit], wishes: Sequence[Wish]) -> tuple[Unit, ...]:
+    """Return the units with the counts that wishes leave; raises UsageError where that is none."""
+    return tuple(replace(u, legal=wished(u.groups, u.legal, wishes)) for u in units)
 
 
 def wished(groups: Sequence[Group], legal: tuple[int, ...],

@@ -121,7 +121,8 @@ def test_what_the_api_spells_out_is_in_the_table_or_said_beside_it():
         if name in words and words[name] not in ("", ()) and name != "target":
             assert parameter.default == words[name], name
     assert set(public) - set(words) == {
-        "model", "example_inputs", "recipe", "loss", "tokenizer", "name", "progress", "quiet", "options"}
+        "model", "example_inputs", "recipe", "loss", "tokenizer", "name", "progress", "quiet",
+        "options"}
     assert {entry.keyword for entry in known(Errand)} <= set(public)
 
 
