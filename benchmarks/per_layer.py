@@ -51,12 +51,12 @@ if model.can_generate() and "input_ids" in inputs:
                            min_new_tokens=tokens, use_cache=cache) for cache in (True, False)]
     found["tokens"] = f"{int((made[0] == made[1]).sum()) - made[0].shape[1] + tokens} of {tokens}"
 step = torch.optim.SGD(model.parameters(), 1e-2)
-loss = model.train()(**inputs).logits.square().mean()
+loss = model.eval()(**inputs).logits.square().mean()
 loss.backward()
 step.step()
 after = model(**inputs).logits.square().mean()
 found["trains"] = bool(after < loss)
-model.eval().save_pretrained(again)
+model.save_pretrained(again)
 other = auto.from_pretrained(again, trust_remote_code=True)
 same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 with torch.no_grad():
