@@ -104,11 +104,11 @@ def sound(root: Path) -> None:
     spacompiler.compile(str(root / "file/0.onnx"), target="params=70%", out=root / "onnx", **QUICK)
     recipe = root / "recipe"
     recipe.mkdir()
-    entries = json.loads((root / "any/recipe.json").read_text())
     (recipe / "recipe.json").write_text(json.dumps({
-        **{key: value for key, value in entries.items()
-           if key != "model" and not key.startswith("recover")},
-        "importance": "magnitude(norm=2)", "allocation": "uniform", "calibration": "none"}))
+        "target": "params=60%", "importance": {"magnitude": {"norm": 2}}, "allocation": "uniform",
+        "repair": "none", "roles": ["channel", "head"], "only": ["*"], "ignore": ["zz*"],
+        "align": 1, "floor": 0.1, "layout": "any", "calibration": "none", "samples": 16,
+        "length": 128, "batch": 2, "seed": 0, "prove": True, "onnx": False, "latency": False}))
     (root / "plan").mkdir()
     shutil.copy(root / "any/plan.json", root / "plan/plan.json")
 
@@ -143,15 +143,8 @@ def _file(folder: Path, root: Path) -> Any:
 
 
 def _recipe(folder: Path, root: Path) -> Any:
-    """Compile with these options; passes of a user's own name their file, as users may."""
-    text = (folder / "recipe.json").read_text()
-    entries = json.loads(text)
-    if not isinstance(entries, dict) or TRAP in text:
-        return
-    entries = {"adapter" if k == "adapters" else k: v for k, v in entries.items()}
-    entries = {k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()}
-    entries.setdefault("target", "params=60%")
-    spacompiler.compile(Net(), (torch.ones(4, 8),), dry_run=True, **entries)
+    """Compile by a recipe's file (JSON is YAML), which may name no code."""
+    spacompiler.compile(Net(), (torch.ones(4, 8),), recipe=folder / "recipe.json", dry_run=True)
 
 
 def _plan(folder: Path, root: Path) -> Any:

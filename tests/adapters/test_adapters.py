@@ -656,3 +656,14 @@ def test_only_linear_layers_are_sliced_by_these_types(kind, tmp_path):
     with pytest.raises(SpaError, match="cannot be sliced"):
         spacompiler.compile(*base, adapter=path, keep_adapter=True,
                             **{**FAST, "target": "params=63%"})
+
+
+def test_arrays_of_a_type_that_no_weight_has_are_refused(tmp_path):
+    """torch holds them, and computes nothing with them."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.a.lora_A.weight": torch.zeros(2, 2, dtype=torch.uint32)},
+              tmp_path / "adapter_model.safetensors")
+    with pytest.raises(SpaError, match=r"lora_A\.weight is stored as uint32"):
+        files.stored(tmp_path)
