@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import types
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import peft
@@ -25,7 +20,6 @@ from torch import nn
 from transformers.utils import logging as shown
 
 import spacompiler
-from spacompiler.request.registry import available
 from spacompiler.system.process import alone
 from spacompiler.torch_backend.emit.apart import set_apart
 
@@ -89,29 +83,15 @@ def compiled(make: Callable[[], nn.Module], inputs: Any, **options: Any
         module, inputs, **{"target": "params=70%", **QUICK, **options}).module
 
 
-@cache
-def adapter() -> str:
-    """The directory of an adapter for `llama`."""
-    folder = tempfile.mkdtemp(prefix="purity-")
-    atexit.register(shutil.rmtree, folder, True)
-    adapted().save_pretrained(folder)
-    return folder
-
-
 def adapted() -> nn.Module:
     """`llama` with an adapter that does something."""
-    made = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    with torch.random.fork_rng():
+        made = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["up_proj"]))
     with torch.no_grad():
         for name, p in made.named_parameters():
             if "lora_B" in name:
                 p.fill_(0.1)
     return made
-
-
-def beside_adapter() -> nn.Module:
-    """`llama`, once the adapter is written."""
-    adapter()
-    return llama()
 
 
 IDS = {"input_ids": torch.arange(18).reshape(2, 9), "use_cache": False}
@@ -132,15 +112,7 @@ CASES = {
     "dropped blocks": compiled(llama, IDS, blocks="1", target="body=45%", layout="any",
                                repair="none", **TEXT),
     "a model with an adapter on it": compiled(adapted, IDS, repair="none"),
-    "an adapter, merged": (beside_adapter, lambda module: spacompiler.compile(
-        module, IDS, target="params=70%", adapter=adapter(), repair="none", **QUICK).module),
-    "an adapter, kept": (beside_adapter, lambda module: spacompiler.compile(
-        module, IDS, target="body=70%", adapter=adapter(), keep_adapter=True, repair="none",
-        **QUICK).module),
 }
-PASSES = [(kind, entry.name) for kind, entry in available()
-          if kind in ("importance", "allocation", "compensation", "recovery")]
-OPTION = {"compensation": "repair"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -156,20 +128,6 @@ def test_a_compile_leaves_the_model_and_the_process_as_they_were(name: str) -> N
     for tensor in (*made.parameters(), *made.buffers()):
         tensor.data.zero_()
     assert _differing(state, _state(module)) == []
-
-
-@pytest.mark.parametrize("kind, name", PASSES)
-def test_no_pass_changes_the_model_or_the_process(kind: str, name: str) -> None:
-    module, given = net(), (INPUTS[0].clone(), [batch[0].clone() for batch in BATCHES])
-    state, settings = _state(module), _settings()
-    with suppress(spacompiler.SpaError):  # not for such a network: nothing may have changed either
-        spacompiler.compile(module, INPUTS, **{
-            "target": "params~70%", **QUICK, "prove": False, "repair": "none", **DATA,
-            OPTION.get(kind, kind): name})
-    assert _differing(settings, _settings()) == []
-    assert _differing(state, _state(module)) == []
-    assert torch.equal(INPUTS[0], given[0])
-    assert all(torch.equal(batch[0], old) for batch, old in zip(BATCHES, given[1], strict=True))
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
@@ -228,28 +186,13 @@ def _memory(root: nn.Module) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
-def test_pruning_a_live_model_changes_sizes_alone(importance: str) -> None:
+def test_pruning_a_live_model_leaves_the_process_as_it_was() -> None:
     module = net()
-    state, settings = _state(module), _settings()
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.0)
-    pruner = spacompiler.Pruner(module, INPUTS, optimizer, target="params=70%",
-                                importance=importance)
-    module(INPUTS[0]).pow(2).mean().backward()
-    optimizer.step()
+    settings = _settings()
+    pruner = spacompiler.Pruner(module, INPUTS, None, target="params=70%", importance="magnitude")
     pruner.shrink()
     pruner.finish()
-    optimizer.zero_grad()
     assert _differing(settings, _settings()) == []
-    after = _state(module)
-    for key, (number, trains, _, values) in ((k, v) for k, v in state.items()
-                                             if isinstance(v, tuple) and len(v) == 4):
-        assert after[key][:2] == (number, trains), key
-        assert set(after[key][3].flatten().tolist()) <= set(values.flatten().tolist()), key
-    for key in state:
-        if key.endswith((" mode", " hooks", " names")):
-            assert state[key] == after[key], key
-    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_settings_come_back_after_an_error_too() -> None:
