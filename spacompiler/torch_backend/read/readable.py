@@ -52,8 +52,9 @@ def _check_reachable(path: str, part: nn.Module, name: str, inner: nn.Module) ->
         raise SpaError(
             f"the part {full!r} cannot be reached", where=type(part).__name__,
             why=f"{type(part).__name__}.{name} is something of its class, which hides it",
-            fix=f"rename it, or take it away (module{'.' + path if path else ''}._modules"
-                f".pop({name!r})) where it only lists what other parts hold")
+            fix=f"rename it; where it only lists arrays, take it away (module"
+                f"{'.' + path if path else ''}._modules.pop({name!r})) and register the layers "
+                "that hold them (nn.ModuleList)")
 
 
 def _check_unpacked(path: str, part: nn.Module) -> None:
