@@ -116,7 +116,8 @@ def report(rows: list[Row]) -> str:
         "reloaded, and checked by code that knows nothing of axes (`benchmarks/independent.py`): "
         "what the plan removes is zero in a copy of the dense network, which must then compute "
         "what the reloaded one and its ONNX file do, on fresh inputs and at another batch.",
-        f"- networks: {len(rows)} of {len(packages)} packages\n"
+        f"- networks: {len(rows)} of {len(packages)} packages, of {len(package_networks.ENTRIES)} "
+        "listed\n"
         f"- compiled, saved and reloaded: {kinds['ok']}; of these checked apart and equal: "
         f"{len(checked)} ({partly} of them not in all of the four ways: a file or program that "
         f"does not take the other batch), not checked apart: {kinds['ok'] - len(checked)}\n"
