@@ -89,8 +89,10 @@ def _without_norms(module: nn.Module) -> dict[str, str]:
         for name in list(getattr(part, "parametrizations", ())):
             inner = f"{at}parametrizations.{name}."
             if hasattr(part.parametrizations[name], "original1"):
-                found |= {f"{inner}original0": "", f"{inner}original1": at + name}
-                parametrize.remove_parametrizations(part, name)
+                found |= {f"{inner}original0": "", f"{inner}original1": f"{inner}original"}
+                plain = nn.Parameter(getattr(part, name).detach().clone())  # copies share classes
+                part.parametrizations[name] = parametrize.ParametrizationList(
+                    [nn.Identity()], plain)
         for name in [n.removesuffix("_g") for n, _ in part.named_parameters(recurse=False)
                      if n.endswith("_g") and hasattr(part, n.removesuffix("_g") + "_v")]:
             found |= {f"{at}{name}_g": "", f"{at}{name}_v": at + name}
