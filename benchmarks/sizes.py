@@ -2,8 +2,8 @@
 
     python benchmarks/sizes.py [sweep] [latency] [MODEL ...]
 
-`sweep`: CPU seconds of four sizes over those of one compile (with its files). `latency`: the share of
-the dense network's time that is left at latency=60%, timed anew after the compile, turn by turn.
+`sweep`: CPU seconds of four sizes over those of one compile (with its files). `latency`: the share
+of the dense network's time that is left at latency=60%, timed anew after the compile, turn by turn.
 """
 
 from __future__ import annotations
