@@ -37,16 +37,18 @@ class Tried:
         plans = dict(self._plans(problem))
         if problem.measure is None or len(plans) == 1:
             return plans["uniform"]
-        lost = self._lost(problem, problem.measure, plans)
-        best = min(lost, key=lambda name: lost[name])
+        lost, close = self._lost(problem, problem.measure, plans)
+        best = min(close, key=lambda name: lost[name])
+        far = "; of what is far behind, on the first batch alone" if len(close) < len(lost) else ""
         problem.notes.append("allocation tried: " + ", ".join(
             f"{name} {value:.3g}" for name, value in lost.items())
-            + f" (divergence from the dense network); {best} is taken")
+            + f" (divergence from the dense network{far}); {best} is taken")
         return plans[best]
 
-    def _lost(self, problem: Problem, measure: Measured,
-              plans: dict[str, dict[str, int]]) -> dict[str, float]:
-        """The divergence of each plan: of all batches, or of the first where it is beaten there."""
+    def _lost(self, problem: Problem, measure: Measured, plans: dict[str, dict[str, int]]) -> tuple[
+            dict[str, float], list[str]]:
+        """The divergence of each plan, and those that are close on the first batch: theirs is of
+        all batches."""
 
         def lost(name: str, batches: int, skip: int = 0) -> float:
             found = measure.lost(problem, plans[name], batches, skip)
@@ -55,9 +57,9 @@ class Tried:
         first = {name: lost(name, 1) for name in plans}
         count = min(self.batches, len(measure.batches))
         close = [n for n, value in first.items() if value <= self.near * min(first.values())]
-        if count > 1 and len(close) > 1:
+        if count > 1:
             first |= {n: (first[n] + (count - 1) * lost(n, count, 1)) / count for n in close}
-        return first
+        return first, close
 
     def _plans(self, problem: Problem) -> Iterator[tuple[str, dict[str, int]]]:
         """Candidates that meet the target, by name; uniform in any case, equal ones once."""

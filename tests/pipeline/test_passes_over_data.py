@@ -58,7 +58,8 @@ class Asked:
 
 def test_what_lost_much_on_the_first_batch_is_not_looked_at_further() -> None:
     measure = Asked({1: 1.0, 2: 1.2, 3: 2.0})
-    lost = Tried()._lost(None, measure, {  # type: ignore[arg-type]
+    lost, close = Tried()._lost(None, measure, {  # type: ignore[arg-type]
         name: {"a": i} for i, name in enumerate(("one", "two", "three"), 1)})
+    assert close == ["one", "two"]
     assert lost == pytest.approx({"one": 1.0, "two": 1.2, "three": 2.0})
     assert measure.asked == [(1, 1, 0), (2, 1, 0), (3, 1, 0), (1, 3, 1), (2, 3, 1)]
