@@ -33,6 +33,7 @@ from .sources.source import Source
 from .stages.compiled import Compiled
 from .stages.records import Progress, Request, Subject
 from .store.place import check_out
+from .store.room import LARGE, Room
 from .system.process import alone
 from .system.shown import shown
 from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
@@ -185,10 +186,23 @@ def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, give
     if errand.out is not None:
         check_out(errand.out)
     ask, subject = _prepared(model, inputs, recipe, given, errand, writes=out is not None)
+    if out is not None:
+        subject = replace(subject, room=_room(ask, subject, out))
     result = Result(run(ask, subject, dry_run=errand.dry_run))
     if out is not None:
         result.save(out)
     return result
+
+
+def _room(ask: Request, subject: Subject, out: Path) -> Room | None:
+    """Where the arrays of a large model's result lie until they are written: beside `out`.
+
+    In memory where they are to be trained.
+    """
+    model = subject.model
+    large = isinstance(model, nn.Module) and sum(p.nbytes for p in model.parameters()) >= LARGE
+    trains = ask.recovery is not None or ask.schedule is not None
+    return Room(out) if large and not trains else None
 
 
 def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,

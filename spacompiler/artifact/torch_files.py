@@ -12,12 +12,14 @@ import torch
 from ..deploy.cases import LENGTH
 from ..deploy.inputs import axis_names, feed, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
+from ..request.recipe import parse_size
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
 from ..stages.tolerances import ONNX, RELOAD_MODULE
 from ..store import beside
 from ..store.arrays import save_check, save_weights
 from ..store.folder import write_json
+from ..store.mapped import let_go
 from ..system.staging import Scratch
 from ..torch_backend.backend import pruned_program
 from ..torch_backend.emit import stock as hf
@@ -60,7 +62,7 @@ def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
 
 def _weights(job: Compiled, folder: Path) -> None:
     if job.layout in ("uniform", "per-layer"):
-        hf.save(job.pruned, folder, _tokenizer(job))
+        hf.save(job.pruned, folder, _tokenizer(job), parse_size(job.recipe.shard_size))
         return
     if job.emission == "program" and not hasattr(job.pruned, "body"):
         raise SpaError("parts that were re-written as programs cannot be saved", where=job.name,
@@ -120,10 +122,10 @@ def _reload(job: Compiled, folder: Path) -> str:
     write_json(folder / "slices.json", slices(job))
     again = load_folder(folder, model=job.reference)
     got = results(again, job.trace.args, job.trace.kwargs)
-    if _differing_array(job.pruned, again) or not relative_error(got, want) <= RELOAD_MODULE.value:
+    odd = _differing_array(job.pruned, again)
+    if odd or not relative_error(got, want) <= RELOAD_MODULE.value:
         raise ProofError("the reloaded model differs from the one in memory",
-                         where=_differing_array(job.pruned, again) or "its results",
-                         fix="please report it")
+                         where=odd or "its results", fix="please report it")
     if all(map(torch.equal, got, want)):
         return "bit-equal"
     return f"arrays bit-equal, results to {relative_error(got, want):.1e}"
@@ -132,8 +134,11 @@ def _reload(job: Compiled, folder: Path) -> str:
 def _differing_array(one: torch.nn.Module, other: torch.nn.Module) -> str:
     """Return the name of the first array in which two modules differ, or "" if there is none."""
     a, b = one.state_dict(), other.state_dict()
-    return next((k for k in sorted(a.keys() | b.keys())
-                 if k not in a or k not in b or not torch.equal(a[k], b[k])), "")
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b or not torch.equal(a[name], b[name]):
+            return name
+        let_go((a[name], b[name]))
+    return ""
 
 
 def structure(job: Compiled) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class Scores:
         """Return a stored array by its name in the graph; integers (quantised ones) as floats."""
         return self.network.stored(name)
 
+    def done(self, group: Group) -> None:
+        """Say that a group is scored: its arrays need not stay in memory."""
+        getattr(self.network, "done", lambda names: None)(m.weight for m in group.members)
+
     def rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return a stored array as (*group.shape, rest)."""
         return rows(self.stored(member.weight), self.solution.dims(member.weight), member.dim,

@@ -55,6 +55,19 @@ def rows(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> 
     return flat[torch.from_numpy(order)].reshape(*group.shape, -1)
 
 
+BLOCK = 1 << 18
+"""Entries of an array that are taken in at a time: what is made of them stays near the core."""
+
+
+def _summed(tensor: torch.Tensor, dims: Sequence[int], p: int) -> torch.Tensor:
+    """Return sum |w|^p over some dimensions in float64, block after block of the first one."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    lengths = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
+    parts = ((block.square() if p == 2 else block.abs().pow(p)).sum(dims).double()
+             for block in (part.to(wide) for part in tensor.split(lengths)))
+    return sum(parts, torch.zeros(())) if 0 in dims else torch.cat(list(parts))
+
+
 def powers(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group,
            p: int) -> tuple[torch.Tensor, float]:
     """Return sum |w|^p onto the group (`group.shape`) and how many weights a slice has.
@@ -63,12 +76,11 @@ def powers(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group,
     """
     axes, slot = slots(dims, dim, group)
     rest = [d for d in range(tensor.ndim) if d not in axes]
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    sums = torch.linalg.vector_norm(tensor.detach(), p, dim=rest, dtype=wide) if rest else tensor
+    sums = _summed(tensor.detach(), rest, p) if rest else tensor.detach().double().abs().pow(p)
     index = torch.from_numpy(slot.reshape(-1))
     here = index >= 0
     total = torch.zeros(prod(group.shape), dtype=torch.float64)
-    total.index_add_(0, index[here], sums.detach().double().abs().pow(p).reshape(-1)[here])
+    total.index_add_(0, index[here], sums.reshape(-1)[here])
     count = int(here.sum()) * prod(tensor.shape[d] for d in rest) / prod(group.shape)
     return total.reshape(group.shape), count
 

@@ -19,12 +19,12 @@ from .run.observe import fresh_context
 
 
 def analyse(file: OnnxFile, inputs: Mapping[str, object] | Sequence[object] | None,
-            quick: bool = False) -> tuple[OnnxTrace, Solution]:
+            quick: bool = False, checked: bool = False) -> tuple[OnnxTrace, Solution]:
     """Lower the file at the sizes of the example inputs (or guessed ones) and solve its axes.
 
-    A file is a program already: `quick` asks for nothing less.
+    A file is a program already: `quick` asks for nothing less, and nothing is to be `checked`.
     """
-    del quick
+    del quick, checked
     feeds = None
     if inputs:
         given = inputs if isinstance(inputs, dict) else dict(

@@ -59,7 +59,8 @@ def trace_whole_or_parts(ask: Request, subject: Subject) -> tuple[Request, Subje
     if given:
         ask, subject = _entered(ask, subject, given)
     try:
-        traced = subject.backend.trace(subject.model, subject.inputs, is_quick(ask))
+        traced = subject.backend.trace(subject.model, subject.inputs, is_quick(ask),
+                                       ask.recipe.prove)
     except TraceError as problem:
         found = () if given else traceable(subject.model, subject.inputs)
         if not found:
@@ -125,10 +126,10 @@ def _note_fixed(ask: Request, subject: Subject, traced: Traced) -> None:
 
 
 def is_quick(ask: Request) -> bool:
-    """True if the compile looks at weights alone, and needs no program of the network."""
+    """True if the compile looks at weights alone, and runs on the example inputs at most."""
     recipe = ask.recipe
-    runs = recipe.prove or recipe.onnx or recipe.latency or recipe.keep_adapter \
-        or "latency" in recipe.target or bool(ask.importance.needs) or recipe.modules
+    runs = recipe.onnx or recipe.decoder or recipe.keep_adapter or "latency" in recipe.target \
+        or bool(ask.importance.needs) or recipe.modules
     return not (runs or ask.compensation or ask.recovery or ask.schedule)
 
 

@@ -80,6 +80,7 @@ def _checked(importance: Importance, group: Group, context: Context) -> np.ndarr
             why=f"shape {tuple(value.shape)} for {group.shape}, "
                 f"finite: {bool(torch.isfinite(value).all())}",
             fix="a score is a finite tensor of shape group.shape")
+    getattr(context, "done", lambda group: None)(group)
     return np.asarray(value.numpy())
 
 

@@ -81,6 +81,20 @@ def _check_gguf(kind: str) -> None:
                          fix=did_you_mean(kind, GGUF_TYPES))
 
 
+def parse_size(text: str) -> int:
+    """Return bytes of a size that is written with its unit; raises UsageError for another text.
+
+    >>> parse_size("500MB"), parse_size("1.5 GB")
+    (500000000, 1500000000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT])B\s*", str(text))
+    size = 0 if found is None else float(found[1]) * 1000 ** (1 + "kMGT".index(
+        found[2].replace("K", "k")))
+    if size < 1:
+        raise UsageError(f"cannot read size {text!r}", fix="give a number and a unit, as 500MB")
+    return int(size)
+
+
 def _check_blocks(blocks: str) -> None:
     if blocks:
         parse_blocks(blocks)
@@ -170,6 +184,9 @@ class Recipe(Options):
     decoder: bool = option(
         False, EXPORTS, "Give model.onnx a key/value cache, for writing text: a causal language "
         "model of transformers.")
+    shard_size: str = option(
+        "5GB", EXPORTS, "Largest file of weights in the uniform layout: what is more lies in "
+        "several, as 500MB or 5GB.", metavar="SIZE", check=parse_size)
     int8: bool = option(
         False, EXPORTS, "Write model.int8.onnx too: int8 weights, the difference measured.")
     int8_bits: int = option(

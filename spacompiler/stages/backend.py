@@ -16,8 +16,9 @@ class Backend:
 
     `kind` says what a model is: a torch module, or an ONNX file.
     `check(model, name)` raises SpaError for weights that are not finite; `trace(model, inputs,
-    quick=False)` returns a trace (with its `graph`) and its solution, a quick one for groups and
-    slicing only; `context(trace, solution, seed)` is what importance passes see; `digest(model)`
+    quick=False, checked=False)` returns a trace (with its `graph`) and its solution, a quick one of
+    the example inputs' sizes only, and only if it computes what the model does where that is to be
+    `checked`; `context(trace, solution, seed)` is what importance passes see; `digest(model)`
     the hash of the dense weights; `prove(model, decided, seed)` the proof, and
     `emit(subject, decided, layout, notes)` returns the pruned model. `add_biases(model, traced,
     owned)` gives a model zero biases where consumers lack one, and None where none does.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..axes.choices import Choice, Choices
-from ..evidence.slots import rows
+from ..evidence.slots import powers
 from ..groups.solution import Solution
 from .comparison import compare, tensors
 from .tolerances import CONTROL, CONTROL_FACTOR, PROOF
@@ -69,8 +69,8 @@ def swap(stored: Callable[[str], torch.Tensor], solution: Solution, choices: Cho
     order = sorted(group.members, key=lambda m: (m.role != "producer",
                                                  -prod(graph[m.weight].shape)))
     for member in order:  # in an array of equal slices a wrong index changes nothing
-        size = rows(stored(member.weight), solution.dims(member.weight), member.dim, group)
-        norms = size.detach().abs().float().norm(dim=-1).reshape(group.shape).numpy()
+        norms = powers(stored(member.weight), solution.dims(member.weight), member.dim, group,
+                       2)[0].sqrt().numpy()
         if np.ptp(norms) > 0:
             break
     table = choices[group.atom].table.copy()

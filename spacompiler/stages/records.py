@@ -22,6 +22,7 @@ from ..groups.solution import Group, Solution
 from ..plan.plan import Plan
 from ..plan.problem import Allocation, Problem
 from ..request.recipe import Recipe
+from ..store.room import Room
 from .backend import Backend
 
 Progress = Callable[[str, int, int], None]
@@ -85,7 +86,8 @@ class Subject:
     biases were added. `owned` models may be changed; `given` is the user's, with which the result
     shares no memory. `base` are arrays as they were before adapters were merged. `source` is what
     is known of where it comes from, and `folder` where its files lie; `sound` says that its arrays
-    were found finite as they were read.
+    were found finite as they were read. Where a `room` is given, the result's large arrays lie
+    there until they are written.
     """
 
     model: Any
@@ -96,6 +98,7 @@ class Subject:
     source: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     sound: bool = False
+    room: Room | None = None
     dense: Any = None
     dropped: Dropped | None = None
     whole: Mapping[str, int] = field(default_factory=dict)

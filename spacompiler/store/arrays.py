@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import SpaError
-from . import strict_json
+from . import strict_json, tensors_file
 from .folder import SAMPLE, load_arrays
 
 
@@ -32,7 +32,7 @@ def save_weights(path: Path, module: torch.nn.Module,
             first[key] = name
             tensors[name] = tensor.detach().contiguous()
     # one entry only: safetensors writes several in an order that changes from run to run
-    save_file(tensors, path, metadata={"tied": json.dumps(tied, sort_keys=True)})
+    tensors_file.write(tensors, path, {"tied": json.dumps(tied, sort_keys=True)})
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

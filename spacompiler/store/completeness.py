@@ -11,12 +11,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import WeightsError
+from .mapped import let_go
 from .weight_files import Stored
 
 if TYPE_CHECKING:
@@ -153,15 +155,24 @@ def unsound(module: nn.Module) -> str:
     Buffers may hold nothing but zeros and infinities (a mask).
     """
     for name, tensor in module.named_parameters():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             return name
+        let_go([tensor])
     return next((name for name, tensor in module.named_buffers() if not _mask_or_finite(tensor)),
                 "")
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True if no number of an array is NaN or infinite; nothing of its size is allocated."""
+    values = tensor.detach()
+    if not values.is_floating_point() or values.itemsize < 2 or not values.numel() \
+            or values.layout is not torch.strided:
+        return bool(torch.isfinite(values).all())
+    return all(isfinite(end) for end in torch.stack(torch.aminmax(values)).tolist())
+
+
 def _mask_or_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or is_finite(tensor):
         return True
     finite = torch.isfinite(tensor)
-    return bool(finite.all()) or (not bool(torch.isnan(tensor).any())
-                                  and not bool(tensor[finite].any()))
+    return not bool(torch.isnan(tensor).any()) and not bool(tensor[finite].any())

@@ -30,7 +30,7 @@ from .gather.context import fresh_context
 from .prove import prove
 from .read.export import trace
 from .run.runner import Runner
-from .trace import Trace
+from .trace import Recorded, Trace
 from .weights import runs_like, weights_hash
 
 
@@ -40,10 +40,23 @@ def _check_module(module: nn.Module, where: str) -> None:
                        fix="use a checkpoint with finite weights")
 
 
-def _trace_module(module: nn.Module, inputs: Inputs,
-                  quick: bool = False) -> tuple[Trace, Solution]:
+def _trace_module(module: nn.Module, inputs: Inputs, quick: bool = False,
+                  checked: bool = False) -> tuple[Trace, Solution]:
     traced = trace(module, inputs, quick=quick)
+    if checked and isinstance(traced.program, Recorded):
+        traced.faithful = _is_faithful(module, traced)
+        traced = traced if traced.faithful else trace(module, inputs)
     return traced, solve(traced.graph, TABLE, rewire=True)
+
+
+def _is_faithful(module: nn.Module, trace: Trace) -> bool:
+    """True if a program that was recorded without data computes what its module does."""
+    try:
+        with torch.no_grad():
+            found = Runner(trace.program).call(trace.args, trace.kwargs)
+    except Exception:  # it was traced without data
+        return False
+    return not runs_like(module, trace.args, trace.kwargs, found)
 
 
 def _add_biases(module: nn.Module, traced: Traced, owned: bool) -> nn.Module | None:
@@ -55,6 +68,13 @@ def _add_biases(module: nn.Module, traced: Traced, owned: bool) -> nn.Module | N
 def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     """Prove the plan on the traced program, and that the program is the module."""
     trace: Trace = decided.trace
+    if not trace.faithful:
+        _check_program(module, trace)
+    return prove(trace, decided.solution, decided.choices, seed=seed)
+
+
+def _check_program(module: nn.Module, trace: Trace) -> None:
+    """Raise ProofError if a traced program does not compute what its module does."""
     args, kwargs = trace.args, trace.kwargs
     program = trace.program
     dense = {**program.state_dict, **program.constants}
@@ -72,7 +92,6 @@ def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     difference = runs_like(module, args, kwargs, traced)
     if difference and not runs_like(module, args, kwargs, _called_again(module, args, kwargs)):
         raise _unlike(module, args, kwargs, difference)
-    return prove(trace, decided.solution, decided.choices, seed=seed)
 
 
 def _unlike(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -176,7 +195,7 @@ def _per_layer(subject: Subject, decided: Decided) -> _Made:
 def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
     """The class built from a configuration, with the arrays cut."""
     module, trace = subject.model, decided.trace
-    slicer = Slicer(trace, decided.solution, decided.choices)
+    slicer = Slicer(trace, decided.solution, decided.choices, subject.room)
     made: dict[str, torch.Tensor] = {}
     for name in module.state_dict():
         first = trace.tied.get(name, name)
@@ -188,7 +207,8 @@ def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
 
 
 def _surgery(subject: Subject, decided: Decided) -> _Made:
-    return _Made(operate(decided.trace, subject.model, decided.solution, decided.choices), decided)
+    return _Made(operate(decided.trace, subject.model, decided.solution, decided.choices,
+                         room=subject.room), decided)
 
 
 def _watched(subject: Subject, decided: Decided, distinct: bool = False) -> _Made:
@@ -201,7 +221,8 @@ def _watched(subject: Subject, decided: Decided, distinct: bool = False) -> _Mad
     args, kwargs = trace.args, trace.kwargs
     seen = watch(subject.model, args, kwargs, distinct=distinct)
     sizes = resized(seen.uses, trace, decided.solution, decided.choices)
-    model = operate(trace, subject.model, decided.solution, decided.choices, sizes=sizes.changes)
+    model = operate(trace, subject.model, decided.solution, decided.choices, sizes=sizes.changes,
+                    room=subject.room)
     for path, name, value in unmet(model, args, kwargs, seen):
         assign(model.get_submodule(path), name, value)
     return _Made(model, decided, obstacles=sizes.problems)

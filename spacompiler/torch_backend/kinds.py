@@ -38,7 +38,7 @@ class StockModel(nn.Module):
     dtype: torch.dtype
     generate: Callable[..., torch.Tensor]
     tie_weights: Callable[[], None]
-    save_pretrained: Callable[[str | Path], object]
+    save_pretrained: Callable[..., object]
     dequantize: Callable[[], nn.Module]
 
 

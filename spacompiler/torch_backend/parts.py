@@ -240,7 +240,10 @@ def _inputs(whole: nn.Module, paths: Sequence[str], inputs: Inputs) -> tuple[Cal
     return tuple(calls[path] for path in paths)
 
 
-def _trace(parts: Parts, inputs: Inputs, quick: bool = False) -> tuple[Trace, Solution]:
+def _trace(parts: Parts, inputs: Inputs, quick: bool = False,
+           checked: bool = False) -> tuple[Trace, Solution]:
+    """A program of parts is checked where they are put back, whoever asks for it."""
+    del checked
     traced = trace(parts, inputs, quick=quick)
     _mark_outside(traced, parts)
     return traced, solve(traced.graph, TABLE)

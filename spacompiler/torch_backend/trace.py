@@ -43,7 +43,8 @@ class Trace:
 
     `repaired` names the stored arrays that are no longer the module's own, `folded` those that the
     program does not hold any more, as only statistics of them are read;
-    `computed` are the arrays that it holds instead, as they were at first.
+    `computed` are the arrays that it holds instead, as they were at first. `faithful` says that
+    the program was seen to compute what the module does.
     """
 
     program: Program
@@ -54,6 +55,7 @@ class Trace:
     repaired: set[str] = field(default_factory=set)
     folded: tuple[str, ...] = ()
     computed: dict[str, torch.Tensor] = field(default_factory=dict)
+    faithful: bool = False
 
     @property
     def exported(self) -> ExportedProgram:

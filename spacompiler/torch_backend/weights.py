@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from ..stages.comparison import compare, tensors
 from ..stages.tolerances import SAME_RESULTS
+from ..store.mapped import let_go
 from .untouched import untouched
 
 
@@ -23,9 +26,22 @@ def named_arrays(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return what a module gives in eval mode, drawing random numbers from seed 0."""
-    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with untouched(module), torch.no_grad(), torch.random.fork_rng(devices=[]), _letting_go():
         torch.manual_seed(0)
         return module(*args, **kwargs)
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """Let go of each module's arrays when it was called: they may be shown out of a file."""
+    def leave(module: nn.Module, args: object, result: object) -> None:
+        let_go(p for p in module._parameters.values() if p is not None)
+
+    handle = register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def runs_like(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -59,4 +75,5 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        let_go([tensor])
     return digest.hexdigest()

@@ -111,18 +111,31 @@ def test_what_needs_data_is_left_to_the_exporter(what):
     assert torch_export._record(net, (x,), {}) is None
 
 
-def test_a_compile_that_looks_at_weights_alone_records(monkeypatch):
+@pytest.mark.parametrize("prove", [False, True])
+def test_a_compile_that_looks_at_weights_alone_records(monkeypatch, prove):
     def exported(*args, **kwargs):
         raise AssertionError("exported")
 
     net, x = _Net(lambda net, h: h).eval(), torch.randn(3, 4)
     monkeypatch.setattr(torch.export, "export", exported)
-    result = spacompiler.compile(net, (x,), target="params=64%", importance="magnitude",
-                                 prove=False, onnx=False, latency=False, align=1)
+    given = {"target": "params=64%", "importance": "magnitude", "latency": False, "align": 1}
+    result = spacompiler.compile(net, (x,), prove=prove, onnx=False, **given)
     assert result.module(x).shape == (3, 2)
+    assert (result.job.proof is not None) == prove
     with pytest.raises(spacompiler.errors.TraceError):
-        spacompiler.compile(net, (x,), target="params=64%", importance="magnitude", onnx=False,
-                            latency=False, align=1)
+        spacompiler.compile(net, (x,), **given)
+
+
+def test_a_program_that_was_recorded_wrong_is_exported_before_it_is_proved():
+    """Code that asks where its values lie computes something else where nothing is computed."""
+    def forward(net, h):
+        return h * 2 if h.device.type == "meta" else h
+
+    net, x = _Net(forward).eval(), torch.randn(3, 4)
+    result = spacompiler.compile(net, (x,), target="params=64%", importance="magnitude",
+                                 onnx=False, latency=False, align=1)
+    assert not isinstance(result.job.trace.program, Recorded)
+    assert result.job.proof.holds
 
 
 def test_a_recorded_compile_that_needs_the_program_traces_again():

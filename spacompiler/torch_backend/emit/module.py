@@ -19,6 +19,7 @@ from ...axes.choices import Choices
 from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import edits, norm_changes
+from ...store.room import Room
 from ..trace import Trace
 from ..weights import named_arrays
 from .apart import fresh
@@ -79,9 +80,12 @@ EPS = ("eps", "variance_epsilon", "epsilon")
 
 
 def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choices, *,
-            sizes: Sequence[Change] = ()) -> nn.Module:
-    """Return a pruned copy of a module; `sizes` are attributes to change beyond the stock ones."""
-    slicer = Slicer(trace, solution, choices)
+            sizes: Sequence[Change] = (), room: Room | None = None) -> nn.Module:
+    """Return a pruned copy of a module; `sizes` are attributes to change beyond the stock ones.
+
+    Large arrays lie in a `room` where there is one.
+    """
+    slicer = Slicer(trace, solution, choices, room)
     memo: dict[int, Any] = {}
     made: dict[str, torch.Tensor] = {}
     computed = remade(module, trace, slicer)

@@ -14,6 +14,8 @@ from ...axes.choices import Choices, indices, keep_mask, kept_size
 from ...axes.expressions import Atom, Expr
 from ...groups.solution import Solution
 from ...plan.effects import NormChange, norm_changes
+from ...store.mapped import let_go
+from ...store.room import Room
 from ..trace import Trace
 
 
@@ -29,12 +31,16 @@ def kept(solution: Solution, name: str, value: torch.Tensor, choices: Choices) -
 
 
 class Slicer:
-    """Makes pruned arrays from dense ones, by the name of any parameter or buffer."""
+    """Makes pruned arrays from dense ones, by the name of any parameter or buffer.
 
-    def __init__(self, trace: Trace, solution: Solution, choices: Choices) -> None:
+    Large ones lie in a `room` where there is one, else in memory.
+    """
+
+    def __init__(self, trace: Trace, solution: Solution, choices: Choices,
+                 room: Room | None = None) -> None:
         self._stored = {**trace.program.state_dict, **trace.program.constants}
         self._tied, self._dims, self.choices = trace.tied, solution.weights(), choices
-        self._repaired = trace.repaired
+        self._repaired, self._room = trace.repaired, room
         self._gains: Mapping[str, NormChange] = {
             change.norm.gain: change for change in norm_changes(solution, choices)}
 
@@ -55,7 +61,10 @@ class Slicer:
 
     def array(self, name: str, *, double: bool = False,
               choices: Choices | None = None) -> torch.Tensor:
-        """Return the pruned array (the dense one itself where nothing changes)."""
+        """Return the pruned array (the dense one itself where nothing changes).
+
+        With `double`, gains that are corrected are returned in float64; others keep their type.
+        """
         return self.sliced(name, self._stored[name], double=double, choices=choices)
 
     def sliced(self, name: str, tensor: torch.Tensor, *, double: bool = False,
@@ -63,12 +72,13 @@ class Slicer:
         """Return the pruned array made from given values of a dense array."""
         first = self._tied.get(name, name)
         if self.untouched_under(first, choices):
-            return tensor.detach().double() if double and tensor.is_floating_point() else tensor
-        tensor = cut(tensor.detach(), self._dims[first], choices or self.choices)
-        tensor = tensor.double() if double and tensor.is_floating_point() else tensor
+            return tensor
+        dense = tensor.detach()
+        tensor = cut(dense, self._dims[first], choices or self.choices, self._room)
+        let_go([dense, *([] if self._room is None else [tensor])])
         change = self._gains.get(first)
         if change is not None:
-            offset = change.norm.offset
+            tensor, offset = tensor.double() if double else tensor, change.norm.offset
             tensor = ((tensor.double() + offset) * change.gain - offset).to(tensor.dtype)
         return tensor
 
@@ -81,8 +91,9 @@ BLOCK = 1 << 22
 """Entries of an array that are selected at a time."""
 
 
-def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices) -> torch.Tensor:
-    """Return the kept part of a tensor, contiguous."""
+def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices,
+        room: Room | None = None) -> torch.Tensor:
+    """Return the kept part of a tensor, contiguous; that of a large one lies in a room."""
     per_axis = indices(dims, choices)
     if per_axis is None:
         mask = torch.from_numpy(keep_mask(dims, choices)).expand(tensor.shape)
@@ -91,8 +102,8 @@ def cut(tensor: torch.Tensor, dims: tuple[Expr, ...], choices: Choices) -> torch
     if not found or tensor.numel() <= BLOCK:
         return _select(tensor, found)
     axis, rows = next(iter(found.items()))  # by blocks: what lies between is never held whole
-    made = tensor.new_empty([kept_size(e, choices) for e in dims])
-    at = 0
+    shape, at = [kept_size(e, choices) for e in dims], 0
+    made = tensor.new_empty(shape) if room is None else room.empty(shape, tensor.dtype)
     for block in rows.split(max(1, BLOCK * len(rows) // tensor.numel())):
         made.narrow(axis, at, len(block)).copy_(_select(tensor, {**found, axis: block}))
         at += len(block)

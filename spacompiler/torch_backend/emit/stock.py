@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,38 @@ from ...axes.expressions import Expr, Prod, atoms, product, resolve
 from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import norm_changes
+from ...store import tensors_file
 from ...store.completeness import untied
 from ...system.process import no_progress_bars
 from ..kinds import Config, StockModel, Tokenizer
 from ..own_layers import FILE, OwnSizes
 from . import stock_search as search
 from .stock_search import Key
+from .stock_shapes import UNSAVED, Built, Shapes, made_shapes
 
 LIMIT = search.LIMIT
 
 
-def uniform_config(module: StockModel, solution: Solution, choices: Choices,
-                   shapes: Mapping[str, tuple[int, ...]]) -> Config | None:
+def uniform_config(module: StockModel, solution: Solution, choices: Choices, shapes: Shapes,
+                   built: Built | None = None) -> Config | None:
     """Return the config of the pruned model.
 
-    `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock
-    config describes them (layers of unequal width, or a size that the config can't express).
+    `shapes` are the pruned arrays' shapes by state-dict name, `built` knows those of configs that
+    were asked for before. Raises SpaError where no stock config describes them (layers of unequal
+    width, or a size that the config can't express).
     """
-    problems = []
-    for changes in search.candidates(
-            module.config, changed_sizes(solution, choices),
-            lambda changes: len(misfits(type(module), changed(module.config, changes), shapes,
-                                        unsaved(module)))):
-        problem = mismatch(module, changed(module.config, changes), shapes)
+    problems, known = [], built or Built(module)
+    buffers = unsaved(module)
+
+    def wrong(changes: Mapping[Key, Any]) -> list[str]:
+        config = changed(module.config, changes)
+        return differing(None if config is None else known.shapes(config), shapes, buffers)
+
+    for changes in search.candidates(module.config, changed_sizes(solution, choices),
+                                     lambda changes: len(wrong(changes))):
+        problem = next(iter(wrong(changes)), "")
         if not problem:
-            least: dict[Key, Any] = search.least(changes, lambda some: not mismatch(
-                module, changed(module.config, some), shapes))
+            least: dict[Key, Any] = search.least(changes, lambda some: not wrong(some))
             return changed(module.config, {**least, **besides(module, solution, choices)})
         problems.append(problem)
     raise SpaError(
@@ -84,10 +91,12 @@ def changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
 def fits(module: StockModel, tied: Mapping[str, str],
          solution: Solution) -> Callable[[Choices], bool]:
     """Return a function that says whether some stock config describes the model under choices."""
+    built = Built(module)
+
     def fit(choices: Choices) -> bool:
         try:
             uniform_config(module, solution, choices,
-                           pruned_shapes(module, tied, solution, choices))
+                           pruned_shapes(module, tied, solution, choices), built)
         except SpaError:
             return False
         return True
@@ -161,29 +170,31 @@ def unsaved(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in module.named_buffers() if n not in held}
 
 
-def misfits(cls: Callable[..., nn.Module], config: Config | None,
-            shapes: Mapping[str, tuple[int, ...]],
-            buffers: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
+def misfits(cls: Callable[..., nn.Module], config: Config | None, shapes: Shapes,
+            buffers: Shapes | None = None) -> list[str]:
     """Return how a model class built from a config differs from these shapes.
 
     `buffers` that no file holds must keep their size: they tell a head's width apart where arrays
     say heads times width alone.
     """
+    return differing(None if config is None else made_shapes(cls, config), shapes, buffers)
+
+
+def differing(have: Shapes | str | None, shapes: Shapes, buffers: Shapes | None) -> list[str]:
+    """Return how shapes differ from those wanted: None where a config refuses such sizes, or what
+    building a model raised."""
     none = [""] * (2 * len(shapes) + 1)
-    if config is None:
+    if have is None:
         return ["the config refuses such sizes", *none]
-    try:
-        with torch.device("meta"):
-            built = cls(config)
-    except Exception as problem:
-        return [f"{type(problem).__name__}: {problem}".splitlines()[0], *none]
-    have = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    if isinstance(have, str):
+        return [have, *none]
     found = [f"{name} would be {have.get(name, 'missing')}, not {shape}"
              for name, shape in shapes.items() if have.get(name) != shape]
-    found += [f"{name} would be added" for name in sorted(have.keys() - shapes.keys())]
-    made = {name: tuple(t.shape) for name, t in built.named_buffers()}
-    return found + [f"{name} would be {made[name]}, not {shape}"
-                    for name, shape in (buffers or {}).items() if made.get(name, shape) != shape]
+    found += [f"{name} would be added" for name in sorted(have.keys() - shapes.keys())
+              if not name.startswith(UNSAVED)]
+    return found + [f"{name} would be {have[UNSAVED + name]}, not {shape}"
+                    for name, shape in (buffers or {}).items()
+                    if have.get(UNSAVED + name, shape) != shape]
 
 
 def build(module: StockModel, config: Config | None, arrays: Mapping[str, torch.Tensor],
@@ -218,14 +229,37 @@ def _revive_buffers(made: nn.Module, module: nn.Module) -> None:
             made.get_submodule(parent)._buffers[leaf] = old[name].clone()
 
 
-def save(model: StockModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+@contextmanager
+def _array_by_array() -> Iterator[None]:
+    """Let transformers write files of weights with no more than one array of them in memory.
+
+    What it is given by the library, it holds until a whole file is written.
+    """
+    from transformers import modeling_utils
+
+    name = "safe_save_file"
+    was = getattr(modeling_utils, name, None)
+    if was is not None:
+        setattr(modeling_utils, name, tensors_file.write)
+    try:
+        yield
+    finally:
+        if was is not None:
+            setattr(modeling_utils, name, was)
+
+
+def save(model: StockModel, folder: str | Path, tokenizer: Tokenizer | None = None,
+         shard: int | None = None) -> None:
     """Write config, weights (safetensors) and tokenizer, deterministically.
+
+    No file of weights has more than `shard` bytes (but for one array), if that is given.
 
     Code that a trusted checkpoint brought along does not go into what others are given, and nothing
     there names it; the one file of code is that of a model whose layers are built one by one.
     """
-    with no_progress_bars():
-        model.save_pretrained(folder)
+    sizes = {} if shard is None else {"max_shard_size": shard}
+    with no_progress_bars(), _array_by_array():
+        model.save_pretrained(folder, **sizes)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     own = isinstance(model, OwnSizes)

@@ -38,10 +38,10 @@ _DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_
 def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     """Export a module in eval mode with dynamic batch (and, for integer inputs, length).
 
-    `quick` asks for groups and slicing only: the program then has the sizes of the example inputs
-    where it could be recorded without data, and serves no other call. The module is left as it
-    was; one whose first call changes its parameters is called first. Raises TraceError, with the
-    place in the user's code, where it cannot be traced.
+    `quick` asks for groups, slicing and the proof only: the program then has the sizes of the
+    example inputs where it could be recorded without data, and serves no other call. The module is
+    left as it was; one whose first call changes its parameters is called first. Raises TraceError,
+    with the place in the user's code, where it cannot be traced.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(f"{type(module).__name__} is TorchScript, which cannot be traced",

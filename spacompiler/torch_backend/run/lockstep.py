@@ -52,7 +52,7 @@ class Lockstep:
 
     def values(self, tensor: str) -> list[torch.Tensor]:
         """Return a tensor's value in every batch."""
-        return [run.env[self._nodes[tensor]] for run in self._runs]
+        return [run.value(self._nodes[tensor]) for run in self._runs]
 
     def put(self, weight: str, value: torch.Tensor) -> None:
         """Let every later node read another value of a stored array."""

@@ -13,6 +13,7 @@ from ...axes.choices import Choices
 from ...evidence.calls import Batch, examples
 from ...evidence.network import Place, See, Stored
 from ...groups.solution import Solution
+from ...store.mapped import let_go
 from ..trace import Trace
 from .lockstep import Lockstep
 from .runner import Reads, Runner
@@ -29,6 +30,10 @@ class ProgramNetwork:
         program = self.trace.program
         return (program.state_dict[name] if name in program.state_dict
                 else program.constants[name]).detach()
+
+    def done(self, names: Iterable[str]) -> None:
+        """Let go of stored arrays that were read."""
+        let_go(map(self.stored, names))
 
     def static(self, name: str, stored: Stored) -> torch.Tensor:
         """Return the value of a tensor that follows from stored arrays alone."""

@@ -16,8 +16,10 @@ from torch import fx
 from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
+from ...store.mapped import let_go
 from ..machine import SHORT
 from ..trace import Program
+from .held import IN_PARTS, LARGE, Held
 from .recompute import Budget, Segment, borders, give_back, recomputed, segments
 
 Weights = Callable[[str], torch.Tensor]
@@ -46,9 +48,10 @@ class Runner(fx.Interpreter):
     """Interpret a program.
 
     `reads` may change what nodes read, `override` replaces single nodes, `double` computes in
-    float64 whatever the program says, converting each weight when it is used; where it is a type,
-    what is shorter is computed in that one likewise. With `held`, no more is held for the backward
-    pass; the rest is computed again (see `recompute`), `again` set meanwhile.
+    float64 whatever the program says; where it is a type, what is shorter is computed in that one
+    likewise. `weights` gives a stored array by its name: it is asked each time that a node reads
+    one, and what is not read is not held. With `held`, no more is held for the backward pass; the
+    rest is computed again (see `recompute`), `again` set meanwhile.
     """
 
     def __init__(self, program: Program, weights: Weights | None = None, *,
@@ -65,6 +68,7 @@ class Runner(fx.Interpreter):
         self._override, self._double, self._watch = override or {}, double is True, watch
         self._widen = _double if double is True else partial(widened, double) if double else None
         self._held, self.again = held, False
+        self._fetched: list[torch.Tensor] = []
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the flat list of results of one call; what it writes back is none."""
@@ -152,10 +156,23 @@ class Runner(fx.Interpreter):
         values = []
         for spec in self._program.graph_signature.input_specs:
             own = spec.target is None or spec.kind.name == "USER_INPUT"
-            values.append(next(flat) if own else self._weights(str(spec.target)))
-        if self._double:
-            values = [v if isinstance(v, torch.nn.Parameter) else _double(v) for v in values]
-        return values
+            values.append(next(flat) if own else Held(str(spec.target), self._weights))
+        if self._held is not None:  # backward is told of all that a segment reads
+            values = [v.get() if isinstance(v, Held) else v for v in values]
+        return [_double(v) for v in values] if self._double else values
+
+    def value(self, node: fx.Node) -> Any:
+        """Return the value of a node that was run; a stored array is fetched."""
+        found = self.env[node]
+        if not isinstance(found, Held):
+            return found
+        array = found.get()
+        self._fetched.append(array)
+        return array
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """Return arguments with values in place of nodes."""
+        return fx.node.map_arg(args, self.value)
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of a node, which reads what `reads` make of its operands."""
@@ -164,17 +181,25 @@ class Runner(fx.Interpreter):
         for source in n.all_input_nodes if offered else ():
             if source.name in offered:
                 changed[source] = self.env[source]
-                self.env[source] = self._reads.of(n, source.name, self.env[source])
+                self.env[source] = self._reads.of(n, source.name, self.value(source))
         try:
             result = self._execute(n)
         finally:
             self.env.update(changed)
+        let_go(self._fetched)
+        self._fetched.clear()
         if self._watch is not None:
             self._watch(n.name, result)
         return result
 
     def _execute(self, n: fx.Node) -> Any:
-        return super().run_node(n)
+        place, compute = IN_PARTS.get(n.target, (0, None)) if self._double else (0, None)
+        given: Any = n.args[place] if compute is not None else None
+        if compute is None or not isinstance(self.env.get(given), Held):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        large = args[place].numel() >= LARGE and args[place].is_floating_point()
+        return compute(*args, **kwargs) if large else self.call_function(n.target, args, kwargs)
 
     def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator, its arguments as wide as the runner computes."""
