@@ -39,7 +39,26 @@ USE: Mapping[str, str] = {
     "bias": "weights must stay as they are: biases take up the mean",
     "batch-norm": "CNNs: statistics are taken anew",
     "lora": "train what is left with little memory", "norms": "train gains and biases alone",
-    "full": "train all of what is left"}
+    "full": "train all of what is left",
+    "gates": "language models, with refit: what goes is learned",
+    "grasp-gates": "the network stays frozen: gates alone, then factors",
+    "ddp": "the network stays frozen: gates without draws",
+    "compresso": "gates while adapters on q and v train",
+    "lapp": "each layer is to find its own share while all trains",
+    "bip": "masks and weights answer to each other",
+    "polarise": "gates that see inputs, pushed to one network",
+    "tas": "widths are searched while all trains",
+    "progressive": "a little goes, a little is trained, and so on",
+    "lisa": "all weights, with memory for a few blocks",
+    "owlore": "as lisa, blocks with outliers first",
+    "allora": "short training without dropout or alpha",
+    "ggpo": "long training on little data",
+    "gs-lora": "few layers are to change",
+    "sora": "ranks that help little are to vanish",
+    "dylora": "the rank is chosen after training",
+    "increlora": "ranks are to grow where they help",
+    "lora-sb": "the fewest parameters, started along the gradient",
+    "nlora": "adapters started from the weights"}
 """When to take a built-in pass."""
 GRADIENTS = ("gates", "token_gates", "fisher", "vectors", "elements", "hessian", "weight_squares",
              "weight_gradients", "curvature", "relevance", "adapter_steps")
