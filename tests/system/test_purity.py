@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import types
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import peft
@@ -83,6 +87,15 @@ def compiled(make: Callable[[], nn.Module], inputs: Any, **options: Any
         module, inputs, **{"target": "params=70%", **QUICK, **options}).module
 
 
+@cache
+def adapter() -> str:
+    """The directory of an adapter for `llama`."""
+    folder = tempfile.mkdtemp(prefix="purity-")
+    atexit.register(shutil.rmtree, folder, True)
+    adapted().save_pretrained(folder)
+    return folder
+
+
 def adapted() -> nn.Module:
     """`llama` with an adapter that does something."""
     with torch.random.fork_rng():
@@ -92,6 +105,12 @@ def adapted() -> nn.Module:
             if "lora_B" in name:
                 p.fill_(0.1)
     return made
+
+
+def beside_adapter() -> nn.Module:
+    """`llama`, once the adapter is written."""
+    adapter()
+    return llama()
 
 
 IDS = {"input_ids": torch.arange(18).reshape(2, 9), "use_cache": False}
@@ -112,6 +131,8 @@ CASES = {
     "dropped blocks": compiled(llama, IDS, blocks="1", target="body=45%", layout="any",
                                repair="none", **TEXT),
     "a model with an adapter on it": compiled(adapted, IDS, repair="none"),
+    "an adapter, merged": (beside_adapter, lambda module: spacompiler.compile(
+        module, IDS, target="params=70%", adapter=adapter(), repair="none", **QUICK).module),
 }
 
 
@@ -186,13 +207,28 @@ def _memory(root: nn.Module) -> set[int]:
     return found
 
 
-def test_pruning_a_live_model_leaves_the_process_as_it_was() -> None:
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_pruning_a_live_model_changes_sizes_alone(importance: str) -> None:
     module = net()
-    settings = _settings()
-    pruner = spacompiler.Pruner(module, INPUTS, None, target="params=70%", importance="magnitude")
+    state, settings = _state(module), _settings()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.0)
+    pruner = spacompiler.Pruner(module, INPUTS, optimizer, target="params=70%",
+                                importance=importance)
+    module(INPUTS[0]).pow(2).mean().backward()
+    optimizer.step()
     pruner.shrink()
     pruner.finish()
+    optimizer.zero_grad()
     assert _differing(settings, _settings()) == []
+    after = _state(module)
+    for key, (number, trains, _, values) in ((k, v) for k, v in state.items()
+                                             if isinstance(v, tuple) and len(v) == 4):
+        assert after[key][:2] == (number, trains), key
+        assert set(after[key][3].flatten().tolist()) <= set(values.flatten().tolist()), key
+    for key in state:
+        if key.endswith((" mode", " hooks", " names")):
+            assert state[key] == after[key], key
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_settings_come_back_after_an_error_too() -> None:
