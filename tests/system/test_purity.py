@@ -13,6 +13,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 from transformers.utils import logging as shown
 
 import spacompiler
+from spacompiler.request.registry import available
 from spacompiler.system.process import alone
 from spacompiler.torch_backend.emit.apart import set_apart
 
@@ -133,7 +135,13 @@ CASES = {
     "a model with an adapter on it": compiled(adapted, IDS, repair="none"),
     "an adapter, merged": (beside_adapter, lambda module: spacompiler.compile(
         module, IDS, target="params=70%", adapter=adapter(), repair="none", **QUICK).module),
+    "an adapter, kept": (beside_adapter, lambda module: spacompiler.compile(
+        module, IDS, target="body=70%", adapter=adapter(), keep_adapter=True, repair="none",
+        **QUICK).module),
 }
+PASSES = [(kind, entry.name) for kind, entry in available()
+          if kind in ("importance", "compensation")]
+OPTION = {"compensation": "repair"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,6 +157,20 @@ def test_a_compile_leaves_the_model_and_the_process_as_they_were(name: str) -> N
     for tensor in (*made.parameters(), *made.buffers()):
         tensor.data.zero_()
     assert _differing(state, _state(module)) == []
+
+
+@pytest.mark.parametrize("kind, name", PASSES)
+def test_no_pass_changes_the_model_or_the_process(kind: str, name: str) -> None:
+    module, given = net(), (INPUTS[0].clone(), [batch[0].clone() for batch in BATCHES])
+    state, settings = _state(module), _settings()
+    with suppress(spacompiler.SpaError):  # not for such a network: nothing may have changed either
+        spacompiler.compile(module, INPUTS, **{
+            "target": "params~70%", **QUICK, "prove": False, "repair": "none", **DATA,
+            OPTION.get(kind, kind): name})
+    assert _differing(settings, _settings()) == []
+    assert _differing(state, _state(module)) == []
+    assert torch.equal(INPUTS[0], given[0])
+    assert all(torch.equal(batch[0], old) for batch, old in zip(BATCHES, given[1], strict=True))
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
