@@ -55,11 +55,11 @@ class Built:
         self._layers = getattr(module.config, "num_hidden_layers", None)
         self._short = not whole and self._is_regular(module)
 
-    def shapes(self, config: Any) -> Shapes | str:
+    def shapes(self, config: Config) -> Shapes | str:
         """Return shapes by name, or what building the model raised."""
         key = json.dumps(config.to_dict(), sort_keys=True, default=repr)
         if key not in self._known:
-            few = self._short and config.num_hidden_layers == self._layers
+            few = self._short and getattr(config, "num_hidden_layers", None) == self._layers
             found = made_shapes(self._class, shortened(config) if few else config)
             self._known[key] = self._spread(found) if few and not isinstance(found, str) else found
         return self._known[key]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import Target
+from torch.fx.node import Argument, Target
 from torch.utils import _pytree as pytree
 
 from ...store.mapped import let_go
@@ -170,7 +170,7 @@ class Runner(fx.Interpreter):
         self._fetched.append(array)
         return array
 
-    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+    def map_nodes_to_values(self, args: Argument, n: fx.Node) -> Any:
         """Return arguments with values in place of nodes."""
         return fx.node.map_arg(args, self.value)
 
