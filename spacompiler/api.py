@@ -33,7 +33,7 @@ from .sources.source import Source
 from .stages.compiled import Compiled
 from .stages.records import Progress, Request, Subject
 from .store.place import check_out
-from .store.room import LARGE, Room
+from .store.room import Room, is_large
 from .system.process import alone
 from .system.shown import shown
 from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
@@ -200,7 +200,7 @@ def _room(ask: Request, subject: Subject, out: Path) -> Room | None:
     In memory where they are to be trained.
     """
     model = subject.model
-    large = isinstance(model, nn.Module) and sum(p.nbytes for p in model.parameters()) >= LARGE
+    large = is_large(model)
     trains = ask.recovery is not None or ask.schedule is not None
     return Room(out) if large and not trains else None
 

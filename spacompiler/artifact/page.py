@@ -76,14 +76,20 @@ def _load(data: Mapping[str, Any]) -> str:
 def _sizes(data: Mapping[str, Any]) -> str:
     rows = [(report.LABELS.get(m, m), float(c["dense"]), float(c["pruned"]),
              f"{c['dense']:,} → {c['pruned']:,}") for m, c in data["costs"].items() if c["dense"]]
-    if latency := data.get("latency"):
+    timed = []
+    for latency, label in ((data[k], label) for k, label in report.TIMES.items() if data.get(k)):
         times = [latency[n]["median_ms"] for n in ("dense", "pruned")]
-        rows.append(("latency, ms", *times, "{:.2f} → {:.2f}".format(*times)))
-    shapes = "" if not data.get("latency") else "Timed in ONNX Runtime at " + ", ".join(
-        f"{n} {'×'.join(map(str, s))}" for n, s in data["latency"]["shapes"].items()) + \
-        f", {data['latency']['threads']} thread, this machine."
+        rows.append((label, *times, "{:.2f} → {:.2f}".format(*times)))
+        timed.append(f"{_at(latency)}, {latency['threads']} thread")
+    said = f"Timed in ONNX Runtime at {'; '.join(timed)}; this machine." if timed else ""
     return (f"<h2>Size and speed</h2>{_key()}<div class='bars'>{pictures.bars(rows)}</div>"
-            f'<p class="soft">{_e(shapes)}</p>')
+            f'<p class="soft">{_e(said)}</p>')
+
+
+def _at(latency: Mapping[str, Any]) -> str:
+    """What was timed: a case of a decoder by its name, else the shapes of inputs."""
+    return latency["case"] if "case" in latency else ", ".join(
+        f"{n} {'×'.join(map(str, s))}" for n, s in latency["shapes"].items())
 
 
 def _key() -> str:

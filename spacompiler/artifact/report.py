@@ -20,6 +20,9 @@ from ..stages.spelled import spelled
 from ..torch_backend.gather.heads import Fitting
 from .pictures import BINS
 
+TIMES = {"latency": "latency in ONNX Runtime, ms",
+         "decode_latency": "latency of a decode step, ms"}
+"""Times that a report may hold, and what they are called."""
 LABELS = {"params": "parameters", "body": "parameters of the body", "macs": "MACs",
           "bytes": "bytes of weights", "memory": "bytes of weights and caches",
           "active": "active parameters"}
@@ -114,8 +117,7 @@ def table_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         sizes = data["bytes"]
         rows.append(("bytes of weights", f"{sizes['dense']:,}", f"{sizes['pruned']:,}",
                      share(sizes)))
-    for key, label in (("latency", "latency in ONNX Runtime, ms"),
-                       ("decode_latency", "latency of a decode step, ms")):
+    for key, label in TIMES.items():
         if latency := data.get(key):
             ratio = latency["pruned"]["median_ms"] / latency["dense"]["median_ms"]
             rows.append((label, f"{latency['dense']['median_ms']:.2f}",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import SpaError
+from ..stages.tolerances import FIXED_FACTOR
 from .gguf_table import ROWS, Arch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def check_gguf(model: nn.Module) -> Arch:
@@ -51,7 +55,7 @@ def unequal(arch: Arch, model: nn.Module) -> Arch:
     return arch.unequal
 
 
-def check_config(arch: Arch, config: Any) -> None:
+def check_config(arch: Arch, config: PreTrainedConfig) -> None:
     """Raise SpaError where a configuration says what the architecture's graph does not compute."""
     for entry, allowed in arch.expects.items():
         said = getattr(config, entry, allowed[0])
@@ -75,7 +79,7 @@ def check_scale(arch: Arch, model: nn.Module, width: int) -> None:
     want = width**0.5 if arch.scaled else 1.0
     for module in model.modules():
         have = float(getattr(module, "embed_scale", want))  # type: ignore[arg-type]
-        if abs(have / want - 1) > 1e-5:
+        if abs(have / want - 1) > FIXED_FACTOR.value:
             raise SpaError("this model cannot be written as GGUF", where=f"embed_scale={have:g}",
                            why=f"llama.cpp's {arch.name} multiplies embeddings with {want:g}",
                            fix="let the hidden size stay: fewer --role")

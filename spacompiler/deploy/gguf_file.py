@@ -18,11 +18,15 @@ from torch import nn
 
 from ..errors import ProofError, SpaError, UsageError
 from ..request.recipe import BLOCK
+from ..stages.tolerances import FIXED_FACTOR
 from .gguf_checks import Sizes, check_config, check_gguf, check_scale, check_square, unequal
 from .gguf_table import Arch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from types import ModuleType
+
+    from gguf import GGUFWriter
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LAYER = re.compile(r"^blk\.(\d+)\.(.+)\.(weight|bias)$")
 Arrays = dict[str, np.ndarray]
@@ -66,7 +70,7 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "f32", *,
             "equal": sizes.equal, "bytes": path.stat().st_size}
 
 
-def _write(writer: Any, made: Mapping[str, tuple[np.ndarray, Any]]) -> None:
+def _write(writer: GGUFWriter, made: Mapping[str, tuple[np.ndarray, Any]]) -> None:
     for name, (data, stored) in made.items():
         writer.add_tensor(name, data, raw_dtype=stored)
     writer.write_header_to_file()
@@ -84,7 +88,7 @@ def _package() -> Any:
     return gguf
 
 
-def _named(gguf: Any, arch: Arch, model: nn.Module) -> Arrays:
+def _named(gguf: ModuleType, arch: Arch, model: nn.Module) -> Arrays:
     """Every array of a model under its name in the file; two that are tied are one.
 
     Raises SpaError for an array that has no name there.
@@ -123,7 +127,7 @@ def _part(name: str, parts: set[str]) -> str | None:
     return None
 
 
-def _sizes(arrays: Arrays, config: Any, dim: int) -> Sizes:
+def _sizes(arrays: Arrays, config: PreTrainedConfig, dim: int) -> Sizes:
     """Heads and widths of each layer."""
     count = config.num_hidden_layers
 
@@ -203,7 +207,7 @@ def _rescale(arch: Arch, model: nn.Module, dim: int) -> float:
         raise SpaError("this model cannot be written as GGUF", where=type(model).__name__,
                        why="its layers scale attention differently", fix="leave --gguf out")
     found = (scales.pop() if scales else dim**-0.5) * dim**0.5
-    return 1.0 if abs(found - 1) < 1e-6 else found
+    return 1.0 if abs(found - 1) < FIXED_FACTOR.value else found
 
 
 def _rotary_factors(arch: Arch, model: nn.Module, dim: int) -> np.ndarray | None:
@@ -224,10 +228,11 @@ def _rotary_factors(arch: Arch, model: nn.Module, dim: int) -> np.ndarray | None
     have = frequencies.double().numpy()
     plain = float(parameters["rope_theta"]) ** -(np.arange(len(have)) / len(have))
     factors = plain / have
-    return None if np.allclose(factors, 1, rtol=1e-5, atol=0) else factors.astype(np.float32)
+    same = np.allclose(factors, 1, rtol=FIXED_FACTOR.value, atol=0)
+    return None if same else factors.astype(np.float32)
 
 
-def _entries(arch: Arch, sizes: Sizes, arrays: Arrays, config: Any) -> dict[str, Any]:
+def _entries(arch: Arch, sizes: Sizes, arrays: Arrays, config: PreTrainedConfig) -> dict[str, Any]:
     """Entries of the file, by key without the architecture's name."""
     def each(numbers: list[int]) -> int | list[int]:
         return numbers[0] if sizes.equal else numbers
@@ -246,7 +251,7 @@ def _entries(arch: Arch, sizes: Sizes, arrays: Arrays, config: Any) -> dict[str,
     return found | {key: float(getattr(config, entry)) for key, entry in arch.reads.items()}
 
 
-def _put(writer: Any, key: str, value: Any) -> None:
+def _put(writer: GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, float):
@@ -260,7 +265,7 @@ def _file_type(kind: str) -> str:
         kind, f"MOSTLY_{kind.upper()}")
 
 
-def _typed(gguf: Any, name: str, array: np.ndarray, kind: str) -> tuple[np.ndarray, Any]:
+def _typed(gguf: ModuleType, name: str, array: np.ndarray, kind: str) -> tuple[np.ndarray, Any]:
     """An array in the file's type, and that type; vectors stay float32.
 
     Raises UsageError for rows that are no whole number of blocks.
@@ -277,7 +282,7 @@ def _typed(gguf: Any, name: str, array: np.ndarray, kind: str) -> tuple[np.ndarr
     return gguf.quants.quantize(np.ascontiguousarray(array), found), found
 
 
-def _read_back(gguf: Any, path: Path, made: Mapping[str, tuple[np.ndarray, Any]]) -> None:
+def _read_back(gguf: ModuleType, path: Path, made: Mapping[str, tuple[np.ndarray, Any]]) -> None:
     """Raise ProofError unless the file holds exactly these arrays, bit by bit."""
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for name in sorted(found.keys() | made.keys()):

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 _LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
           r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -23,7 +26,7 @@ SPLITS: Mapping[tuple[str, ...], str] = {
 """llama.cpp's name for steps of splitting, as `_steps` writes them."""
 
 
-def tokens(writer: Any, folder: Path | None, vocabulary: int) -> str:
+def tokens(writer: GGUFWriter, folder: Path | None, vocabulary: int) -> str:
     """Write the entries of the tokenizer in a folder, and return what became of it.
 
     A file without one is run by token numbers; what llama.cpp has no name for is left out, and the
@@ -42,7 +45,7 @@ def tokens(writer: Any, folder: Path | None, vocabulary: int) -> str:
     return f"byte-level BPE, split as {split}"
 
 
-def _none(writer: Any, why: str) -> str:
+def _none(writer: GGUFWriter, why: str) -> str:
     writer.add_tokenizer_model("no_vocab")
     return f"none: {why}"
 
@@ -58,7 +61,8 @@ def _steps(splitter: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(f"{s['type']} {words.get(s['type'], lambda s: '')(s)}" for s in steps)
 
 
-def _put(writer: Any, folder: Path, said: Mapping[str, Any], vocabulary: int, split: str) -> None:
+def _put(writer: GGUFWriter, folder: Path, said: Mapping[str, Any], vocabulary: int,
+         split: str) -> None:
     import gguf
 
     texts: dict[int, str] = {number: text for text, number in said["model"]["vocab"].items()}

@@ -196,7 +196,7 @@ class Gating:
         check(gated, before, after, kinds, self.name)
 
 
-def _run(gated: Gated, call: Any, values: Any, mask: Choices,
+def _run(gated: Gated, call: Any, values: Values, mask: Choices,
          trains: Beside | None) -> list[torch.Tensor]:
     """Results in float64 under a mask, as the proof has it, and gates beside."""
     masked = {g.name: values[g.name].double() * (

@@ -32,6 +32,7 @@ Gates = Mapping[str, "torch.Tensor | Pooled"]
 """By group: one factor a slice (`group.shape`), or a function of what is read, pooled by example:
 (examples, slices) -> (examples, slices)."""
 LEAST = 1e-6
+"""Where the logarithm of a closed gate on a router's score ends."""
 Weights = Callable[[str], torch.Tensor]
 
 

@@ -33,7 +33,7 @@ class Aim:
     products: Sequence[str] = ()
     _seen: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def watch(self, node: str, value: Any) -> None:
+    def watch(self, node: str, value: torch.Tensor) -> None:
         """See what a node of the gated network gives."""
         if node in self.products:
             self._seen[node] = value
@@ -53,7 +53,7 @@ class Aim:
     def _dense(self, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         given: dict[str, torch.Tensor] = {}
 
-        def keep(node: str, value: Any) -> None:
+        def keep(node: str, value: torch.Tensor) -> None:
             if node in self.products:
                 given[node] = value
 

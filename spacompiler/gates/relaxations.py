@@ -20,6 +20,8 @@ from ..request.registry import construct, parse
 from .network import Gates, Values
 
 Arrays = dict[str, torch.Tensor]
+DROPPED = 0.01
+"""The chance at which hard-concrete gates start closed."""
 
 
 class Relaxation:
@@ -122,7 +124,7 @@ class HardConcrete(Relaxation):
     chance of z > 0 counts; of what stays sigmoid(0.8 log alpha / beta) is folded.
     """
 
-    def __init__(self, beta: float = 2 / 3, dropped: float = 0.01, spread: float = 0.0) -> None:
+    def __init__(self, beta: float = 2 / 3, dropped: float = DROPPED, spread: float = 0.0) -> None:
         super().__init__()
         self.beta, self.dropped, self.spread = beta, dropped, spread
 

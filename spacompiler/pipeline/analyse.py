@@ -12,6 +12,7 @@ from ..evidence.losses import default_loss
 from ..plan import legal
 from ..request.wishes import parse_wish
 from ..stages.records import Request, Subject, Traced
+from ..store.room import is_large
 from ..torch_backend.backend import TORCH
 from ..torch_backend.gather.heads import fitting
 from ..torch_backend.parts import Parts, enter, traceable
@@ -59,7 +60,7 @@ def trace_whole_or_parts(ask: Request, subject: Subject) -> tuple[Request, Subje
     if given:
         ask, subject = _entered(ask, subject, given)
     try:
-        traced = subject.backend.trace(subject.model, subject.inputs, is_quick(ask),
+        traced = subject.backend.trace(subject.model, subject.inputs, is_quick(ask, subject),
                                        ask.recipe.prove)
     except TraceError as problem:
         found = () if given else traceable(subject.model, subject.inputs)
@@ -112,7 +113,7 @@ def _note_folded(ask: Request, traced: Traced) -> None:
 
 def _note_fixed(ask: Request, subject: Subject, traced: Traced) -> None:
     """Say that what is written as a program serves the example's batch alone."""
-    if subject.backend is not TORCH or is_quick(ask):
+    if subject.backend is not TORCH or is_quick(ask, subject):
         return
     fixed: list[tuple[str, int]] = traced.trace.fixed()
     if fixed:
@@ -125,12 +126,17 @@ def _note_fixed(ask: Request, subject: Subject, traced: Traced) -> None:
                          "serve one example at a time; give two or more for a free batch")
 
 
-def is_quick(ask: Request) -> bool:
-    """True if the compile looks at weights alone, and runs on the example inputs at most."""
+def is_quick(ask: Request, subject: Subject) -> bool:
+    """True if the compile looks at weights alone, and runs on the example inputs at most.
+
+    Where it is proved this is for large models alone: what is exported serves other calls, and
+    layouts that write the program, too.
+    """
     recipe = ask.recipe
     runs = recipe.onnx or recipe.decoder or recipe.keep_adapter or "latency" in recipe.target \
         or bool(ask.importance.needs) or recipe.modules
-    return not (runs or ask.compensation or ask.recovery or ask.schedule)
+    exported = (recipe.prove or recipe.latency) and not is_large(subject.model)
+    return not (runs or exported or ask.compensation or ask.recovery or ask.schedule)
 
 
 def _with_biases(ask: Request, subject: Subject, traced: Traced) -> tuple[Subject, Traced]:

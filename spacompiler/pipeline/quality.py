@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp, isfinite
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..evidence.losses import distance, first_floating
 from ..stages.records import Emitted, Request
 from ..torch_backend.gather.heads import OWN, Fitting, fitting
 from ..torch_backend.weights import called
+
+Loss = Callable[..., torch.Tensor]
 
 DOUBLED = 2.0
 """Times its perplexity (or e to its loss) beyond which a result is said to be poor."""
@@ -49,7 +51,7 @@ def _data(ask: Request) -> tuple[Sequence[Batch], str]:
     return given.batches[-1:], f"the last batch of {given.origin}, which was calibrated on"
 
 
-def _losses(ask: Request, loss: Any, mean: dict[str, float]) -> dict[str, Any]:
+def _losses(ask: Request, loss: Loss, mean: dict[str, float]) -> dict[str, Any]:
     """The losses, where there are labels to speak of, and a note where much was lost."""
     dense, pruned = mean["dense"], mean["pruned"]
     poor = mean["agreement"] < 1 / DOUBLED
@@ -75,7 +77,7 @@ def _exp(loss: float) -> float:
     return exp(loss) if isfinite(loss) and loss < 700 else float("inf")
 
 
-def _compared(dense: nn.Module, pruned: nn.Module, loss: Any, batch: Batch) -> dict[str, float]:
+def _compared(dense: nn.Module, pruned: nn.Module, loss: Loss, batch: Batch) -> dict[str, float]:
     args, kwargs = batch
     given = inputs_only(dense, kwargs)
     want, got = (pytree.tree_leaves(called(m, args, given)) for m in (dense, pruned))

@@ -10,10 +10,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ..axes.choices import Choices
 from ..errors import SpaError, TargetError
 from ..plan.plan import make_plan
 from ..request.targets import LENGTH, Target
@@ -24,6 +24,8 @@ from ..system.staging import Scratch, orderly
 Counts = tuple[dict[str, int], str]
 CLOSE, TRIES, REPEATS = 0.02, 6, 30
 """The share of the time that a network may miss the target by; networks that are tried; turns."""
+FINEST = 1e-3
+"""Shares of MACs that are nearer than this to each other are one width."""
 FIRST, LEAST = 0.7, 0.02
 """Shares of MACs: tried first where the dense network's time is not known, and at least."""
 Table = list[tuple[float, float]]
@@ -50,7 +52,7 @@ def meet(target: Target, at: Callable[[float, list[str]], Counts], ask: Request,
         found.append((abs(took - wanted), took, counts, notes))
         if abs(took - wanted) <= CLOSE or wanted >= 1:
             break
-        if any(abs(share - x) < 1e-3 for x, _ in table):
+        if any(abs(share - x) < FINEST for x, _ in table):
             break  # steps are too coarse to come nearer
         table = sorted([*table, (share, took)])
     _, took, counts, notes = min(found, key=lambda one: one[0])
@@ -126,7 +128,7 @@ def measured(target: Target, ask: Request, subject: Subject, traced: Traced, sco
         return compare_latency(paths, feed, threads=1, repeats=REPEATS)
 
 
-def _torch(target: Target, subject: Subject, traced: Traced, choices: Any,
+def _torch(target: Target, subject: Subject, traced: Traced, choices: Choices,
            paths: dict[str, Path]) -> Mapping[str, np.ndarray]:
     from ..deploy.export import export_onnx
     from ..deploy.inputs import feed, timed_inputs
@@ -139,7 +141,7 @@ def _torch(target: Target, subject: Subject, traced: Traced, choices: Any,
     return feed(trace, *timed_inputs(trace, target.batch, target.length))
 
 
-def _onnx(target: Target, subject: Subject, traced: Traced, choices: Any,
+def _onnx(target: Target, subject: Subject, traced: Traced, choices: Choices,
           paths: dict[str, Path]) -> Mapping[str, np.ndarray]:
     import onnx_ir as ir
 

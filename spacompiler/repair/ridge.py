@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..stages.tolerances import SOLVED
+
 SMALL = 256
 """Up to so many features eigenvectors cost nothing."""
 BLOCK, PROBES = 512, 128
-NEAR = 1e-4
-"""How far off a solution in float32 may be, relative to itself; else it is solved in float64."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def solution(factors: Factors, ridge: float, missed: Missed, *,
         left = missed.of(mixed) - factors.gram @ x - ridge * x
         off = torch.cholesky_solve(left.float(), factor).double()
         error = float((off.norm(dim=0) / x.norm(dim=0).clamp(min=1e-300)).max())
-        if error <= NEAR:
+        if error <= SOLVED.value:
             return found, error
     solved = factors.solve(ridge, missed.left)
     return solved if missed.right is None else solved @ missed.right, float("nan")

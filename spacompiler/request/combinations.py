@@ -55,7 +55,7 @@ OPTION_RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -3,8 +3,9 @@
 Deciding, writing and checking know options only; a profile gives those that were not given, and
 refuses what would not run there.
 
->>> settled("llama.cpp-q8", {"align": None, "gguf": ""}, {"align": None, "gguf": ""})
-{'align': 32, 'gguf': 'q8_0'}
+>>> plain = {"onnx": True, "latency": True, "gguf": "", "align": None}
+>>> settled("llama.cpp-q8", plain, plain)
+{'onnx': False, 'latency': False, 'gguf': 'q8_0', 'align': 32}
 """
 
 from __future__ import annotations

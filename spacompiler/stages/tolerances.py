@@ -110,6 +110,13 @@ TIED = Tolerance(
     1e-6, "two arrays that were one before adapters changed them alike",
     "the same change merged twice rounds in the last bits of float32")
 
+FIXED_FACTOR = Tolerance(
+    1e-5, "a factor that a module computes against the one that a file format fixes",
+    "both are roots and powers rounded to float32; another formula differs by a percent and more")
+SOLVED = Tolerance(
+    1e-4, "a least-squares solution in float32, relative to itself, by one step of refinement",
+    "below it the repair's own noise (few samples) is far larger; else it is solved in float64")
+
 SITE = Tolerance(
     1e-3, "a sub-module's input against a value of the program that is taken for it",
     "other values of one shape differ altogether; a fused kernel's by rounding only")

@@ -13,9 +13,15 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import nn
 
 LARGE = 1 << 29
 """Bytes of a model from which on a second one is not held in memory."""
+
+
+def is_large(model: object) -> bool:
+    """True for a module whose weights are not to be held twice."""
+    return isinstance(model, nn.Module) and sum(p.nbytes for p in model.parameters()) >= LARGE
 
 
 class Room:

@@ -139,7 +139,7 @@ def _place(config: Config, used: object) -> tuple[str, ...] | None:
     return same[0] if len(same) == 1 else None
 
 
-def _inside(config: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _inside(config: Config, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     yield at, config
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):

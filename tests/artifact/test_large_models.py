@@ -39,7 +39,7 @@ def small(checkpoint, tmp_path_factory):
 def test_arrays_on_the_disk_give_the_same_files(checkpoint, small, tmp_path, monkeypatch):
     made = []
     empty = room.Room.empty
-    monkeypatch.setattr("spacompiler.api.LARGE", 1)
+    monkeypatch.setattr(room, "LARGE", 1)
     monkeypatch.setattr(slicer, "BLOCK", 16)
     monkeypatch.setattr(pages, "LEAST", 1)
     monkeypatch.setattr(room.Room, "empty", lambda self, shape, kind: made.append(

@@ -90,6 +90,14 @@ def test_the_page_follows_from_report_json(out):
     assert "4.00 → 3.00" in said and "x 1×16" in said and "a reason" in said and "odd" in said
 
 
+def test_a_decoder_is_timed_by_cases(out):
+    times = {"dense": {"median_ms": 4.0}, "pruned": {"median_ms": 3.0}, "threads": 1}
+    data = json.loads((out / "report.json").read_text()) | {
+        "latency": {"case": "a prompt", **times}, "decode_latency": {"case": "a token", **times}}
+    _, said = read(page(data))
+    assert "a prompt, 1 thread; a token, 1 thread" in said and "latency of a decode step" in said
+
+
 def test_scores_are_counted_about_the_cut(out):
     (found,) = json.loads((out / "report.json").read_text())["scores"]
     assert sum(found["bins"]) == 40 and 0 < found["cut"] < 1

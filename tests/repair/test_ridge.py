@@ -14,6 +14,7 @@ from spacompiler.passes import refit
 from spacompiler.passes.refit import Refit
 from spacompiler.repair import ridge
 from spacompiler.repair.evidence import Evidence, Told, of_dense
+from spacompiler.stages.tolerances import SOLVED
 
 FEATURES, OUTPUTS = 90, 24
 KEPT = torch.arange(FEATURES) % 3 > 0
@@ -57,7 +58,7 @@ def test_factors_give_the_closed_form(which: Refit, samples: int, noise: float,
     short, _ = which.solve(weight, once, KEPT, has_bias=has_bias)
     off = float((short - want).norm() / (want - weight).norm().clamp(min=1e-300))
     assert torch.equal(short, weight) if torch.equal(want, weight) else \
-        off < 4 * once.told.error + 1e-12 and once.told.error < ridge.NEAR
+        off < 4 * once.told.error + 1e-12 and once.told.error < SOLVED.value
 
 
 def test_where_float32_is_too_coarse_float64_solves() -> None:

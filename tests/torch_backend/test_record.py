@@ -13,6 +13,7 @@ from spacompiler.evidence.calls import as_call
 from spacompiler.groups.solution import solve
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.sources import named as source
+from spacompiler.store import room
 from spacompiler.system.process import quiet
 from spacompiler.torch_backend.read import export as torch_export
 from spacompiler.torch_backend.read import record
@@ -118,19 +119,23 @@ def test_a_compile_that_looks_at_weights_alone_records(monkeypatch, prove):
 
     net, x = _Net(lambda net, h: h).eval(), torch.randn(3, 4)
     monkeypatch.setattr(torch.export, "export", exported)
+    monkeypatch.setattr(room, "LARGE", 1 if prove else room.LARGE)
     given = {"target": "params=64%", "importance": "magnitude", "latency": False, "align": 1}
     result = spacompiler.compile(net, (x,), prove=prove, onnx=False, **given)
     assert result.module(x).shape == (3, 2)
     assert (result.job.proof is not None) == prove
-    with pytest.raises(spacompiler.errors.TraceError):
-        spacompiler.compile(net, (x,), **given)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.export, "export", exported)
+    with pytest.raises(spacompiler.errors.TraceError):  # a small one is exported to be proved
+        spacompiler.compile(net, (x,), onnx=False, **given)
 
 
-def test_a_program_that_was_recorded_wrong_is_exported_before_it_is_proved():
+def test_a_program_that_was_recorded_wrong_is_exported_before_it_is_proved(monkeypatch):
     """Code that asks where its values lie computes something else where nothing is computed."""
     def forward(net, h):
         return h * 2 if h.device.type == "meta" else h
 
+    monkeypatch.setattr(room, "LARGE", 1)
     net, x = _Net(forward).eval(), torch.randn(3, 4)
     result = spacompiler.compile(net, (x,), target="params=64%", importance="magnitude",
                                  onnx=False, latency=False, align=1)

@@ -176,7 +176,7 @@ def describe(looked: Search, choices: Choices) -> Described:
     return Described(config, made, single)
 
 
-def _say(config: Any, tables: Sequence[tuple[Stack, dict[int, Entries], list[Entries]]]) -> None:
+def _say(config: Config, tables: Sequence[tuple[Stack, dict[int, Entries], list[Entries]]]) -> None:
     """Write the entries of single layers into their configuration: once, where all agree."""
     every = [({**said.get(i, {}), **entries}, stack, i)
              for stack, said, own in tables for i, entries in enumerate(own)]

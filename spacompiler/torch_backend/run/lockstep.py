@@ -30,9 +30,10 @@ class Lockstep:
         self._specs = {spec.target: self._nodes[spec.arg.name]
                        for spec in trace.program.graph_signature.input_specs
                        if spec.target is not None}
+        first = {str(name): stored(str(name)) for name in self._specs}  # what is put, comes later
         self._at, self._runs = 0, []
         for args, kwargs in batches:
-            run = Runner(trace.program, stored, reads=self._reads, double=trace.wide)
+            run = Runner(trace.program, first.__getitem__, reads=self._reads, double=trace.wide)
             run.start(*trace.match(args, kwargs))
             self._runs.append(run)
 
