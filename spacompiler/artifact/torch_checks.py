@@ -113,8 +113,8 @@ def identity(folder: Path, structure: Mapping[str, Any], have: Callable[[Any], M
     if wrong:
         return Check(name, False, wrong)
     dense = source()
-    if digest(dense) != plan.weights_hash:
-        return Check(name, None, "skipped: the source's weights are not those that were pruned")
+    if digest(dense) != slices.get("weights_hash", plan.weights_hash):
+        return Check(name, None, _other_weights(folder))
     if structure.get("trained") and "trained" not in slices:
         return Check(name, None, "skipped: the arrays were trained after they were cut")
     for more, solution, tied in solved(dense):
@@ -125,6 +125,17 @@ def identity(folder: Path, structure: Mapping[str, Any], have: Callable[[Any], M
             bad = next((f"{key}: {why}" for key, why in found.items() if why), "")
             return Check(name, not bad, bad or _summary(found, slices))
     return Check(name, False, wrong)
+
+
+def _other_weights(folder: Path) -> str:
+    """Why a source is not compared: adapters that were merged into it are asked for."""
+    recipe = read_json(folder / "recipe.json")
+    text = "skipped: the source's weights are not those that were pruned"
+    if not recipe.get("adapters"):
+        return text
+    if recipe.get("keep_adapter"):
+        return f"{text}; the adapter was kept apart: give its base"
+    return f"{text}; adapters were merged first: give the merged model"
 
 
 def _summary(found: Mapping[str, str], slices: Mapping[str, Any]) -> str:

@@ -490,6 +490,15 @@ def test_the_artifact_works_with_transformers_and_peft_alone(beside):
     assert all(c.passed is not False for c in spacompiler.verify(out))
 
 
+def test_a_base_beside_its_adapter_is_verified_against_the_dense_base(beside):
+    """The arrays of such an artifact are parts of the base, not of the merged model."""
+    out, _, dense = beside
+    assert all(c.passed for c in spacompiler.verify(out, str(dense)))
+    merged = peft.PeftModel.from_pretrained(llama()[0], out.parent / "a").merge_and_unload()
+    found = spacompiler.verify(out, merged)[-1]
+    assert found.passed is None and "give its base" in found.detail
+
+
 def test_a_kept_adapter_knows_its_base(beside):
     out, _, dense = beside
     from transformers import AutoModelForCausalLM
@@ -639,6 +648,8 @@ def test_compile_verify_and_load_with_an_adapter(case, tmp_path):
     if not words:
         result = compiled()
         assert all(c.passed is not False for c in spacompiler.verify(tmp_path / "out"))
+        plan = spacompiler.verify(tmp_path / "out", str(tmp_path / "dense"))[-1]
+        assert plan.passed is None and "give the merged model" in plan.detail
         assert torch.equal(run(spacompiler.load(tmp_path / "out"), inputs),
                            run(result.module, inputs))
         return
