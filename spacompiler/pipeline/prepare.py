@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import SpaError, UsageError
+from ..request.needs import check_exported
+from ..request.options import known
 from ..stages.records import Request, Subject
 from ..torch_backend.backend import TORCH
 from ..torch_backend.weights import weights_hash
@@ -55,8 +57,12 @@ def _merged(ask: Request, subject: Subject) -> Subject:
 
 
 def check_weights(ask: Request, subject: Subject) -> Subject:
-    """Raise SpaError if a weight is not finite; a file takes example inputs from calibration."""
+    """Raise SpaError if a weight is not finite; a file takes example inputs from calibration.
+
+    Raises UsageError for options that act on torch modules alone.
+    """
     if subject.backend.kind == "onnx":
+        check_exported(vars(ask.recipe), {e.name: e.default for e in known(type(ask.recipe))})
         first = next(iter(ask.calibration.batches), ((), {}))
         if not subject.inputs and any(first):
             subject = replace(subject, inputs=first[1] or first[0])

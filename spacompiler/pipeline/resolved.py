@@ -116,6 +116,9 @@ def _sha(parts: Iterable[bytes]) -> str:
 
 def check_hashes(recipe: Recipe) -> None:
     """Raise UsageError if data or an adapter is not the one that a recipe was carried out with."""
+    if wrong := [each for each in recipe.hashes if "=" not in each]:
+        raise UsageError(f"cannot read {wrong[0]!r} among the recipe's hashes",
+                         fix="write OPTION=SHA256, or take it out of `hashes`")
     wanted = dict(each.split("=", 1) for each in recipe.hashes)
     named = {"inputs": recipe.inputs, "calibration": recipe.calibration,
              "recover_data": recipe.recover_data,

@@ -50,3 +50,19 @@ def check_needs(values: Mapping[str, object], defaults: Mapping[str, object]) ->
         if value is not default and value != default and not values[need.option]:
             raise UsageError(f"{name} has nothing to act on", why=need.why,
                              fix=f"give {need.give}, or leave {name} out")
+
+
+EXPORTED: Mapping[str, str] = {
+    "opset": "the pruned file keeps the operators' versions of the one that was given",
+    "shard_size": "the weights of an ONNX file lie in it, or in one file beside it",
+}
+"""Options about files that a torch module is exported to, and why an ONNX file has no use for
+them."""
+
+
+def check_exported(values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+    """Raise UsageError for an option, of other value than its default, that no ONNX file heeds."""
+    for name, why in EXPORTED.items():
+        if values[name] != defaults[name]:
+            raise UsageError(f"{name} has nothing to act on in an ONNX file", why=why,
+                             fix=f"leave {name} out")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import spacompiler
 from spacompiler.cli.main import app
 from spacompiler.errors import UsageError
+from spacompiler.pipeline.resolved import check_hashes
 from spacompiler.request.recipe import Recipe
 from spacompiler.torch_backend import machine
 
@@ -125,3 +126,9 @@ def test_recipes_of_the_gallery_come_to_a_plan(name, model, more):
                                 onnx=False, prove=False, latency=False, **more)
     cost = found.plan.costs["params"]
     assert cost["pruned"] < cost["dense"]
+
+
+def test_a_hash_that_names_no_option_is_a_mistake_in_the_recipe() -> None:
+    recipe = Recipe("params=70%", hashes=("nonsense",))
+    with pytest.raises(UsageError, match="cannot read 'nonsense' among the recipe's hashes"):
+        check_hashes(recipe)

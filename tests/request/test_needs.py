@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 import spacompiler
 from spacompiler.cli.main import app
 from spacompiler.errors import UsageError
-from spacompiler.request.needs import NEEDS
+from spacompiler.request.needs import EXPORTED, NEEDS
 from spacompiler.request.options import known
 from spacompiler.request.recipe import Errand, Recipe
 
@@ -54,3 +56,18 @@ def test_batches_to_train_on_need_a_training() -> None:
     with pytest.raises(UsageError, match="recover_data has nothing to act on"):
         spacompiler.compile(net, (torch.randn(4, 12),), target="params=60%", dry_run=True,
                             recover_data=[(torch.randn(4, 12),)])
+
+
+@pytest.mark.parametrize(("name", "value"), [("opset", "18"), ("shard_size", "1MB")])
+def test_an_option_about_exported_files_is_refused_for_an_onnx_file(
+        name: str, value: str, tmp_path: Path) -> None:
+    assert name in EXPORTED
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        m (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }""")
+    onnx.save(model, tmp_path / "m.onnx")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, [
+        "compile", str(tmp_path / "m.onnx"), "--target", "params=60%", "--out", str(out),
+        "--" + name.replace("_", "-"), value])
+    assert done.exit_code == 2 and not out.exists()
+    assert f"{name} has nothing to act on in an ONNX file" in done.stderr
