@@ -120,8 +120,9 @@ def check_sliceable(adapter: Adapter) -> None:
 def _check_whole_parameters(adapter: Adapter, done: str, fix: str) -> None:
     names = adapter.config.get("target_parameters") or ()
     if names:
+        named = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
         raise SpaError(f"adapters of whole parameters cannot be {done}", where=str(adapter.path),
-                       why=f"peft lays out the factors of all experts of {', '.join(names)} in "
+                       why=f"peft lays out the factors of all experts of {named} in "
                            "one array, of which no axis is an expert's", fix=fix)
 
 

@@ -678,3 +678,13 @@ def test_arrays_of_a_type_that_no_weight_has_are_refused(tmp_path):
               tmp_path / "adapter_model.safetensors")
     with pytest.raises(SpaError, match=r"lora_A\.weight is stored as uint32"):
         files.stored(tmp_path)
+
+
+@pytest.mark.parametrize("names", [True, 3, "experts.up", ["experts.up", 2]])
+def test_whole_parameters_are_refused_however_they_are_written(names):
+    from types import SimpleNamespace
+
+    from spacompiler.adapters.cutting import _check_whole_parameters
+    odd = SimpleNamespace(config={"target_parameters": names}, path="there")
+    with pytest.raises(SpaError, match="whole parameters cannot be lifted"):
+        _check_whole_parameters(odd, "lifted", "train another")
