@@ -73,20 +73,23 @@ def exported(model, ids, tokens):
     return _gap(got.logits, model(input_ids=row, use_cache=False).logits)
 
 
+class Plain(torch.nn.Module):
+    """Token ids to logits, without a cache: what exporters of one input take."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, row):
+        return self.inner(input_ids=row, use_cache=False).logits
+
+
 def executorch(model, ids, tokens):
     from executorch.exir import to_edge
     from executorch.runtime import Runtime
 
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, row):
-            return self.inner(input_ids=row, use_cache=False).logits
-
     row = torch.tensor([ids])
-    made = to_edge(torch.export.export(Plain(), (row,))).to_executorch().buffer
+    made = to_edge(torch.export.export(Plain(model), (row,))).to_executorch().buffer
     got = Runtime.get().load_program(made).load_method("forward").execute([row])[0]
     return _gap(got, model(input_ids=row, use_cache=False).logits)
 
@@ -94,16 +97,8 @@ def executorch(model, ids, tokens):
 def coreml(model, ids, tokens):
     import coremltools as ct
 
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, row):
-            return self.inner(input_ids=row, use_cache=False).logits
-
     row = torch.tensor([ids])
-    traced = torch.jit.trace(Plain(), (row,), strict=False)
+    traced = torch.jit.trace(Plain(model), (row,), strict=False)
     ct.convert(traced, inputs=[ct.TensorType(name="row", shape=row.shape, dtype=int)])
     return "converts"
 

@@ -45,7 +45,7 @@ def read(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size <= BYTES:
             return path.read_text(encoding="utf-8")
-        why = f"there is no file of at most {BYTES:,} bytes"
+        why = f"it has more than {BYTES:,} bytes" if path.is_file() else "there is no such file"
     except (OSError, ValueError) as problem:
         why = str(problem)
     raise UsageError(f"recipe {str(path)!r} cannot be read", why=why, fix="give a YAML file")

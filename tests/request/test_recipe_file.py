@@ -58,9 +58,11 @@ def test_a_suggestion_is_made(file):
 
 
 def test_large_and_missing_files_are_one_error(file, tmp_path):
-    for path in (tmp_path / "none.yaml", tmp_path, file("#" * (recipe_file.BYTES + 1))):
-        with pytest.raises(UsageError, match="cannot be read"):
+    for path, why in ((tmp_path / "none.yaml", "no such file"), (tmp_path, "no such file"),
+                      (file("#" * (recipe_file.BYTES + 1)), "more than 1,048,576 bytes")):
+        with pytest.raises(UsageError, match="cannot be read") as told:
             Recipe.read(path)
+        assert why in (told.value.why or "")
 
 
 def test_code_runs_where_the_caller_names_it_again(file):
