@@ -90,13 +90,17 @@ METHODS: dict[str, Method] = {
     "ours, scored by given text": Method(
         "curvature(continued=False)", "measured",
         "refit(sequential=True, residual=True, every=True)", (), 0.02, continued=True),
-    "gates, nothing else": Method("curvature", only=(), floor=0.02, schedule=Gates(scales=0)),
     "gates, refit": Method("curvature", repair="refit(damping=0.1)", only=(), floor=0.02,
                            schedule=Gates(scales=0)),
     "gates": Method("curvature", repair="refit(damping=0.1)", only=(), floor=0.02,
                     schedule=Gates()),
     "gates, in sequence": Method("curvature", only=(), floor=0.02, schedule=Gates(),
                                  repair="refit(sequential=True, residual=True, every=True)"),
+    "gates, nothing else": Method("curvature", only=(), floor=0.02,
+                                  schedule=Gates(refit=0.0, scales=0)),
+    "gates, factors": Method("curvature", only=(), floor=0.02, schedule=Gates(refit=0.0)),
+    "gates, continued": Method("curvature", only=(), floor=0.02, schedule=Gates(), continued=True,
+                               repair="refit(sequential=True, residual=True, every=True)"),
     "OBS refit, continued": Method("obs(bias=False)",
                                    repair="refit(bias=False, damping=0.01)", continued=True),
 }
@@ -310,7 +314,7 @@ def learned(bench: Bench, method: Method, share: str, task: Any) -> tuple[Scored
     place = bench.results.with_suffix(".gates.pt")
     held = torch.load(place, weights_only=True) if place.exists() else {}
     gates = replace(method.schedule, scales=0)
-    key = f"{share} {gates}"
+    key = f"{share} {gates}" + " continued" * method.continued
     if key not in held:
         start = time.process_time()
         found = gates.run(replace(task, tell=_progress))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..errors import SpaError, UsageError, did_you_mean
-from ..request.registry import construct, parse
+from ..errors import SpaError
+from ..request.registry import row
 from ..torch_backend.trace import Trace
 
 Stored = Callable[[str], torch.Tensor]
@@ -100,8 +100,4 @@ BESIDE: Mapping[str, type[Beside]] = {
 
 def beside(text: str) -> Beside:
     """Return a new row for `name(option=value)`. Raises UsageError for an unknown one."""
-    name, options = parse(text)
-    if name not in BESIDE:
-        raise UsageError(f"{name!r} cannot train beside gates", fix=did_you_mean(name, BESIDE))
-    made: Beside = construct(BESIDE[name], options, text)
-    return made
+    return row(BESIDE, text, "way to train beside gates")

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import UsageError, did_you_mean
-from ..request.registry import construct, parse
+from ..request.registry import row
 
 
 class Budget:
@@ -90,8 +89,4 @@ BUDGETS: Mapping[str, type[Budget]] = {
 
 def budget(text: str) -> Budget:
     """Return a new rule for `name(option=value)`. Raises UsageError for an unknown one."""
-    name, options = parse(text)
-    if name not in BUDGETS:
-        raise UsageError(f"unknown budget rule {name!r}", fix=did_you_mean(name, BUDGETS))
-    made: Budget = construct(BUDGETS[name], options, text)
-    return made
+    return row(BUDGETS, text, "budget rule")

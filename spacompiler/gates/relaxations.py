@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import UsageError, did_you_mean
 from ..groups.solution import Group
 from ..plan.problem import Problem
-from ..request.registry import construct, parse
+from ..request.registry import row
 from .network import Gates, Values
 
 Arrays = dict[str, torch.Tensor]
@@ -312,11 +311,7 @@ RELAXATIONS: Mapping[str, type[Relaxation]] = {
 
 def relaxation(text: str) -> Relaxation:
     """Return a new relaxation for `name(option=value)`. Raises UsageError for an unknown one."""
-    name, options = parse(text)
-    if name not in RELAXATIONS:
-        raise UsageError(f"unknown relaxation {name!r}", fix=did_you_mean(name, RELAXATIONS))
-    made: Relaxation = construct(RELAXATIONS[name], options, text)
-    return made
+    return row(RELAXATIONS, text, "relaxation")
 
 
 def _standard(scores: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from spacompiler.errors import UsageError, did_you_mean
+from spacompiler.errors import UsageError
 from spacompiler.request import registry
 
 
@@ -119,7 +119,4 @@ def find(what: object) -> Any:
     """
     if not isinstance(what, str):
         return what
-    name, options = registry.parse(what)
-    if name not in RAMPS:
-        raise UsageError(f"unknown schedule {name!r}", fix=did_you_mean(name, RAMPS))
-    return registry.construct(RAMPS[name], options, what)
+    return registry.row(RAMPS, what, "schedule")

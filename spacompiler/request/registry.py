@@ -12,14 +12,15 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UsageError, did_you_mean
 
+Row = TypeVar("Row")
 KINDS = ("importance", "allocation", "schedule", "compensation", "recovery")
 
 
@@ -113,6 +114,18 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError, AssertionError) as problem:
         raise UsageError(f"cannot read the options of pass {text!r}",
                          fix="write name(option=value, ...)") from problem
+
+
+def row(table: Mapping[str, Callable[..., Row]], text: str, what: str) -> Row:
+    """Return a new row of a table for `name(option=value, ...)`; `what` names the table's rows.
+
+    Raises UsageError for an unknown name, or options that the row does not take.
+    """
+    name, options = parse(text)
+    if name not in table:
+        raise UsageError(f"unknown {what} {name!r}", fix=did_you_mean(name, table))
+    made: Row = construct(table[name], options, text)
+    return made
 
 
 def _load(kind: str, name: str) -> Any:

@@ -194,7 +194,7 @@ def test_factors_are_a_repair_that_the_recipe_names(schedule, words, tmp_path):
     (lambda: GraspGates(budget="penalty"), "masks that meet the budget"),
     (lambda: Polarise(budget="projection"), "holds for all inputs"),
     (lambda: Ddp(refit=0.1), "refit needs masks"), (lambda: Ddp(relaxation="l0"), "unknown relax"),
-    (lambda: Ddp(budget="none"), "unknown budget"), (lambda: Ddp(beside="all"), "cannot train"),
+    (lambda: Ddp(budget="none"), "unknown budget"), (lambda: Ddp(beside="all"), "train beside"),
 ])
 def test_what_cannot_be_combined_is_said_at_once(make, words):
     with pytest.raises(UsageError, match=words) as error:
