@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -90,6 +90,8 @@ class Lora(Schedule):
             raise SpaError("there is no linear layer to put an adapter on",
                            why="the pruned network is a re-written program, or holds none",
                            fix="use --recover norms or full")
+        ranks = self.ranks(task, paths)
+        paths = [path for path in paths if ranks.get(path, self.rank)]
 
         def probe(module: nn.Module) -> list[torch.Tensor]:
             with torch.no_grad():
@@ -100,13 +102,13 @@ class Lora(Schedule):
         for path in paths:  # merging writes into the weight
             weight = task.module.get_parameter(f"{path}.weight")
             weight.data = weight.data.clone()
-        tuned = self._attach(peft, task, paths)
+        tuned = self.attach(peft, task, {path: ranks.get(path, self.rank) for path in paths})
         tuned.train()
         hooks = self.hooks(task)
         parameters = {n: p for n, p in task.module.named_parameters()
                       if p.requires_grad or id(p) in extra}
         facts = train(task, self, parameters, hooks)
-        facts |= hooks.finish()
+        facts |= ({"ranks": ranks} if ranks else {}) | hooks.finish()
         fold(tuned, probe, before, where="recovery")
         return facts
 
@@ -114,10 +116,19 @@ class Lora(Schedule):
         """Return what this recovery changes of the loop, once adapters are on the module."""
         return AdapterHooks(self.plus)
 
-    def _attach(self, peft: ModuleType, task: Training, paths: list[str]) -> Any:
+    def ranks(self, task: Training, paths: Sequence[str]) -> dict[str, int]:
+        """Return the ranks of layers that have not `rank` (0: no adapter), before any is on."""
+        return {}
+
+    def attach(self, peft: ModuleType, task: Training, ranks: Mapping[str, int]) -> Any:
+        """Put adapters on layers, each of its rank. Raises SpaError where peft refuses."""
+        paths, others = list(ranks), {p: r for p, r in ranks.items() if r != self.rank}
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init, target_modules=paths,
+            rank_pattern={f"^{re.escape(p)}": r for p, r in others.items()},
+            alpha_pattern={f"^{re.escape(p)}": self.alpha * r / self.rank
+                           for p, r in others.items()},
             eva_config=peft.EvaConfig(rho=self.rho) if self.init == "eva" else None)
         try:
             with no_warnings():
@@ -150,7 +161,7 @@ class Lora(Schedule):
         config.lora_ga_config = peft.LoraGAConfig()
         for path in paths:  # the factors are two halves of the gradient's singular directions
             half = min(task.module.get_parameter(f"{path}.weight").shape[:2]) // 2
-            if 0 < half < self.rank:
+            if 0 < half < config.rank_pattern.get(f"^{re.escape(path)}", self.rank):
                 config.rank_pattern[f"^{re.escape(path)}"] = half
                 config.alpha_pattern[f"^{re.escape(path)}"] = self.alpha * half / self.rank
         peft.preprocess_loraga(task.module, config, step)

@@ -57,6 +57,10 @@ USE: Mapping[str, str] = {
     "sora": "ranks that help little are to vanish",
     "dylora": "the rank is chosen after training",
     "increlora": "ranks are to grow where they help",
+    "triadapt": "cores of adapters are to grow where they are used",
+    "cfsp-lora": "blocks that change more are to get more ranks",
+    "flexora": "only layers that help left-out data are to be adapted",
+    "diffora": "only a share of the layers is to be adapted",
     "lora-sb": "the fewest parameters, started along the gradient",
     "nlora": "adapters started from the weights"}
 """When to take a built-in pass."""

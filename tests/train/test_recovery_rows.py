@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from spacompiler.adapters import merging
 from spacompiler.errors import SpaError
 from spacompiler.evidence.losses import labelled
 from spacompiler.passes.allora import Allora, factors
+from spacompiler.passes.chosen_ranks import CfspLora, Diffora, Flexora, _Search, turns
 from spacompiler.passes.cores import LoraSb, Nlora
 from spacompiler.passes.full import Full
 from spacompiler.passes.ggpo import Ggpo
@@ -16,6 +18,7 @@ from spacompiler.passes.gs_lora import GsLora
 from spacompiler.passes.lisa import Lisa, Owlore
 from spacompiler.passes.lora import Lora
 from spacompiler.passes.sora import Dylora, Increlora, Sora
+from spacompiler.passes.triangular import Triadapt
 from spacompiler.train import loop
 from spacompiler.train.hooks import Hooks
 from spacompiler.train.loop import Training
@@ -56,7 +59,9 @@ def task(**options):
 FAST = {"lr": 2e-2, "epochs": 4, "accumulate": 2, "evaluations": 4}
 ROWS = [Allora(**FAST), Ggpo(**FAST), GsLora(**FAST, lasso=0.3), Sora(**FAST), Dylora(**FAST),
         Increlora(**FAST), LoraSb(**FAST),
-        Nlora(**{**FAST, "lr": 2e-3}), Lisa(**FAST), Owlore(**FAST), Lora(**FAST, plus=3.0)]
+        Nlora(**{**FAST, "lr": 2e-3}), CfspLora(**FAST), Flexora(**FAST, search=3),
+        Diffora(**FAST, search=3), Triadapt(**FAST, start=1), Lisa(**FAST), Owlore(**FAST),
+        Lora(**FAST, plus=3.0)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[r.name for r in ROWS])
@@ -156,10 +161,12 @@ def test_without_blocks_none_is_drawn():
         Lisa().run(t)
 
 
-def adapted(t, **options):
-    import peft
+def peft():
+    return merging.library()
 
-    return peft.PeftModel(t.module, peft.LoraConfig(
+
+def adapted(t, **options):
+    return peft().PeftModel(t.module, peft().LoraConfig(
         r=4, lora_alpha=4, target_modules=["first", "head"], **options))
 
 
@@ -237,8 +244,9 @@ def test_ranks_grow_within_the_total():
     assert facts["best_step"] > 4 and 10 < sum(ranks) <= 20 and len(set(ranks)) > 1
 
 
-def test_growing_ranks_resume_to_the_same_bits(tmp_path):
-    recipe = Increlora(**{**FAST, "evaluations": 8})
+@pytest.mark.parametrize("kind", [Increlora, Triadapt], ids=lambda kind: kind.name)
+def test_growing_ranks_resume_to_the_same_bits(kind, tmp_path):
+    recipe = kind(**{**FAST, "evaluations": 8})
 
     class Stop(Exception):
         pass
@@ -258,6 +266,89 @@ def test_growing_ranks_resume_to_the_same_bits(tmp_path):
     resumed, got = run(checkpoint=tmp_path)
     assert resumed["ranks"] == whole["ranks"] and resumed["history"] == whole["history"]
     assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
+def test_ranks_follow_how_far_blocks_turn_what_they_take():
+    t = task()
+    with torch.no_grad():
+        for i, sign in ((3, -1), (1, 1)):  # one turns it about, one gives what it takes
+            one, _, two = t.dense.blocks[i]
+            one.weight.copy_(torch.eye(24, 16))
+            one.bias.fill_(20.0)
+            two.weight.copy_(sign * torch.eye(16, 24))
+            two.bias.fill_(-20.0 * sign)
+    angles = turns(t.dense, t.batches[:2])
+    assert angles["blocks.3"] > 0.999 and angles["blocks.1"] < 0.01
+    mean = sum(angles.values()) / 4
+    ranks = CfspLora(rank=4).ranks(t, ["blocks.3.0", "blocks.1.2", "head"])
+    assert ranks == {"blocks.3.0": round(4 * angles["blocks.3"] / mean), "blocks.1.2": 1}
+    assert ranks["blocks.3.0"] > 4
+    tuned = CfspLora(rank=4, alpha=8).attach(peft(), t, {"blocks.1.0": 7, "head": 4})
+    assert {p: len(down.weight) for p, down, _ in pairs(tuned)} == {
+        "base_model.model.blocks.1.0": 7, "base_model.model.head": 4}
+    assert t.module.blocks[1][0].scaling == t.module.head.scaling == {"default": 2.0}
+
+
+@pytest.mark.parametrize("kind", [Flexora, Diffora], ids=lambda kind: kind.name)
+def test_layers_that_cannot_help_get_no_adapter(kind):
+    """Of two layers that the loss asks for and two that it never sees, the first two are chosen."""
+    t = task()
+    t.module.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+    t.loss = lambda results, args, kwargs: labelled(results[0], kwargs["labels"])
+    t.module.forward = lambda x: t.module.head(t.module.blocks[0](t.module.blocks[2](
+        t.module.first(x)))) + 0 * t.module.blocks[1](t.module.blocks[3](t.module.first(x))).sum()
+    before = {n: p.clone() for n, p in t.module.state_dict().items()}
+    paths = [f"blocks.{i}" for i in range(4)]
+    found = kind(rank=4, lr=0.1, search=6).ranks(t, paths)
+    assert found == {"blocks.0": 4, "blocks.1": 0, "blocks.2": 4, "blocks.3": 0}
+    assert all(torch.equal(t.module.state_dict()[n], p) for n, p in before.items())
+
+
+def test_a_choice_looks_through_the_step_that_it_judges():
+    """The slope is that of the held-out loss after the step: by differences."""
+    t = task()
+    t.module.double()
+    row = Flexora(rank=2, lr=0.5)
+    row.attach(peft(), t, {"first": 2, "head": 2})
+    t.batches = [((a[0].double(),), k) for a, k in t.batches]
+    search = _Search(t, row, ["first", "head"], torch.arange(2))
+    draws = torch.Generator().manual_seed(3)
+    start = {n: torch.randn(p.shape, generator=draws, dtype=torch.float64).requires_grad_()
+             for n, p in search.now.items()}
+    inner, held = t.batches[:2]
+
+    def after(found):
+        search.now = start
+        return row.slopes(search, found, held, inner), search.at(search.now, found, held)
+
+    found = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    slope, _ = after(found)
+    step = torch.tensor([1e-5, 0.0], dtype=torch.float64)
+    (_, more), (_, less) = (after((found + s).detach().requires_grad_()) for s in (step, -step))
+    assert float(slope[0]) == pytest.approx(float((more - less).detach()) / 2e-5, rel=1e-4)
+    direct, = torch.autograd.grad(search.at(search.now, found, held), found)
+    assert abs(float(slope[0] - direct[0])) > 1e-3 * abs(float(slope[0]))  # the control
+
+
+def test_cores_grow_from_a_corner_where_their_norms_rise():
+    t = task()
+    tuned = adapted(t)
+    hooks = Triadapt(rank=4, start=2, every=1, total=6, epochs=1, accumulate=8).hooks(t)
+    first, head = (down for _, down, _ in pairs(tuned))
+    core = first.rank_core
+    assert torch.equal(core.data, torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])))
+    head.rank_core.data[1, 0] = 2.0  # this one has learned something
+    core.grad = torch.ones(4, 4)
+    hooks.graded(0)
+    assert core.grad.sum() == 4 and core.grad[:2, :2].all()
+    hooks.done(0, 0.1)
+    assert [int(p.core_size) for p in (first, head)] == [3, 3]
+    hooks._total = 7
+    head.rank_core.data[2, 0] = 3.0
+    hooks.done(1, 0.1)
+    assert [int(p.core_size) for p in (first, head)] == [3, 4] and head.rank_core[3, 3] == 1
+    assert hooks.finish() == {"ranks": {p: n for (p, _, _), n in zip(pairs(t.module), (3, 4),
+                                                                     strict=True)}}
 
 
 def test_a_prefix_of_the_ranks_is_an_adapter_of_its_own():
