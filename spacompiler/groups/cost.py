@@ -56,26 +56,31 @@ class Cost:
         """Change some counts and return the new total."""
         changed = {a: n for a, n in counts.items() if self.counts.get(a, a.size) != n}
         self.counts.update(changed)
-        for i in {i for a in changed for i in self._by_atom.get(a, ())}:
+        for i in self.touched(changed):
             value = self._value(self.terms[i])
             self.total += value - self._values[i]
             self._values[i] = value
         return self.total
 
-    def beside(self, changed: Iterable[Atom]) -> frozenset[Atom]:
-        """Return the atoms that stand in a term with any of these (themselves included)."""
-        touched = {i for a in changed for i in self._by_atom.get(a, ())}
-        return frozenset(a for i in touched for e in self.terms[i].exprs for a in atoms(e))
+    def change(self, counts: Mapping[Atom, int], among: Iterable[int] | None = None) -> int:
+        """Return by how much the total would change, without changing it.
 
-    def change(self, counts: Mapping[Atom, int]) -> int:
-        """Return by how much the total would change, without changing it."""
-        touched = {i for a in counts for i in self._by_atom.get(a, ())}
-        before = sum(self._values[i] for i in touched)
+        `among` are the terms that are looked at, by their places, if not all of them count.
+        """
+        touched = self.touched(counts) if among is None else among
         kept = {a: self.counts.get(a, a.size) for a in counts}
         self.counts.update(counts)
-        after = sum(self._value(self.terms[i]) for i in touched)
+        change = sum([self._value(self.terms[i]) - self._values[i] for i in touched])
         self.counts.update(kept)
-        return after - before
+        return change
+
+    def touched(self, changed: Iterable[Atom]) -> set[int]:
+        """Return the places of the terms that mention any of these atoms."""
+        return {i for a in changed for i in self._by_atom.get(a, ())}
+
+    def mentioned(self, term: int) -> list[Atom]:
+        """Return the atoms that the term at a place mentions."""
+        return [a for e in self.terms[term].exprs for a in atoms(e)]
 
 
 def heads(solution: Solution) -> set[str]:

@@ -1,7 +1,8 @@
 """Single steps that bring a cost to its target, the best one first, in time linear in their number.
 
 Every unit may keep the next smaller or the next larger legal count; what each such step changes
-is kept in order, and after a step only those are priced anew that share a term with it.
+is kept in order, and after a step only terms are priced anew that others share with it: a stream
+that all of a network reads has a term with each of its layers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 
+from ..axes.expressions import Atom
 from .problem import Problem
 
 
@@ -73,6 +75,12 @@ class _Steps:
                 self.change[step] = self.problem.cost.change(unit.counts(unit.legal[to]))
         return [step for step in (2 * i, 2 * i + 1) if step in self.change]
 
+    def _counts(self, step: int) -> dict[Atom, int]:
+        """The counts that a step would lead to."""
+        unit = self.problem.units[step // 2]
+        at = unit.legal.index(self.kept[unit.name])
+        return unit.counts(unit.legal[at + (1 if step % 2 else -1)])
+
     def nearest(self, wanted: float) -> int | None:
         """Return the step whose change is nearest to the wanted one, the first of equals."""
         at = bisect_left(self.ordered, (wanted,))
@@ -83,16 +91,38 @@ class _Steps:
                    default=(0, None))[1]
 
     def take(self, which: int) -> int:
-        """Take a step, price its neighbours anew, and return the new total."""
-        unit = self.problem.units[which // 2]
-        at = unit.legal.index(self.kept[unit.name])
-        self.kept[unit.name] = unit.legal[at + (1 if which % 2 else -1)]
-        total = self.problem.cost.set(unit.counts(self.kept[unit.name]))
-        near = self.problem.cost.beside(g.atom for g in unit.groups)
-        for i in sorted({self.owners[a] for a in near if a in self.owners} | {which // 2}):
-            for step in (2 * i, 2 * i + 1):
-                if step in self.change:
-                    del self.ordered[bisect_left(self.ordered, (self.change[step], step))]
-            for step in self._find(i):
-                insort(self.ordered, (self.change[step], step))
+        """Take a step, price what others share with it anew, and return the new total."""
+        own, cost = which // 2, self.problem.cost
+        counts, unit = self._counts(which), self.problem.units[own]
+        shared = self._shared(own)
+        before = {step: cost.change(self._counts(step), terms) for step, terms in shared.items()}
+        total = cost.set(counts)
+        for step, terms in shared.items():
+            self._put(step, self.change[step] - before[step] +
+                      cost.change(self._counts(step), terms))
+        for step in (2 * own, 2 * own + 1):
+            self._drop(step)
+        self.kept[unit.name] = next(iter(counts.values()))
+        for step in self._find(own):
+            insort(self.ordered, (self.change[step], step))
         return total
+
+    def _shared(self, own: int) -> dict[int, list[int]]:
+        """The terms that a unit has in common with each step of another."""
+        cost, found = self.problem.cost, dict[int, list[int]]()
+        for term in cost.touched(g.atom for g in self.problem.units[own].groups):
+            for i in {self.owners[a] for a in cost.mentioned(term) if a in self.owners} - {own}:
+                for step in (2 * i, 2 * i + 1):
+                    if step in self.change:
+                        found.setdefault(step, []).append(term)
+        return found
+
+    def _put(self, step: int, change: int) -> None:
+        if change != self.change[step]:
+            self._drop(step)
+            self.change[step] = change
+            insort(self.ordered, (change, step))
+
+    def _drop(self, step: int) -> None:
+        if step in self.change:
+            del self.ordered[bisect_left(self.ordered, (self.change[step], step))]
