@@ -72,7 +72,7 @@ class Builder:
 
 
 def chain(nodes: int) -> onnx.ModelProto:
-    """Products, biases and nonlinearities, added to one stream (a bare chain of so many goes out)."""
+    """Products, biases and nonlinearities, added to one stream: a bare chain goes out."""
     b, x, small = Builder(("N", 16)), "x", 0.1
     while len(b.nodes) < nodes - 1:
         y = b.op("Relu", b.op("Add", b.op("MatMul", x, b.weight(16, 16)), b.gains(16)))

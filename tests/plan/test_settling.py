@@ -3,6 +3,7 @@ grow with the network."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def stream(layers: int) -> Problem:
     inner = [Atom(6 + i % 5, i + 1) for i in range(layers)]
     groups = [Group(f"g{i}", atom, (), "channel") for i, atom in enumerate((width, *inner))]
     terms = [Term((width, atom), 1 + i % 3) for i, atom in enumerate(inner)] * 2
-    terms += [Term((a, b)) for a, b in zip(inner, inner[1:], strict=False)]
+    terms += [Term((a, b)) for a, b in pairwise(inner)]
     cost = Cost(terms)
     units = tuple(Unit(g.name, (g,), tuple(range(1, g.size + 1)), np.zeros(g.size + 1))
                   for g in groups)
