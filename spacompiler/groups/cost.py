@@ -74,9 +74,9 @@ class Cost:
         self.counts.update(kept)
         return change
 
-    def touched(self, changed: Iterable[Atom]) -> set[int]:
+    def touched(self, changed: Iterable[Atom]) -> frozenset[int]:
         """Return the places of the terms that mention any of these atoms."""
-        return {i for a in changed for i in self._by_atom.get(a, ())}
+        return frozenset(i for a in changed for i in self._by_atom.get(a, ()))
 
     def mentioned(self, term: int) -> list[Atom]:
         """Return the atoms that the term at a place mentions."""
