@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := adapters,gguf,graph,genai,test,dev
+EXTRAS := adapters,gguf,graph,genai,docs,test,dev
 
-.PHONY: help demo test lint fmt types quick house wheel clean
+.PHONY: help docs demo test lint fmt types quick house wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make types   mypy only"
 	@echo "make quick   the tests of the core without the slow ones: a minute or two"
 	@echo "make house   rooms: who may import whom, and no circle of imports"
+	@echo "make docs    the documentation as a site in build/site"
 	@echo "make wheel   a wheel in dist/"
 	@echo "make clean   remove .venv, builds and caches"
 
@@ -51,6 +52,10 @@ quick: $(STAMP)
 house: $(STAMP)
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q tests/test_house.py
+
+# Not --quiet: mkdocs then counts no warnings, and strict says nothing.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 wheel: $(STAMP)
 	@$(BIN)/python -m build --wheel

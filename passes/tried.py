@@ -52,7 +52,7 @@ class Tried:
 
         def lost(name: str, batches: int, skip: int = 0) -> float:
             found = measure.lost(problem, plans[name], batches, skip)
-            return found if isfinite(found) else float("inf")
+            return max(found, 0.0) if isfinite(found) else float("inf")  # below: rounding
 
         first = {name: lost(name, 1) for name in plans}
         count = min(self.batches, len(measure.batches))

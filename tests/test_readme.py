@@ -10,7 +10,8 @@ import pytest
 from warm import Warm
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "docs/tasks").glob("*.md"))]
 
 
 def blocks(page):
@@ -25,7 +26,7 @@ def warm(tmp_path_factory):
     found.stop()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_code_blocks_run(page, tmp_path, warm):
     """The first two of the README in processes of their own, the others in forks of a warm one."""
     ran = 0

@@ -83,6 +83,15 @@ def test_results_that_are_not_finite_are_not_taken(net, monkeypatch):
     assert "uniform inf" in note and "uniform is taken" not in note
 
 
+def test_a_divergence_that_rounding_makes_negative_is_none(net, monkeypatch):
+    from spacompiler.trials.measure import Measure
+
+    values = iter([-1e-12, -2e-12, -1e-12, 1e-13, *[-1e-12] * 20])
+    monkeypatch.setattr(Measure, "lost", lambda *args: next(values))
+    note = next(n for n in compiled(net, allocation=Tried()).job.notes if "tried" in n)
+    assert "uniform 0" in note and "uniform is taken" in note
+
+
 def test_windows_held_out_are_no_windows_of_the_calibration():
     class Letters:
         def __call__(self, text, **options):
