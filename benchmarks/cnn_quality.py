@@ -8,6 +8,8 @@ A ResNet, a MobileNetV2 and a ViT are trained on scikit-learn's digits (1,200 im
 out for the accuracies), then pruned to shares of their MACs: one share for all groups, no training
 afterwards. Criteria see 128 training images with their labels; so does repair. SNIP and GraSP,
 made for networks that are not trained yet, are applied to the trained ones like the others.
+Rows "global" let groups keep different shares; rows "no data" see 128 made-up inputs in place of
+the images, for criterion and repair.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from small_images import MODELS, accuracy, digits, trained
 from torch.nn import functional
 
 from spacompiler.errors import SpaError
+from spacompiler.evidence.losses import default_loss
 from spacompiler.pipeline import finish
 from spacompiler.pipeline.analyse import analyse
 from spacompiler.pipeline.decide import decide
@@ -33,13 +36,31 @@ from spacompiler.request import registry
 from spacompiler.request.recipe import Recipe
 from spacompiler.stages.records import Request, Scored, Subject
 from spacompiler.torch_backend.emit.program import Rewritten, rewrite
+from spacompiler.torch_backend.gather.sampling import sampled
 
 SHARES = (80, 60, 40)
 CRITERIA = ("random", "magnitude", "geometric-median", "batch-norm-scale", "wanda", "fluctuation",
-            "cfsp", "obs", "taylor", "taylor(per='example')", "taylor-vector", "taylor-element",
-            "taylor-element(order=2)", "taylor-element(order='mixed')", "gblm", "relevance",
-            "snip", "grasp")
+            "cfsp", "obs", "curvature", "taylor", "taylor(per='example')", "taylor-vector",
+            "taylor-element", "taylor-element(order=2)", "taylor-element(order='mixed')", "gblm",
+            "relevance", "snip", "grasp")
+GLOBAL = ("magnitude", "curvature", "taylor", "taylor(per='example')", "taylor-vector",
+          "taylor-element", "snip")
+NO_DATA = ("magnitude", "wanda", "fluctuation(published=False)", "taylor", "obs")
 IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """A criterion, how its scores are allocated, and whether it sees images."""
+
+    criterion: str
+    allocation: str = "uniform"
+    data: bool = True
+
+    def __str__(self) -> str:
+        """What the table calls it."""
+        return ("" if self.data else "no data, ") + (
+            "" if self.allocation == "uniform" else f"{self.allocation}, ") + self.criterion
 
 
 @dataclass(frozen=True)
@@ -54,26 +75,31 @@ class Point:
     accuracy: float
 
 
-def prunings(name: str, criteria: Sequence[str], repairs: Sequence[str], seed: int,
+def prunings(name: str, rows: Sequence[Row], repairs: Sequence[str], seed: int,
              shares: Sequence[int]) -> Iterator[Point]:
-    """Train a model and yield it pruned by each criterion, each repair and each share."""
+    """Train a model and yield it pruned by each row, each repair and each share."""
     x, y, test_x, test_y = digits(seed)
     module = trained(name, seed=seed)
     labels = y[:IMAGES]
-    batches = [((x[:IMAGES],), {})]
+    images: Any = [((x[:IMAGES],), {"labels": labels})]
+    made = sampled(module, (x[:IMAGES],), None, samples=IMAGES, length=1, batch=IMAGES, seed=seed)
     yield Point(name, "dense", "none", 100, 100.0, 100 * accuracy(module, test_x, test_y))
 
     def loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        at = _where(args[0], x)
-        return functional.cross_entropy(outputs[0], labels[at])
+        if "labels" not in kwargs:
+            return default_loss(outputs, args, kwargs)
+        return functional.cross_entropy(outputs[0], kwargs["labels"])
 
-    ask, subject, first = analyse(*_request(module, batches, loss, criteria[0], "none", 60, seed))
+    def asked(row: Row, repair: str, share: int) -> tuple[Request, Subject]:
+        return _request(module, images if row.data else made, loss, row, repair, share, seed)
+
+    ask, subject, first = analyse(*asked(rows[0], "none", 60))
     kept = {n: t.detach().clone() for n, t in first.trace.program.state_dict.items()}
-    for criterion in criteria:
+    for row in rows:
         scored: Scored | None = None
         for repair in repairs:
             for share in shares:
-                ask, subject = _request(module, batches, loss, criterion, repair, share, seed)
+                ask, subject = asked(row, repair, share)
                 if scored is None:
                     try:
                         scored = score(ask, subject, first)
@@ -85,25 +111,20 @@ def prunings(name: str, criteria: Sequence[str], repairs: Sequence[str], seed: i
                 scored = replace(scored, context=None)
                 pruned = Rewritten(rewrite(decided.trace, decided.solution, decided.choices, {}))
                 cost = decided.plan.costs["macs"]
-                yield Point(name, criterion, repair, share, 100 * cost["pruned"] / cost["dense"],
+                yield Point(name, str(row), repair, share, 100 * cost["pruned"] / cost["dense"],
                             100 * accuracy(pruned, test_x, test_y))
                 with torch.no_grad():
                     for key, value in first.trace.program.state_dict.items():
                         value.copy_(kept[key])
+                first.trace.repaired.clear()
 
 
-def _where(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Which images these are: criteria may run examples one at a time."""
-    return torch.stack([(whole[:IMAGES] == one).flatten(1).all(1).nonzero()[0, 0]
-                        for one in part])
-
-
-def _request(module: Any, batches: Any, loss: Callable[..., torch.Tensor], criterion: str,
-         repair: str, share: int, seed: int) -> tuple[Request, Subject]:
-    recipe = Recipe(f"macs={share}%", importance=criterion, align=1, layout="any", seed=seed,
-                    floor=0.05)
+def _request(module: Any, batches: Any, loss: Callable[..., torch.Tensor], row: Row,
+             repair: str, share: int, seed: int) -> tuple[Request, Subject]:
+    recipe = Recipe(f"macs={share}%", importance=row.criterion, allocation=row.allocation, align=1,
+                    layout="any", seed=seed, floor=0.05)
     return make_request(module, batches[0][0], recipe, Given(
-        importance=criterion, repair=repair, calibration=batches, loss=loss))
+        importance=row.criterion, repair=repair, calibration=batches, loss=loss))
 
 
 def table(points: Sequence[Point], shares: Sequence[int], repairs: Sequence[str]) -> str:
@@ -161,16 +182,22 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--only", action="append", help="a criterion of the table; repeatable")
     parser.add_argument("--also", action="append", default=[], help="one more; repeatable")
+    parser.add_argument("--allocation", action="append", default=[],
+                        help="the criteria of --only by another allocation, too; repeatable")
     parser.add_argument("--repair", action="append", help="none, or a pass; repeatable")
     parser.add_argument("--out", type=Path, help="write the table here, the picture beside it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    criteria = (*(options.only or CRITERIA), *options.also)
+    chosen = [Row(c) for c in (*(options.only or CRITERIA), *options.also)]
+    if not options.only:
+        chosen += [Row(c, "global") for c in GLOBAL] + [Row(c, data=False) for c in NO_DATA]
+    for allocation in options.allocation:
+        chosen += [Row(r.criterion, allocation) for r in chosen if r.allocation == "uniform"]
     known = {e.name for kind, e in registry.available() if kind == "compensation"}
     repairs = options.repair or ["none", *(["refit"] if "refit" in known else [])]
     start, points = time.process_time(), []
     for model in options.model or MODELS:
-        points += prunings(model, criteria, repairs, options.seed, SHARES)
+        points += prunings(model, chosen, repairs, options.seed, SHARES)
     text = table(points, SHARES, repairs)
     print(f"{text}\n\n{time.process_time() - start:.0f} CPU seconds, training included.")
     if options.out:

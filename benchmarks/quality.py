@@ -28,6 +28,7 @@ import torch
 
 from spacompiler.evidence.calibration import python_text, windows
 from spacompiler.evidence.losses import default_loss, perplexity
+from spacompiler.evidence.prototypes import CHOICES, by_prototype
 from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import Covariance
 from spacompiler.passes.gates import Gates
@@ -49,6 +50,7 @@ from spacompiler.trials import measure as measurements
 SHARES = ("80%", "65%", "50%")
 LENGTH = 512
 MLP = ("*.mlp.*",)
+KV_GROUPS = "*.q_proj.weight:0.0"
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ METHODS: dict[str, Method] = {
     "LLM-Pruner element1": Method("taylor-element"),
     "LLM-Pruner mixed": Method("taylor-element(order='mixed')"),
     "Wanda-sp": Method("wanda"),
-    "FLAP UL-UM": Method("fluctuation(published=True)", repair="bias"),
-    "FLAP AL-AM": Method("fluctuation(published=True)", "standardised", "bias", only=()),
+    "Global MP": Method("magnitude", "threshold", floor=0.02),
+    "GBLM": Method("gblm"),
+    "FLAP UL-UM": Method("fluctuation", repair="bias"),
+    "FLAP AL-AM": Method("fluctuation(standardised=True)", "threshold", "bias",
+                         only=(*MLP, KV_GROUPS)),
     "CFSP": Method("cfsp", "cfsp-layers"),
     "Adapt-Pruner": Method("taylor-element", "adapt-layers"),
     "OBS refit": Method("obs(bias=False)", repair="refit(bias=False, damping=0.01)"),
@@ -247,10 +252,15 @@ def peak() -> Iterator[list[int]]:
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a function the first time only: what it measures of the dense model holds for all."""
+    """Call a function the first time only: what it measures of the dense model holds for all.
+
+    With other arrays than the model's (the last argument) it is called each time.
+    """
     found: list[Any] = []
 
     def call(*args: Any) -> Any:
+        if len(args) > 3 and args[3]:
+            return function(*args)
         if not found:
             found.append(function(*args))
         return found[0]
@@ -431,6 +441,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--samples", type=int, default=48, help="calibration windows")
     parser.add_argument("--windows", type=int, default=6, help="evaluation windows per text")
+    parser.add_argument("--choice", choices=CHOICES, default="random", help="of those windows")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -443,13 +454,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = source.load("zoo:smollm2-135m")
     module, inputs, tokenizer = found.module, found.inputs, found.tokenizer
     ids, evaluated = texts(tokenizer, given.data, given.windows)
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(given.seed))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(given.seed)) \
+        if given.choice == "random" else by_prototype(
+            module.get_input_embeddings().weight.detach(), given.choice, given.seed)(ids)
     bench = Bench(module, inputs, tokenizer, ids[order[: given.samples]], evaluated, given.json,
                   given.seed)
     bench.done = json.loads(given.json.read_text()) if given.json.exists() else {}
     protocol = {"model": "SmolLM2-135M-Instruct", "window": LENGTH, "seed": given.seed,
                 "calibration_windows": given.samples, "threads": torch.get_num_threads(),
                 "evaluated": {name: len(rows) for name, rows in evaluated.items()}}
+    if given.choice != "random":
+        protocol["choice"] = given.choice
     if bench.done.setdefault("protocol", protocol) != protocol:
         raise SystemExit(f"{given.json} was made by another protocol; give another --json")
     methods = {**METHODS, **dict(own(text) for text in given.also)}

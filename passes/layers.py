@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import exp
+from math import ceil, exp
 from typing import ClassVar
-
-import torch
 
 from spacompiler.errors import SpaError
 from spacompiler.plan.bisection import nearest
@@ -48,78 +46,128 @@ class CfspLayers:
 
 @dataclass(frozen=True)
 class AdaptLayers:
-    """s_l grows in small steps by delta - amplitude I_l, I_l = -cos centred, divided by max |.|.
+    """s_l(t+1) = clip(s_l(t) + step - amplitude I_l(t)), I_l = -cos centred, divided by max |.|.
 
-    Adapt-Pruner (arXiv 2502.03460): blocks that change the hidden state least lose most; sparsity
-    s_l stays within [0, 1). `amplitude` is the released default, over `rounds` steps.
+    Adapt-Pruner (arXiv 2502.03460): in steps of `step`, until the budget is met, blocks that
+    change the hidden state least lose most. I_l(t) is measured anew after each step, on the
+    network without what went before; s_l stays within [0, 0.99], and int((1 - s_l) size) slices
+    stay. Of the last step as much is taken as meets the budget. Scores are those of the dense
+    network (the released code takes them anew, too: `--schedule progressive` does).
     """
 
     name: ClassVar[str] = "adapt-layers"
     by_layer: ClassVar[bool] = True
     amplitude: float = 0.02
-    rounds: int = 50
+    step: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 1:
+            raise TypeError("step must be above 0 and at most 1")
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit."""
-        raw = {u: -cosine for u, (_, cosine) in measured(problem).items()}
+        lost = {u.name: 0.0 for u in problem.units}
+        kept = problem.full()
+        for _ in range(ceil(1 / self.step)):
+            then = self._next(lost, measured(problem, kept))
+            if then == lost or problem.price(counts(problem, then)) <= problem.target:
+                break
+            lost, kept = then, counts(problem, then)
+
+        def at(part: float) -> dict[str, int]:
+            return counts(problem, {u: s + part * (then[u] - s) for u, s in lost.items()})
+
+        near = nearest(problem, at, 0.0, 1.0, 30, rising=False)
+        return near if problem.met(near) else refine(problem, near)
+
+    def _next(self, lost: dict[str, float], found: dict[str, tuple[float, float]]
+              ) -> dict[str, float]:
+        """Sparsities after one more step; units outside of blocks lose the mean step."""
+        raw = {u: -cosine for u, (_, cosine) in found.items()}
         mean = sum(raw.values()) / len(raw)
         widest = max(abs(v - mean) for v in raw.values()) or 1.0
-        importance = {u: (v - mean) / widest for u, v in raw.items()}
-
-        def at(keep: float) -> dict[str, float]:
-            sparsity = dict.fromkeys(importance, 0.0)
-            for _ in range(self.rounds):
-                for u, i in importance.items():
-                    step = (1 - keep) / self.rounds - self.amplitude * i
-                    sparsity[u] = min(max(sparsity[u] + step, 0.0), 0.99)
-            return {u: 1 - s for u, s in sparsity.items()}
-
-        return fit(problem, at)
+        return {u: min(max(s + self.step - self.amplitude * (raw.get(u, mean) - mean) / widest,
+                           0.0), 0.99) for u, s in lost.items()}
 
 
 @dataclass(frozen=True)
 class EcoLayers:
-    """Blocks keep the share of their weights whose |w g| is above one threshold, g by forward
-    passes alone: two a block, over `batches` (ECoFLaP, ICLR 2024). No block loses more than `cap`
-    beyond the mean.
+    """keep_l = (1 - cap) n_l, the rest dealt out in proportion to g_l, at most n_l (ECoFLaP, ICLR
+    2024); n_l is the size of the block, and g_l its slope, by forward passes alone.
+
+    g_l = sum over the block's matrices W and over examples of |L(W + step z) - L(W - step z)| /
+    (2 step), z normal, drawn anew each time: two passes for each of `examples` and each matrix,
+    the costs of the released code, which a file for ONNX Runtime can be asked for as well. No
+    block loses more than `cap`.
     """
 
     name: ClassVar[str] = "eco-layers"
     by_layer: ClassVar[bool] = True
+    on_files: ClassVar[bool] = True
     step: float = 1e-3
-    batches: int = 2
-    cap: float = 0.2
+    examples: int = 32
+    cap: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.step <= 0 or self.examples < 1 or not 0 < self.cap <= 1:
+            raise TypeError("step above 0, examples at least 1, cap above 0 and at most 1")
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit."""
         if problem.measure is None:
-            raise SpaError("this allocation needs measurements on a torch module",
-                           fix="use --allocation uniform or global")
-        found = problem.measure.salience(problem, step=self.step, batches=self.batches)
-        every = torch.cat(list(found.values()))
+            raise SpaError(NEEDS, fix="use --allocation uniform or global")
+        found = problem.measure.slopes(problem, step=self.step, examples=self.examples)
 
         def at(keep: float) -> dict[str, float]:
-            threshold = every.kthvalue(max(1, int((1 - keep) * len(every)))).values
-            return {u: min(max(float((s > threshold).double().mean()), keep - self.cap),
-                           keep + self.cap, 1.0) for u, s in found.items()}
+            share = filled({b: s for b, (s, _, _) in found.items()},
+                           {b: n for b, (_, n, _) in found.items()}, keep, self.cap)
+            return {u: share[b] for b, (_, _, units) in found.items() for u in units}
 
         return fit(problem, at)
 
 
-def measured(problem: Problem) -> dict[str, tuple[float, float]]:
+def filled(scores: Mapping[str, float], sizes: Mapping[str, int], keep: float,
+           cap: float) -> dict[str, float]:
+    """Return the share of each block that stays: 1 - cap, then in proportion to scores, at most 1.
+
+    What a full block cannot take is dealt out among the others until `keep` of all stays.
+
+    >>> filled({"a": 1.0, "b": 3.0}, {"a": 10, "b": 10}, 0.5, 1.0)
+    {'a': 0.25, 'b': 0.75}
+    """
+    stays = {b: (1 - cap) * n for b, n in sizes.items()}
+    open_, wanted = {b for b in sizes if scores[b] > 0}, keep * sum(sizes.values())
+    while open_ and (left := wanted - sum(stays.values())) > 1e-9 * wanted:
+        total = sum(scores[b] for b in open_)
+        stays |= {b: stays[b] + left * scores[b] / total for b in open_}
+        open_ = {b for b in open_ if stays[b] < sizes[b]}
+        stays = {b: min(s, float(sizes[b])) for b, s in stays.items()}
+    return {b: s / sizes[b] for b, s in stays.items()}
+
+
+NEEDS = "this allocation needs measurements on a torch module"
+"""What is said where a problem has none."""
+
+
+def measured(problem: Problem, kept: Mapping[str, int] | None = None) -> dict[
+        str, tuple[float, float]]:
     """Return what the problem's measurements say of the blocks; SpaError if it has none."""
     if problem.measure is None:
-        raise SpaError("this allocation needs measurements on a torch module",
-                       fix="use --allocation uniform or global")
-    found: dict[str, tuple[float, float]] = problem.measure.blocks(problem)
+        raise SpaError(NEEDS, fix="use --allocation uniform or global")
+    found: dict[str, tuple[float, float]] = problem.measure.blocks(problem, kept)
     return found
+
+
+def counts(problem: Problem, lost: Mapping[str, float]) -> dict[str, int]:
+    """Return the counts that sparsities of units leave, rounded down to whole slices first."""
+    return {u.name: u.nearest(int((1 - lost[u.name]) * u.size + 1e-9)) for u in problem.units}
 
 
 def fit(problem: Problem, at: Callable[[float], dict[str, float]]) -> dict[str, int]:
     """Bisect the mean share that stays until the budget holds; `at(share)` gives each unit's."""
-    def counts(share: float) -> dict[str, int]:
+    def kept(share: float) -> dict[str, int]:
         ratio = at(share)
         return {u.name: u.nearest(ratio.get(u.name, share) * u.size) for u in problem.units}
 
-    near = nearest(problem, counts, 0.0, 1.0, 30)
+    near = nearest(problem, kept, 0.0, 1.0, 30)
     return near if problem.met(near) else refine(problem, near)

@@ -49,7 +49,7 @@ class Measured:
             raise SpaError("measured allocation needs a torch module and calibration data",
                            fix="use --allocation global")
         changed = partial(problem.measure.changes, problem, batches=self.batches)
-        kept, caution, bold = GlobalRanking().allocate(problem), self.caution, True
+        kept, caution, bold = GlobalRanking(checked=False).allocate(problem), self.caution, True
         for _ in range(self.rounds):
             moves = {u.name: self._near(u, kept[u.name]) for u in problem.units}
             changes, lost = changed(kept, moves)

@@ -15,14 +15,21 @@ from spacompiler.groups.solution import Group
 class Relevance:
     """score_i = sum over examples and positions of |R| at every place where slice i is read.
 
-    R is propagated from each example's largest logit by layer-wise relevance propagation, z+ rule
-    (see `spacompiler.relevance`). Yeom et al., Pruning by explaining, Pattern Recognition 2021.
-    Made for CNNs; a handful of examples is enough.
+    R is propagated from each example's true class (the likeliest one, where batches bring no
+    labels) by layer-wise relevance propagation. Yeom et al., Pruning by explaining, Pattern
+    Recognition 2021: as released for ResNets, z+ for convolutions, the epsilon rule for linear
+    layers, every example starting from 1; without `published` as the paper writes it, z+ for all
+    products, starting from the logit. Made for CNNs; a handful of examples is enough.
     """
 
     name: ClassVar[str] = "relevance"
-    needs: ClassVar[tuple[str, ...]] = ("relevance",)
+    published: bool = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistic that calibration gathers."""
+        return ("relevance" if self.published else "relevance_positive",)
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:
         """Return (*group.shape)."""
-        return ctx.gate("relevance", group)
+        return ctx.gate(self.needs[0], group)

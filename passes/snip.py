@@ -21,6 +21,7 @@ class Snip:
     """
 
     name: ClassVar[str] = "snip"
+    comparable: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("elements",)
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:

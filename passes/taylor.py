@@ -22,6 +22,7 @@ class Taylor:
     """
 
     name: ClassVar[str] = "taylor"
+    comparable: ClassVar[bool] = True
     per: str = "token"
 
     _NEEDS: ClassVar[dict[str, str]] = {

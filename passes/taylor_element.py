@@ -23,6 +23,7 @@ class TaylorElement:
     """
 
     name: ClassVar[str] = "taylor-element"
+    comparable: ClassVar[bool] = True
     order: int | str = 1
     per: str = "run"
     reduce: str = "sum"

@@ -22,6 +22,7 @@ class TaylorVector:
     """
 
     name: ClassVar[str] = "taylor-vector"
+    comparable: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("vectors",)
     reduce: str = "sum"
 

@@ -69,7 +69,7 @@ class Tried:
         alone = [(f" within {role}", _only(problem, role)) for role in roles] \
             if len(roles) > 1 else []
         for where, some in (("", problem), *alone):
-            for how in (GlobalRanking(), Uniform()):
+            for how in (GlobalRanking(checked=False), Uniform()):
                 try:
                     kept = how.allocate(some)
                 except SpaError:

@@ -34,7 +34,12 @@ USE: Mapping[str, str] = {
     "standardised": "scores differ in scale from layer to layer",
     "cfsp-layers": "layers differ much in what they change (CFSP)",
     "adapt-layers": "to compare with Adapt-Pruner's layers",
-    "eco-layers": "to compare with layers by entropy",
+    "eco-layers": "to compare with ECoFLaP's layers, on files too",
+    "threshold": "scores are in one unit as they are: Global MP, FLAP AL-AM",
+    "distortion": "what each group does to the results is to be measured; on files too",
+    "erk": "to compare with random pruning: by the shapes of layers",
+    "pq-index": "few slices hold most of the scores in some layers",
+    "candidates": "networks with batch norms, a few tries on data (FedTiny)",
     "refit": "the default with data: least squares on what layers read",
     "bias": "weights must stay as they are: biases take up the mean",
     "batch-norm": "CNNs: statistics are taken anew",
@@ -65,7 +70,7 @@ USE: Mapping[str, str] = {
     "nlora": "adapters started from the weights"}
 """When to take a built-in pass."""
 GRADIENTS = ("gates", "token_gates", "fisher", "vectors", "elements", "hessian", "weight_squares",
-             "weight_gradients", "curvature", "relevance", "adapter_steps")
+             "weight_gradients", "curvature", "relevance", "relevance_positive", "adapter_steps")
 TRAINS = ("schedule", "recovery")
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError, UsageError
 from .calls import Batch
+from .prototypes import Order
 
 
 class Tokenizer(Protocol):
@@ -54,8 +55,10 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:
 
 
 def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: int, batch: int,
-              seed: int) -> Calibration:
+              seed: int, order: Order | None = None) -> Calibration:
     """Return `samples` windows of `length` tokens, drawn without replacement from a text file.
+
+    With `order` they are the first of all windows in that order.
 
     Raises SpaError if the file is missing, empty, no text, or shorter than one window.
     """
@@ -68,11 +71,11 @@ def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: i
         raise SpaError(f"calibration file {path!r} cannot be read as text", why=str(problem),
                        fix="give a UTF-8 text file") from problem
     return from_string(text, tokenizer, samples=samples, length=length, batch=batch, seed=seed,
-                       origin=path)
+                       origin=path, order=order)
 
 
 def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length: int,
-                batch: int, seed: int, origin: str) -> Calibration:
+                batch: int, seed: int, origin: str, order: Order | None = None) -> Calibration:
     """Return windows of a text held in memory, as `from_text` does."""
     if tokenizer is None:
         raise UsageError(f"calibration text {origin!r} needs a tokenizer",
@@ -84,8 +87,11 @@ def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length:
     if not len(found):
         raise SpaError(f"calibration text {origin!r} is shorter than one window of {length} tokens",
                        fix="give more text, or a smaller --length")
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    chosen, others = found[order[:samples]], found[order[samples:samples + HELD_OUT]]
+    taken = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    if order is not None:
+        first = order(found)[:samples]
+        taken = torch.cat([first, taken[~torch.isin(taken, first)]])
+    chosen, others = found[taken[:samples]], found[taken[samples:samples + HELD_OUT]]
     return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)],
                        held_out=[((), {"input_ids": part}) for part in others.split(batch)]
                        if len(others) else [])

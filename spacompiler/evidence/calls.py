@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,3 +29,15 @@ def examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Return the number of examples in a batch: the first size of its first tensor."""
     leaves = pytree.tree_leaves((args, kwargs))
     return next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
+
+
+def singles(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield the examples of a batch as batches of one."""
+
+    def one(i: int, value: object) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+            return value[i : i + 1]
+        return value
+
+    for i in range(count):
+        yield pytree.tree_map(lambda v, i=i: one(i, v), batch)

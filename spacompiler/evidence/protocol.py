@@ -58,7 +58,8 @@ class Context(Protocol):
         """Return the same, absolute values summed over examples and positions (`token_gates`)."""
 
     def gate(self, kind: str, group: Group) -> torch.Tensor:
-        """Return any statistic of gates by its name: those above, `fisher` or `relevance`."""
+        """Return any statistic of gates by its name: those above, `fisher`, `relevance` (as
+        released) or `relevance_positive` (as the paper has it)."""
 
     def sums(self, kind: str, member: Member, group: Group) -> torch.Tensor:
         """Return a sum over the weights of a member, shape `group.shape`, by its name.
@@ -100,8 +101,9 @@ class Importance(Protocol):
         """Statistics to gather, by name.
 
         Forward only, so that they exist for ONNX models too: moments, covariance, fluctuation.
-        By backward passes: gates, token_gates, fisher, relevance; elements, vectors,
-        element_squares, hessian; curvature; weight_gradients, weight_squares, weight_absolutes.
+        By backward passes: gates, token_gates, fisher, relevance, relevance_positive; elements,
+        vectors, element_squares, hessian; curvature; weight_gradients, weight_squares,
+        weight_absolutes.
         """
 
     def score(self, group: Group, ctx: Context) -> torch.Tensor:

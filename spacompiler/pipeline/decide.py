@@ -147,7 +147,7 @@ def meet(target: Target, ask: Request, subject: Subject, traced: Traced,
     measure = _measure(ask, subject, traced, scored)
 
     def problem(layout: Layout) -> Problem:
-        return _problem(target, subject, scored, layout, price, measure)
+        return _problem(ask, target, subject, traced, scored, layout, price, measure)
 
     tried: list[Allocated] = []
     for layout in layouts(ask, subject, traced, scored):
@@ -178,20 +178,25 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
     target, = parse_targets(ask.recipe.target)
     found = []
     for layout in layouts(replace(ask, allocation=ask.schedule), subject, traced, scored):
-        problem = _problem(target, subject, scored, layout,
+        problem = _problem(ask, target, subject, traced, scored, layout,
                            cost(traced.solution, target.metric), measure)
         problem.notes.extend(layout.notes)
         found.append((problem, layout.stock))
     return [one for one in found if one[0].price(one[0].least()) <= one[0].target] or found[-1:]
 
 
-def _problem(target: Target, subject: Subject, scored: Scored, layout: Layout, price: Cost,
-             measure: Any) -> Problem:
+def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, scored: Scored,
+             layout: Layout, price: Cost, measure: Any) -> Problem:
     """The allocation problem over the units of a layout, on the network as it is."""
     price.set({g.atom: g.size for g in scored.candidates})
     dense = subject.whole.get(target.metric, price.total)
+    shapes = {name: t.shape for name, t in traced.solution.graph.weights().items()}
+    by = scored.importance
+    losses = "exact" if getattr(by, "absolute", False) else \
+        "comparable" if getattr(by, "comparable", False) else "unlike"
     return Problem(layout.units, price, target.of(dense), dense, target.metric, measure=measure,
-                   closest=target.nearest)
+                   closest=target.nearest, shapes=shapes, losses=losses,
+                   criterion=getattr(by, "name", ""), on_data=ask.calibration.real)
 
 
 def _tell(ask: Request, taken: Allocated) -> None:
@@ -219,18 +224,24 @@ def _counts(scored: Scored, units: Iterable[Unit], kept: Mapping[str, int]) -> d
 
 
 def _measure(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Any:
-    """What allocation passes may measure on a torch module: nothing is done until they ask."""
-    if not isinstance(subject.model, nn.Module):
-        return None
-    from ..trials.measure import Measure
-
+    """What allocation passes may measure: nothing is done until they ask. Of a file only what
+    forward passes say, for passes that say that they know of it."""
     def choices(problem: Problem, kept: Mapping[str, int]) -> Choices:
         counts = _counts(scored, problem.units, kept)
         return make_plan(scored.candidates, scored.scores, counts).choices(traced.solution)
 
-    return Measure(subject.model, traced.trace, traced.solution, ask.calibration.batches, ask.loss,
-                   statistics_of(ask, subject, traced, scored), ask.compensation, choices,
-                   ask.calibration.beside)
+    common = (traced.solution, ask.calibration.batches, ask.loss, choices)
+    if isinstance(subject.model, nn.Module):
+        from ..trials.measure import Measure
+
+        return Measure(*common, subject.model, traced.trace,
+                       statistics_of(ask, subject, traced, scored), ask.compensation,
+                       ask.calibration.beside)
+    if getattr(ask.allocation, "on_files", False):
+        from ..trials.file_measure import FileMeasure
+
+        return FileMeasure(*common, traced.trace)
+    return None
 
 
 def statistics_of(ask: Request, subject: Subject, traced: Traced | Decided, scored: Scored) -> Any:

@@ -26,6 +26,7 @@ from ..evidence.calibration import (
 from ..evidence.calls import Inputs, as_call
 from ..evidence.labels import as_batch, as_example
 from ..evidence.losses import default_loss
+from ..evidence.prototypes import Order, by_prototype
 from ..request import registry
 from ..request.options import known
 from ..request.recipe import Recipe
@@ -46,12 +47,34 @@ Data = str | Path | Iterable[Any] | None
 
 
 class Windows(NamedTuple):
-    """How much of a text is read: windows, tokens in each, windows in a batch, and the seed."""
+    """How much of a text is read: windows, tokens in each, windows in a batch, and the seed; which
+    of them (one of CHOICES)."""
 
     samples: int = 16
     length: int = 128
     batch: int = 2
     seed: int = 0
+    choice: str = "random"
+
+    def drawn(self, length: int | None = None) -> dict[str, int]:
+        """How much is read, as keywords, in windows of another length if one is given."""
+        return {"samples": self.samples, "length": length or self.length, "batch": self.batch,
+                "seed": self.seed}
+
+    def order(self, module: nn.Module) -> Order | None:
+        """In which order windows are taken; None is at random.
+
+        Raises UsageError if the network has no table of tokens to embed them by.
+        """
+        if self.choice == "random":
+            return None
+        find = getattr(module, "get_input_embeddings", lambda: None)
+        table = getattr(find(), "weight", None)
+        if not isinstance(table, torch.Tensor):
+            raise UsageError(f"windows cannot be chosen by {self.choice}",
+                             why=f"{type(module).__name__} has no embedding of tokens",
+                             fix="leave --choice out")
+        return by_prototype(table.detach(), self.choice, self.seed)
 
 
 @dataclass(frozen=True)
@@ -126,7 +149,7 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     if what == "sampled":
         from ..torch_backend.gather.sampling import sampled
 
-        made = sampled(module, inputs, tokenizer, **windows._asdict())
+        made = sampled(module, inputs, tokenizer, **windows.drawn())
         return Calibration(ORIGINS["sampled"], made)
     if what in (None, "own") and own is not None:
         batches, held_out = ([as_batch(module, as_call(inputs), b) for b in own(count, seed)]
@@ -136,15 +159,16 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     reader = Reader(module, as_call({} if inputs is None else inputs), tokenizer)
     if what == "python" or (what is None and tokenizer is not None and not reader.refusal):
         return reader.read(lambda length: from_string(
-            python_text(), tokenizer, origin=PYTHON_TEXT,
-            **windows._replace(length=length)._asdict()), windows.length)
+            python_text(), tokenizer, origin=PYTHON_TEXT, order=windows.order(module),
+            **windows.drawn(length=length)), windows.length)
     if what in (None, "own", "none"):
         return Calibration(ORIGINS["none"], [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
         return from_arrays(Path(what), windows.samples)
     if isinstance(what, (str, Path)):
         return reader.read(lambda length: from_text(
-            str(what), tokenizer, **windows._replace(length=length)._asdict()), windows.length)
+            str(what), tokenizer, order=windows.order(module),
+            **windows.drawn(length=length)), windows.length)
     batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
@@ -183,7 +207,8 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
         or bool(recipe.blocks)
     inputs = as_example(model, inputs)
     batches = resolve(given.calibration, inputs, model,
-                      Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed),
+                      Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed,
+                              recipe.choice),
                       tokenizer=given.tokenizer, own=given.own if needs else None)
     fits = trains is None and not recipe.keep_adapter
     ask = Request(

@@ -174,7 +174,8 @@ def units(solution: Solution, groups: Sequence[Group], scores: Mapping[str, np.n
         chosen = max(fewest(solution, g) for g in bundle)
         legal = legal_counts(bundle[0].size, multiple, floor, chosen)
         losses = np.sum([_losses(scores[g.name], absolute) for g in bundle], axis=0)
-        made.append(Unit(name, tuple(bundle), legal, losses, chosen))
+        levels = np.mean([_levels(scores[g.name]) for g in bundle], axis=0)
+        made.append(Unit(name, tuple(bundle), legal, losses, chosen, levels))
     return tuple(made)
 
 
@@ -197,6 +198,16 @@ def wished(groups: Sequence[Group], legal: tuple[int, ...],
                                  fix=f"leave one out; the last one is {wish.pattern}")
             legal = left
     return legal
+
+
+def _levels(score: np.ndarray) -> np.ndarray:
+    """Scores, highest first; the mean over outer slices of those that go together.
+
+    >>> _levels(np.array([[1.0, 3.0], [2.0, -4.0]])).tolist()
+    [2.5, -1.5]
+    """
+    flat = np.sort(score.reshape(-1, score.shape[-1]).astype(float), axis=-1)
+    return np.asarray(flat[:, ::-1].mean(0))
 
 
 def _losses(score: np.ndarray, absolute: bool = False) -> np.ndarray:

@@ -25,6 +25,7 @@ class Unit:
     says less); `losses[k]`
     is what is lost when k slices are kept: the error curve that allocation passes go by (a share
     of the groups' importance, or the importance itself where criteria say it is comparable).
+    `levels` are the scores themselves, highest first (size,): a mean over groups and outer slices.
     `chosen` is how many of them a router takes: so many stay, whatever the floor.
     """
 
@@ -33,6 +34,7 @@ class Unit:
     legal: tuple[int, ...]
     losses: np.ndarray
     chosen: int = 0
+    levels: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def size(self) -> int:
@@ -51,12 +53,25 @@ class Unit:
 class Measured(Protocol):
     """Measurements on the network that an allocation pass may ask for."""
 
-    def blocks(self, problem: Problem) -> dict[str, tuple[float, float]]:
-        """Return (mean angle / pi, mean cosine) of hidden states around each unit's block."""
+    def blocks(self, problem: Problem, kept: Mapping[str, int] | None = None) -> dict[
+            str, tuple[float, float]]:
+        """Return (mean angle / pi, mean cosine) of hidden states around each unit's block, in the
+        dense network or under counts `kept`."""
 
-    def salience(self, problem: Problem, *, step: float, batches: int,
-                 seed: int = 0) -> dict[str, Any]:
-        """Return, per unit, the absolute products of weights and slopes in its block."""
+    def slopes(self, problem: Problem, *, step: float, examples: int,
+               seed: int = 0) -> dict[str, tuple[float, int, tuple[str, ...]]]:
+        """Return, by block, its slope by forward passes, its size, and the units in it."""
+
+    def fidelity(self, problem: Problem, kept: Mapping[str, int],
+                 batches: int) -> tuple[float, float, int]:
+        """Return how often the likeliest class is the dense network's under counts `kept`, masked
+        and repaired (a share), the divergence from it, and of how many rows."""
+
+    def distortion(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
+        """Return the mean squared change of the results under counts `kept`."""
+
+    def renewed(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
+        """Return the loss under counts `kept`, batch norms by the batches that they see."""
 
     @property
     def batches(self) -> Sequence[Any]:
@@ -79,7 +94,10 @@ class Problem:
     """Units, the cost of keeping them, and the cost to meet (absolute, with a tolerance).
 
     `measure` makes measurements on the network, for passes that ask for them; `closest` says that
-    whatever is nearest to the target will do; `notes` is what a pass has to tell the user.
+    whatever is nearest to the target will do; `notes` is what a pass has to tell the user;
+    `shapes` are those of stored arrays, by name. `losses` says what the units' are: exact (sums of
+    scores that are losses), comparable (scores are estimates of the loss), or unlike (scores of
+    the `criterion` are in no unit that groups share); `on_data` whether batches are real ones.
     """
 
     units: tuple[Unit, ...]
@@ -91,6 +109,10 @@ class Problem:
     measure: Measured | None = None
     notes: list[str] = field(default_factory=list)
     closest: bool = False
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    losses: str = "exact"
+    criterion: str = ""
+    on_data: bool = True
 
     def price(self, kept: Mapping[str, int]) -> int:
         """Return the cost of a choice of counts."""
@@ -154,7 +176,7 @@ def join(parts: Sequence[Unit]) -> Unit:
     legal = set(parts[0].legal).intersection(*(u.legal for u in parts))
     return Unit(" & ".join(u.name for u in parts), tuple(g for u in parts for g in u.groups),
                 tuple(sorted(legal)), np.sum([u.losses for u in parts], axis=0),
-                max(u.chosen for u in parts))
+                max(u.chosen for u in parts), np.mean([u.levels for u in parts], axis=0))
 
 
 class Allocation(Protocol):

@@ -173,11 +173,12 @@ class Recipe(Options):
         "covariance and curvature, see that text too.")
     samples: int = option(
         16, DATA, "Calibration windows.", check=at_least(1, "samples must be at least 1"))
-    length: int = option(
-        128, DATA, "Tokens in a calibration window.",
-        check=at_least(2, "length must be at least 2 tokens"))
+    length: int = option(128, DATA, "Tokens in a calibration window.",
+                         check=at_least(2, "length must be at least 2 tokens"))
     batch: int = option(
         2, DATA, "Windows in a calibration batch.", check=at_least(1, "batch must be at least 1"))
+    choice: str = option("random", DATA, "Windows of a text: random, near to or far from k-means "
+                         "centres.", check=one_of(("random", "near", "far"), "choice"))
     seed: int = option(0, DATA, "Same seed, same bytes.", check=_check_seed)
     prove: bool = option(True, CHECKS, "Prove masked dense = pruned in float64.")
     onnx: bool = option(True, EXPORTS, "Export model.onnx and check it.")

@@ -13,55 +13,101 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+from torch.nn import functional
 
-from ..axes.choices import Choices
+from ..axes.choices import Choices, keep_mask
+from ..axes.expressions import ONE
 from ..errors import SpaError
 from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
-from ..evidence.losses import distance, first_floating
+from ..evidence.losses import first_floating
 from ..evidence.scores import Scores
 from ..evidence.watching import watched
+from ..graph.idioms import base
 from ..groups.repeats import block
-from ..groups.solution import Solution
 from ..plan.problem import Problem
 from ..repair.evidence import Compensation
-from ..repair.repairer import draft
+from ..repair.repairer import Repairer, draft
 from ..repair.sites import sites
 from ..torch_backend.run.masks import masks
-from ..torch_backend.run.runner import Runner
+from ..torch_backend.run.observe import ProgramNetwork
+from ..torch_backend.run.runner import Override, OverridingRunner, Reads
 from ..torch_backend.trace import Trace
-from ..torch_backend.untouched import untouched
+from .compared import Arrays, Compared
 from .sensitivity import Change, Sensitivity
 
 
 @dataclass
-class Measure:
-    """What is measured on a torch module; `plan(kept)` turns counts into choices."""
+class Measure(Compared):
+    """What is measured on a torch module, by its traced program and by the module itself."""
 
     module: nn.Module
     trace: Trace
-    solution: Solution
-    batches: Sequence[Batch]
-    loss: Callable[..., torch.Tensor]
     context: Scores
     compensation: Compensation | None
-    plan: Callable[[Problem, Mapping[str, int]], Choices]
     beside: Sequence[Batch] = ()
-    _blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _blocks: dict[frozenset[tuple[str, int]], dict[str, tuple[float, float]]] = field(
+        default_factory=dict)
     _sensitivity: Sensitivity | None = None
-    _answers: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
-    def blocks(self, problem: Problem) -> dict[str, tuple[float, float]]:
+    def results(self, batch: Batch, choices: Choices | None = None,
+                arrays: Arrays | None = None) -> list[torch.Tensor]:
+        """Return the results of a batch; see `Compared`."""
+        reads = masks(self.solution, choices) if choices else None
+        return self._run(batch, reads=reads, arrays=arrays or {})
+
+    def _run(self, batch: Batch, *, reads: Reads | None = None, arrays: Arrays,
+             override: Mapping[str, Override] | None = None) -> list[torch.Tensor]:
+        runner = OverridingRunner(
+            self.trace.program, self._weights(arrays) if arrays else None, reads=reads,
+            override=override, double=self.trace.wide)
+        return runner.call(*self.trace.match(*batch))
+
+    def _weights(self, arrays: Arrays) -> Callable[[str], torch.Tensor]:
+        """Stored arrays but for some, those that are tied to them likewise."""
+        program, tied = self.trace.program, self.trace.tied
+        held = {**program.state_dict, **program.constants}
+        moved = {tied.get(name, name): value for name, value in arrays.items()}
+        return lambda name: moved.get(tied.get(name, name), held[name])
+
+    def repaired(self, problem: Problem, choices: Choices) -> Arrays:
+        """Return what the repair, if any, would make of the consumers that lose features."""
+        if self.compensation is None or not getattr(self.compensation, "weights", True):
+            return {}
+        context, made = self._covariances(problem), dict[str, torch.Tensor]()
+        worker = Repairer(ProgramNetwork(self.trace), self.solution, choices,
+                          draft(self.compensation))
+        for site in sites(self.solution, choices)[0]:
+            weight, bias = worker.weights(site, worker.of_dense(context, site))
+            made[site.weight] = weight
+            if bias is not None and site.bias:
+                made[site.bias] = bias
+        return made
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a stored array of the traced program."""
+        return self.trace.program.state_dict[name].detach()
+
+    def called(self, batch: Batch) -> Batch:
+        """Return a batch in the traced form, its labels after all that the program reads."""
+        return self.trace.labelled(*batch)
+
+    def blocks(self, problem: Problem,
+               kept: Mapping[str, int] | None = None) -> dict[str, tuple[float, float]]:
         """Return, per unit, of the repeated block that holds it: the mean angle / pi between
-        hidden states before and after, and their mean cosine (averaged over a unit's groups)."""
-        if not self._blocks:
+        hidden states before and after, and their mean cosine (averaged over a unit's groups).
+
+        With counts `kept`, of the network in which what goes reads as zero.
+        """
+        choices = self.plan(problem, kept) if kept else {}
+        key = frozenset((kept or {}).items()) if choices else frozenset()
+        if key not in self._blocks:
             paths = {path for g in self.solution.groups.values() if (path := block(g.name))}
-            self._blocks = angles(self.module, sorted(paths), self.batches)
-        found = {}
+            self._blocks[key] = angles(self.module, sorted(paths), self.batches,
+                                       self._emptied(choices))
+        found, known = {}, self._blocks[key]
         for unit in problem.units:
-            own = [self._blocks[path] for g in unit.groups
-                   if (path := block(g.name)) in self._blocks]
+            own = [known[path] for g in unit.groups if (path := block(g.name)) in known]
             if own:
                 found[unit.name] = tuple(sum(v) / len(own) for v in zip(*own, strict=True))
         if not found:
@@ -70,62 +116,30 @@ class Measure:
                            fix="use another allocation")
         return found
 
-    def salience(self, problem: Problem, *, step: float, batches: int,
-                 seed: int = 0) -> dict[str, torch.Tensor]:
-        """Return, per unit, |w g| of a sample of its block's weights, g without backward passes.
-
-        g = z (L(w + step z) - L(w - step z)) / (2 step), z normal, all weights of a block at once.
-        """
-        found: dict[str, torch.Tensor] = {}
-        for unit in problem.units:
-            path = block(unit.groups[0].name)
-            if path and path not in found:
-                found[path] = self._salience(path, step, self.batches[:batches], seed)
-        return {u.name: found[path] for u in problem.units
-                if (path := block(u.groups[0].name))}
-
-    @torch.no_grad()
-    def _salience(self, path: str, step: float, batches: Sequence[Batch],
-                  seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        arrays = {f"{path}.{n}": p for n, p in self.module.get_submodule(path).named_parameters()
-                  if p.ndim > 1}
-        noise = {n: torch.randn(p.shape, generator=generator) for n, p in arrays.items()}
-        slope = 0.0
-        for sign in (1, -1):
-            moved = {n: p + sign * step * noise[n] for n, p in arrays.items()}
-            slope += sign * self._loss(moved, batches) / (2 * step)
-        parts = [(p.abs() * noise[n].abs() * abs(slope)).flatten() for n, p in arrays.items()]
-        return torch.cat([part[:: max(1, len(part) // 10_000)] for part in parts])
-
-    def _loss(self, arrays: Mapping[str, torch.Tensor], batches: Sequence[Batch]) -> float:
-        total = 0.0
-        with untouched(self.module):
-            for args, kwargs in batches:
-                made = torch.func.functional_call(self.module, dict(arrays), args,
-                                                  inputs_only(self.module, kwargs))
-                results = [x for x in pytree.tree_leaves(made) if isinstance(x, torch.Tensor)]
-                total += float(self.loss(results, args, kwargs)) / len(batches)
-        return total
+    def _emptied(self, choices: Choices) -> dict[str, torch.Tensor]:
+        """The arrays that read what goes, zero where they do: the module's own, masked."""
+        made: dict[str, torch.Tensor] = {}
+        for group in self.solution.groups.values() if choices else ():
+            for m in group.members if group.atom in choices else ():
+                if m.role == "consumer":
+                    dims = self.solution.dims(m.weight)
+                    mask = keep_mask([e if d == m.dim else ONE for d, e in enumerate(dims)],
+                                     choices)
+                    have = made.get(m.weight, self.stored(m.weight))
+                    made[m.weight] = torch.where(torch.from_numpy(mask), have, 0)
+        return made
 
     @torch.no_grad()
-    def lost(self, problem: Problem, kept: Mapping[str, int], batches: int,
-             skip: int = 0) -> float:
-        """Return the divergence from the dense network of one in which what goes reads as zero.
-
-        A mean over the first `batches` of the calibration but for `skip`; nothing is repaired.
-        """
-        choices = self.plan(problem, kept)
-        reads = masks(self.solution, choices) if choices else None
-        dense, pruned = (Runner(self.trace.program, reads=how, double=self.trace.wide)
-                         for how in (None, reads))
-        some, total = self.batches[skip:batches], 0.0
-        for args, kwargs in some:
-            call = self.trace.match(args, kwargs)
-            key = id(args), id(kwargs)
-            if key not in self._answers:
-                self._answers[key] = first_floating(dense.call(*call))
-            total += float(distance(first_floating(pruned.call(*call)), self._answers[key]))
+    def renewed(self, problem: Problem, kept: Mapping[str, int], batches: int) -> float:
+        """Return the loss of the network in which what goes reads as zero, batch norms by the
+        statistics of each batch; a mean over the first `batches`."""
+        reads = masks(self.solution, self.plan(problem, kept))
+        anew = {node.name: how for node in self.solution.graph.nodes
+                if (how := _BY_BATCH.get(base(node.op))) is not None}
+        some, total = self.batches[:batches], 0.0
+        for batch in some:
+            made = self._run(batch, reads=reads, arrays={}, override=anew)
+            total += float(self.loss(made, *self.called(batch)))
         return total / len(some)
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
@@ -152,10 +166,30 @@ class Measure:
         return self.context
 
 
+def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """batch_norm(x, gain, bias, ...) by the statistics of x."""
+    eps = args[7] if len(args) > 7 else kwargs.get("eps", 1e-5)
+    return functional.batch_norm(args[0], None, None, args[1], args[2], training=True, eps=eps)
+
+
+def _native(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """_native_batch_norm_legit_no_training(x, gain, bias, mean, variance, momentum, eps)."""
+    x, gain, bias, *_, eps = args
+    made = functional.batch_norm(x, None, None, gain, bias, training=True, eps=eps)
+    return made, x.new_zeros(0), x.new_zeros(0)
+
+
+_BY_BATCH: Mapping[str, Override] = {
+    "batch_norm": _batch_norm, "_native_batch_norm_legit_no_training": _native}
+
+
 @torch.no_grad()
-def angles(module: nn.Module, paths: Sequence[str],
-           batches: Sequence[Batch]) -> dict[str, tuple[float, float]]:
-    """Return {path: (mean angle / pi, mean cosine)} of blocks that map a hidden state to one."""
+def angles(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch],
+           arrays: Arrays | None = None) -> dict[str, tuple[float, float]]:
+    """Return {path: (mean angle / pi, mean cosine)} of blocks that map a hidden state to one.
+
+    With other `arrays` in place of some of the module's own.
+    """
     sums: dict[str, list[float]] = {}
 
     def see(path: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -171,5 +205,6 @@ def angles(module: nn.Module, paths: Sequence[str],
 
     with watched({path: module.get_submodule(path) for path in paths}, see):
         for args, kwargs in batches:
-            module(*args, **inputs_only(module, kwargs))
+            torch.func.functional_call(module, dict(arrays or {}), args,
+                                       inputs_only(module, kwargs))
     return {path: (a / n, c / n) for path, (a, c, n) in sums.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +20,11 @@ from spacompiler.evidence.losses import default_loss, divergence
 from spacompiler.groups.cost import cost
 from spacompiler.passes.dynamic import Dynamic
 from spacompiler.passes.global_ranking import GlobalRanking
-from spacompiler.passes.layers import AdaptLayers, CfspLayers
+from spacompiler.passes.layers import AdaptLayers, CfspLayers, EcoLayers, filled
 from spacompiler.passes.measured import Measured
 from spacompiler.passes.refit import Refit
 from spacompiler.passes.standardised import Standardised
+from spacompiler.passes.uniform import Uniform
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import make_plan
 from spacompiler.plan.problem import Problem
@@ -67,6 +70,16 @@ def network() -> tuple[nn.Module, Any, Any]:
     return net, *TORCH.trace(net, (torch.randn(16, 8),))
 
 
+@pytest.fixture(scope="module")
+def wide() -> tuple[nn.Module, Any, Any]:
+    """Three blocks of a hundred channels, which turn the state by different angles."""
+    torch.manual_seed(0)
+    net = Blocks(100, 100, 100)
+    for i, block in enumerate(net.blocks):
+        block.down.weight.data *= 0.5 + i
+    return net, *TORCH.trace(net, (torch.randn(16, 8),))
+
+
 def problem(network: Any, seed: int = 0, share: float = 0.6, **more: Any) -> Problem:
     """A problem over random curves; `scores` may be given by group."""
     solution = network[2]
@@ -106,6 +119,81 @@ def test_global_ranking_matches_dynamic_on_convex_curves(network: Any) -> None:
         assert lost(p, GlobalRanking().allocate(p)) <= 1.3 * lost(p, Dynamic().allocate(p)) + 0.02
 
 
+def levelled(p: Problem, levels: dict[str, Any], **more: Any) -> Problem:
+    """The same problem with other scores, highest first."""
+    return replace(p, **more, units=tuple(replace(
+        u, levels=np.array(levels.get(u.groups[0].name, u.levels), dtype=float)) for u in p.units))
+
+
+def test_estimates_of_the_loss_are_ranked_with_a_bar_before_the_end_of_a_layer(
+        network: Any) -> None:
+    """-T log(1 - s) lost per cost saved, by hand; no unit below half of what uniform keeps."""
+    p = problem(network, 1, share=0.5, losses="comparable")
+    cheap = p.units[0].groups[0].name
+    p = levelled(p, {cheap: [1e-3] * 5})
+    kept = GlobalRanking(checked=False).allocate(p)
+    floor = Uniform().allocate(p)
+    assert p.met(kept) and all(kept[n] >= floor[n] / 2 for n in kept)
+    now, price = p.full(), p.price(p.full())
+    while price > p.target:
+        best = {}
+        for u in p.units:
+            k, total = now[u.name], u.levels.sum()
+            if k > 1 and k - 1 >= floor[u.name] / 2:
+                lost = total * np.log(u.levels[:k].sum() / u.levels[: k - 1].sum())
+                p.price(now)
+                best[u.name] = lost / -p.cost.change(u.counts(k - 1))
+        name = min(best, key=best.__getitem__)
+        now[name] -= 1
+        price = p.price(now)
+    assert all(abs(now[n] - kept[n]) <= 1 for n in now)
+    assert kept[p.units[0].name] == min(kept.values())  # what costs little goes first
+
+
+def test_scores_in_no_common_unit_are_ranked_by_their_order(network: Any) -> None:
+    """One group's scores times a thousand change nothing, and a note says so."""
+    p = problem(network, 1, losses="unlike", criterion="magnitude")
+    kept = GlobalRanking(checked=False).allocate(p)
+    other = levelled(p, {u.groups[0].name: u.levels * 1000.0 ** i for i, u in enumerate(p.units)})
+    assert GlobalRanking(checked=False).allocate(other) == kept and p.met(kept)
+    assert "scores of magnitude are in no common unit" in p.notes[0]
+
+
+@pytest.mark.parametrize(("same", "apart", "want"), [
+    ([0.9, 0.93, 0.95, 0.96, 0.95], [1.0] * 5, 3),  # beyond the error of the count
+    ([0.9, 0.91, 0.91, 0.91, 0.91], [1.0, 0.9, 0.8, 0.8, 0.76], 0),  # not beyond it
+    ([0.9, 0.91, 0.9, 0.88, 0.9], [1.0, 0.9, 0.7, 0.1, 0.74], 2),  # as good, and much nearer
+    ([0.9, 1.0, 1.0, 1.0, 1.0], [1.0, 0.5, 0.4, float("nan"), 0.6], 2)])
+def test_no_plan_replaces_the_uniform_one_but_a_better_one(
+        wide: Any, same: list[float], apart: list[float], want: int) -> None:
+    plans: list[dict[str, int]] = []
+
+    def fidelity(p: Problem, kept: dict[str, int], batches: int) -> tuple[float, float, int]:
+        plans.append(kept)
+        return same[len(plans) - 1], apart[len(plans) - 1], 400
+
+    p = problem(wide, 1, share=0.5, measure=SimpleNamespace(fidelity=fidelity), scores={
+        f"blocks.{i}.up.weight:0": (1 + i) * np.arange(100.0) for i in range(3)})
+    got = GlobalRanking().allocate(p)
+    assert len(plans) == 5 and plans[0] == Uniform().allocate(p) and got == plans[want]
+    assert plans[-1] == GlobalRanking(checked=False).allocate(p)
+    assert p.notes[-1].startswith("global allocation: ")
+    p.on_data = False
+    assert GlobalRanking().allocate(p) == plans[-1] and len(plans) == 5
+
+
+def test_fidelity_is_that_of_the_pruned_and_repaired_network(network: Any) -> None:
+    p = problem(network, measure=measured(network, Refit(damping=0.05)))
+    kept = {u.name: u.nearest(u.size * 0.6) for u in p.units}
+    made, net = p.measure, copy.deepcopy(network[0])
+    for name, array in made.repaired(p, made.plan(p, kept)).items():
+        net.get_parameter(name).data = array
+    same = torch.cat([net(*a).argmax(-1) == network[0](*a).argmax(-1) for a, _ in made.batches])
+    share, apart, rows = made.fidelity(p, kept, 3)
+    assert share == pytest.approx(float(same.float().mean())) and rows == len(same)
+    assert apart == pytest.approx(made.changes(p, kept, {}, 3)[1], rel=1e-4)
+
+
 def test_standardised_keeps_what_lies_above_one_z_score(network: Any) -> None:
     p = problem(network, 3)
     kept = Standardised().allocate(p)
@@ -130,7 +218,7 @@ def measured(network: Any, compensation: Any = None) -> Measure:
         counts = {g.name: kept[u.name] for u in p.units for g in u.groups}
         return make_plan(groups, scores, counts).choices(solution)
 
-    return Measure(net, trace, solution, batches, default_loss, context, compensation, plan)
+    return Measure(solution, batches, default_loss, plan, net, trace, context, compensation)
 
 
 def test_angles_are_those_of_the_hidden_states(network: Any) -> None:
@@ -155,20 +243,89 @@ def test_layers_that_turn_the_state_more_keep_more(network: Any, layers: Any) ->
         layers.allocate(problem(network))
 
 
-def test_salience_estimates_the_gradient_from_two_losses(network: Any) -> None:
+def test_slopes_are_those_of_single_matrices_by_two_losses_each(network: Any) -> None:
+    """The released rule: noise drawn for each example and matrix, slopes of a block added up."""
     p = problem(network, measure=measured(network))
-    found = p.measure.salience(p, step=1e-3, batches=2)
-    net, batches = network[0], p.measure.batches[:2]
-    for unit, path in ((p.units[0], "blocks.0"), (p.units[2], "blocks.2")):
-        arrays = [w for w in net.get_submodule(path).parameters() if w.ndim > 1]
-        loss = sum(default_loss([net(*args)], args, kwargs) for args, kwargs in batches) / 2
-        gradients = torch.autograd.grad(loss, arrays)
-        generator = torch.Generator().manual_seed(0)
-        noise = [torch.randn(w.shape, generator=generator) for w in arrays]
-        slope = sum((g * z).sum() for g, z in zip(gradients, noise, strict=True)).abs()
-        want = torch.cat([(w.abs() * z.abs() * slope).flatten()
-                          for w, z in zip(arrays, noise, strict=True)])
-        torch.testing.assert_close(found[unit.name], want, rtol=0.1, atol=1e-4)
+    found = p.measure.slopes(p, step=1e-3, examples=34)  # one batch, and 2 examples of the next
+    net, batches = network[0], p.measure.batches
+    some = torch.cat([args[0] for args, _ in batches])[:34]
+    assert [set(units) for _, _, units in found.values()] == [{u.name} for u in p.units]
+    for path, (slope, size, _) in found.items():
+        want = 0.0
+        for name in ("up.weight", "down.weight"):
+            weight = net.get_parameter(f"{path}.{name}")
+            draws = torch.Generator().manual_seed(zlib.crc32(f"0:{path}.{name}".encode()))
+            for x in some.split(1):
+                g, = torch.autograd.grad(default_loss([net(x)], (x,), {}), weight)
+                want += float((g * torch.randn(weight.shape, generator=draws)).sum().abs())
+        assert slope == pytest.approx(want, rel=0.02)
+        assert size == 2 * 8 * net.get_submodule(path).up.out_features
+
+
+def water(scores: list[float], sizes: list[int], keep: float, cap: float) -> list[float]:
+    """The released filling, number by number: fixed share first, then by scores, full ones out."""
+    have = [(1 - cap) * n for n in sizes]
+    scores = list(scores)
+    for _ in sizes:
+        left = keep * sum(sizes) - sum(have)
+        total = sum(scores)
+        have = [h + left * s / total for h, s in zip(have, scores, strict=True)]
+        scores = [0.0 if h >= n else s for h, s, n in zip(have, scores, sizes, strict=True)]
+        have = [min(h, n) for h, n in zip(have, sizes, strict=True)]
+        if sum(have) >= keep * sum(sizes) - 1e-9:
+            break
+    return [h / n for h, n in zip(have, sizes, strict=True)]
+
+
+@pytest.mark.parametrize(("keep", "cap"), [(0.5, 0.7), (0.8, 0.7), (0.9, 0.3)])
+def test_shares_are_filled_up_as_released(keep: float, cap: float) -> None:
+    scores, sizes = [1.0, 8.0, 2.0, 0.1], [10, 10, 40, 20]
+    got = filled(dict(zip("abcd", scores, strict=True)), dict(zip("abcd", sizes, strict=True)),
+                 keep, cap)
+    assert list(got.values()) == pytest.approx(water(scores, sizes, keep, cap))
+    assert min(got.values()) >= 1 - cap - 1e-9 and max(got.values()) <= 1
+
+
+def emptied(net: Any, gone: dict[str, Any]) -> Any:
+    """The network without the channels marked in `gone`, by block."""
+    net = copy.deepcopy(net)
+    for path, mask in gone.items():
+        net.get_submodule(path).down.weight.data[:, mask] = 0
+    return net
+
+
+def test_adaptive_sparsity_is_the_recurrence_measured_anew(wide: Any) -> None:
+    """Each step: cosines of the network without what went so far, centred, over the largest."""
+    net, measure = wide[0], measured(wide)
+    p = problem(wide, share=0.7, measure=measure, scores={
+        f"blocks.{i}.up.weight:0": np.arange(100.0) for i in range(3)})
+    p.tolerance = 0.01
+    kept = AdaptLayers().allocate(p)
+    lost = [0.0] * 3
+    while True:
+        gone = {f"blocks.{i}": np.arange(100) < 100 - int((1 - s) * 100 + 1e-9)
+                for i, s in enumerate(lost)}
+        now = emptied(net, gone)
+        cosines = []
+        for i in range(3):
+            values = []
+            for args, _ in measure.batches:
+                x = args[0]
+                for block in now.blocks[:i]:
+                    x = block(x)
+                values.append(torch.cosine_similarity(x, now.blocks[i](x), -1))
+            cosines.append(-float(torch.cat(values).mean()))
+        centred = [c - sum(cosines) / 3 for c in cosines]
+        widest = max(map(abs, centred))
+        then = [min(max(s + 0.02 - 0.02 * c / widest, 0.0), 0.99)
+                for s, c in zip(lost, centred, strict=True)]
+        if p.price({u.name: int((1 - s) * 100 + 1e-9) for u, s in zip(p.units, then, strict=True)
+                    }) <= p.target:
+            break
+        lost = then
+    for u, before, after in zip(p.units, lost, then, strict=True):
+        assert (1 - after) * 100 - 1 <= kept[u.name] <= (1 - before) * 100 + 1
+    assert p.met(kept) and len(set(kept.values())) == 3
 
 
 @pytest.mark.parametrize("compensation", [None, Refit(), Refit(damping=0.05)])
@@ -235,7 +392,7 @@ def test_divergence_is_that_of_the_pruned_network(network: Any) -> None:
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any, rounds: int) -> None:
     p = problem(network, 2, measure=measured(network, Refit()))
-    first = GlobalRanking().allocate(problem(network, 2))
+    first = GlobalRanking(checked=False).allocate(problem(network, 2))
     kept = Measured(rounds=rounds, caution=2.0).allocate(p)
     after, before = (p.measure.changes(p, k, {}, 6)[1] for k in (kept, first))
     assert p.met(kept) and after < before
@@ -284,7 +441,8 @@ def test_every_allocation_compiles_with_repair(name: str) -> None:
     net = Blocks(16, 24, 32)
     data = [(torch.randn(16, 8),) for _ in range(4)]
     result = spacompiler.compile(
-        net, data[0], target="params=70%", importance="curvature", allocation=name,
+        net, data[0], target="params=70%", importance="curvature",
+        allocation=EcoLayers(examples=2) if name == "eco-layers" else name,
         repair="refit", calibration=data, align=1, layout="any")
     assert result.job.proof.holds and abs(
         result.plan.costs["params"]["pruned"] / result.plan.costs["params"]["dense"] - 0.7) < 0.01

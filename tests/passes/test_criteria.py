@@ -19,9 +19,12 @@ from spacompiler.groups.solution import solve
 from spacompiler.models_zoo import load
 from spacompiler.request import registry
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.torch_backend.backend import TORCH
 from spacompiler.torch_backend.gather.context import fresh_context
 from spacompiler.torch_backend.gather.gradients import KINDS
+from spacompiler.torch_backend.gather.relevance import _like, rules
 from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.run.runner import OverridingRunner
 
 BATCHES = 3
 
@@ -143,10 +146,15 @@ def flap(x, examples):
 
 FORMULAS = {
     "wanda": lambda x, w, n: w.abs().mean(1) * x.norm(dim=1),
-    "fluctuation(metric='IFV')": lambda x, w, n: variance(x),
-    "fluctuation(metric='WIFV')": lambda x, w, n: variance(x) * w.square().sum(1),
-    "fluctuation(metric='WIFN')": lambda x, w, n: w.abs().mean(1) * x.norm(dim=1),
-    "fluctuation(published=True)": lambda x, w, n: flap(x, n) * w.square().sum(1),
+    "fluctuation(metric='IFV', published=False)": lambda x, w, n: variance(x),
+    "fluctuation(published=False)": lambda x, w, n: variance(x) * w.square().sum(1),
+    "fluctuation(metric='WIFN', published=False)":
+        lambda x, w, n: w.abs().mean(1) * x.norm(dim=1),
+    "fluctuation(metric='IFV')": lambda x, w, n: flap(x, n),
+    "fluctuation": lambda x, w, n: flap(x, n) * w.square().sum(1),
+    "fluctuation(metric='WIFN')":
+        lambda x, w, n: w.abs().mean(1) * (x.square().sum(1) / n).sqrt(),
+    "fluctuation(standardised=True)": lambda x, w, n: flap(x, n) * w.square().sum(1),
 }
 
 
@@ -157,8 +165,10 @@ def test_forward_criteria_are_their_formulas(place, name, request):
     module, batches = request.getfixturevalue(which)
     x, w = gather(module, batches)
     features = FORMULAS[name](x, w.detach(), BATCHES * (2 if which == "llama" else 4))
-    if "published" in name and place in ("kv", "query"):
+    if "fluctuation" in name and "published" not in name and place in ("kv", "query"):
         features = features.square()
+    if "standardised" in name:  # feature by feature, then the mean over a slice
+        features = (features - features.mean()) / features.std(correction=1) / per
     want = sliced(features, shape, per)
     got = scored(name, group, module, batches)
     torch.testing.assert_close(got, want.double(), rtol=1e-4, atol=1e-9)
@@ -345,19 +355,31 @@ def test_fisher_of_gates_is_that_of_single_examples(llama):
 # --- the others -------------------------------------------------------------------------------
 
 
+def test_one_example_has_no_running_variance(llama):
+    module, batches = llama
+    ids = batches[0][1]["input_ids"][:1]
+    with pytest.raises(SpaError, match="needs two examples"):
+        scored("fluctuation", PLACES["mlp"][1], module, [((), {"input_ids": ids})])
+
+
 def test_gblm_is_its_formula(llama):
+    """As released, and as the paper writes it: there the gradient is n sqrt(n) times weaker."""
     module, batches = llama
     x, w = mlp(module, batches)
-    single = gradients(module, batches, single=True)
-    name = MLP + "down_proj.weight"
-    g = squares(single)[name].mul(len(single)).sqrt() / len(single)
-    want = (w[0].abs() * (x[0].norm(dim=0) + 100 * g)).mean(0)
-    got = scored("gblm", PLACES["mlp"][1], module, batches)
-    torch.testing.assert_close(got, want.detach().double(), rtol=1e-4, atol=0)
-    absolute = sum(a[name].abs() for a in single) / len(single)
-    want = (w[0].abs() * (x[0].norm(dim=0) + 10 * absolute)).mean(0)
-    got = scored("gblm(alpha=10, norm=1)", PLACES["mlp"][1], module, batches)
-    torch.testing.assert_close(got, want.detach().double(), rtol=1e-4, atol=0)
+    name, single = MLP + "down_proj.weight", gradients(module, batches, single=True)
+    n, norm = len(single), x[0].norm(dim=0)
+    total = sum(g[name].double().square() for g in single).sqrt()
+    absolute = sum(g[name].double().abs() for g in single)
+    for text, means in (("", norm / n ** 0.5 + 100 * total),
+                        ("(alpha=10, norm=1)", norm / n ** 0.5 + 10 * absolute),
+                        ("(published=False)", norm + 100 * total / n),
+                        ("(norm=1, published=False)", norm + 100 * absolute / n)):
+        want = (w[0].abs() * means).mean(0)
+        got = scored("gblm" + text, PLACES["mlp"][1], module, batches)
+        torch.testing.assert_close(got, want.detach().double(), rtol=1e-4, atol=0)
+    ranks = [scored(c, PLACES["mlp"][1], module, batches).argsort().tolist()
+             for c in ("gblm", "wanda")]
+    assert ranks[0] != ranks[1]
 
 
 @pytest.mark.parametrize("axis, relative", [(0, "column"), (1, "row")])
@@ -391,26 +413,47 @@ def test_batch_norm_scale_refuses_a_group_without_a_gain(llama):
         scored("batch-norm-scale", PLACES["mlp"][1], *llama)
 
 
-def test_relevance_is_the_z_plus_rule():
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_relevance_goes_from_the_true_class(published, labels):
+    """Released: 1 at the class, epsilon rule before it. The paper: the logit, z+ throughout."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         module = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 5, 3),
                                nn.ReLU(), nn.Flatten(), nn.Linear(20, 4)).eval()
-        x = torch.randn(7, 3, 6, 6)
+        x, y = torch.randn(7, 3, 6, 6), torch.randint(0, 4, (7,))
     with torch.no_grad():
         a = torch.relu(module[0](x))
         b = torch.relu(module[2](a)).flatten(1)
-        out = module[5](b)
-        relevance = out * (out == out.amax(1, keepdim=True))
-        w = module[5].weight.clamp(min=0)
-        low = b * ((relevance / (b @ w.T)) @ w)
+        out, head = module[5](b), module[5].weight
+        start = functional.one_hot(y if labels else out.argmax(1), 4)
+        if published:  # b_j w_jk / z_k, the bias in z
+            low = b * ((start / out) @ head)
+        else:
+            low = b * ((out * start / (b @ head.clamp(min=0).T)) @ head.clamp(min=0))
         w = module[2].weight.clamp(min=0)
         share = low.reshape(7, 5, 2, 2) / functional.conv2d(a, w).clamp(min=1e-9)
         high = a * functional.conv_transpose2d(share, w)
+    batch = ((x,), {"labels": y} if labels else {})
     for group, want in (("0.weight:0", high.abs().sum((0, 2, 3))),
                         ("2.weight:0", low.abs().reshape(7, 5, 4).sum((0, 2)))):
-        got = scored("relevance", group, module, [((x,), {})])
+        got = scored(f"relevance(published={published})", group, module, [batch])
         torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_rules_of_relevance_leave_what_is_computed_as_it_is():
+    """Also where the positive part of a product is nothing, and the product is not."""
+    value, other = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([5.0, -3.0, 0.0])
+    assert torch.equal(_like(value, other), other)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(),
+                           nn.Linear(9, 4)).eval()
+    x = torch.randn(5, 10)
+    traced, solution = TORCH.trace(module, (x,))
+    for kind in ("relevance", "relevance_positive"):
+        changed = OverridingRunner(traced.program, override=rules(solution.graph, kind)).call(
+            (x,), {})
+        torch.testing.assert_close(changed[0], module(x), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -69,7 +69,7 @@ class FileNetwork:
 
         Raises SpaError for what is read of a branch's own values.
         """
-        feeds = [_feed(self.trace, batch) for batch in batches]
+        feeds = [feed_of(self.trace, batch) for batch in batches]
         readers: dict[str, list[Place]] = {}
         for place in places:
             readers.setdefault(place[1], []).append(place)
@@ -88,7 +88,7 @@ class FileNetwork:
                  batches: Sequence[Batch]) -> FileLockstep:
         """Run all batches from place to place, what `choices` remove read as zero."""
         return FileLockstep(self.trace, solution, choices,
-                            [_feed(self.trace, batch) for batch in batches])
+                            [feed_of(self.trace, batch) for batch in batches])
 
     def _check_outside(self, readers: Mapping[str, list[Place]]) -> None:
         graph = self.trace.model.graph
@@ -149,7 +149,7 @@ def _elements(feed: dict[str, np.ndarray]) -> int:
     return sum(array.size for array in feed.values())
 
 
-def _feed(traced: OnnxTrace, batch: Batch) -> dict[str, np.ndarray]:
+def feed_of(traced: OnnxTrace, batch: Batch) -> dict[str, np.ndarray]:
     """Return a batch of (args, kwargs) as the file's inputs; an empty one is the example."""
     args, kwargs = batch
     names = [v.name or "" for v in traced.file.inputs()]

@@ -58,7 +58,7 @@ def _meet(graph: Graph, node: Node) -> list[Node]:
 def check_apart(graph: Graph, kinds: Collection[str], groups: Sequence[Group],
                 places: Places) -> None:
     """Raise SpaError where one of the kinds is to tell single examples apart, and cannot."""
-    for kind in sorted({"fisher", "relevance"} & set(kinds)):
+    for kind in sorted({"fisher", "relevance", "relevance_positive"} & set(kinds)):
         for group in groups:
             own = [at for at, found in places.items() if any(g is group for g, _ in found)]
             why = next(filter(None, (_mixed(graph, kind, *at) for at in own)), "")

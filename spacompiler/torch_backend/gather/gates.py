@@ -19,8 +19,10 @@ GATES: dict[str, Change] = {
     "gates": lambda each: each.sum(0),
     "token_gates": lambda each: each.abs().sum(0),
     "relevance": lambda each: each.abs().sum(0),
+    "relevance_positive": lambda each: each.abs().sum(0),
 }
 OF_GATES = frozenset({*GATES, "fisher"})
+OF_RELEVANCE = frozenset({"relevance", "relevance_positive"})
 
 
 @dataclass
@@ -45,11 +47,13 @@ class Gates:
     def gate(self, at: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
         """Return a gate for what is read at a place: one factor per removable slice.
 
-        There is one per example and position too if those are told apart; it broadcasts to the
-        value's shape.
+        There is one per example and position too if those are told apart, and one per number for
+        relevance; it broadcasts to the value's shape.
         """
-        apart = self.step.kinds & {"token_gates", "fisher", "relevance"}
+        apart = self.step.kinds & (OF_GATES - {"gates"})
         tensor = self.solution.graph.tensors[at[1]]
+        if apart & OF_RELEVANCE:  # |R| of every number
+            return self._leaf(at, value, list(value.shape))
         if tensor.static:  # of an array there is but one, whatever the examples
             own = {dim for _, dim in self.places[at]}
             return self._leaf(at, value, [
@@ -69,13 +73,14 @@ class Gates:
 
     def _open(self, at: tuple[str, str], gradient: torch.Tensor) -> None:
         for group, dim in self.places[at]:
-            each = onto(gradient, self.solution.solver.dims[at[1]], dim, group)
+            own = gradient.abs() if self.step.kinds & OF_RELEVANCE else gradient
+            each = onto(own, self.solution.solver.dims[at[1]], dim, group)
             for kind in self.step.kinds & GATES.keys():
                 self.totals[kind, group.name] += GATES[kind](each) * self.step.part
             if "fisher" in self.step.kinds:
-                own = _fold(each, self.step.count)
+                alone = _fold(each, self.step.count)
                 have = self._apart.get(group.name)
-                self._apart[group.name] = own if have is None else have.add_(own)
+                self._apart[group.name] = alone if have is None else have.add_(alone)
 
     def settle(self) -> None:
         """fisher: square each example's own gradient, `count` times its part of the mean."""

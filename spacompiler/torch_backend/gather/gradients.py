@@ -8,7 +8,7 @@ Losses are taken to be means over the examples of a batch, and batches to be of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from ...errors import SpaError
-from ...evidence.calls import Batch, examples
+from ...evidence.calls import Batch, examples, singles
 from ...evidence.consumers import Consumer
 from ...evidence.network import Loss, Place, Seen
 from ...evidence.room import Room
@@ -29,7 +28,7 @@ from ..run.runner import Override, OverridingRunner, Reads, widened
 from ..trace import Trace
 from .curvature import Curvature
 from .gates import OF_GATES, Gates
-from .relevance import largest, rules
+from .relevance import STARTS, rules
 from .step import Step, hand_on
 from .weight_sums import OF_SINGLE, OF_WEIGHTS, WeightSums
 
@@ -102,9 +101,9 @@ class Gradients:
         self._step.part = 1.0
         if "hessian" in self._kinds:
             self._run(batch, loss, {"hessian"})
-        if "relevance" in self._kinds:
+        for kind in sorted(self._kinds & STARTS.keys()):
             self._step.count = count
-            self._run(batch, largest, {"relevance"}, override=rules(self.solution.graph))
+            self._run(batch, STARTS[kind], {kind}, override=rules(self.solution.graph, kind))
 
     def curve(self, batch: Batch, loss: Loss, observe: Seen,
               observed: Mapping[str, set[str]]) -> None:
@@ -122,7 +121,7 @@ class Gradients:
 
         Where examples are run by themselves anyway, what adds up over them is gathered there.
         """
-        own = self._kinds - {"hessian", "relevance"}
+        own = self._kinds - {"hessian", *STARTS}
         if not own & OF_SINGLE:
             return own, set()
         whole = {"elements", "vectors", "curvature"}
@@ -152,7 +151,7 @@ class Gradients:
         runner = self._runner(
             batch, Reads(_touched(observed, places), touch), {**probed, **(override or {})},
             partial(self._leaf, leaves, learned, not second),
-            lean=not second and "relevance" not in kinds)
+            lean=not second and not kinds & STARTS.keys())
         with torch.enable_grad(), sdpa_kernel(_ATTENTION[second]):
             value = loss(runner.call(*batch), *batch)
             if second:
@@ -199,15 +198,3 @@ def _touched(observed: Mapping[str, set[str]], places: Iterable[Place]) -> dict[
     for node, name in places:
         found.setdefault(node, set()).add(name)
     return found
-
-
-def singles(batch: Batch, count: int) -> Iterator[Batch]:
-    """Yield the examples of a batch as batches of one."""
-
-    def one(i: int, value: object) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-            return value[i : i + 1]
-        return value
-
-    for i in range(count):
-        yield pytree.tree_map(lambda v, i=i: one(i, v), batch)

@@ -1,10 +1,13 @@
 """Layer-wise relevance propagation as a changed backward pass: gradient x input is relevance.
 
 Each rule keeps an operator's value and changes its derivative, so that what flows back, times what
-flowed forward, is the relevance of the place. Products with weights follow the z+ (alpha1 beta0)
-rule R_j = sum_k x_j w_jk+ / (sum_j' x_j' w_j'k+) R_k, without biases; norms and smooth
-activations pass relevance on as it is; a product of two activations halves it between them.
-Sums, ReLU, pooling and views need no rule: gradient x input is theirs.
+flowed forward, is the relevance of the place. Products with weights that a rule is for follow z+
+(alpha1 beta0): R_j = sum_k x_j w_jk+ / (sum_j' x_j' w_j'k+) R_k, without biases; norms and smooth
+activations pass relevance on as it is; a product of two activations halves it between them. Sums,
+ReLU, pooling, views, and products by the epsilon rule need none: gradient x input is theirs.
+
+Two ways: `relevance` is the released code's (z+ for convolutions, epsilon for linear layers, from
+1 at each example's true class), `relevance_positive` the paper's (z+ throughout, from the logit).
 (Yeom et al., Pruning by explaining, Pattern Recognition 115, 2021.)
 """
 
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 
 from ...evidence.consumers import consumer
+from ...evidence.labels import is_label
 from ...evidence.losses import first_floating
 from ...graph.ir import Graph, Node, Ref
 from ..run.runner import Override
@@ -28,26 +32,53 @@ leaky_relu
 """.split()
 
 
-def largest(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Return the sum of each example's largest logit: where relevance starts."""
-    return first_floating(outputs).amax(-1).sum()
+def _classes(logits: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The true class of each example, the likeliest where there are no labels: (..., 1)."""
+    labels = next((v for k, v in kwargs.items() if is_label(k) and isinstance(v, torch.Tensor)
+                   and v.shape == logits.shape[:1] and not v.is_floating_point()), None)
+    likeliest = logits.argmax(-1, keepdim=True)
+    if labels is None or logits.ndim != 2:
+        return likeliest
+    return torch.where(labels >= 0, labels, likeliest.squeeze(-1)).unsqueeze(-1)
 
 
-def rules(graph: Graph) -> dict[str, Override]:
-    """Return what to run in place of each node that has a rule."""
+def of_class(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return where relevance starts: the sum over examples of the logit of the true class.
+
+    Without labels it is the likeliest class. Classes are the last dimension.
+    """
+    logits = first_floating(outputs)
+    return logits.gather(-1, _classes(logits, kwargs)).sum()
+
+
+def from_one(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the same, each logit over its own value: every example has a relevance of 1."""
+    logits = first_floating(outputs)
+    ones = _like(logits, torch.ones_like(logits))
+    return ones.gather(-1, _classes(logits, kwargs)).sum()
+
+
+def rules(graph: Graph, kind: str) -> dict[str, Override]:
+    """Return what to run in place of each node that has a rule: `kind` is a key of STARTS."""
     found: dict[str, Override] = {}
     for node in graph.nodes:
         name = node.op.removeprefix("aten.").rsplit(".", 1)[0]
         operator = _operator(node)
         at = consumer(graph, node)
         if at is not None and at.route is None and operator is not None:
-            found[node.name] = _positive(node, at.tensor, at.operand, operator)
+            if at.patch is not None or kind == "relevance_positive":
+                found[node.name] = _positive(node, at.tensor, at.operand, operator)
         elif name in _PASS and operator is not None:
             found[node.name] = _through(operator)
         elif name == "mul" and all(
                 isinstance(a, Ref) and not graph.tensors[a.name].static for a in node.args):
             found[node.name] = _halves
     return found
+
+
+STARTS: dict[str, Callable[..., torch.Tensor]] = {
+    "relevance": from_one, "relevance_positive": of_class}
+"""By kind of relevance: what it starts from."""
 
 
 def _operator(node: Node) -> Callable[..., Any] | None:
@@ -58,9 +89,9 @@ def _operator(node: Node) -> Callable[..., Any] | None:
 
 
 def _like(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The value of `other` with the derivative of `value`, in proportion."""
+    """The value of `other`, as it is, with the derivative of `value` in proportion."""
     safe = torch.where(value.abs() < _EPSILON, torch.full_like(value, float("inf")), value)
-    return value * (other / safe).detach()
+    return other.detach() + (value - value.detach()) * (other / safe).detach()
 
 
 def _positive(node: Node, x: str, w: str, operator: Callable[..., Any]) -> Override:
