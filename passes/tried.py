@@ -68,7 +68,8 @@ class Tried:
         roles = dict.fromkeys(u.groups[0].role for u in problem.units if len(u.legal) > 1)
         alone = [(f" within {role}", _only(problem, role)) for role in roles] \
             if len(roles) > 1 else []
-        for where, some in (("", problem), *alone):
+        # shares of importance, as they are: what they lead to is measured anyway
+        for where, some in (("", replace(problem, losses="exact")), *alone):
             for how in (GlobalRanking(checked=False), Uniform()):
                 try:
                     kept = how.allocate(some)
@@ -81,5 +82,5 @@ class Tried:
 
 def _only(problem: Problem, role: str) -> Problem:
     """The same problem, in which units of other roles stay whole."""
-    return replace(problem, units=tuple(
+    return replace(problem, losses="exact", units=tuple(
         u if u.groups[0].role == role else replace(u, legal=u.legal[-1:]) for u in problem.units))
