@@ -209,12 +209,13 @@ def make(place: Path) -> None:
 
 
 def _wide_bert():
+    """Two layers as wide as those of BERT's base model."""
     import torch
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    model = BertModel(BertConfig(vocab_size=128, hidden_size=256, num_hidden_layers=4,
-                                 num_attention_heads=4, intermediate_size=1024,
+    model = BertModel(BertConfig(vocab_size=128, hidden_size=768, num_hidden_layers=2,
+                                 num_attention_heads=12, intermediate_size=3072,
                                  max_position_embeddings=128), add_pooling_layer=False).eval()
     ids = torch.randint(128, (2, 64))
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

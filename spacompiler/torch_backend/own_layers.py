@@ -9,18 +9,18 @@ runs a file that lies beside weights.
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import json
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from threading import RLock, local
+from threading import local
 from typing import Any
-
-import torch
 
 from ..errors import SpaError
 from .kinds import Config
@@ -29,23 +29,21 @@ FILE, PREFIX, STOCK = "modeling_per_layer.py", "PerLayer", "transformers.models.
 Lists = tuple[tuple[tuple[type, ...], tuple[str, ...]], ...]
 """Lists of layers: their classes, and the entries with the sizes of each list that is built."""
 
-LOCK = vars(torch).setdefault("_own_sizes", RLock())
+LOCK = vars(threading).setdefault("_own_sizes", threading.RLock())
 
 
 def own_init(init: Callable[..., None], keys: Sequence[str], turns: list[Any]) -> Any:
     """Return the `__init__` of a layer that takes the entries of the layer whose turn it is."""
 
     def build(self: Any, config: Any, *args: object, **kwargs: object) -> None:
-        said, own = config.to_dict(), copy.copy(config)
-        if said.keys() & set(keys):
-            if not turns or turns[-1][0] is not config:
-                turns.append([config, 0])
-            sizes = {int(i): entries for i, entries in said.get(keys[len(turns) - 1], {}).items()}
-            for key in ("_heterogeneity_spec", *keys):
-                vars(own).pop(key, None)
-            for name, value in sizes.get(turns[-1][1], {}).items():
-                setattr(own, name, value)
-            turns[-1][1] += 1
+        if not turns or turns[-1][0] is not config:
+            turns.append([config, -1])
+        turns[-1][1] += 1
+        own, said = copy.copy(config), config.to_dict().get(keys[len(turns) - 1]) or {}
+        for key in ("_heterogeneity_spec", *keys):
+            vars(own).pop(key, None)
+        for name, value in {int(i): s for i, s in said.items()}.get(turns[-1][1], {}).items():
+            setattr(own, name, value)
         init(self, own, *args, **kwargs)
         for part in self.modules():  # what is set later, as attn_implementation, reaches all layers
             if vars(part).get("config") is own:
@@ -57,52 +55,46 @@ def own_init(init: Callable[..., None], keys: Sequence[str], turns: list[Any]) -
 class OwnSizes:
     """A model of transformers whose layers are built with sizes of their own."""
 
-    lists: Any = ()
+    lists: Any
 
     def __init__(self, config: Any, *args: object, **kwargs: object) -> None:
-        with LOCK:
-            plain = {kind: kind.__init__ for kinds, _ in self.lists for kind in kinds}
+        with LOCK, ExitStack() as after:
             for kinds, keys in self.lists:
                 turns: list[Any] = []
                 for kind in kinds:
-                    kind.__init__ = own_init(plain[kind], keys, turns)
-            try:
-                super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            finally:
-                for kind, init in plain.items():
-                    kind.__init__ = init
+                    after.callback(setattr, kind, "__init__", kind.__init__)
+                    kind.__init__ = own_init(kind.__init__, keys, turns)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
 
 # --- what stays here ------------------------------------------------------------------------------
 
-HEADING = '''"""{title} whose layers have sizes of their own: config.json says which.
+TEMPLATE = '''"""{title} whose layers have sizes of their own: config.json says which.
 
 Written by spacompiler from one template. Read it, then load with trust_remote_code=True; or call
 spacompiler.register() where spacompiler is installed: it does the same without this file.
 """
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable, Sequence
-from threading import RLock
-from typing import Any
+import threading
+from contextlib import ExitStack
 
-import torch
 import transformers
 {imports}
 
-LISTS = {lists}
-NAMES = {names}
-LOCK = vars(torch).setdefault("_own_sizes", RLock())
+NAMES = {{{names}}}
+LOCK = vars(threading).setdefault("_own_sizes", threading.RLock())
 
 
-'''
-ENDING = '''
+{own_init}
 
-for auto, name in NAMES.items():
-    entries = {"lists": LISTS, "_auto_class": auto, "__module__": __name__}
-    kind = type("PerLayer" + name, (OwnSizes, getattr(transformers, name)), entries)
-    globals().setdefault(kind.__name__, kind)
+
+{own_sizes}
+
+
+for name, auto in NAMES.items():
+    kind = type("PerLayer" + name, (OwnSizes, getattr(transformers, name)), {{}})
+    kind._auto_class = "AutoModel" + auto
+    globals()[kind.__name__] = kind
 '''
 
 
@@ -190,25 +182,60 @@ def loads(cls: Any) -> str:
 
 def modelling_file(cls: Any) -> str:
     """Return the text of the file that stock transformers builds a class by."""
-    kinds = sorted({k for some, _ in cls.lists for k in some}, key=lambda k: k.__qualname__)
-    imports = "\n".join(f"from {k.__module__} import {k.__name__}" for k in kinds)
-    lists = ", ".join(f"(({', '.join(k.__name__ for k in some)},), {_quoted(keys)})"
-                      for some, keys in cls.lists)
-    heading = HEADING.format(title=stock_of(cls).__name__, imports=imports, lists=f"({lists},)",
-                             names=_folded(names(cls)))
-    own = [inspect.getsource(part).rstrip().replace("  # type: ignore[call-arg]", "")
-           for part in (own_init, OwnSizes)]
-    return heading + "\n\n\n".join(own) + "\n" + ENDING
+    of: dict[str, list[str]] = {}
+    for kind in sorted({k for some, _ in cls.lists for k in some}, key=lambda k: k.__qualname__):
+        of.setdefault(kind.__module__, []).append(kind.__name__)
+    own, sizes = (ast.parse(inspect.getsource(part)) for part in (own_init, OwnSizes))
+    lists = tuple((tuple(map(_Name, some)), keys) for some, keys in cls.lists)
+    return TEMPLATE.format(
+        title=stock_of(cls).__name__,
+        imports="\n".join(f"from {module} import {', '.join(k)}" for module, k in of.items()),
+        names=_folded("NAMES = {", json.dumps(_first(names(cls)))[1:-1]),
+        own_init=ast.unparse(_Untyped(lists).visit(own)),
+        own_sizes=ast.unparse(_Untyped(lists).visit(sizes)))
 
 
-def _quoted(words: Sequence[str]) -> str:
-    return f"({', '.join(json.dumps(word) for word in words)},)"
+def _first(found: Mapping[str, str]) -> dict[str, str]:
+    """Return {class: what its first automatic class is called after AutoModel}."""
+    return {name: auto.removeprefix("AutoModel")
+            for auto, name in reversed(found.items())}  # type: ignore[call-overload]
 
 
-def _folded(entries: Mapping[str, str]) -> str:
-    """A dict as Python text, in lines of at most 100 characters."""
-    text = textwrap.fill(", ".join(f'"{k}": "{v}"' for k, v in entries.items()), 90)
-    return "{\n    " + text.replace("\n", "\n    ") + "}"
+class _Name:
+    """A class in a tuple that is written as text."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return self.kind.__name__
+
+
+class _Untyped(ast.NodeTransformer):
+    """Takes the types off a text; what is typed and has no value is the lists of layers."""
+
+    def __init__(self, lists: object) -> None:
+        self.lists = ast.parse(repr(lists), mode="eval").body
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Return the function without its result's type."""
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        """Return the parameter without its type."""
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.Assign:
+        """Return the assignment without its type."""
+        return ast.Assign([node.target], node.value or self.lists, lineno=node.lineno)
+
+
+def _folded(before: str, text: str) -> str:
+    """The rest of a line that begins with some text, in lines of at most 100 characters."""
+    return textwrap.fill(text, 99, initial_indent=" " * len(before), subsequent_indent=" " * 4,
+                         break_long_words=False).strip()
 
 
 def names_file(config: Config) -> bool:

@@ -149,11 +149,12 @@ def test_after_register_transformers_loads_it_without_the_flag(
 def test_the_file_is_short_plain_python(llama: Any) -> None:
     *_, out = llama
     text = (out / own_layers.FILE).read_text()
-    body = [node for node in ast.parse(text).body if not isinstance(node, ast.Assign)]
-    code = ast.unparse(ast.Module([n for n in body if not isinstance(n, ast.Expr)], []))
-    assert len([line for line in code.splitlines() if line.strip()]) <= 48
+    docs = [ast.get_docstring(node, clean=False) or "" for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+    code = [line for line in text.splitlines() if line.strip()]
+    assert len(code) - sum(len(doc.splitlines()) for doc in docs) <= 40
     assert max(map(len, text.splitlines())) <= 100
-    assert "spacompiler" not in code
+    assert "spacompiler" not in text.replace(docs[0], "")
 
 
 def test_a_pruned_model_is_pruned_again(llama: Any, tmp_path: Path) -> None:
