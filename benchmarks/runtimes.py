@@ -55,8 +55,10 @@ RUNTIMES = {
     "onnxsim": Runtime(FILES, "onnxsim", _TOOLS, "onnxtools", True),
     "onnx2torch": Runtime(FILES, "onnx2torch", _TOOLS, "onnxtools", True),
     "OpenVINO": Runtime(FILES, "openvino", ("openvino==2026.4.1",), "openvino", True),
-    "NNCF int8 (OpenVINO)": Runtime(FILES, "nncf", ("nncf==3.4.0", "openvino==2026.4.1"), "nncf",
-                                    True, loose=True),
+    "NNCF int8 (OpenVINO)": Runtime(
+        FILES, "nncf", ("nncf==3.4.0", "openvino==2026.4.1", "openvino-telemetry", "tabulate",
+                        "scikit-learn", "scipy", "joblib", "threadpoolctl"), "nncf", True,
+        loose=True),
     "MNN": Runtime(FILES, "mnn", ("MNN==3.6.1",), "mnn", True),
     "IREE": Runtime(FILES, "iree", ("iree-base-compiler[onnx]==3.13.0",
                                     "iree-base-runtime==3.13.0", "numpy"), "iree"),
@@ -87,6 +89,8 @@ RUNTIMES = {
 }
 FILE_ARTIFACTS = ("resnet", "vit", "bert", "t5", "llama", "llama with a cache")
 TEXT_ARTIFACT = "llama as text"
+KEPT = {"ctranslate2": "channels"}
+"""What runs the one whose heads stay, as the profile for it has it."""
 TIMED = "bert"
 """The one that is wide enough for its times to say something."""
 
@@ -168,8 +172,9 @@ def _texts(runtime: Runtime, command: list[str], place: Path) -> Iterator[tuple[
     """Greedy tokens, each after torch's before it."""
     script = HERE.parent / "spacompiler" / "deploy" / TEXT
     for which in ("dense", "pruned"):
-        folder = place / TEXT_ARTIFACT / f"{which}_hf"
-        text = json.loads((folder.parent / f"{which}_text.json").read_text())
+        kind = KEPT.get(runtime.called, which) if which == "pruned" else which
+        folder = place / TEXT_ARTIFACT / f"{kind}_hf"
+        text = json.loads((folder.parent / f"{kind}_text.json").read_text())
         ids, tokens = text["ids"], text["tokens"]
         done = subprocess.run([*command, str(script), runtime.called, str(folder)], text=True,
                               input=json.dumps([ids + tokens[:i] for i in range(len(tokens))]),
@@ -274,10 +279,12 @@ def _text(folder: Path) -> None:
         num_attention_heads=8, num_key_value_heads=4, head_dim=16, bos_token_id=1,
         eos_token_id=2, max_position_embeddings=256, initializer_range=0.12)).eval()
     ids = torch.randint(3, 256, (2, 16))
-    pruned = spacompiler.compile(model, {"input_ids": ids}, target="body=60%", align=32,
-                                 importance="magnitude", layout="uniform", onnx=False,
-                                 latency=False).module
-    for which, module in (("dense", model), ("pruned", pruned)):
+    made = {which: spacompiler.compile(
+        model, {"input_ids": ids}, target=target, align=32, importance="magnitude",
+        layout="uniform", onnx=False, latency=False, roles=roles).module
+        for which, target, roles in (("pruned", "body=60%", ["channel", "head"]),
+                                     ("channels", "body~60%", ["channel"]))}
+    for which, module in (("dense", model), *made.items()):
         for place in (folder / f"{which}_hf", folder / f"{which}_js"):
             module.save_pretrained(place)
             _words(place, 256)
@@ -288,11 +295,11 @@ def _text(folder: Path) -> None:
         (folder / f"{which}_js" / "onnx").mkdir()
         shutil.copy(folder / f"{which}_hf" / "model.onnx", folder / f"{which}_js" / "onnx")
         start = ids[:1, :8]
-        made = module.generate(input_ids=start, attention_mask=torch.ones_like(start),
-                               max_new_tokens=TOKENS, do_sample=False, eos_token_id=None,
-                               pad_token_id=0)[0, 8:]
+        written = module.generate(input_ids=start, attention_mask=torch.ones_like(start),
+                                  max_new_tokens=TOKENS, do_sample=False, eos_token_id=None,
+                                  pad_token_id=0)[0, 8:]
         (folder / f"{which}_text.json").write_text(json.dumps(
-            {"ids": start[0].tolist(), "tokens": made.tolist()}))
+            {"ids": start[0].tolist(), "tokens": written.tolist()}))
 
 
 def _words(place: Path, count: int) -> None:

@@ -223,8 +223,10 @@ def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
     recipe = with_cache(recipe, found.module)
     if recipe.decoder:
         from .deploy.decoder import check_causal_lm
+        from .deploy.encoder_decoder import check_encoder_decoder
 
-        check_causal_lm(found.module)
+        both = is_encoder_decoder(found.module)
+        (check_encoder_decoder if both else check_causal_lm)(found.module)
     if recipe.gguf:
         from .deploy.gguf_checks import check_gguf
 

@@ -240,6 +240,10 @@ def ncnn(path, feeds):
 def onnx2torch(path, feeds):
     import onnx
     import torch
+
+    kinds = torch.library.Library("torchvision", "DEF")  # its own are built for another torch
+    kinds.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    kinds.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from onnx2torch import convert
 
     module = convert(onnx.load(path)).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from ..deploy.cases import LENGTH, Sizes, synthetic
 from ..deploy.cases import cases as cases_of
 from ..deploy.decoder import export_decoder
-from ..deploy.decoder_parity import decoder_parity
+from ..deploy.decoder_parity import DecoderParity, decoder_parity
+from ..deploy.encoder_decoder import export_pair, pair_parity
 from ..deploy.genai import genai_config
 from ..deploy.gguf_file import write_gguf
 from ..deploy.int8 import difference, integer_kernels, quantize
@@ -35,20 +37,10 @@ def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
         SpaError: the model has no form that can be traced with a cache.
         ProofError: ONNX Runtime's logits differ from torch's.
     """
-    if job.emission == "program":
-        raise SpaError("the pruned model cannot be exported as a decoder with a cache",
-                       why="it is emitted as a re-written program, traced without one: "
-                           + "; ".join(job.notes[-1:]),
-                       fix="leave --decoder out, or prune other roles")
+    _has_code(job)
     path, options = onnx_place(job, folder)
     export_decoder(job.pruned, path, **options)
-    checks = decoder_parity(job.pruned, path)
-    for check in checks:
-        if not check.max_rel <= ONNX.value:
-            raise ProofError(f"ONNX Runtime differs from torch by {check.max_rel:.1e}",
-                             where=f"{check.batch} rows, {check.tokens} tokens written",
-                             fix="leave --decoder out, and please report it")
-    data: dict[str, Any] = {"decoder": [check.as_dict() for check in checks]}
+    data: dict[str, Any] = {"decoder": _agreeing(decoder_parity(job.pruned, path))}
     config = genai_config(job.pruned, path) if job.layout == "uniform" else None
     data["genai"] = config is not None
     if config is None:
@@ -58,6 +50,38 @@ def write_decoder(job: Compiled, folder: Path) -> dict[str, Any]:
         write_json(folder / "genai_config.json", config)
     times = measured(job, "latency", lambda: _latency(job, path)) if job.recipe.latency else None
     return data | (times or {})
+
+
+def write_pair(job: Compiled, folder: Path) -> dict[str, Any]:
+    """Write encoder.onnx and decoder.onnx, and return what the report says about them.
+
+    Raises:
+        SpaError: the model has no form that can be traced with a cache.
+        ProofError: ONNX Runtime's logits differ from torch's.
+    """
+    _has_code(job)
+    path, options = onnx_place(job, folder)
+    example = dict(zip((job.pruned.main_input_name,), job.trace.args, strict=False))
+    example |= job.trace.kwargs
+    export_pair(job.pruned, example, path.parent, **options)
+    return {"decoder": _agreeing(pair_parity(job.pruned, example, path.parent))}
+
+
+def _has_code(job: Compiled) -> None:
+    if job.emission == "program":
+        raise SpaError("the pruned model cannot be exported as a decoder with a cache",
+                       why="it is emitted as a re-written program, traced without one: "
+                           + "; ".join(job.notes[-1:]),
+                       fix="leave --decoder out, or prune other roles")
+
+
+def _agreeing(checks: Sequence[DecoderParity]) -> list[dict[str, Any]]:
+    for check in checks:
+        if not check.max_rel <= ONNX.value:
+            raise ProofError(f"ONNX Runtime differs from torch by {check.max_rel:.1e}",
+                             where=f"{check.batch} rows, {check.tokens} tokens written",
+                             fix="leave --decoder out, and please report it")
+    return [check.as_dict() for check in checks]
 
 
 def write_gguf_file(job: Compiled, folder: Path) -> dict[str, Any]:

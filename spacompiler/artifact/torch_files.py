@@ -26,7 +26,7 @@ from ..torch_backend.emit import stock as hf
 from ..torch_backend.emit.attributes import differing
 from ..torch_backend.emit.biases import added
 from ..torch_backend.gather.texts import positions
-from ..torch_backend.kinds import is_hf
+from ..torch_backend.kinds import is_encoder_decoder, is_hf
 from ..torch_backend.own_layers import stock_of
 from ..torch_backend.weights import results
 from .measured import measured
@@ -47,11 +47,12 @@ def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
         from .deployed import write_gguf_file
 
         data["gguf"] = write_gguf_file(job, folder)
+    both = is_encoder_decoder(job.pruned)
     if job.recipe.decoder:
-        from .deployed import write_decoder
+        from .deployed import write_decoder, write_pair
 
-        data.update(write_decoder(job, folder))
-    elif job.recipe.onnx:
+        data.update((write_pair if both else write_decoder)(job, folder))
+    if job.recipe.onnx and (both or not job.recipe.decoder):
         data["onnx"], data["latency"] = _onnx(job, folder)
     tell_in_config(job, folder)
     if job.recipe.runtime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PIPE = 200
 """Columns of a table where there is no terminal to fit it to."""
+_UNEQUAL = ("transformers.integrations.heterogeneity",)
+"""What warns of each read of an entry that layers have of their own, right as it may be."""
 
 
 def show(renderable: RenderableType, pipe: int = PIPE) -> None:
@@ -73,9 +76,9 @@ def _of_the_system(problem: OSError) -> SpaError:
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr; plain lines where stderr is no terminal."""
-    from ..system.process import no_warnings
+    from ..system.process import at_level, no_warnings
 
-    with no_warnings(), _lines_or_bar() as tick:
+    with no_warnings(), at_level(_UNEQUAL, logging.ERROR), _lines_or_bar() as tick:
         yield tick
 
 

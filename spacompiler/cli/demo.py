@@ -50,6 +50,7 @@ def _run(out: Path, tick: Progress) -> tuple[list[tuple[str, ...]], list[str], d
     from ..evidence.calibration import python_text, windows
     from ..evidence.losses import perplexity
     from ..sources import named as source
+    from ..torch_backend.own_layers import loads
 
     tick(f"loading {MODEL}", 0, 8)
     found = source.load(MODEL)
@@ -64,6 +65,7 @@ def _run(out: Path, tick: Progress) -> tuple[list[tuple[str, ...]], list[str], d
         scores.append(perplexity(module, held_out))
         tick(f"a sentence from the {label} model", 7, 8)
         sentences.append(f"{label}: {_sentence(module, found.tokenizer)}")
+    sentences.append(f"{out}: {loads(type(result.module))}")
     rows = report.table_rows(result.report)
     rows.append(("perplexity on held-out text", f"{scores[0]:.2f}", f"{scores[1]:.2f}",
                  f"{scores[1] / scores[0]:.1%}"))

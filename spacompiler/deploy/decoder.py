@@ -76,11 +76,11 @@ class CachedDecoder(nn.Module):
     def forward(self, past: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
         """Return logits and the longer cache; `inputs` in the order of `names`."""
         named = dict(zip(self.names, inputs, strict=True))
-        out = self.model(**named, past_key_values=_cache(past), use_cache=True)
-        return [out.logits, *_flat(out.past_key_values)]
+        out = self.model(**named, past_key_values=as_cache(past), use_cache=True)
+        return [out.logits, *flat(out.past_key_values)]
 
 
-def _cache(past: list[Tensor]) -> Any:
+def as_cache(past: list[Tensor]) -> Any:
     """Wrap tensors as transformers' cache, without the copies that its constructor makes."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -93,7 +93,7 @@ def _cache(past: list[Tensor]) -> Any:
     return cache
 
 
-def _flat(cache: DynamicCache) -> list[Tensor]:
+def flat(cache: DynamicCache) -> list[Tensor]:
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
@@ -115,7 +115,7 @@ def trace_decoder(model: PreTrainedModel) -> Traced:
     Raises:
         SpaError: the model cannot be traced.
     """
-    past = _flat(_fresh_cache(model))
+    past = flat(_fresh_cache(model))
     total = _PAST_LENGTH + _SEQUENCE
     inputs = {"input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
               "attention_mask": torch.ones(_BATCH, total, dtype=torch.long)}
@@ -126,7 +126,7 @@ def trace_decoder(model: PreTrainedModel) -> Traced:
             "attention_mask": {0: batch, 1: Dim.AUTO}}
     shapes = [{0: batch, 2: length} for _ in past], [free[name] for name in inputs]
     try:
-        with quiet(), torch.no_grad(), _plain_kernels(model):
+        with quiet(), torch.no_grad(), plain_kernels(model):
             program = torch.export.export(
                 CachedDecoder(model, list(inputs)), (past, list(inputs.values())),
                 dynamic_shapes=shapes, strict=False)
@@ -136,14 +136,14 @@ def trace_decoder(model: PreTrainedModel) -> Traced:
                        fix="leave --decoder out: model.onnx is then written without a cache"
                        ) from problem
     drop_asserts(program.graph)
-    _read_sizes_of_ids(program.graph)
+    read_sizes_of_ids(program.graph)
     program.graph_module.recompile()
     parts = [(i, part) for i in range(len(past) // 2) for part in ("key", "value")]
     return Traced(program, [*(PAST.format(*p) for p in parts), *inputs],
                   ["logits", *(PRESENT.format(*p) for p in parts)])
 
 
-def _read_sizes_of_ids(graph: fx.Graph) -> None:
+def read_sizes_of_ids(graph: fx.Graph) -> None:
     """Let batch and sequence be sizes of `input_ids`, the first input beside the cache.
 
     The tracer reads a size where it likes; a loop may start with a cache of batch 0.
@@ -156,7 +156,7 @@ def _read_sizes_of_ids(graph: fx.Graph) -> None:
 
 
 @contextmanager
-def _plain_kernels(model: PreTrainedModel) -> Iterator[None]:
+def plain_kernels(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute attention and experts by plain operators for a while."""
     config = model.config
     attention, experts = config._attn_implementation, config._experts_implementation

@@ -56,6 +56,9 @@ def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
     for node in list(module.graph.nodes):
         if node.op == "call_function" and _needs_decomposing(node.target, table):
             replace(node, table, mode, _is_expressible)
+    for node in module.graph.nodes:  # what a view reads may lie otherwise when the exporter runs it
+        if node.target is _ATEN.view.default:
+            node.target = _ATEN.reshape.default
     module.graph.eliminate_dead_code()
 
 

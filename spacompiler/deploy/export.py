@@ -132,16 +132,11 @@ def _check_names(
 
 
 def _without_idle_nodes(ep: ExportedProgram) -> ExportedProgram:
-    """Drop checks and whole-range slices; each would cost the exporter ten ONNX nodes.
-
-    Views become reshapes, which are the same operator in ONNX.
-    """
+    """Drop checks and whole-range slices; each would cost the exporter ten ONNX nodes."""
     module = copied(ep.graph_module)
     drop_metadata_asserts(module)
     spell_out(module)
     for node in list(module.graph.nodes):
-        if node.target is _ATEN.view.default:  # what it reads may lie otherwise in the exporter
-            node.target = _ATEN.reshape.default
         if _is_idle_slice(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

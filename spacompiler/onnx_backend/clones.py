@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from .read.bodies import body_graphs
 from .read.trace import OnnxTrace
 
 
@@ -56,3 +57,6 @@ def clean(model: ir.Model) -> None:
             if id(value) not in own:
                 value.shape = None
                 value.type = value.type if value.is_graph_output() else None
+        for body in body_graphs(node):
+            for value in body.inputs:
+                value.shape = None

@@ -140,17 +140,6 @@ def depth_to_space(s: Solver, n: Node) -> None:
     p.contract(f"b {nest} h w -> b c (h r) (w r)", r=(1, "r"))(s, n)
 
 
-def branches(s: Solver, n: Node) -> None:
-    """If(condition, results of one branch, results of the other): both agree."""
-    if len(n.args) < 3:
-        raise Clash("branches whose results differ in shape")
-    s.freeze(s.dims[n.args[0].name] if isinstance(n.args[0], Ref) else (), "a condition")
-    for out, one, other in zip(n.outputs, n.args[1], n.args[2], strict=True):
-        for e, o in zip(s.dims[one.name], s.dims[other.name], strict=True):
-            s.relate(e, o, n)
-        s.put(out, s.dims[one.name])
-
-
 def resize(s: Solver, n: Node) -> None:
     """Resize(x, axes, sizes, policy): dimensions that keep their size carry over."""
     x, axes, sizes = n.args[0].name, n.args[1], n.args[2]

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from . import cuts as cut
+from . import onnx_bodies as b
 from . import onnx_caches as c
 from . import onnx_integers as i
 from . import onnx_rows as o
@@ -143,7 +144,7 @@ STANDARD: dict[str, Op] = {
     **_each(_FIXED, p.frozen("makes numbers from sizes")),
     **_each(_SEQUENCES, p.frozen("works on sequences")),
     **_each(_TEXT, p.frozen("works on text or bytes")),
-    "If": Op(o.branches, "0 :branches"), **_each("Loop Scan", p.frozen("has a body")),
+    "If": Op(b.branches, "0 :branches"), **_each("Loop Scan", b.repeat, ":body"),
     **_each("NonZero Unique Compress NonMaxSuppression Multinomial", p.frozen("depends on data")),
     **_each("MaxUnpool Col2Im CenterCropPad AffineGrid", p.frozen("writes by place")),
     "Det": Op(p.frozen("mixes rows and columns")),
@@ -172,10 +173,12 @@ CONTRIB: dict[str, Op] = {
     MS + "RotaryEmbedding": Op(o.rotary, "0 2 3 1 @num_heads=0 @rotary_embedding_dim=0"),
     MS + "GroupNorm": Op(p.frozen("is a fused norm of channels last")),
     **_each("QuantizeLinear DequantizeLinear", o.quantize, "0 1 2 @axis=1", MS),
+    MS + "MatMulNBits": Op(i.matmul_blocks, "0 1 2 3 4 5 @K @N"),
+    MS + "MoE": Op(i.experts, "0 1 2 3 4 5 6 7 @swiglu_fusion=0"),
     **_each("QLinearAdd QLinearMul QLinearSigmoid QLinearLeakyRelu QLinearConcat QLinearSoftmax "
             "QLinearGlobalAveragePool QLinearAveragePool QLinearWhere QLinearReduceMean QGemm "
             "QAttention DynamicQuantizeMatMul MatMulIntegerToFloat DynamicQuantizeLSTM "
-            "MatMulNBits NhwcMaxPool QMoE MoE QLinearConv",
+            "NhwcMaxPool QMoE QLinearConv",
             p.frozen("removed integers are not zero where the zero point is not"), domain=MS),
 }
 
@@ -186,5 +189,7 @@ CONTRIB.update(_each(_NCHWC, p.frozen(
     "is laid out for the vectors of one processor (optimise the file after pruning, or at the "
     "level 'extended')"), domain=MS + "nchwc."))
 
-OPS: Mapping[str, Op] = {**STANDARD, **CONTRIB}
+_STARTS = {name + b.START: Op(b.start) for name in ("Loop", "Scan")}
+
+OPS: Mapping[str, Op] = {**STANDARD, **_STARTS, **CONTRIB}
 TABLE: Mapping[str, Row] = {key: op.row for key, op in OPS.items()}

@@ -1,3 +1,4 @@
 """ONNX Runtime and numpy alone: sessions, decoders, times."""
 
 from .decoder import Decoder as Decoder
+from .encoder_decoder import EncoderDecoder as EncoderDecoder

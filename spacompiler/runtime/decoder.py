@@ -73,6 +73,7 @@ class Decoder:
         self._takes = {name for name in ("attention_mask", "position_ids") if name in inputs}
         self._empty = {name: inputs[name] for name in self.names.values()}
         self._outputs = ["logits", *self.names]
+        self.beside: dict[str, ort.OrtValue] = {}
 
     def start(self, batch: int) -> Cache:
         """Return an empty cache for a number of rows."""
@@ -111,7 +112,7 @@ class Decoder:
                 for name in ("input_ids", *sorted(self._takes))}
         try:
             logits, *present = self.session.run_with_ort_values(
-                self._outputs, {**feed, **cache.past})
+                self._outputs, {**feed, **self.beside, **cache.past})
         except Exception as problem:  # ONNX Runtime raises its own kinds
             raise SpaError("the decoder does not run on these tokens", why=str(problem),
                            fix="token numbers must be below the vocabulary's size") from problem

@@ -90,7 +90,16 @@ class Counted(nn.Module):
         return x[:, None] * places.sin()
 
 
+class Attends(nn.Module):
+    """Attention whose heads are laid beside each other by a copy, which a trace leaves out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x @ x.mT).softmax(-1) @ x
+        return y.transpose(1, 2).contiguous().reshape(len(x), x.shape[2], -1)
+
+
 CASES: dict[str, Any] = {
+    "attends": lambda: (Attends(), torch.randn(2, 3, 5, 4)),
     "thinned": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), Thinned()), torch.randn(2, 2, 6, 6)),
     "counted": lambda: (Counted(), torch.randn(2, 3)),
     "rms norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8)), torch.randn(3, 6)),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM
 
 import spacompiler
@@ -146,6 +147,39 @@ def test_scaled_frequencies_and_other_scales_of_attention_are_in_the_file(tmp_pa
     assert np.allclose(have, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
     query = paired(model.model.layers[0].self_attn.q_proj.weight.detach().numpy(), 4)
     assert np.allclose(found["blk.0.attn_q.weight"].data, query * 0.5 * 4, rtol=1e-5)
+
+
+def pieces(folder, *left_out):
+    """Save a tokenizer whose merges are those of SentencePiece's BPE, without some of them."""
+    made = ["\u2581a", "ab", "\u2581ab", "ba", "abba", "\u2581abba"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    vocabulary = {t: i for i, t in enumerate(
+        ["<unk>", "<s>", "</s>", *bytes_, *made, "\u2581", "a", "b"])}
+    merges = [(t[:i], t[i:]) for t in made for i in range(1, len(t))
+              if t[:i] in vocabulary and t[i:] in vocabulary]
+    words = Tokenizer(models.BPE(vocab=vocabulary, byte_fallback=True, unk_token="<unk>",
+                                 merges=[m for m in merges if m not in left_out]))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                             normalizers.Replace(" ", "\u2581")])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    return vocabulary
+
+
+def test_a_tokenizer_of_sentencepiece_has_scores_where_its_merges_are_all_there(tmp_path):
+    vocabulary = pieces(tmp_path)
+    said = write_gguf(tiny("llama", vocab_size=270), tmp_path / "m.gguf", folder=tmp_path)
+    found = fields(tmp_path / "m.gguf")
+    scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
+    assert "SentencePiece" in said["tokenizer"] and found["tokenizer.ggml.model"] == "llama"
+    assert list(vocabulary) == found["tokenizer.ggml.tokens"][:len(vocabulary)]
+    assert scores["\u2581a"] > scores["ab"] > scores["\u2581abba"] > scores["a"]
+    assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert found["tokenizer.ggml.add_space_prefix"] and found["tokenizer.ggml.bos_token_id"] == 1
+    pieces(tmp_path, ("a", "b"))
+    said = write_gguf(tiny("llama", vocab_size=270), tmp_path / "n.gguf", folder=tmp_path)
+    assert "every way" in said["tokenizer"]
+    assert fields(tmp_path / "n.gguf")["tokenizer.ggml.model"] == "no_vocab"
 
 
 def test_quantised_rows_are_whole_blocks(tmp_path):

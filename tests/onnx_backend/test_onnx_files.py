@@ -48,6 +48,12 @@ def pruned(model: onnx.ModelProto | Path, folder: Path, **options: Any) -> Resul
     return spacompiler.compile(str(model), out=folder / "out", **asked | options)
 
 
+def stored(folder: Path, name: str) -> tuple[int, ...]:
+    """The sizes of an array of the written file."""
+    graph = onnx.load(folder / "out" / "model.onnx").graph
+    return next(tuple(i.dims) for i in graph.initializer if i.name == name)
+
+
 def mlp(hidden: int = 64) -> onnx.ModelProto:
     return weights(parsed("""m (float[N, 8] x) => (float[N, 40] y) {
         a = Gemm(x, w1, b1)
@@ -437,30 +443,102 @@ def test_a_value_that_both_branches_read_is_masked_in_each(tmp_path: Path) -> No
     assert pruned(model, tmp_path, target="params~70%").job.proof.holds
 
 
+def loop() -> onnx.ModelProto:
+    """Three steps of a state that also come out stacked."""
+    return weights(parsed("""m (float[2, 8] x, int64 n) => (float[2, 4] y, float[steps, 2, 3] z) {
+        c = Constant<value_int=1>()
+        go = Cast<to=9>(c)
+        h = MatMul(x, w0)
+        g, z = Loop(n, go, h) <body = b (int64 i, bool k, float[2, 40] s) =>
+                               (bool k2, float[2, 40] s2, float[2, 3] o) {
+            k2 = Identity(k)
+            u = MatMul(s, wl)
+            t = Tanh(u)
+            s2 = Add(s, t)
+            o = MatMul(s2, wo) }>
+        y = MatMul(g, w2) }"""), w0=(8, 40), wl=(40, 40), wo=(40, 3), w2=(40, 4))
+
+
+def scan() -> onnx.ModelProto:
+    """A recurrent layer, spelt out."""
+    return weights(parsed("""m (float[5, 2, 8] x) => (float[5, 2, 4] y) {
+        h = ConstantOfShape(size)
+        e = MatMul(x, w0)
+        last, all = Scan<num_scan_inputs=1>(h, e) <body = b (float[2, 40] s, float[2, 40] v) =>
+                                                   (float[2, 40] s2, float[2, 40] o) {
+            u = MatMul(s, wl)
+            a = Add(u, v)
+            s2 = Tanh(a)
+            o = Identity(s2) }>
+        y = MatMul(all, w2) }"""), w0=(8, 40), wl=(40, 40), w2=(40, 4))
+
+
+@pytest.mark.parametrize("make", [loop, scan])
+def test_a_state_that_a_body_carries_from_step_to_step_loses_channels(make: Any,
+                                                                      tmp_path: Path) -> None:
+    model = make()
+    if make is scan:
+        numbers(model, size=[2, 40])
+    onnx.save(model, tmp_path / "m.onnx")
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    feeds = {"x": RNG.standard_normal(shape).astype(np.float32)}
+    if make is loop:
+        feeds["n"] = np.array(3)
+    result = pruned(tmp_path / "m.onnx", tmp_path, example_inputs=feeds)
+    kept = stored(tmp_path, "wl")
+    assert result.job.proof.error < 1e-10 and kept[0] == kept[1] < 40
+    assert stored(tmp_path, "w2")[0] == stored(tmp_path, "w0")[1] == kept[0]
+
+
 def test_a_body_that_is_not_entered_stays_with_its_reason(tmp_path: Path) -> None:
-    model = weights(parsed("""m (float[2, 8] x) => (float[2, 4] y) {
+    model = weights(parsed("""m (float[2, 8] x) => (float[M, 4] y) {
         n = Constant<value_int=3>()
         c = Cast<to=9>(n)
         h = MatMul(x, w0)
-        g = Loop(n, c, h) <body = b (int64 i, bool k, float[2, 16] s) =>
-                           (bool k2, float[2, 16] s2) { k2 = Identity(k) s2 = MatMul(s, wl) }>
+        g = Loop(n, c, h) <body = b (int64 i, bool k, float[P, 16] s) =>
+                           (bool k2, float[Q, 16] s2) {
+            k2 = Identity(k)
+            s2 = Concat<axis=0>(s, s) }>
         y = MatMul(g, w2) }"""), w0=(8, 16), w2=(16, 4))
-    body = next(n for n in model.graph.node if n.op_type == "Loop").attribute[0].g
-    body.initializer.append(numpy_helper.from_array(np.eye(16, dtype=np.float32), "wl"))
     onnx.save(model, tmp_path / "m.onnx")
     said = str(spacompiler.inspect(str(tmp_path / "m.onnx")))
-    assert "frozen wl:0  Loop in Loop_g has a body" in said
+    assert "frozen w0:1  Loop" in said and "its body is not understood in every value" in said
 
 
-def test_products_of_four_bit_integers_stay_with_their_reason(tmp_path: Path) -> None:
-    model = weights(parsed("""m (float[2, 8] x) => (float[2, 4] y) {
-        h = MatMul(x, w0)
-        q = com.microsoft.MatMulNBits<K=32, N=16, bits=4, block_size=32>(h, b, s)
-        y = MatMul(q, w2) }"""), w0=(8, 32), w2=(16, 4), s=(16,))
-    numbers(model, b=RNG.integers(0, 255, (16, 1, 16)).astype(np.uint8))
-    onnx.save(model, tmp_path / "m.onnx")
-    said = str(spacompiler.inspect(str(tmp_path / "m.onnx")))
-    assert "frozen w0:1  com.microsoft.MatMulNBits" in said and "zero point" in said
+def few_bits(zeros: tuple[int, ...]) -> onnx.ModelProto:
+    """Two products of four-bit integers, 16 inputs a scale; zero points if a shape is given."""
+    second = f"h, b2, s2{', z2' if zeros else ''}"
+    model = weights(parsed(f"""m (float[N, 16] x) => (float[N, 4] y) {{
+        h = com.microsoft.MatMulNBits<K=16, N=64, bits=4, block_size=16>(x, b1, s1, , , c)
+        q = com.microsoft.MatMulNBits<K=64, N=32, bits=4, block_size=16>({second})
+        y = MatMul(q, w2) }}"""), c=(64,), w2=(32, 4), s1=(64,), s2=(32, 4))
+    return numbers(model, b1=RNG.integers(0, 255, (64, 1, 8)).astype(np.uint8),
+                   b2=RNG.integers(0, 255, (32, 4, 8)).astype(np.uint8),
+                   **({"z2": RNG.integers(0, 255, zeros).astype(np.uint8)} if zeros else {}))
+
+
+@pytest.mark.parametrize("zeros", [(), (32, 2)])
+def test_products_of_four_bit_integers_lose_whole_blocks(zeros: tuple[int, ...],
+                                                         tmp_path: Path) -> None:
+    result = pruned(few_bits(zeros), tmp_path, target="params~60%")
+    assert result.job.proof.holds
+    b2 = stored(tmp_path, "b2")
+    # packed zero points belong to two blocks: then only outputs go
+    assert b2[1] == 4 if zeros else b2[1] < 4
+    assert b2[0] < 32
+
+
+@pytest.mark.parametrize(("activation", "fusion"), [("relu", 0), ("swiglu", 1)])
+def test_experts_in_one_operator_lose_channels_inside(activation: str, fusion: int,
+                                                      tmp_path: Path) -> None:
+    model = weights(parsed(f"""m (float[6, 8] x) => (float[6, 8] y) {{
+        r = MatMul(x, wr)
+        y = com.microsoft.MoE<activation_type="{activation}", k=2, swiglu_fusion={fusion}>(
+            x, r, w1, , w2) }}"""), wr=(8, 4), w1=(4, 24 * (1 + fusion), 8), w2=(4, 8, 24))
+    result = pruned(model, tmp_path, target="params~70%")
+    w1, w2 = stored(tmp_path, "w1"), stored(tmp_path, "w2")
+    assert result.job.proof.holds and w2[:2] == (4, 8) and w2[2] < 24
+    assert w1 == (4, w2[2] * (1 + fusion), 8)
 
 
 # --- what lies beside the file ----------------------------------------------------------------

@@ -158,6 +158,27 @@ def test_many_entries_of_one_size_are_searched_one_at_a_time() -> None:
     assert right in found and len(calls) < 256
 
 
+def test_numbers_of_a_list_are_entries_of_their_own() -> None:
+    class Config:
+        widths = (8, 8, 3)
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"size": 8, "widths": self.widths}
+
+    def made(changes: dict[Any, Any]) -> Any:
+        config = Config()
+        stock_search.put(config, changes)  # type: ignore[arg-type]
+        return config.widths
+
+    def wrong(changes: dict[Any, Any]) -> int:
+        return sum(a != b for a, b in zip(made(changes), (6, 4, 3), strict=True))
+
+    found = next(c for c in stock_search.candidates(  # type: ignore[arg-type]
+        Config(), {8: {4, 6}}, wrong) if not wrong(c))
+    least = stock_search.least(found, lambda some: not wrong(some))
+    assert stock_search.spelt(Config(), least) == {"widths": [6, 4, 3]}  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("limit", [1, stock_search.LIMIT])
 def test_fewer_heads_are_not_taken_for_narrower_ones(
         monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

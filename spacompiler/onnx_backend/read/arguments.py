@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ...errors import SpaError
 from ...graph.ir import Ref, Tensor
-from .shapes import body_graphs
+from .bodies import body_graphs, body_of
 from .trace import OnnxTrace, Place
 
 _QUANTISED = ("DequantizeLinear", "QuantizeLinear", "ConvInteger", "MatMulInteger", "QLinear")
@@ -214,8 +214,16 @@ def _branches(low: Arguments, node: ir.Node, name: str, at: int) -> list[Any]:
     return [[low.ref(v) for v in side] for side in results]
 
 
+def _body(low: Arguments, node: ir.Node, name: str, at: int) -> list[Any]:
+    body = body_of(node)
+    if body is None or not low.facts.entered(node):
+        raise Unknown("its body is not understood in every value")
+    sides = (body.states, body.after, body.steps)
+    return [*([low.ref(v) for v in side] for side in sides), list(body.axes[1])]
+
+
 COMPUTED: Mapping[str, Callable[[Arguments, ir.Node, str, int], list[Any]]] = {
     "normalised": _normalised, "last": _last, "pieces": _pieces, "pads": _pads,
     "strides": _window("strides"), "dilations": _window("dilations"), "padding": _padding,
-    "index": _index, "softmax": _softmax, "branches": _branches,
+    "index": _index, "softmax": _softmax, "branches": _branches, "body": _body,
 }

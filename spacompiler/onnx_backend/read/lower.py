@@ -14,11 +14,13 @@ import onnx_ir as ir
 
 from ...errors import SpaError
 from ...graph.ir import Graph, Node, Ref, Tensor
+from ...rows.onnx_bodies import START
 from ...rows.onnx_table import OPS
 from .arguments import Arguments, Unknown
+from .bodies import body_graphs, body_of
 from .examples import GUESSES, example, guess
 from .file import OnnxFile
-from .shapes import Facts, body_graphs, infer
+from .shapes import Facts, infer
 from .trace import OnnxTrace
 
 
@@ -110,9 +112,29 @@ class _Lowering:
                 self._fill(node)
                 continue
             if self.facts.entered(node):
+                self._start(node)
                 for body in body_graphs(node):
                     self._nodes(body)
             self._node(node)
+
+    def _start(self, node: ir.Node) -> None:
+        """The node by which a body of Loop or Scan begins: it makes what the body reads."""
+        body = body_of(node)
+        if body is None:
+            return
+        name = self._free_name(f"{node.name or node.op_type}_{node.outputs[0].name}{START}")
+        outs = [v.name or "" for v in (*body.counters, *body.inside, *body.each)]
+        for out in outs:
+            self.graph.tensors[out] = Tensor(out, self.facts.shapes[out], self.arguments.dtype(out))
+        args = ([self.arguments.ref(v) for v in body.states],
+                [self.arguments.ref(v) for v in body.scanned], list(body.axes[0]))
+        self.made.nodes[name] = node
+        self.graph.nodes.append(Node(name, node.op_type + START, args, {}, tuple(outs), name))
+
+    def _free_name(self, name: str) -> str:
+        while name in self.made.nodes:
+            name += "_"
+        return name
 
     def _is_array(self, node: ir.Node) -> bool:
         source, out = node.inputs[0], node.outputs[0].name or ""
@@ -127,9 +149,8 @@ class _Lowering:
                                           "parameter", name)
 
     def _node(self, node: ir.Node) -> None:
-        name = node.name or f"{node.op_type}_{next((o.name for o in node.outputs if o.name), '')}"
-        while name in self.made.nodes:
-            name += "_"
+        name = self._free_name(
+            node.name or f"{node.op_type}_{next((o.name for o in node.outputs if o.name), '')}")
         op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         args: list[Any] = []
         try:

@@ -8,7 +8,7 @@ no inference function is observed by running the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.shape_inference import infer_node_outputs
 
 from ...errors import SpaError
+from .bodies import LOOPS, body_graphs, body_of
 
 Shape = tuple[int, ...]
 SMALL = 4096
@@ -34,7 +35,7 @@ class Facts:
     """What is known of each value: shape, type, and the numbers in it where they are few.
 
     `fixed` are the known values that follow from stored constants alone (not from a shape);
-    `closed` names the If nodes (by first result) whose branches are not entered.
+    `closed` names the nodes with bodies (by first result) that are not entered.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
@@ -44,8 +45,8 @@ class Facts:
     closed: set[str] = field(default_factory=set)
 
     def entered(self, node: ir.Node) -> bool:
-        """True for an If whose branches are understood in every value."""
-        return node.op_type == "If" and bool(node.outputs) and \
+        """True for an If, Loop or Scan whose bodies are understood in every value."""
+        return node.op_type in ("If", *LOOPS) and bool(node.outputs) and \
             node.outputs[0].name not in self.closed
 
 
@@ -55,15 +56,6 @@ Observe = Callable[[list[str]], Mapping[str, Any]]
 def sizes_of(tensor: ir.TensorProtocol) -> Shape:
     """Return the shape of a stored tensor as plain numbers."""
     return tuple(int(n) for n in tensor.shape)  # type: ignore[arg-type]
-
-
-def body_graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """Yield the graphs that a node holds (branches of If, bodies of Loop and Scan)."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def infer(model: ir.Model, sizes: Mapping[str, Shape], *, observe: Observe | None = None,
@@ -125,7 +117,7 @@ class _Inference:
         for node in list(graph):
             if self.visit is not None:
                 self.visit(node, self.facts)
-            if node.op_type == "If" and self.facts.entered(node):
+            if self.facts.entered(node):
                 self._enter(node)
             wanted = [o for o in node.outputs if o.name]
             if all(o.name in self.facts.shapes for o in wanted):
@@ -136,18 +128,61 @@ class _Inference:
         return missing
 
     def _enter(self, node: ir.Node) -> None:
-        """Infer both branches; where that fails the If stays closed."""
+        """Infer both branches, or the body; where that fails the node stays closed."""
         done = all(o.name in self.facts.shapes for o in node.outputs)
-        names = [o.name for body in body_graphs(node) for inner in body.all_nodes()
-                 for o in inner.outputs if o.name]
+        names = [v.name for body in body_graphs(node) for v in body.inputs] + [
+            o.name for body in body_graphs(node) for inner in body.all_nodes()
+            for o in inner.outputs if o.name]
         twice = len(set(names)) < len(names) or (
             not done and any(n in self.facts.shapes for n in names))
         try:
-            unknown = twice or any([self.graph(body) for body in body_graphs(node)])
+            unknown = twice or not self._given(node) or \
+                any([self.graph(body) for body in body_graphs(node)]) or not self._kept(node)
         except SpaError:
             unknown = True
         if unknown:
             self.facts.closed.add(node.outputs[0].name or "")
+
+    def _given(self, node: ir.Node) -> bool:
+        """Whether what a body that is run again and again reads is known, and noted as such."""
+        body, have = body_of(node), self.facts
+        if body is None:
+            return node.op_type == "If"
+        if any(v.name not in have.shapes for v in (*body.states, *body.scanned)):
+            return False
+        for value, number in zip(body.counters, (ir.DataType.INT64, ir.DataType.BOOL),
+                                 strict=False):
+            _put(have, value, (), int(number))
+        for value, state in zip(body.inside, body.states, strict=True):
+            _put(have, value, have.shapes[state.name or ""], have.types[state.name or ""])
+        for value, whole, axis in zip(body.each, body.scanned, body.axes[0], strict=True):
+            shape = list(have.shapes[whole.name or ""])
+            del shape[axis % len(shape)]
+            _put(have, value, tuple(shape), have.types[whole.name or ""])
+        return True
+
+    def _kept(self, node: ir.Node) -> bool:
+        """Whether each state has after a step the shape that it had before."""
+        body = body_of(node)
+        return body is None or all(
+            self.facts.shapes.get(a.name or "") == self.facts.shapes[b.name or ""]
+            for a, b in zip(body.after, body.states, strict=True))
+
+    def _repeated(self, node: ir.Node) -> None:
+        """Shapes of what a Loop or Scan returns: of stacked results only where steps are known."""
+        body = body_of(node)
+        assert body is not None
+        have = self.facts
+        for out, state in zip(node.outputs, body.states, strict=False):
+            _put(have, out, have.shapes[state.name or ""], have.types[state.name or ""])
+        if not body.scanned:
+            return
+        first, axis = have.shapes[body.scanned[0].name or ""], body.axes[0][0]
+        for out, made, at in zip(node.outputs[len(body.states):], body.steps, body.axes[1],
+                                 strict=True):
+            shape = list(have.shapes[made.name or ""])
+            shape.insert(at % (len(shape) + 1), first[axis % len(first)])
+            _put(have, out, tuple(shape), have.types[made.name or ""])
 
     def _stored(self, value: ir.Value) -> None:
         tensor = value.const_value
@@ -168,6 +203,8 @@ class _Inference:
             self._fold(node)
         elif node.op_type == "If":
             self._branches(node)
+        elif node.op_type in LOOPS and self.facts.entered(node):
+            self._repeated(node)
         else:
             self._infer(node)
 

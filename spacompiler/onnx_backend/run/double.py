@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..read.bodies import body_graphs
 from ..read.shapes import sizes_of
 
 FLOAT, DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
@@ -34,7 +35,8 @@ def to_double(model: ir.Model) -> ir.Model:
             value.type = ir.TensorType(DOUBLE)
     for node in graph.all_nodes():
         _attributes(node)
-        for value in node.outputs:
+        inner = [value for body in body_graphs(node) for value in body.inputs]
+        for value in (*node.outputs, *inner):
             if value.dtype == FLOAT:
                 value.type = ir.TensorType(DOUBLE)
     return model

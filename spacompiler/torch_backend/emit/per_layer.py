@@ -134,7 +134,7 @@ def _entries(layer: Layer, base: Config, wanted: Shapes,
         return {}
     for changes in search.candidates(base, sizes, lambda some: len(wrong(some))):
         if not (problem := wrong(changes)):
-            return search.least(changes, lambda some: not wrong(some))
+            return search.spelt(base, search.least(changes, lambda some: not wrong(some)))
     return problem[0]
 
 

@@ -6,6 +6,7 @@ tried in every combination; many are searched one at a time, by how many arrays 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +16,14 @@ from ..kinds import Config
 
 LIMIT = 256
 """Combinations that are tried one by one."""
-LAYERS = "per_layer_config"
+LAYERS, LIST = "per_layer_config", "[]"
 
 _SIZES = re.compile(r"(^|_)(inner|dim|size|width|heads)$")
 """What entries for sizes are called, where they have no value to tell them by."""
 
 Key = str | tuple[str, str, int]
-"""An entry's name, or (per_layer_config, name, old value): all layers that have this value."""
+"""An entry's name; (per_layer_config, name, old value): all layers that have this value; or
+([], name, place): one number of an entry that is a list."""
 
 
 def candidates(config: Config, sizes: Mapping[int, set[int]],
@@ -41,9 +43,12 @@ def candidates(config: Config, sizes: Mapping[int, set[int]],
     if count <= LIMIT:
         for chosen in itertools.product(*options):
             yield {**fixed, **dict(c for c in chosen if c)}
-        return
-    for start in ([option[0] for option in options], [None] * len(options)):
-        yield _descended(options, start, fixed, wrong)
+    lists: list[list[Any]] = [[*((key, new) for new in sorted(sizes[value])), None]
+                              for key, value in _numbers(config) if value in sizes]
+    for more in [*([[]] if count > LIMIT else []), *([lists] if lists else [])]:
+        every = [*options, *more]
+        for start in ([option[0] for option in every], [None] * len(every)) if every else ():
+            yield _descended(every, start, fixed, wrong)
 
 
 def _descended(options: list[list[Any]], start: list[Any], fixed: dict[Key, Any],
@@ -78,6 +83,13 @@ def _entries(config: Config) -> Iterator[tuple[Key, int]]:
                 yield (LAYERS, key, value), value
 
 
+def _numbers(config: Config) -> Iterator[tuple[Key, int]]:
+    """Yield the integers of a config's lists."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+            yield from (((LIST, name, i), v) for i, v in enumerate(value))
+
+
 def _blanks(config: Config) -> list[str]:
     """Entries for sizes that are left to the class: None stands for what it computes."""
     return [key for key, value in config.to_dict().items()
@@ -90,12 +102,24 @@ def put(config: Config, changes: Mapping[Key, Any]) -> None:
     for key, value in changes.items():
         if isinstance(key, str):
             setattr(config, key, value)
+        elif key[0] == LIST:
+            _, name, at = key
+            numbers = list(getattr(config, name))
+            setattr(config, name, [*numbers[:at], value, *numbers[at + 1:]])
     if not layers:
         return
-    inside = {key[1:]: value for key, value in changes.items() if not isinstance(key, str)}
+    inside = {key[1:]: value for key, value in changes.items() if key[0] == LAYERS}
     setattr(config, LAYERS, {layer: {name: inside.get((name, value), value)
                                      for name, value in own.items()}
                              for layer, own in layers.items()})
+
+
+def spelt(config: Config, changes: Mapping[Key, Any]) -> dict[Key, Any]:
+    """Return changed entries by their names alone, lists as a whole."""
+    made = copy.deepcopy(config)
+    put(made, changes)
+    return {name: getattr(made, name)
+            for name in (key if isinstance(key, str) else key[1] for key in changes)}
 
 
 def least(changes: dict[Key, Any], fit: Callable[[dict[Key, Any]], bool]) -> dict[Key, Any]:

@@ -1,0 +1,74 @@
+"""Encoder-decoders as two ONNX files: what was encoded is read with a cache, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from spacompiler.deploy.encoder_decoder import check_encoder_decoder, export_pair, pair_parity
+from spacompiler.errors import SpaError, UsageError
+from spacompiler.runtime import EncoderDecoder
+
+
+def t5() -> tuple[Any, dict[str, torch.Tensor]]:
+    config = T5Config(vocab_size=40, d_model=16, d_kv=6, d_ff=20, num_layers=1, num_heads=2,
+                      decoder_start_token_id=0, eos_token_id=1)
+    return T5ForConditionalGeneration(config), {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+
+
+def whisper() -> tuple[Any, dict[str, torch.Tensor]]:
+    config = WhisperConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20, num_mel_bins=8,
+        max_source_positions=10, max_target_positions=24, pad_token_id=2, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=3)
+    return WhisperForConditionalGeneration(config), {"input_features": torch.randn(1, 8, 20)}
+
+
+@pytest.fixture(scope="module", params=[t5, whisper])
+def written(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, example inputs, and the folder that both of its files lie in."""
+    torch.manual_seed(0)
+    model, example = request.param()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5)
+    folder = tmp_path_factory.mktemp("pair")
+    export_pair(model.eval(), example, folder)
+    return model, example, folder
+
+
+def test_both_files_write_what_torch_writes(written: Any) -> None:
+    for check in pair_parity(*written):
+        assert check.same == check.tokens and check.max_rel < 1e-4
+
+
+def test_what_was_encoded_is_read_once(written: Any) -> None:
+    model, example, folder = written
+    runner = EncoderDecoder(folder)
+    with pytest.raises(UsageError, match="the encoder reads input_"):
+        runner.read(sound=np.ones((1, 3)))
+    runner.read(**{name: value[:1].numpy() for name, value in example.items()})
+    inputs = {i.name for i in onnx.load(folder / "decoder.onnx").graph.input}
+    assert inputs >= {"cross.0.key", "past_key_values.0.key"} and "encoded" not in inputs
+    start = torch.zeros(1, 1, dtype=torch.long)
+    made = model.generate(**{name: value[:1] for name, value in example.items()},
+                          decoder_input_ids=start, max_new_tokens=4, do_sample=False)[0].tolist()
+    assert [0, *runner.generate([[0]], 4)[0].tolist()][:len(made)] == made
+
+
+def test_a_model_that_reads_neither_text_nor_sound_is_refused() -> None:
+    model, _ = t5()
+    model.main_input_name = "pixel_values"
+    with pytest.raises(SpaError, match="as an encoder and a decoder"):
+        check_encoder_decoder(model)
