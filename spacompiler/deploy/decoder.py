@@ -94,6 +94,7 @@ def as_cache(past: list[Tensor]) -> Any:
 
 
 def flat(cache: DynamicCache) -> list[Tensor]:
+    """Return keys and values of layer 0, layer 1, …"""
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 

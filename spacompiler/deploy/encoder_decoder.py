@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from ..errors import SpaError
 from ..runtime.decoder import PAST, PRESENT
@@ -117,24 +117,9 @@ def trace_pair(model: PreTrainedModel, example: Mapping[str, Any]) -> tuple[Trac
         SpaError: the model cannot be traced so.
     """
     inputs = _encoder_inputs(model, example)
-    text = "attention_mask" in inputs
-    batch, encoded = Dim("batch"), Dim("encoded")
-    free = {0: batch, 1: encoded} if text else {0: batch}
     try:
         with quiet(), torch.no_grad(), plain_kernels(model):
-            first = EncoderSide(model, list(inputs))
-            cross = first(list(inputs.values()))
-            once = torch.export.export(first, (list(inputs.values()),),
-                                       dynamic_shapes=([free] * len(inputs),), strict=False)
-            past = [t.new_zeros(t.shape[0], t.shape[1], _PAST, t.shape[3]) for t in cross]
-            given = [torch.zeros(len(cross[0]), _SEQUENCE, dtype=torch.long),
-                     *([inputs["attention_mask"]] if text else [])]
-            shapes = ([{0: batch, 2: Dim("past")}] * len(past),
-                      [{0: batch, 2: encoded}] * len(past),
-                      [{0: batch, 1: Dim("sequence")}, {0: batch, 1: encoded}][:len(given)])
-            width = model.get_encoder()(**inputs).last_hidden_state.shape[-1]
-            again = torch.export.export(DecoderSide(model, width), (past, cross, given),
-                                        dynamic_shapes=shapes, strict=False)
+            once, again = _programs(model, inputs)
     except Exception as problem:  # the tracer raises many kinds
         raise SpaError("the encoder and the decoder cannot be traced with a cache",
                        where=type(model).__name__,
@@ -146,12 +131,31 @@ def trace_pair(model: PreTrainedModel, example: Mapping[str, Any]) -> tuple[Trac
     read_sizes_of_ids(again.graph)
     for program in (once, again):
         program.graph_module.recompile()
-    parts = [(i, part) for i in range(len(past) // 2) for part in ("key", "value")]
+    count = len(once.graph_signature.user_outputs) // 2
+    parts = [(i, part) for i in range(count) for part in ("key", "value")]
     read = [CROSS.format(*p) for p in parts]
+    given = ["input_ids", *(["encoder_attention_mask"] if "attention_mask" in inputs else [])]
     return Traced(once, list(inputs), read), Traced(
-        again, [*(PAST.format(*p) for p in parts), *read,
-                *["input_ids", "encoder_attention_mask"][:len(given)]],
+        again, [*(PAST.format(*p) for p in parts), *read, *given],
         ["logits", *(PRESENT.format(*p) for p in parts)])
+
+
+def _programs(model: PreTrainedModel,
+              inputs: Mapping[str, Tensor]) -> tuple[ExportedProgram, ExportedProgram]:
+    text = "attention_mask" in inputs
+    batch, encoded = Dim("batch"), Dim("encoded")
+    first, values = EncoderSide(model, list(inputs)), list(inputs.values())
+    cross, width = first(values), model.get_encoder()(**inputs).last_hidden_state.shape[-1]
+    free = {0: batch, 1: encoded} if text else {0: batch}
+    once = torch.export.export(first, (values,), dynamic_shapes=([free] * len(inputs),),
+                               strict=False)
+    past = [t.new_zeros(t.shape[0], t.shape[1], _PAST, t.shape[3]) for t in cross]
+    given = [torch.zeros(len(cross[0]), _SEQUENCE, dtype=torch.long),
+             *([inputs["attention_mask"]] if text else [])]
+    shapes = ([{0: batch, 2: Dim("past")}] * len(past), [{0: batch, 2: encoded}] * len(past),
+              [{0: batch, 1: Dim("sequence")}, {0: batch, 1: encoded}][:len(given)])
+    return once, torch.export.export(DecoderSide(model, width), (past, cross, given),
+                                     dynamic_shapes=shapes, strict=False)
 
 
 _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"},

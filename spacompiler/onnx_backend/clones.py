@@ -51,12 +51,22 @@ def store(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol,
 def clean(model: ir.Model) -> None:
     """Drop dead nodes and unused initialisers, and what the file said about shapes inside."""
     passes.RemoveUnusedNodesPass()(model)
+    forget_bodies(model)
     own = {id(value) for value in model.graph.outputs}
     for node in model.graph.all_nodes():
         for value in node.outputs:
             if id(value) not in own:
                 value.shape = None
                 value.type = value.type if value.is_graph_output() else None
+
+
+def forget_bodies(model: ir.Model) -> None:
+    """Drop what a file says about shapes of what goes into bodies and comes out.
+
+    Single numbers stay such: ONNX Runtime asks of a Loop that its counter is one.
+    """
+    for node in model.graph.all_nodes():
         for body in body_graphs(node):
-            for value in body.inputs:
-                value.shape = None
+            for value in (*body.inputs, *body.outputs):
+                if value.shape is not None and len(value.shape):
+                    value.shape = None

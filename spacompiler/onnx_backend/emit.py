@@ -23,7 +23,7 @@ from ..errors import ProofError
 from ..groups.solution import Solution
 from ..plan.effects import NormChange, norm_changes
 from ..rows.findings import Path
-from .clones import clean, same_nodes, store, values_of
+from .clones import clean, forget_bodies, same_nodes, store, values_of
 from .read.shapes import Facts, infer
 from .read.stored import release
 from .read.trace import OnnxTrace, Place
@@ -85,6 +85,7 @@ def rewrite(trace: OnnxTrace, solution: Solution, choices: Choices,
     values = {v.name: v for v in values_of(model)}
     for name in arrays.changed():
         store(model, values[name], _lazy(arrays, name), arrays.shape(name))
+    forget_bodies(model)
     _Sizes(trace, solution, choices, model, nodes).write()
     if double:
         exact = Arrays(trace, solution, choices, wrong, double=True)

@@ -91,15 +91,20 @@ class Counted(nn.Module):
 
 
 class Attends(nn.Module):
-    """Attention whose heads are laid beside each other by a copy, which a trace leaves out."""
+    """Attention with a learned bias: how its result lies depends on whether gradients flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.bias = nn.Linear(12, 12), nn.Parameter(torch.zeros(3, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = (x @ x.mT).softmax(-1) @ x
-        return y.transpose(1, 2).contiguous().reshape(len(x), x.shape[2], -1)
+        q = self.query(x).view(len(x), -1, 3, 4).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=self.bias + q @ q.mT)
+        return y.transpose(1, 2).reshape(len(x), x.shape[1], -1)
 
 
 CASES: dict[str, Any] = {
-    "attends": lambda: (Attends(), torch.randn(2, 3, 5, 4)),
+    "attends": lambda: (Attends(), torch.randn(2, 5, 12)),
     "thinned": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), Thinned()), torch.randn(2, 2, 6, 6)),
     "counted": lambda: (Counted(), torch.randn(2, 3)),
     "rms norm": lambda: (nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8)), torch.randn(3, 6)),
