@@ -528,17 +528,15 @@ def test_products_of_four_bit_integers_lose_whole_blocks(zeros: tuple[int, ...],
     assert b2[0] < 32
 
 
-@pytest.mark.parametrize(("activation", "fusion"), [("relu", 0), ("swiglu", 1)])
-def test_experts_in_one_operator_lose_channels_inside(activation: str, fusion: int,
-                                                      tmp_path: Path) -> None:
-    model = weights(parsed(f"""m (float[6, 8] x) => (float[6, 8] y) {{
+def test_experts_in_one_operator_lose_channels_inside(tmp_path: Path) -> None:
+    model = weights(parsed("""m (float[6, 8] x) => (float[6, 8] y) {
         r = MatMul(x, wr)
-        y = com.microsoft.MoE<activation_type="{activation}", k=2, swiglu_fusion={fusion}>(
-            x, r, w1, , w2) }}"""), wr=(8, 4), w1=(4, 24 * (1 + fusion), 8), w2=(4, 8, 24))
+        y = com.microsoft.MoE<activation_type="swiglu", k=2, swiglu_fusion=1>(
+            x, r, w1, , w2) }"""), wr=(8, 4), w1=(4, 48, 8), w2=(4, 8, 24))
     result = pruned(model, tmp_path, target="params~70%")
     w1, w2 = stored(tmp_path, "w1"), stored(tmp_path, "w2")
     assert result.job.proof.holds and w2[:2] == (4, 8) and w2[2] < 24
-    assert w1 == (4, w2[2] * (1 + fusion), 8)
+    assert w1 == (4, 2 * w2[2], 8)  # gates lie beside what they gate
 
 
 # --- what lies beside the file ----------------------------------------------------------------
