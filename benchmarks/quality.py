@@ -51,6 +51,7 @@ SHARES = ("80%", "65%", "50%")
 LENGTH = 512
 MLP = ("*.mlp.*",)
 KV_GROUPS = "*.q_proj.weight:0.0"
+SUMS = ("count", "seen", "total", "gram")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ METHODS: dict[str, Method] = {
                            schedule=Gates(scales=0)),
     "gates": Method("curvature", repair="refit(damping=0.1)", only=(), floor=0.02,
                     schedule=Gates()),
-    "gates, in sequence": Method("curvature", only=(), floor=0.02, schedule=Gates(),
+    "gates, streams": Method("curvature", repair="refit(damping=0.1)", only=(), floor=0.02,
+                             schedule=Gates(streams=True)),
+    "gates, in sequence": Method("curvature", only=(), floor=0.02, schedule=Gates(streams=True),
                                  repair="refit(sequential=True, residual=True, every=True)"),
     "gates, nothing else": Method("curvature", only=(), floor=0.02,
                                   schedule=Gates(refit=0.0, scales=0)),
@@ -231,7 +234,9 @@ def _sums(held: Mapping[str, Any]) -> dict[bool, dict[str, Any]]:
 
 
 def _taken(context: Scores) -> dict[str, Any]:
-    return {key: vars(s["covariance"]) for key, s in context._inputs.items()}
+    """Covariances as arrays and numbers: what a file holds is read again without code."""
+    return {key: {name: getattr(s["covariance"], name) for name in SUMS}
+            for key, s in context._inputs.items()}
 
 
 def _give(context: Scores, inputs: Mapping[str, Any]) -> None:
@@ -323,7 +328,7 @@ def learned(bench: Bench, method: Method, share: str, task: Any) -> tuple[Scored
     """Return what gates learned, and the CPU seconds of it: once for all rows of equal gates."""
     place = bench.results.with_suffix(".gates.pt")
     held = torch.load(place, weights_only=True) if place.exists() else {}
-    gates = replace(method.schedule, scales=0)
+    gates = replace(method.schedule, scales=0, streams=False)
     key = f"{share} {gates}" + " continued" * method.continued
     if key not in held:
         start = time.process_time()

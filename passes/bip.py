@@ -20,7 +20,7 @@ class Bip(Gating):
 
     name: ClassVar[str] = "bip"
     learner: ClassVar[type[Learner]] = Bilevel
-    criterion: str = "magnitude"
+    criterion: str = "taylor"
     relaxation: str = "straight-through"
     budget: str = "projection(trade=False)"
     beside: str = "everything"

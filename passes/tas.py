@@ -18,7 +18,7 @@ class Tas(Gating):
     """
 
     name: ClassVar[str] = "tas"
-    criterion: str = "magnitude"
+    criterion: str = "taylor"
     relaxation: str = "widths(heat=5.0)"
     budget: str = "penalty(strength=2.0, both=True)"
     beside: str = "everything"

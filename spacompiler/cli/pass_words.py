@@ -53,6 +53,8 @@ USE: Mapping[str, str] = {
     "bip": "masks and weights answer to each other",
     "polarise": "gates that see inputs, pushed to one network",
     "tas": "widths are searched while all trains",
+    "merge-experts": "mixtures: experts that go leave something behind",
+    "pat": "the hidden dimension is to go, operators train beside",
     "progressive": "a little goes, a little is trained, and so on",
     "lisa": "all weights, with memory for a few blocks",
     "owlore": "as lisa, blocks with outliers first",

@@ -23,7 +23,7 @@ from ..request import registry
 from ..stages.records import Scheduling, Scored
 from ..torch_backend.gather.context import fresh_context
 from ..torch_backend.run.observe import ProgramNetwork
-from .beside import Beside, beside
+from .beside import Beside, Operators, beside
 from .budgets import budget
 from .folding import check, fold, products, scalable
 from .learning import Learner, Pace
@@ -47,7 +47,8 @@ class Gating:
     network, and the errors of products that read gated slices. A step is one batch of the
     calibration, or a piece of one: `rows` examples, `length` tokens. With `refit`, gradients know
     that the others are fit anew, on a ridge of so much of the mean diagonal. Then, after the repair
-    if there is one, `scales` steps fit a factor of each slice that stays.
+    if there is one, `scales` steps fit a factor of each slice that stays; with `streams` also one
+    of each row that writes into the hidden dimension.
     """
 
     criterion: str = "taylor"
@@ -67,6 +68,7 @@ class Gating:
     refit: float = 0.0
     scales: int = 0
     scale_lr: float = 0.01
+    streams: bool = False
     lean: bool = False
     name: ClassVar[str] = ""
     by_layer: ClassVar[bool] = True
@@ -120,9 +122,13 @@ class Gating:
         if not self.scales:
             return
         gated = Gated(task.trace, task.solution, [g for g in task.candidates if g.reads])
+        hidden = [g for g in task.solution.groups.values() if g.role == "hidden"]
+        trains = Operators(rank=0) if self.streams and hidden else Beside()
+        trains.start(Gated(task.trace, task.solution, hidden), ProgramNetwork(task.trace).stored,
+                     torch.Generator())
         learn_scales(gated, chosen, self._aim(task, gated, _dense(task)),
                      endless(self._pieces(task), task.seed + 1), task,
-                     steps=self.scales, lr=self.scale_lr)
+                     steps=self.scales, lr=self.scale_lr, trains=trains)
 
     # --- parts --------------------------------------------------------------------------------
 
@@ -134,7 +140,8 @@ class Gating:
                           for name in sorted(without))
         groups = [g for g in task.candidates if g.name not in without]
         if not groups:
-            raise TargetError("nothing to prune", where=self.name, why=task.notes[-1],
+            raise TargetError("nothing to prune", where=self.name,
+                              why="; ".join(task.notes[-2:]) or "no group may go",
                               fix="score in one shot (no --schedule)")
         return Gated(task.trace, task.solution, groups)
 
@@ -143,7 +150,7 @@ class Gating:
         network, soft = ProgramNetwork(task.trace), relaxation(self.relaxation)
         soft.start(gated.groups, standardised(scores, _prices(problem)), problem)
         trains = beside(self.beside)
-        trains.start(task.trace, network.stored, torch.Generator().manual_seed(task.seed))
+        trains.start(gated, network.stored, torch.Generator().manual_seed(task.seed))
         return self.learner(
             gated, soft, budget(self.budget), trains,
             self._aim(task, gated, network.stored), Projection(problem),
@@ -175,13 +182,16 @@ class Gating:
 
     def _fold(self, task: Scheduling, gated: Gated, made: Learner,
               kept: dict[str, np.ndarray]) -> None:
-        """Put what was learned into the program, and check that it computes what gates did."""
-        able, final = scalable(gated), made.final()
+        """Put what was learned into the program, and check that it computes what gates did.
+
+        What trained did so without the slices that go: where that can be said by zeros they are
+        put there, so that a repair takes the network as it trained for the one to come near to.
+        """
+        able, final, trained = scalable(gated), made.final(), made.beside.trained()
         values = ones(gated.groups) | {
             n: torch.where(torch.from_numpy(kept[n]), final[n].double(), 0.0)
-            for n in able if not bool((final[n] == 1).all())}
-        trained = made.beside.trained()
-        if not trained and all(bool((z == 1).all()) for z in values.values()):
+            for n in able if trained or not bool((final[n] == 1).all())}
+        if all(bool((z == 1).all()) for z in values.values()) and not trained:
             return
         network, mask = ProgramNetwork(task.trace), choices(list(gated.groups), kept)
         call = task.trace.labelled(task.trace.args, task.trace.kwargs)

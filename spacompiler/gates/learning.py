@@ -18,7 +18,7 @@ from .network import Gated, Gates, ones
 from .objective import Aim
 from .projection import Order, Projection, choices, tables
 from .refits import Refitted
-from .relaxations import Arrays, Relaxation
+from .relaxed import Arrays, Relaxation
 from .soft_cost import SoftCost
 
 
@@ -103,7 +103,8 @@ class Learner:
             raise SpaError("learning gates diverged: the loss is not finite",
                            fix="lower the learning rates: lr, beside_lr")
         share = self.share(gates, at)
-        return loss + self.budget.term(share, self._share, at) + self.relaxation.term()
+        beside = self.relaxation.term() + self.beside.term()
+        return loss + self.budget.term(share, self._share, at) + beside
 
     def gates(self, at: float) -> Gates:
         """Return what reads are multiplied by: a mask that meets the budget, or soft gates."""

@@ -17,16 +17,21 @@ OPTIONS = ("target", "roles", "only", "ignore", "approximate", "align", "floor",
 class Manner:
     """How a pruner works, beside what it is to do.
 
-    `ema` is the memory of the moving averages, `prove` whether each shrunk model is checked.
-    Raises UsageError for an ema outside of [0, 1).
+    `ema` is the memory of the moving averages, `prove` whether each shrunk model is checked,
+    `soft` what the weights of slices that are next to go are multiplied by after each step.
+    Raises UsageError for an ema outside of [0, 1), or a soft outside of (0, 1].
     """
 
     ema: float = 0.9
     prove: bool = True
+    soft: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema < 1:
             raise UsageError(f"ema must be from 0 to below 1, not {self.ema}")
+        if not 0 < self.soft <= 1:
+            raise UsageError(f"soft must be above 0, at most 1, not {self.soft}",
+                             fix="soft=0.95 takes a twentieth at each step; 1 is no soft shrinking")
 
 
 def split(options: Mapping[str, object]) -> tuple[Manner, dict[str, object]]:

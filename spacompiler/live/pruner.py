@@ -21,6 +21,7 @@ from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.options import recipe, split
 from spacompiler.live.shrinking import Shrinking
 from spacompiler.live.sites import Site
+from spacompiler.live.softening import soften
 from spacompiler.live.watch import GATES, Watch
 from spacompiler.plan import legal as allocation
 from spacompiler.plan.plan import costs
@@ -56,6 +57,8 @@ class Pruner:
             (gradients at activations) and weight_gradients (`.grad`).
         ema: the moving average's memory, 0 to below 1 (0.9).
         prove: compare each shrunk model with the masked one (True).
+        soft: what slices that would go at the end, by the scores so far, are multiplied by after
+            each step (1: nothing); what was shrunk wrongly may grow again (ISS-P, 2023).
         options: further fields of `Recipe`: roles, only, ignore, approximate, align (1), floor,
             seed, layout (`uniform`: all layers alike, as a transformers config can say; `any`;
             `auto`: uniform where that meets the target).
@@ -81,7 +84,7 @@ class Pruner:
         self.schedule = ramp.find(schedule)
         self.importance = registry.find("importance", importance)
         self.allocation = registry.find("allocation", allocation)
-        self.ema, self.steps, self.done = manner.ema, 0, False
+        self.ema, self.soft, self.steps, self.done = manner.ema, manner.soft, 0, False
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[Any] = []
         self._scores: dict[str, np.ndarray] = {}
@@ -148,6 +151,9 @@ class Pruner:
             raise UsageError("the schedule does not know how many steps the run has",
                              fix="say so: schedule='cubic(steps=1000)'")
         self.steps += 1
+        if not self.done and self.soft < 1 and (self._measured or not self.importance.needs):
+            later = self.live.kept.relative(self.planned(1.0), self.live.solution)
+            soften(self.model, self.live.solution, later, self.soft)
         if self.done or not self.schedule.due(self.steps):
             return False
         return self.shrink(self.schedule.share(self.steps))

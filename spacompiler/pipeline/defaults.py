@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -13,25 +14,57 @@ from ..stages.records import Request, Subject, Traced
 from .resolved import is_open
 
 
-def importance_for(module: object, asked: object, calibration: object) -> object:
-    """The criterion that `auto` stands for: one of gradients where there are any."""
+@dataclass(frozen=True)
+class Effort:
+    """What `auto` stands for at one point of the trade between time and quality.
+
+    `gradients` is the criterion of modules, `forward` that of what has no gradients, `tried` the
+    allocation of modules where scoring reads real data, `mended` the repair where there is any.
+    """
+
+    gradients: str
+    forward: str
+    tried: str
+    mended: str
+
+
+THOROUGH = "refit(sequential=True, residual=True, every=True)"
+EFFORTS: Mapping[str, Effort] = {
+    "quick": Effort("wanda", "wanda", "uniform", "refit"),
+    "default": Effort("taylor", "wanda", "tried", "refit"),
+    "best": Effort("curvature", "obs", "measured", THOROUGH)}
+
+
+def importance_for(module: object, asked: object, calibration: object, effort: str) -> object:
+    """The criterion that `auto` stands for: one of gradients where there are any.
+
+    One of inputs, or of a thorough effort, gives way to `taylor` or `magnitude` without data.
+    """
     if asked != "auto":
         return asked
+    without = calibration == "none"
     if isinstance(module, nn.Module):
-        return "taylor"
-    return "magnitude" if calibration is None or calibration == "none" else "wanda"
+        return EFFORTS["default" if without else effort].gradients
+    return "magnitude" if calibration is None or without else EFFORTS[effort].forward
 
 
 def allocation_for(module: object, asked: object, calibration: Calibration,
-                   needs: Sequence[str]) -> object:
+                   needs: Sequence[str], effort: str) -> object:
     """The allocation that `auto` stands for: what trials say, where scoring reads real data.
 
     A compile that looks at weights alone runs no network, and allocates uniformly.
     """
     if asked != "auto":
         return asked
-    return "tried" if isinstance(module, nn.Module) and calibration.real and needs \
+    return EFFORTS[effort].tried if isinstance(module, nn.Module) and calibration.real and needs \
         else "uniform"
+
+
+def repair_for(asked: object, fits: bool, effort: str) -> object:
+    """The repair that `auto` stands for; `fits` says that one may be taken unasked."""
+    if asked != "auto":
+        return asked
+    return EFFORTS[effort].mended if fits else "none"
 
 
 def settled(ask: Request, subject: Subject, traced: Traced) -> Importance:

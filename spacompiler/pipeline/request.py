@@ -200,7 +200,7 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
         raise UsageError("the model brings no data of its own", where="calibration own",
                          fix="give a file, batches, or leave calibration out")
     scorer = registry.find("importance", defaults.importance_for(
-        model, given.asked(recipe, "importance"), given.calibration))
+        model, given.asked(recipe, "importance"), given.calibration, recipe.effort))
     schedule, mends = given.asked(recipe, "schedule"), given.asked(recipe, "repair")
     trains = registry.find("schedule", schedule) if schedule else None
     needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
@@ -214,8 +214,9 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
     ask = Request(
         recipe, scorer, registry.find("allocation", defaults.allocation_for(
             model, given.asked(recipe, "allocation"), batches,
-            () if trains else scorer.needs)), batches,
-        compensation=_compensation(mends, batches, bool(scorer.needs) and fits),
+            () if trains else scorer.needs, recipe.effort)), batches,
+        compensation=_compensation(defaults.repair_for(
+            mends, bool(scorer.needs) and fits and batches.real, recipe.effort), batches),
         must_repair=mends != "auto" and "repair" not in recipe.automatic,
         schedule=trains, loss=given.loss or default_loss,
         tokenizer=given.tokenizer, name=given.name or type(model).__name__,
@@ -238,13 +239,8 @@ def _with_recovery(ask: Request, given: Given, model: nn.Module, inputs: Inputs)
                    checkpoint=given.checkpoint)
 
 
-def _compensation(what: object, batches: Calibration, fits: bool) -> Any:
-    """The compensation pass, or None: then what stays keeps its weights.
-
-    `fits` says that one may be taken unasked.
-    """
-    if what == "auto":
-        what = "refit" if fits and batches.real else "none"
+def _compensation(what: object, batches: Calibration) -> Any:
+    """The compensation pass, or None: then what stays keeps its weights."""
     if what == "none":
         return None
     found = registry.find("compensation", what)

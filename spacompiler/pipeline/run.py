@@ -25,8 +25,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 STAGES = ("merging adapters", "checking weights", "continuing text", "dropping blocks",
-          "tracing and solving axes", "scoring", "allocating", "repairing", "learning factors",
-          "proving", "emitting",
+          "tracing and solving axes", "scoring", "allocating", "repairing",
+          "finishing the schedule", "proving", "emitting",
           "setting the result apart", "keeping the adapter", "recovering", "comparing")
 DRY_STAGES = STAGES[:7]
 IN_MEMORY = (*STAGES[4:9], STAGES[10])
@@ -34,7 +34,7 @@ ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "continuing text": lambda ask, _: ask.recipe.continued,
     "dropping blocks": lambda ask, _: bool(ask.recipe.blocks),
     "repairing": lambda ask, _: ask.compensation is not None,
-    "learning factors": lambda ask, _: bool(getattr(ask.schedule, "scales", 0)),
+    "finishing the schedule": lambda ask, _: hasattr(ask.schedule, "after"),
     "setting the result apart": lambda _, subject: isinstance(subject.given, nn.Module),
     "keeping the adapter": lambda ask, _: ask.recipe.keep_adapter,
     "recovering": lambda ask, _: ask.recovery is not None,
@@ -68,9 +68,10 @@ def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = Fals
         return Compiled(ask, subject, traced, scored, decided)
     if "repairing" in do.stages:
         decided = do("repairing", finish.repair, ask, subject, scored, decided)
-    if "learning factors" in do.stages:
-        task = scheduling(ask, subject, replace(traced, candidates=scored.candidates))
-        do("learning factors", ask.schedule.after, task, decided.choices)
+    if "finishing the schedule" in do.stages:
+        task = replace(scheduling(ask, subject, replace(traced, candidates=scored.candidates)),
+                       scores=scored.scores)
+        do("finishing the schedule", ask.schedule.after, task, decided.choices)
     scored = replace(scored, context=None)  # statistics are large, and nobody asks for them now
     proof = None
     if "proving" in do.stages:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ..errors import UsageError, did_you_mean
 from . import recipe_file
+from .blocks import parse_blocks
 from .combinations import check_combination
 from .needs import check_needs
 from .options import (
@@ -39,12 +40,13 @@ from .targets import parse_targets
 from .wishes import check_wishes
 
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
+EFFORTS = ("quick", "default", "best")
 LAYOUTS = ("auto", "uniform", "per-layer", "any")
 SEEDS = 1 << 32
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCK = 32
 """Values that a quantised type of a GGUF file keeps together."""
-DECIDING = {"calibration", "importance", "schedule", "blocks", "keep_adapter"}
+DECIDING = {"calibration", "effort", "importance", "schedule", "blocks", "keep_adapter"}
 """Options that say what suits where others are left open."""
 
 
@@ -113,6 +115,11 @@ class Recipe(Options):
         "bytes, memory (weights and key/value cache, @BATCHxLENGTH), active (of a mixture's "
         "experts) or latency (in ONNX Runtime); params~70%: the nearest that can be reached; "
         "amounts: latency@1x128=12ms, memory=300MB; several, with commas between, are limits.")
+    effort: str = option(
+        "default", QUALITY, "What is taken where passes are left open: quick (scores of one "
+        "forward pass, no trials), default, or best (curvature, moves measured on the pruned "
+        "network, a repair of every layer in turn: many times as long).",
+        check=one_of(EFFORTS, "effort"))
     importance: str = option(
         "auto", QUALITY, "Pass that scores slices (see `passes`). Default: taylor; for ONNX files "
         "one without gradients.", passes="importance")
@@ -329,22 +336,3 @@ class Errand(Trusting):
     checkpoint: Path | None = option(
         None, RECOVERY, "Save the training here, and continue it if it was stopped.",
         metavar="DIR")
-
-
-def parse_blocks(text: str) -> int | tuple[str, ...] | None:
-    """Return how many blocks go, or which; None for `auto`. Raises UsageError for nonsense.
-
-    >>> parse_blocks("4"), parse_blocks("auto"), parse_blocks("h.3, h.4")
-    (4, None, ('h.3', 'h.4'))
-    """
-    if text == "auto":
-        return None
-    if re.fullmatch(r"[+-]?\d+", text):
-        if int(text) < 1:
-            raise UsageError(f"cannot drop {text} blocks", fix="give a number from 1, or auto")
-        return int(text)
-    paths = tuple(part.strip() for part in text.split(","))
-    if not all(paths) or len(set(paths)) < len(paths):
-        raise UsageError(f"cannot read blocks {text!r}",
-                         fix="give a number, auto, or paths with commas between")
-    return paths

@@ -20,7 +20,7 @@ from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
 from ..plan.problem import MISS
-from ..request.recipe import parse_blocks
+from ..request.blocks import parse_blocks
 from ..request.targets import parse_target
 from ..stages.records import Emitted, Request, Subject
 from ..torch_backend.weights import results

@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn import functional
 
 from spacompiler.artifact.recorded import claims
-from spacompiler.errors import UsageError
+from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calibration import Calibration
 from spacompiler.evidence.losses import labelled
 from spacompiler.gates import gating, scaling
+from spacompiler.gates.beside import beside
 from spacompiler.gates.network import Gated, ones
 from spacompiler.gates.projection import Projection, choices, tables
 from spacompiler.gates.refits import _fit
+from spacompiler.gates.relaxations import relaxation
 from spacompiler.gates.soft_cost import SoftCost
 from spacompiler.groups.cost import cost
 from spacompiler.passes.bip import Bip
@@ -26,6 +28,7 @@ from spacompiler.passes.ddp import Ddp
 from spacompiler.passes.gates import Gates
 from spacompiler.passes.grasp_gates import GraspGates
 from spacompiler.passes.lapp import Lapp
+from spacompiler.passes.pat import Pat
 from spacompiler.passes.polarise import Polarise
 from spacompiler.passes.progressive import Progressive
 from spacompiler.passes.tas import Tas
@@ -126,7 +129,7 @@ def few(row, **options):
     return replace(row, steps=12, **options)
 
 
-ROWS = [(few(Gates(), criterion="taylor", length=0, scales=3), "text"),
+ROWS = [(few(Gates(), criterion="taylor", length=0, scales=3, streams=True), "text"),
         (few(Gates(), criterion="taylor", scales=3), "images"),
         (few(GraspGates(), scales=3), "text"), (few(Compresso(), beside_lr=0.01), "text"),
         (few(Ddp()), "images"), (few(Lapp()), "images"), (few(Tas()), "images"),
@@ -182,6 +185,72 @@ def test_the_hidden_dimension_is_gated_and_its_gates_are_one_or_zero(traced):
     assert relative_error(gated, masked_dense(task.trace, task.solution, chosen)) <= 1e-10
 
 
+def test_norms_take_the_statistics_of_what_stays():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 3)).double()
+    trace, solution = TORCH.trace(net, ((torch.randn(4, 6, dtype=torch.float64),), {}))
+    group = next(g for g in solution.groups.values() if g.name == "0.weight:0")
+    kept = np.arange(12) % 3 > 0
+    gated, gates = Gated(trace, solution, [group]), {group.name: torch.from_numpy(kept).double()}
+    chosen, given = choices([group], {group.name: kept}), (trace.args, trace.kwargs)
+    want = masked_dense(trace, solution, chosen)
+    assert relative_error(gated.call(given, gates, choices=chosen, double=True), want) <= 1e-12
+    assert relative_error(gated.call(given, gates, double=True), want) > 1e-3  # the control
+
+
+def test_operators_on_the_hidden_axis_are_folded_exactly(traced, monkeypatch):
+    task, seen = task_on(traced["text"], roles=("hidden",)), []
+    monkeypatch.setattr(gating, "check", lambda gated, *both: seen.append(both[:2]))
+    with torch.no_grad():
+        whole = Gated(task.trace, task.solution, task.candidates).call(
+            call(task), ones(task.candidates), double=True)
+    row = few(Pat(), beside="operators(rank=4)", beside_lr=0.05)
+    scored = row.run(task)
+    chosen = choices(list(scored.candidates), tables(
+        list(scored.candidates), scored.scores, scored.counts))
+    assert_met(task, chosen)
+    (before, after), = seen
+    assert relative_error(after, before) <= 1e-10 and relative_error(whole, before) > 1e-4
+    assert relative_error(masked_dense(task.trace, task.solution, chosen), before) <= 1e-10
+    changed = {n for n, x in task.trace.program.state_dict.items() if not torch.equal(
+        x, task.module.state_dict()[n])}
+    assert changed == {"o_proj.weight", "down.weight"}  # a tied one is read elsewhere, too
+    with pytest.raises(SpaError, match="no operator can stand anywhere"):
+        beside("operators").start(Gated(task.trace, task.solution, []), dict().__getitem__, None)
+    with pytest.raises(TargetError, match="nothing to prune"):
+        few(Pat()).run(task_on(traced["text"], roles=("no role",)))
+
+
+def test_operators_begin_as_none_and_their_identity_loss_is_that_of_their_rows(traced):
+    task = task_on(traced["text"], roles=("hidden",))
+    made, stored = beside("operators(rank=3, identity=2.0)"), task.trace.program.state_dict
+    made.start(Gated(task.trace, task.solution, task.candidates), stored.__getitem__,
+               torch.Generator().manual_seed(0))
+    w = stored["down.weight"]
+    assert torch.equal(made.weight("down.weight"), w) and float(made.term().detach()) < 1e-20
+    a, b, v = (made.parameters[f"down.weight {part}"] for part in "ABv")
+    with torch.no_grad():
+        for p in (a, b, v):
+            p.copy_(torch.randn_like(p))
+    want = torch.diag(v) @ (torch.eye(16, dtype=w.dtype) + b @ a) @ w
+    torch.testing.assert_close(made.weight("down.weight"), want)
+    off = (a @ a.T - torch.eye(3, dtype=w.dtype)).square().mean() / 2  # of two operators
+    assert float(made.term().detach()) == pytest.approx(2 * float(off.detach()))
+
+
+def test_a_mask_hardens_and_then_learns_no_more(traced):
+    made = relaxation("annealed(frozen=0.8, strength=2.0)")
+    made.parameters = {"g": torch.tensor([0.3, -0.1, 0.7], requires_grad=True)}
+    assert torch.allclose(made.gate(0.0, None)["g"], torch.sigmoid(
+        made.parameters["g"]) + 0.5)
+    assert torch.allclose(made.gate(1.0, None)["g"], torch.tensor([1.0, 0.0, 1.0]), atol=1e-6)
+    assert not made.open(0.9)["g"].requires_grad and not made.term().requires_grad
+    opened = made.open(0.5)["g"]
+    assert opened.tolist() == [1, 0, 1] and torch.autograd.grad(
+        opened.sum(), made.parameters["g"])[0].min() > 0
+    assert float(made.term().detach()) == pytest.approx(2 * (0.04 + 0.16 + 0.04) / 3)
+
+
 @pytest.mark.parametrize("schedule, words", [("grasp-gates", ""), ("", "repairs nothing")])
 def test_factors_are_a_repair_that_the_recipe_names(schedule, words, tmp_path):
     recipe = {"model": "m", "repair": "none", "schedule": schedule}
@@ -204,12 +273,13 @@ def test_what_cannot_be_combined_is_said_at_once(make, words):
 
 def test_what_learned_under_masks_is_not_scaled_and_tied_arrays_stay_one(traced):
     task = task_on(traced["text"])
-    few(Progressive(), relaxation="soft-l0", budget="projection").run(task)
+    scored = few(Progressive(), relaxation="soft-l0", budget="projection").run(task)
     stored, tied = task.trace.program.state_dict, task.trace.tied
     names = [n for n in stored if tied[n] == tied["head.weight"]]
     assert len(names) == 2 and torch.equal(*(stored[n] for n in names))
     assert not torch.equal(stored["head.weight"], task.module.head.weight)
-    assert not (stored["down.weight"] == 0).all(0).any(), "columns were scaled"
+    kept = tables(list(scored.candidates), scored.scores, scored.counts)["gate.weight:0"]
+    assert np.array_equal(~(stored["down.weight"] == 0).all(0).numpy(), kept)  # what went is zero
 
 
 def test_a_budget_comes_down_step_by_step(traced, monkeypatch):
@@ -225,6 +295,26 @@ def test_a_budget_comes_down_step_by_step(traced, monkeypatch):
     Progressive(steps=12, every=2).run(task)
     assert shares[0] == 1.0 and all(a >= b - 0.02 for a, b in pairwise(shares))
     assert len({round(s, 2) for s in shares}) > 3 and abs(shares[-1] - 0.6) <= 0.01
+
+
+def test_gates_know_how_weights_answer_to_them(traced):
+    """The implicit term of bilinear masks: - m |g|^2 / decay, g the gradient by what reads them."""
+    task, row = task_on(traced["images"]), few(Bip())
+    gated = row._gated(task)
+    scores = {g.name: torch.rand(g.shape, generator=torch.Generator().manual_seed(2))
+              for g in gated.groups}
+    (problem, _), = task.problems(gated.groups, {n: s.numpy() for n, s in scores.items()})
+    made, name = row._learner(task, gated, problem, None, scores), "one.weight:0"
+    made.decay = 0.5
+    made._project(0.0)
+    made.objective(traced["images"][3][0], 0.0).backward()
+    p = made.relaxation.parameters[name]
+    before, slope = p.grad.clone(), torch.sigmoid(p.detach()) * torch.sigmoid(-p.detach())
+    made._imply()
+    squares = made.beside.parameters["two.weight"].grad.square().sum((0, 2, 3))
+    assert squares.any() and 0 < int(made._kept[name].sum()) < 40
+    torch.testing.assert_close(p.grad - before, (-made._kept[name].float() * squares * slope / 0.5
+                                                 ).float(), rtol=1e-3, atol=1e-9)
 
 
 def call(task):

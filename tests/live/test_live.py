@@ -155,6 +155,26 @@ def test_weights_and_state_are_the_kept_slices(optimizer):
                 assert made.state[p][key] == value
 
 
+def test_slices_that_are_next_to_go_become_small_and_may_come_back():
+    model, _, pruner = start(mlp, torch.optim.SGD, importance="magnitude", soft=0.5,
+                             schedule="once(at=6)", target="params=50%")
+    gone, weight = [], model[0].weight
+    for step in range(5):
+        before = weight.detach().clone()
+        gone.append(~pruner.planned(1.0).table("0.weight:0"))
+        pruner.step()
+        assert torch.equal(weight[gone[-1]], 0.5 * before[gone[-1]])
+        assert torch.equal(weight[~gone[-1]], before[~gone[-1]])
+        if step == 1:
+            weight.data[int(gone[-1].nonzero()[0][0])] = 9.0  # training wants it back
+    assert gone[0].any() and not (gone[4] == gone[0]).all() and len(weight) == 24
+    small = model(EXAMPLES[mlp][0])
+    assert pruner.step() and len(weight) < 24
+    assert (model(EXAMPLES[mlp][0]) - small).abs().max() < 0.05
+    with pytest.raises(UsageError, match="soft must be above 0"):
+        start(mlp, soft=0.0)
+
+
 def test_adam_goes_on_as_if_the_model_had_always_been_small():
     model, optimizer, pruner = start(cnn)
     train(cnn, model, optimizer, pruner, range(20))

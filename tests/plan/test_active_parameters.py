@@ -23,6 +23,7 @@ from spacompiler.axes.expressions import reasons
 from spacompiler.errors import SpaError, TargetError
 from spacompiler.groups.cost import cost
 from spacompiler.groups.solution import Group, Solution, solve
+from spacompiler.passes.merge_experts import MergeExperts, nearest
 from spacompiler.passes.taylor import Taylor
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.torch_backend.gather.context import fresh_context
@@ -123,6 +124,39 @@ def test_a_router_finds_as_many_as_it_takes() -> None:
     with pytest.raises(TargetError, match="cannot be met") as raised:
         compiled("params=35%", floor=0.0)
     assert "a router takes 2 of model.layers.*.mlp.gate.weight:0, so that" in raised.value.why
+
+
+def test_experts_that_go_are_merged_into_the_nearest_and_the_best_are_left_alone() -> None:
+    dense, inputs = built()
+    experts_of = [layer.mlp.experts for layer in dense.model.layers]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for own in experts_of:
+            for array in (own.gate_up_proj, own.down_proj):
+                array.mul_(torch.tensor([5.0, 1.0, 4.0, 3.0, 2.0]).reshape(5, 1, 1))
+                array[1] = array[3] / 3 + 0.01 * array[1]  # near the third
+                array[4] = array[2] / 2 + 0.01 * array[4]  # near one that is left alone
+    was = {n: p.clone() for n, p in dense.named_parameters()}
+    result = spacompiler.compile(
+        dense, inputs, target="params=71%", roles=("expert",), repair="none", onnx=False,
+        layout="uniform", align=1, latency=False, calibration="none",
+        schedule=MergeExperts(criterion="magnitude"))
+    assert all(torch.equal(p, was[n]) for n, p in dense.named_parameters())
+    for i, own in enumerate(layer.mlp.experts for layer in result.module.model.layers):
+        assert list(result.plan.kept[ROUTER.format(i)]) == [0, 2, 3]
+        score = result.job.scores[ROUTER.format(i)]
+        share = torch.tensor(score[[3, 1, 4]] / score[[3, 1, 4]].sum()).reshape(3, 1, 1)
+        for name in ("gate_up_proj", "down_proj"):
+            old = was[f"model.layers.{i}.mlp.experts.{name}"]
+            new = getattr(own, name)
+            assert torch.equal(new[0], old[0]) and torch.equal(new[1], old[2])
+            torch.testing.assert_close(new[2], (share * old[[3, 1, 4]]).sum(0).float())
+    rows = torch.tensor([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])
+    kept = np.array([1, 0, 1, 0], dtype=bool)
+    assert nearest([rows], kept, np.arange(4.0)[::-1], 0.0) == {1: 0, 3: 2}
+    assert nearest([rows], kept, np.arange(4.0)[::-1], 0.5) == {1: 2, 3: 2}  # 0 is left alone
+    with pytest.raises(TargetError, match="no experts to merge"):
+        spacompiler.compile(dense, inputs, target="params~90%", schedule=MergeExperts(),
+                            calibration="none", onnx=False, latency=False)
 
 
 # --- which axes are experts' ------------------------------------------------------------------

@@ -127,6 +127,35 @@ def test_rows_of_an_adapter_slow_down_as_they_grow():
     torch.testing.assert_close(gradients(), plain)
 
 
+def test_noise_grows_with_rows_and_their_gradients():
+    t = task()
+    tuned = adapted(t, init_lora_weights=False).train()
+    _, down, up = next(pairs(tuned))
+    layer, x = t.module.first, torch.randn(1, 8)
+    clean = layer(x).detach()
+    hooks = Ggpo(rank=4, sigma=0.3, beta=0.2).hooks(t)
+    up.weight.grad = torch.zeros(16, 4)
+    up.weight.grad[5] = 3.0
+    hooks.graded(0)
+    torch.manual_seed(1)
+    noise = torch.cat([layer(x).detach() - clean for _ in range(2000)])
+    rows = layer.get_base_layer().weight + up.weight @ down.weight  # alpha = rank
+    want = 0.3 * rows.norm(dim=1) + 0.2 * up.weight.grad.square().sum(1)
+    torch.testing.assert_close(noise.std(0), want.detach() * x.norm() / 8**0.5, rtol=0.1, atol=0)
+    assert torch.equal(tuned.eval()(x), tuned(x)) and torch.equal(layer(x), clean)
+    hooks.finish()
+    assert torch.equal(layer.train()(x), clean)
+
+
+def test_one_matrix_of_an_adapter_learns_at_another_rate():
+    t = task()
+    tuned = adapted(t)
+    learned = {n: p for n, p in tuned.named_parameters() if "lora_" in n}
+    plain, faster = Lora(plus=3.0).hooks(t).optimizer(learned, Lora(plus=3.0)).param_groups
+    assert {id(p) for p in faster["params"]} == {id(p) for n, p in learned.items() if "_B" in n}
+    assert faster["times"] == 3.0 and "times" not in plain and len(plain["params"]) == 2
+
+
 @pytest.mark.parametrize("kind, more", [(Lisa, {}), (Owlore, {"outlier": 1.5})])
 def test_blocks_take_turns(kind, more, monkeypatch):
     t = task()
