@@ -15,6 +15,7 @@ the images, for criterion and repair.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +198,9 @@ def main() -> None:
     repairs = options.repair or ["none", *(["refit"] if "refit" in known else [])]
     start, points = time.process_time(), []
     for model in options.model or MODELS:
-        points += prunings(model, chosen, repairs, options.seed, SHARES)
+        for point in prunings(model, chosen, repairs, options.seed, SHARES):
+            points.append(point)
+            print(point, file=sys.stderr, flush=True)
     text = table(points, SHARES, repairs)
     print(f"{text}\n\n{time.process_time() - start:.0f} CPU seconds, training included.")
     if options.out:
