@@ -146,7 +146,7 @@ def test_global_prunes_the_least_important_layer_more():
             return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
 
     class Ends:
-        name, needs = "ends", ()
+        name, needs, comparable = "ends", (), True
 
         def score(self, group, ctx):
             ramp = torch.ones(group.shape)
