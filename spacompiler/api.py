@@ -13,6 +13,7 @@ from torch import nn
 from .errors import UsageError
 from .evidence.calls import Inputs
 from .groups.solution import Solution
+from .pipeline import estimate
 from .pipeline.inputs import named_inputs
 from .pipeline.request import Data, Given, example_of, make_request
 from .pipeline.resolved import check_hashes
@@ -34,6 +35,7 @@ from .stages.compiled import Compiled
 from .stages.records import Progress, Request, Subject
 from .store.place import check_out
 from .store.room import Room, is_large
+from .system.group import here, joined
 from .system.process import alone
 from .system.shown import shown
 from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
@@ -111,7 +113,8 @@ def compile(model: str | nn.Module | Recipe, example_inputs: Inputs | None = Non
             adapter: str | Path | Sequence[str | Path] = (), name: str = "",
             checkpoint: str | Path | None = None, dry_run: bool = False,
             trust_remote_code: bool = False, progress: Progress | None = None,
-            quiet: bool = False, **options: object) -> Result:
+            quiet: bool = False, work: str | Path | None = None, processes: str = "auto",
+            **options: object) -> Result:
     """Prune a model: find coupled slices, score, remove, prove, and (with `out`) write.
 
     Passes are given by name, as `module:object`, or as objects; `calibration` and `recover_data`
@@ -141,7 +144,8 @@ def compile(model: str | nn.Module | Recipe, example_inputs: Inputs | None = Non
     words = {"target": target, "adapter": tuple(map(str, adapters)), **given.names(), **options}
     model, asked = _asked(model, recipe, words)
     errand = Errand.of({"out": out, "dry_run": dry_run, "checkpoint": checkpoint,
-                        "trust_remote_code": trust_remote_code})
+                        "trust_remote_code": trust_remote_code, "work": work,
+                        "processes": processes})
     with shown(progress, quiet) as tick:
         return _compile(model, example_inputs, asked,
                         replace(given.filled(asked), progress=tick), errand)
@@ -182,15 +186,32 @@ def _asked(model: str | nn.Module | Recipe, recipe: Recipe | str | Path | None,
 
 def _compile(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
              errand: Errand) -> Result:
+    with joined(errand.processes == "together") as team:
+        if not team.first:
+            given = replace(given, progress=None)
+        return _compiled(model, inputs, recipe, given, errand)
+
+
+def _compiled(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, given: Given,
+              errand: Errand) -> Result:
+    """Compile here, or with others: then one process writes, and the others wait for it."""
+    team = here()
     out = None if errand.dry_run else errand.out
+    if team.size > 1 and out is None and given.asked(recipe, "recovery") \
+            and (errand.checkpoint or errand.work):
+        raise UsageError("several processes keep no training without an output",
+                         why="each of them trains, and would write it", fix="give out")
     if errand.out is not None:
         check_out(errand.out)
     ask, subject = _prepared(model, inputs, recipe, given, errand, writes=out is not None)
+    ask.tell(estimate.check(ask, subject, out), 0, len(STAGES))
     if out is not None:
         subject = replace(subject, room=_room(ask, subject, out))
-    result = Result(run(ask, subject, dry_run=errand.dry_run))
+    result = Result(run(ask, subject, dry_run=errand.dry_run,
+                        helps=out is not None and not team.first))
     if out is not None:
-        result.save(out)
+        team.of_first(lambda: str(result.save(out)), "writing")
+        result.path = out
     return result
 
 
@@ -233,7 +254,7 @@ def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
         check_gguf(found.module)
     ask, subject = make_request(found.module, found.inputs, recipe, replace(
         given, own=found.calibration, tokenizer=found.tokenizer, name=given.name or found.name,
-        owned=isinstance(model, str), checkpoint=errand.checkpoint))
+        owned=isinstance(model, str), checkpoint=errand.checkpoint, work=errand.work))
     ask = replace(ask, model=model if isinstance(model, str) else
                   "" if _kind(given.name) == "module" else given.name)
     ask.notes.extend(found.notes)

@@ -55,6 +55,10 @@ class ControlError(ProofError):
     """The proof shows nothing at these inputs: a wrong index goes unseen."""
 
 
+class ElsewhereError(SpaError):
+    """Another process of the run failed or is gone; what is wrong was said there."""
+
+
 def shortened(text: str) -> str:
     """Cut very long words in a message, such as a name of thousands of letters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from ..deploy.cases import LENGTH
 from ..deploy.inputs import axis_names, feed, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
-from ..request.recipe import parse_size
+from ..request.amounts import parse_size
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
 from ..stages.tolerances import ONNX, RELOAD_MODULE
@@ -36,7 +37,11 @@ from .slices import plan_text, slices, without_places
 
 def write_module(job: Compiled, folder: Path, data: dict[str, Any]) -> None:
     """Write a pruned torch module: weights that load again, and ONNX."""
+    began = time.monotonic()
     _weights(job, folder)
+    made = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    seconds = max(time.monotonic() - began, 1e-9)
+    job.progress(f"writing weights: {made / 1e6:,.0f} MB, {made / 1e6 / seconds:,.0f} MB/s", 1, 4)
     job.progress("checking the reload", 1, 4)
     data["reload"] = _reload(job, folder)
     if job.folder is not None:

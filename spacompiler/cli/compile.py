@@ -12,6 +12,7 @@ import typer
 from ..errors import UsageError
 from ..request.options import MAIN, known
 from ..request.recipe import Errand, Recipe
+from ..system.launched import launched
 from .console import errors, progress
 from .options import AsJson, ModelOrNone, asked, taking
 
@@ -24,9 +25,12 @@ Saved = Annotated[Path | None, typer.Option(
 def compile(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = False,
             **given: object) -> None:
     """Prune MODEL to a target and write a smaller model that is proved right."""
-    place = given.get("out")
+    place, speaks = given.get("out"), True
     with errors(as_json, place if isinstance(place, Path) else None):
-        words, errand = asked(Recipe, given), asked(Errand, given)
+        words, errand = asked(Recipe, given), {"processes": "auto", **asked(Errand, given)}
+        errand["processes"] = errand["processes"].replace("auto", "together")
+        if errand["processes"] == "together":
+            speaks = (launched() or (0, 1))[0] == 0
         out = errand.get("out")
         if out is None and not errand.get("dry_run"):
             raise UsageError("no output directory", fix="give --out DIR, or --dry-run")
@@ -35,8 +39,10 @@ def compile(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = F
         from .. import api
         from ..artifact import report
 
-        with progress() as tick:
+        with progress(speaks) as tick:
             result = api.compile(model or wanted, recipe=wanted, progress=tick, **errand)
+        if not speaks:
+            return
         data = result.report or report.facts(result.job)
         if as_json:
             print(json.dumps({**data, "out": str(out) if out else None}, default=str))

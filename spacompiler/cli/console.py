@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..errors import SpaError, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+EVERY = 10.0
+"""Seconds between two lines on how far one stage has come."""
 PIPE = 200
 """Columns of a table where there is no terminal to fit it to."""
 _UNEQUAL = ("transformers.integrations.heterogeneity",)
@@ -74,22 +77,43 @@ def _of_the_system(problem: OSError) -> SpaError:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; plain lines where stderr is no terminal."""
+def progress(speaks: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; plain lines where stderr is no terminal.
+
+    Nothing where another process speaks for this one.
+    """
     from ..system.process import at_level, no_warnings
 
-    with no_warnings(), at_level(_UNEQUAL, logging.ERROR), _lines_or_bar() as tick:
-        yield tick
+    with no_warnings(), at_level(_UNEQUAL, logging.ERROR):
+        if not speaks:
+            yield lambda stage, done, total: None
+            return
+        with _lines_or_bar() as tick:
+            yield tick
 
 
 @contextmanager
 def _lines_or_bar() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
-        yield lambda stage, done, total: print(f"… {stage}" + (
-            f" {done}/{total}" if stage == "calibrating" else ""), file=sys.stderr, flush=True) \
-            if not stage.startswith("training") or done % max(1, total // 10) == 0 else None
+        yield Lines()
         return
     from ..system.shown import bar
 
     with bar() as tick:
         yield tick
+
+
+class Lines:
+    """Progress as lines: each stage once, and what a stage says of its pace now and then."""
+
+    def __init__(self, every: float = EVERY) -> None:
+        self._every, self._last, self._said = every, "", 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Print a line unless the same stage has had one a short while ago."""
+        word, now = stage.partition(":")[0], time.monotonic()
+        if word == self._last and done != total and now - self._said < self._every:
+            return
+        self._last, self._said = word, now
+        paced = word in ("calibrating", "training")
+        print(f"… {stage}" + (f" {done}/{total}" if paced else ""), file=sys.stderr, flush=True)

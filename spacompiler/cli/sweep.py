@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UsageError
 from ..request.options import DANGEROUS, MAIN, Options, option
 from ..request.recipe import Recipe, Trusting
+from ..system.launched import launched
 from .compile import Saved
 from .console import errors, progress, show
 from .options import AsJson, ModelOrNone, asked, taking
@@ -49,6 +50,9 @@ def sweep(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = Fal
     """Try several sizes of MODEL, traced and scored once, and say which one to take."""
     words, wanted = asked(Recipe, given), Sizes.of(asked(Sizes, given))
     with errors(as_json, wanted.folder):
+        if launched() is not None:
+            raise UsageError("a sweep runs in one process", why="a launcher started several",
+                             fix="start it without a launcher; compile takes several")
         if "target" in words:
             raise UsageError("a sweep takes sizes in place of a target",
                              fix="give --sizes 90,75,60,50 and --metric params")

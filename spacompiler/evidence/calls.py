@@ -41,3 +41,15 @@ def singles(batch: Batch, count: int) -> Iterator[Batch]:
 
     for i in range(count):
         yield pytree.tree_map(lambda v, i=i: one(i, v), batch)
+
+
+def first(batch: Batch) -> torch.Tensor:
+    """Return the first tensor of a batch, one without values where it has none."""
+    leaves = pytree.tree_leaves(batch)
+    return next((v for v in leaves if isinstance(v, torch.Tensor)), torch.zeros(0))
+
+
+def amount(batch: Batch) -> int:
+    """Return how many tokens a batch holds, or examples where its first tensor holds none."""
+    given = first(batch)
+    return given.numel() if not given.is_floating_point() else examples(*batch)

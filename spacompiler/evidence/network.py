@@ -15,6 +15,7 @@ import torch
 from ..groups.solution import Group, Member
 from .calls import Batch
 from .consumers import Consumer
+from .turns import Turns
 
 Place = tuple[str, str]
 Loss = Callable[[list[Any], tuple[Any, ...], dict[str, Any]], torch.Tensor]
@@ -36,12 +37,14 @@ class Network(Protocol):
 
     def observe(self, batches: Iterable[Batch], places: Mapping[Place, float], see: See, *,
                 together: bool = False, tick: Callable[[], None] = lambda: None,
-                ) -> Iterator[set[Place]]:
+                shown: Callable[[], None] = lambda: None) -> Iterator[set[Place]]:
         """Run on batches and show what is read at places; yield places once all batches have.
 
         A place is given with the bytes of what is made of it. With `together`, batches may advance
         side by side, so that places are complete one after the other; else no more is held than
-        what one batch needs. `tick` is called for each batch that is done (not with `together`).
+        what one batch needs. `tick` is called for each batch that is done (not with `together`),
+        `shown` for each batch, in their order, that shows no more before the next places are
+        yielded.
         """
 
 
@@ -53,6 +56,7 @@ class GradientSource(Protocol):
     sums: dict[tuple[str, str, Member], torch.Tensor]
     arrays: dict[tuple[str, str], torch.Tensor]
     curvature: dict[str, torch.Tensor]
+    turns: Turns
     batches: int
     examples: int
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import EntryPoint
 from math import prod
 from typing import Any
 
@@ -19,12 +18,13 @@ import torch
 from ..errors import SpaError, UsageError, did_you_mean
 from ..graph.ir import Node
 from ..groups.solution import Group, Member, Solution
-from ..request.registry import available
 from .consumers import Consumer, consumer
+from .forward import no_gradients
 from .network import GradientSource, Loss, Network, Place, See
 from .room import Room
 from .slots import by_channel, onto, rows, slots
 from .statistics import OF_INPUTS, Covariance, View, forward_only
+from .turns import Turns
 
 __all__ = ["Loss", "Scores", "onto", "rows", "slots"]
 Then = Callable[[torch.Tensor], torch.Tensor] | None
@@ -42,9 +42,15 @@ class Scores:
     seed: int = 0
     gradients: GradientSource | None = None
     room: Room = field(default_factory=Room)
+    turns: Turns = field(default_factory=Turns)
     _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     _consumers: dict[str, list[Consumer]] = field(default_factory=dict)
     _nodes: dict[str, Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gradients is not None:
+            self.turns = self.gradients.turns
+        self.turns.home("inputs", self._take)
 
     # --- stored arrays ------------------------------------------------------------------------
 
@@ -172,17 +178,29 @@ class Scores:
         """
         wanted = set(needs)
         watched = self._watch(wanted, groups)
+        own = self.turns.own(batches)
         if forward_only(wanted):
-            for _ in self.network.observe(batches, self._sizes(watched), self._look(watched),
-                                          tick=tick):
+            for _ in self._observe(own, watched, tick=tick):
                 pass
             return
         gradients, see = self._backward(wanted), self._look(watched)
         gradients.prepare(wanted, groups, (
             c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(own):
             gradients.add(batch, loss, partial(see, i), _by_node(watched))
+            self.turns.done()
             tick()
+        self.turns.finish()
+
+    def _observe(self, own: Sequence[Any], watched: Mapping[Place, Sequence[Consumer]], *,
+                 together: bool = False, tick: Callable[[], None] = lambda: None,
+                 ) -> Iterator[set[Place]]:
+        """Show statistics what this process's batches give at places, and yield those."""
+        for places in self.network.observe(
+                own, self._sizes(watched), self._look(watched), together=together, tick=tick,
+                shown=self.turns.done):
+            self.turns.finish()
+            yield places
 
     def widen(self, kinds: Iterable[str], batches: Iterable[Any], loss: Loss,
               groups: Sequence[Group]) -> None:
@@ -195,12 +213,15 @@ class Scores:
         held = self._inputs
         self._inputs = {key: {k: s for k, s in found.items() if k == "covariance"}
                         for key, found in held.items()}
-        see = self._look(watched)
+        own = self.turns.own(batches)
         if "curvature" in wanted:
-            for i, batch in enumerate(batches):
+            see = self._look(watched)
+            for i, batch in enumerate(own):
                 self._backward(wanted).curve(batch, loss, partial(see, i), _by_node(watched))
+                self.turns.done()
+            self.turns.finish()
         else:
-            for _ in self.network.observe(batches, self._sizes(watched), see):
+            for _ in self._observe(own, watched):
                 pass
         self._inputs = held
 
@@ -215,8 +236,7 @@ class Scores:
         waiting = {g.name: {c.key for c in self._consumers_of(g)} for g in groups}
         seen: set[Place] = set()
         done: set[str] = set()
-        for places in self.network.observe(batches, self._sizes(watched), self._look(watched),
-                                           together=True):
+        for places in self._observe(self.turns.own(batches), watched, together=True):
             seen |= places
             done |= {at.key for place in places for at in watched[place]
                      if seen.issuperset(at.places)}
@@ -237,12 +257,7 @@ class Scores:
         """Return who computes gradients. Raises UsageError where nobody does."""
         if self.gradients is not None:
             return self.gradients
-        names = [e.name for k, e in available() if k == "importance" and _is_forward(e)]
-        raise UsageError(
-            "an ONNX file has no gradients" + (
-                f": {', '.join(sorted(wanted))} cannot be gathered" if wanted else ""),
-            why="ONNX Runtime computes forward only",
-            fix=f"use --importance with one that needs none: {', '.join(sorted(names))}")
+        raise no_gradients(wanted)
 
     def _watch(self, wanted: set[str], groups: Sequence[Group]) -> dict[Place, list[Consumer]]:
         """Make the statistics that are wanted; return where their inputs are read."""
@@ -307,10 +322,15 @@ class Scores:
                 if at.route is not None:
                     x, seen = at.route.deal(x[0], found[at.route.tensor])
                 count = examples if seen is None and x.shape[1] % examples == 0 else 1
-                for statistic in self._inputs[at.key].values():
-                    statistic.add(x, count, seen)
+                for kind, statistic in self._inputs[at.key].items():
+                    self.turns.give("inputs", (at.key, kind), *statistic.of(x, count, seen))
 
         return see
+
+    def _take(self, key: tuple[str, str], *parts: torch.Tensor) -> None:
+        """Let a statistic of inputs take in what a batch gives."""
+        at, kind = key
+        self._inputs[at][kind].take(*parts)
 
 
 def _by_node(places: Iterable[Place]) -> dict[str, set[str]]:
@@ -323,11 +343,3 @@ def _by_node(places: Iterable[Place]) -> dict[str, set[str]]:
 def _features(shape: tuple[int, ...]) -> int:
     """No consumer with a weight of this shape reads more features at once."""
     return max(prod(shape[1:]), shape[0] if shape else 1)
-
-
-def _is_forward(entry: EntryPoint) -> bool:
-    """True for an installed criterion that needs no gradients."""
-    try:
-        return forward_only(entry.load()().needs)
-    except (ImportError, AttributeError, TypeError):
-        return False

@@ -1,10 +1,12 @@
 """What calibration gathers of a consumer's input X, streaming: moments, covariance, fluctuation.
 
 Every statistic is an accumulator with `add(x, examples, seen)`, x: (shared, samples, features);
-sums are kept in float64. Where samples are dealt out (to experts), `seen` (shared,) says how many
-each index has; every sample that another one has counts as zeros, so that what goes from an expert
-matters as often as the expert is taken. A back end feeds the X of each consumer, batch after batch;
-who runs the network (torch, ONNX Runtime) does not matter here.
+sums are kept in float64. That is `take(*of(x, examples, seen))`: what a batch gives follows from it
+alone, so that another process can work it out; taking it in is cheap. Where samples are dealt out
+(to experts), `seen` (shared,) says how many each index has; every sample that another one has
+counts as zeros, so that what goes from an expert matters as often as the expert is taken. A back
+end feeds the X of each consumer, batch after batch; who runs the network (torch, ONNX Runtime) does
+not matter here.
 """
 
 from __future__ import annotations
@@ -26,25 +28,47 @@ class Accumulator(Protocol):
     def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
         """Take in one batch: x (shared, samples, features), samples example by example."""
 
+    def of(self, x: torch.Tensor, examples: int,
+           seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return what a batch gives, which depends on nothing that was taken in before."""
 
-def _samples(x: torch.Tensor, seen: torch.Tensor | None) -> int:
-    return x.shape[1] if seen is None else int(seen.sum())
+    def take(self, *parts: torch.Tensor) -> None:
+        """Take in what `of` made of a batch."""
+
+
+class _Added:
+    """Takes in a batch as soon as it is worked out."""
+
+    def add(self: Accumulator, x: torch.Tensor, examples: int,
+            seen: torch.Tensor | None = None) -> None:
+        """Add a batch. `x` is (shared, samples, features)."""
+        self.take(*self.of(x, examples, seen))
+
+
+def _samples(x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    return torch.tensor(x.shape[1] if seen is None else int(seen.sum()))
 
 
 @dataclass
-class Moments:
+class Moments(_Added):
     """Count of samples, and per feature the sum and the sum of squares: (shared, features)."""
 
     count: int = 0
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
-        """Add a batch to the sums. `x` is (shared, samples, features)."""
+    def of(self, x: torch.Tensor, examples: int,
+           seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return how many samples a batch has, and its sums."""
         x = x.double()
-        self.count += _samples(x, seen)
-        self.total = self.total + x.sum(1)
-        self.squares = self.squares + x.square().sum(1)
+        return _samples(x, seen), x.sum(1), x.square().sum(1)
+
+    def take(self, *parts: torch.Tensor) -> None:
+        """Add what `of` gives."""
+        samples, total, squares = parts
+        self.count += int(samples)
+        self.total = self.total + total
+        self.squares = self.squares + squares
 
     @property
     def mean(self) -> torch.Tensor:
@@ -63,7 +87,7 @@ class Moments:
 
 
 @dataclass
-class Covariance:
+class Covariance(_Added):
     """Count, sums (shared, features) and X^T X (shared, features, features).
 
     `seen` (shared,) is the count without the samples that are dealt out to other indices, `room`
@@ -76,13 +100,19 @@ class Covariance:
     gram: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     room: Room = field(default_factory=Room)
 
-    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
-        """Add a batch to the sums and to X^T X. `x` is (shared, samples, features)."""
+    def of(self, x: torch.Tensor, examples: int,
+           seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return how many samples a batch has, in all and by index, its sums and X^T X."""
         x = x if x.dtype == torch.float64 else x.float()
-        product = x.mT @ x
-        self.count += _samples(x, seen)
-        self.seen = self.seen + (torch.full((len(x),), x.shape[1]) if seen is None else seen)
-        self.total = self.total + x.sum(1, dtype=torch.float64)
+        return (_samples(x, seen), torch.full((len(x),), x.shape[1]) if seen is None else seen,
+                x.sum(1, dtype=torch.float64), x.mT @ x)
+
+    def take(self, *parts: torch.Tensor) -> None:
+        """Add what `of` gives."""
+        samples, seen, total, product = parts
+        self.count += int(samples)
+        self.seen = self.seen + seen
+        self.total = self.total + total
         self.gram = self.room.take(product) if self.gram.ndim == 0 else self.gram.add_(product)
 
     @property
@@ -103,7 +133,7 @@ class Covariance:
 
 
 @dataclass
-class Fluctuation:
+class Fluctuation(_Added):
     """The running mean and fluctuation that FLAP's released code computes, example by example.
 
     With n examples seen: mean <- (n mean + mean_t x) / (n + 1), then
@@ -114,9 +144,14 @@ class Fluctuation:
     mean: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     value: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
-        """Go over the examples of a batch, one by one. `x` is (shared, samples, features)."""
-        samples = _samples(x, seen) // examples
+    def of(self, x: torch.Tensor, examples: int,
+           seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return the samples of each example and X itself: the mean so far goes into all."""
+        return _samples(x, seen) // examples, torch.tensor(examples), x
+
+    def take(self, *parts: torch.Tensor) -> None:
+        """Go over the examples of a batch, one by one."""
+        samples, examples, x = int(parts[0]), int(parts[1]), parts[2]
         for one in x.double().unflatten(1, (examples, -1)).unbind(1):
             n = self.count
             self.mean = (n * self.mean + one.sum(1) / samples) / (n + 1)

@@ -16,6 +16,7 @@ from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calls import Inputs
 from spacompiler.groups.cost import cost
 from spacompiler.live import ramp, stock
+from spacompiler.live.agreed import Wrapper, agreed
 from spacompiler.live.candidates import average, candidates, measured, read_by_modules
 from spacompiler.live.kept import Kept, lowest_out
 from spacompiler.live.options import recipe, split
@@ -75,10 +76,7 @@ class Pruner:
                  **options: object) -> None:
         manner, asked = split(options)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
-        if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            raise UsageError("a DistributedDataParallel module cannot shrink in place",
-                             why="its gradient buckets have fixed sizes",
-                             fix="prune in one process, or before wrapping the module")
+        self._wrapper = Wrapper(self.model)
         self.recipe = recipe(target, asked, set(signature(type(self)).parameters) - {"options"})
         check_readable(self.model)
         self.schedule = ramp.find(schedule)
@@ -184,6 +182,7 @@ class Pruner:
         if self._watch is not None:
             self._watch.stop()
         self._watch = None
+        self._wrapper.stop()
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
@@ -219,6 +218,7 @@ class Pruner:
         return Kept(self._dense, tables)
 
     def _to(self, later: Kept) -> bool:
+        self._wrapper.check(shrinks=later.as_plain() != self.live.kept.as_plain())
         shrank = self.live.to(later, self._optimizers)
         if shrank:
             self._look()
@@ -278,6 +278,7 @@ class Pruner:
                 "nothing has been measured yet", why=f"{self.importance.name} needs gradients",
                 fix="attach the optimiser and let it step (or call watch() after backward), "
                     "or use importance='magnitude'")
+        self._scores = agreed(self._scores)
         return {name: np.where(self.live.kept.table(name), score, 0.0)
                 for name, score in self._scores.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 from torch import nn
@@ -17,9 +18,10 @@ from ..plan.plan import costs, make_plan
 from ..plan.problem import MISS, Problem, Unit, check_met
 from ..request.targets import METRICS, Target, is_nearest, parse_target, parse_targets
 from ..stages.records import Decided, Request, Scored, Subject, Traced
+from ..system.group import here
 from ..torch_backend import unreached
 from ..torch_backend.kinds import is_hf
-from . import timing
+from . import keep, timing
 from .layouts import Allocated, Layout, allocated, layouts, unequal
 from .resolved import resolved
 
@@ -32,10 +34,11 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
     r = ask.recipe
     counts, layout = dict(scored.counts), scored.stock
     if not counts and scored.candidates:
-        counts, layout = allocate_counts(ask, subject, traced, scored)
+        counts, layout = keep.counts(ask, lambda: allocate_counts(ask, subject, traced, scored))
     plan = make_plan(scored.candidates, scored.scores, counts, target=r.target,
                      weights_hash=subject.backend.digest(subject.model),
                      recipe=resolved(ask, scored.importance).as_dict())
+    here().agree(sha256(plan.to_json().encode()).hexdigest(), "the plan")
     choices = plan.choices(traced.solution)
     if not choices and scored.candidates and subject.dropped is None:
         raise TargetError(f"target {r.target} takes nothing away", where=ask.name,

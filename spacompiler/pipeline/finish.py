@@ -17,6 +17,7 @@ from ..stages.tolerances import CONTROL
 from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.own_layers import OwnSizes, loads
+from . import keep
 from .decide import statistics_of
 from .quality import judge
 
@@ -29,9 +30,9 @@ def repair(ask: Request, subject: Subject, scored: Scored, decided: Decided) -> 
     why = "no width changed"
     if decided.choices:
         context = statistics_of(ask, subject, decided, scored)
-        ask.notes.extend(repaired(context.network, decided.solution, decided.choices,
-                                  ask.compensation, context, ask.calibration.for_repair,
-                                  must=ask.must_repair))
+        ask.notes.extend(keep.repaired(ask, context.network, lambda network: repaired(
+            network, decided.solution, decided.choices, ask.compensation, context,
+            ask.calibration.for_repair, must=ask.must_repair)))
         why = "" if decided.trace.repaired else "no stored weights read what the plan removes"
     if why:
         ask.notes.append(f"{ask.compensation.name} repaired nothing: {why}")
@@ -50,7 +51,8 @@ def prove(ask: Request, subject: Subject, decided: Decided) -> Proof | None:
         ask.notes.append("no width changed: that the blocks are gone, and nothing else, is the "
                          "proof")
         return None
-    proof = subject.backend.prove(subject.model, decided, ask.recipe.seed)
+    proof: Proof = keep.proof(ask, lambda: subject.backend.prove(
+        subject.model, decided, ask.recipe.seed))
     if not proof.holds:
         raise ControlError(
             "the proof's negative control was not caught",

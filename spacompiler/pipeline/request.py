@@ -84,7 +84,7 @@ class Given:
     Passes are names or objects, in place of the recipe's; `own(n, seed)` yields example batches
     where the model brings its own; `loss` is (results, args, kwargs) -> scalar; `tokenizer` turns
     text into `input_ids`; `owned` says that the compile may use the module up, `checkpoint` where
-    a training is saved.
+    a training is saved, `work` where finished steps are kept.
     """
 
     importance: object = None
@@ -100,6 +100,7 @@ class Given:
     name: str = ""
     progress: Progress | None = None
     checkpoint: Path | None = None
+    work: Path | None = None
     owned: bool = False
 
     def names(self) -> dict[str, str]:
@@ -218,7 +219,7 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
         compensation=_compensation(defaults.repair_for(
             mends, bool(scorer.needs) and fits and batches.real, recipe.effort), batches),
         must_repair=mends != "auto" and "repair" not in recipe.automatic,
-        schedule=trains, loss=given.loss or default_loss,
+        schedule=trains, place=given.work, loss=given.loss or default_loss,
         tokenizer=given.tokenizer, name=given.name or type(model).__name__,
         tell=given.progress or (lambda stage, done, total: None))
     return _with_recovery(ask, given, model, inputs), Subject(

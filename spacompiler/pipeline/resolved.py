@@ -78,7 +78,7 @@ def _hashes(ask: Request) -> Iterator[str]:
     for option, data in (("calibration", ask.calibration), ("recover_data", ask.recover_data)):
         asked = getattr(ask.recipe, option)
         if data is not None and not _known_word(data) and (asked or data is ask.calibration):
-            yield f"{option}={_digest(data) if asked in WORDS else hash_of(asked)}"
+            yield f"{option}={digest_of(data) if asked in WORDS else hash_of(asked)}"
     if ask.recipe.inputs:
         yield f"inputs={hash_of(ask.recipe.inputs)}"
     for i, path in enumerate(ask.recipe.adapters):
@@ -98,8 +98,8 @@ def hash_of(path: str) -> str:
     return _sha(f"{p.relative_to(place).as_posix()} {sha256(p)}\n".encode() for p in files)
 
 
-def _digest(data: Calibration) -> str:
-    """The sha256 of batches: names, kinds, shapes and numbers."""
+def digest_of(data: Calibration) -> str:
+    """Return the sha256 of batches: names, kinds, shapes and numbers."""
     leaves = pytree.tree_leaves_with_path(list(data.batches))
     return _sha(part for path, leaf in leaves for part in (
         (f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)}".encode(),

@@ -14,11 +14,13 @@ from torch import nn
 from ..adapters import keeping
 from ..errors import SpaError
 from ..stages.compiled import Compiled
-from ..stages.records import Emitted, Request, Subject, Traced
+from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
+from ..system.group import apart
 from ..trials import depth
 from . import finish, prepare, recover
 from .analyse import analyse
 from .decide import decide
+from .keep import working
 from .score import scheduling, score
 
 P = ParamSpec("P")
@@ -29,6 +31,8 @@ STAGES = ("merging adapters", "checking weights", "continuing text", "dropping b
           "finishing the schedule", "proving", "emitting",
           "setting the result apart", "keeping the adapter", "recovering", "comparing")
 DRY_STAGES = STAGES[:7]
+HELPING = STAGES[:9]
+"""What a process does that helps another one, which proves and writes."""
 IN_MEMORY = (*STAGES[4:9], STAGES[10])
 ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "continuing text": lambda ask, _: ask.recipe.continued,
@@ -43,12 +47,14 @@ ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
 """Stages that are carried out only if they are asked for."""
 
 
-def run(ask: Request, subject: Subject, *, dry_run: bool = False) -> Compiled:
-    """Compile a model as a request says; a dry run stops at the plan.
+def run(ask: Request, subject: Subject, *, dry_run: bool = False,
+        helps: bool = False) -> Compiled:
+    """Compile a model as a request says; a dry run stops at the plan, a process that helps another
+    one when nothing is left to share.
 
     Raises SpaError (TargetError, ProofError, ...) where the request cannot be carried out.
     """
-    do = Walk(ask, subject, DRY_STAGES if dry_run else STAGES)
+    do = Walk(ask, subject, DRY_STAGES if dry_run else HELPING if helps else STAGES)
     subject = do("merging adapters", prepare.merge_adapters, ask, subject)
     subject = do("checking weights", prepare.check_weights, ask, subject)
     if "continuing text" in do.stages:
@@ -56,7 +62,8 @@ def run(ask: Request, subject: Subject, *, dry_run: bool = False) -> Compiled:
     if "dropping blocks" in do.stages:
         subject = do("dropping blocks", depth.drop_blocks, ask, subject, in_memory)
     ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
-    return carry_on(do.knowing(ask, traced), subject, traced, dry_run=dry_run)
+    with working(ask, subject, traced) as ask:
+        return carry_on(do.knowing(ask, traced), subject, traced, dry_run=dry_run)
 
 
 def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = False) -> Compiled:
@@ -73,7 +80,16 @@ def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = Fals
                        scores=scored.scores)
         do("finishing the schedule", ask.schedule.after, task, decided.choices)
     scored = replace(scored, context=None)  # statistics are large, and nobody asks for them now
-    proof = None
+    if "emitting" not in do.stages:
+        return Compiled(ask, subject, traced, scored, decided)
+    with apart():  # nothing is left to share
+        return _made(do, subject, traced, scored, decided)
+
+
+def _made(do: Walk, subject: Subject, traced: Traced, scored: Scored,
+          decided: Decided) -> Compiled:
+    """The steps after the plan and the repair: prove, emit, train."""
+    ask, proof = do.ask, None
     if "proving" in do.stages:
         proof = do("proving", finish.prove, ask, subject, decided)
     emitted = do("emitting", finish.emit, ask, subject, decided)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate, count
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..errors import SpaError, UsageError
-from ..evidence.calls import Batch
+from ..evidence.calls import Batch, amount, first
 from ..evidence.protocol import Context, Importance
 from ..evidence.scores import Scores
 from ..evidence.statistics import forward_only
 from ..groups.solution import Group
 from ..stages.records import Request, Scheduling, Scored, Subject, Traced
+from ..system.group import here
+from ..system.pace import Pace
 from ..torch_backend.backend import TORCH
-from . import defaults
+from ..torch_backend.gather.heads import Fitting
+from . import defaults, keep
 from .decide import allocate_counts, problems_of
 
 
@@ -33,13 +38,29 @@ def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
     importance = defaults.settled(ask, subject, traced)
     context = _context(importance, subject, traced, ask.recipe.seed)
     scored = Scored(importance, traced.candidates, context=context)
+
+    def look() -> dict[str, np.ndarray]:
+        with _seen_by_all(ask, traced):
+            return {group.name: _checked(importance, group, context)
+                    for group in _calibrated(ask, scored, context)}
+
     try:
-        scores = {group.name: _checked(importance, group, context)
-                  for group in _calibrated(ask, scored, context)}
+        scores = keep.scores(ask, context, look)
     finally:
         getattr(context, "close", lambda: None)()
     kept = None if "adapter_steps" in importance.needs else context
     return replace(scored, scores=scores, context=kept)
+
+
+@contextmanager
+def _seen_by_all(ask: Request, traced: Traced) -> Iterator[None]:
+    """Let the loss know of the batches that other processes run, in the order of all."""
+    used = list(ask.loss.used) if isinstance(ask.loss, Fitting) else []
+    yield
+    if here().size > 1 and isinstance(ask.loss, Fitting) and ask.loss.used != used:
+        ask.loss.used[:] = used
+        for batch in ask.calibration.batches:
+            ask.loss.saw(*traced.trace.labelled(*batch))
 
 
 def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
@@ -102,26 +123,45 @@ def _calibrated(ask: Request, scored: Scored, context: _Calibrating) -> Iterable
     Covariances are held for one block at a time where the backend can stream them.
     """
     needs, batches = set(scored.importance.needs), ask.calibration.batches
-    total = len(batches)
-    done = iter(range(1, total + 1))
     if not needs:
         return scored.candidates
     if _looks_again(ask, needs) and isinstance(context, Scores) \
             and context.covariance_bytes(scored.candidates) <= HELD:
         needs.add("covariance")
     if forward_only(needs) and "covariance" in needs and hasattr(context, "stream"):
-        ask.tell("calibrating", 0, total)
-        streamed: Iterable[Group] = context.stream(needs, ask.calibration.for_repair,
-                                                   scored.candidates)
-        return streamed
-    context.calibrate(needs, batches, ask.loss, groups=scored.candidates,
-                      tick=lambda: ask.tell("calibrating", next(done), total))
+        return _told(ask, len(scored.candidates), context.stream(
+            needs, ask.calibration.for_repair, scored.candidates))
+    context.calibrate(needs, batches, ask.loss, groups=scored.candidates, tick=_ticks(ask))
     wider = {"covariance", "curvature"} & needs
     if not getattr(scored.importance, "continued", True):
         wider -= {"curvature"}
     if ask.calibration.beside and wider:
         context.widen(wider, ask.calibration.beside, ask.loss, scored.candidates)
     return scored.candidates
+
+
+def _ticks(ask: Request) -> Callable[[], None]:
+    """Return what says of each batch of this process that is done how fast they go."""
+    own = [*here().share(ask.calibration.batches)]
+    rows = [*accumulate((amount(batch) for batch in own), initial=0)]
+    integers = bool(own) and not first(own[0]).is_floating_point()
+    pace, done = Pace(rows[-1], "tokens" if integers else "examples"), count(1)
+
+    def tick() -> None:
+        at = next(done)
+        ask.tell(f"calibrating: {pace(rows[at])}", at, len(own))
+
+    ask.tell("calibrating", 0, len(own))
+    return tick
+
+
+def _told(ask: Request, total: int, groups: Iterable[Group]) -> Iterator[Group]:
+    """Say of each group whose statistics are complete how fast they go."""
+    pace = Pace(total, "groups")
+    ask.tell("calibrating", 0, total)
+    for at, group in enumerate(groups, 1):
+        ask.tell(f"calibrating: {pace(at)}", at, total)
+        yield group
 
 
 HELD = 1 << 30

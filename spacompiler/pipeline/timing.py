@@ -19,6 +19,7 @@ from ..plan.plan import make_plan
 from ..request.targets import LENGTH, Target
 from ..runtime.latency import Latency, compare_latency, ratio
 from ..stages.records import Request, Scored, Subject, Traced
+from ..system.group import here
 from ..system.staging import Scratch, orderly
 
 Counts = tuple[dict[str, int], str]
@@ -116,8 +117,22 @@ def _unmet(target: Target, least: float, wanted: float, ask: Request) -> TargetE
 
 def measured(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
              counts: Mapping[str, int]) -> Mapping[str, Latency]:
-    """Time the network of some counts against the dense one, one thread each."""
+    """Time the network of some counts against the dense one, one thread each.
+
+    Of several processes the first one does, and all go by its times.
+    """
     ask.tell("timing widths", 0, 1)
+
+    def times() -> dict[str, list[tuple[float, ...]]]:
+        return {name: [took.wall_ms, took.cpu_ms] for name, took in _timed(
+            target, ask, subject, traced, scored, counts).items()}
+
+    return {name: Latency(tuple(wall), tuple(cpu))
+            for name, (wall, cpu) in here().of_first(times, "times").items()}
+
+
+def _timed(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
+           counts: Mapping[str, int]) -> Mapping[str, Latency]:
     choices = make_plan(scored.candidates, scored.scores, counts).choices(traced.solution)
     write = _WRITERS.get(subject.backend.kind)
     if write is None:

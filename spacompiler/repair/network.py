@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -38,3 +38,14 @@ class Repairable(Network, Protocol):
 
     def lockstep(self, solution: Solution, choices: Choices, batches: Sequence[Batch]) -> Lockstep:
         """Run batches side by side, what `choices` remove read as zero."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A network that keeps what was solved, for a run that goes on after this one was killed."""
+
+    def known(self, node: str, arrays: list[str]) -> tuple[Any, list[torch.Tensor]] | None:
+        """Return what is kept of a layer: how it was solved, and its arrays."""
+
+    def solved(self, node: str, about: object) -> None:
+        """Keep how a layer was solved, once its arrays are put."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isnan
+from typing import Any
 
 import torch
 
@@ -21,9 +22,15 @@ from ..evidence.calls import Batch
 from ..evidence.scores import Scores
 from ..graph.ir import Ref
 from ..groups.solution import Group, Solution
+from ..system.group import here
 from .evidence import Compensation, Evidence, Shared, Told, of_dense, of_pair
-from .network import Lockstep, Repairable
+from .network import Keeping, Lockstep, Repairable
 from .sites import Site, readings, sites
+
+ROUND = 8
+"""Layers that begin to seek their ridges at the same one, so that processes can share them: at that
+of the last layer of their shape in the round before."""
+_Job = tuple[Site, torch.Tensor, list[Evidence]]
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Repairer:
     compensation: Compensation | None
     errors: list[float] = field(default_factory=list)
     _ridges: dict[tuple[int, ...], int | None] = field(default_factory=dict)
+    _found: dict[tuple[int, ...], int | None] = field(default_factory=dict)
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array as it is now."""
@@ -70,6 +78,7 @@ class Repairer:
         places = {(site.consumer.node.name, site.consumer.tensor) for site in found}
         groups = [g for g in self.solution.groups.values() if g.atom in self.choices
                   and any((r.node, r.tensor) in places for r in g.reads)]
+        waiting, number = list[_Job](), 0
         for group in _with_covariance(context, batches, groups):
             shared: tuple[object, list[Shared]] = (None, [])
             for view in context.consumers(group):
@@ -80,7 +89,37 @@ class Repairer:
                     evidence = [of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)]
                     for each, own in zip(evidence, shared[1], strict=True):
                         each.shared = own
-                    self._repair(site, view.weight, evidence)
+                    waiting.append((site, view.weight, evidence))
+                    number += 1
+                    if len(waiting) == here().size or number % ROUND == 0:
+                        self._repair_all(waiting, last=number % ROUND == 0)
+                        waiting.clear()
+        self._repair_all(waiting, last=True)
+
+    def _repair_all(self, jobs: Sequence[_Job], *, last: bool) -> None:
+        """Repair sites, one in each process, and hear the results in their order.
+
+        The `last` of a round let the next ones begin at their ridges.
+        """
+        team, mine = here(), None
+        found, self._found = self._found, {}
+        errors, self.errors = self.errors, []
+        kept = [self._kept(site) for site, *_ in jobs]
+        if team.rank < len(jobs) and kept[team.rank] is None:
+            made = self._mended(*jobs[team.rank])
+            mine = [([[*self._found.items()], self.errors], made)]
+        self._found, self.errors = found, errors
+        for at, said in enumerate(team.in_turn(mine, "a layer")):
+            if at < len(jobs):
+                known = kept[at]
+                (ridges, off), arrays = known if known is not None else (said or ())[0]
+                self._found.update((tuple(shape), ridge) for shape, ridge in ridges)
+                self.errors.extend(off)
+                self._put(jobs[at][0], *arrays)
+                if known is None and isinstance(self.network, Keeping):
+                    self.network.solved(jobs[at][0].consumer.node.name, (ridges, off))
+        if last:
+            self._ridges.update(self._found)
 
     def sequential(self, context: Scores, batches: Sequence[Batch], found: Sequence[Site], *,
                    residual: bool) -> None:
@@ -106,6 +145,7 @@ class Repairer:
                 first = self.of_dense(context, site) if "covariance" in context.inputs(at) else \
                     of_pair(at, weight, reads, reads, None)
                 weight = self._solved(site, weight.double(), first)[0]
+                self._ridges.update(self._found)
             # one feature by itself stands in for no other: it needs no leash
             self._repair(site, weight, evidence, again=site.kept.shape[1] > 1)
             for name in filter(None, (site.weight, site.bias)):
@@ -152,12 +192,30 @@ class Repairer:
 
     def _repair(self, site: Site, weight: torch.Tensor, evidence: list[Evidence], *,
                 again: bool = False) -> None:
+        self._put(site, *self._mended(site, weight, evidence, again=again))
+        self._ridges.update(self._found)
+
+    def _kept(self, site: Site) -> tuple[Any, list[torch.Tensor]] | None:
+        """What an earlier run found of a site."""
+        names = [name for name in (site.weight, site.bias) if name is not None]
+        return self.network.known(site.consumer.node.name, names) \
+            if isinstance(self.network, Keeping) else None
+
+    def _mended(self, site: Site, weight: torch.Tensor, evidence: list[Evidence], *,
+                again: bool = False) -> list[torch.Tensor]:
+        """Return a site's new array, and its bias where it has one, in their stored types."""
         made, shift = self._solved(site, weight.double(), evidence, again=again)
         old = self.stored(site.weight)
-        self.network.put(site.weight, site.consumer.array(made.to(old.dtype), tuple(old.shape)))
+        arrays = [site.consumer.array(made.to(old.dtype), tuple(old.shape))]
         if site.bias is not None:
             bias = self.stored(site.bias)
-            self.network.put(site.bias, (bias.double() + shift).to(bias.dtype))
+            arrays.append((bias.double() + shift).to(bias.dtype))
+        return arrays
+
+    def _put(self, site: Site, *arrays: torch.Tensor) -> None:
+        for name, array in zip((site.weight, site.bias), arrays, strict=False):
+            assert name is not None
+            self.network.put(name, array)
 
     def _solved(self, site: Site, weight: torch.Tensor,
                 evidence: Sequence[Evidence], *,
@@ -165,11 +223,12 @@ class Repairer:
         assert self.compensation is not None
         solve = getattr(self.compensation, "again" if again else "solve", self.compensation.solve)
         shape, parts = tuple(weight.shape), []
+        ridge = self._ridges.get(shape)
         for w, each, kept in zip(weight, evidence, site.kept, strict=True):
             each.single = self.stored(site.weight).dtype != torch.float64
-            each.told = Told(self._ridges.get(shape))
+            each.told = Told(ridge)
             parts.append(solve(w, each, kept, has_bias=site.bias is not None))
-            self._ridges[shape] = each.told.ridge
+            ridge = self._found[shape] = each.told.ridge
             self.errors.append(each.told.error)
         return torch.stack([w for w, _ in parts]), torch.cat([shift for _, shift in parts])
 

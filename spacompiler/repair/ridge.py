@@ -3,8 +3,8 @@
 An eigendecomposition of G (n, n) serves every ridge at once, at the price of about twenty
 factorisations of G + ridge. Few are needed: the error that is least at the right ridge rises on
 both sides of it, and layers that follow each other mostly agree. So the search begins at the ridge
-of the layer before and goes down to the next valley. It looks at `PROBES` random mixtures of the
-outputs and takes the trace of the inverse from as many random signs (Girard, 1989; Hutchinson,
+of a layer shortly before and goes down to the next valley. It looks at `PROBES` random mixtures of
+the outputs and takes the trace of the inverse from as many random signs (Girard, 1989; Hutchinson,
 1990), in float32; the regression itself is then solved for every output.
 """
 

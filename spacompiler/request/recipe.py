@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ..errors import UsageError, did_you_mean
 from . import recipe_file
+from .amounts import parse_size
 from .blocks import parse_blocks
 from .combinations import check_combination
 from .needs import check_needs
@@ -42,6 +43,7 @@ from .wishes import check_wishes
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
 EFFORTS = ("quick", "default", "best")
 LAYOUTS = ("auto", "uniform", "per-layer", "any")
+PROCESSES = ("auto", "together", "alone")
 SEEDS = 1 << 32
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCK = 32
@@ -81,20 +83,6 @@ def _check_gguf(kind: str) -> None:
     if kind and kind not in GGUF_TYPES:
         raise UsageError(f"unknown type {kind!r} of a GGUF file",
                          fix=did_you_mean(kind, GGUF_TYPES))
-
-
-def parse_size(text: str) -> int:
-    """Return bytes of a size that is written with its unit; raises UsageError for another text.
-
-    >>> parse_size("500MB"), parse_size("1.5 GB")
-    (500000000, 1500000000)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT])B\s*", str(text))
-    size = 0 if found is None else float(found[1]) * 1000 ** (1 + "kMGT".index(
-        found[2].replace("K", "k")))
-    if size < 1:
-        raise UsageError(f"cannot read size {text!r}", fix="give a number and a unit, as 500MB")
-    return int(size)
 
 
 def _check_blocks(blocks: str) -> None:
@@ -336,3 +324,10 @@ class Errand(Trusting):
     checkpoint: Path | None = option(
         None, RECOVERY, "Save the training here, and continue it if it was stopped.",
         metavar="DIR")
+    work: Path | None = option(
+        None, MAIN, "Keep finished steps here: a compile that was killed goes on from them, to the "
+        "same bytes. Another compile's are refused.", metavar="DIR")
+    processes: str = option(
+        "auto", MAIN, "Of the processes that a launcher started: together (one compile, its work "
+        "shared, one writes) or alone. Default: together on the command line, alone in Python.",
+        check=one_of(PROCESSES, "processes"))

@@ -23,6 +23,7 @@ from ..plan.plan import Plan
 from ..plan.problem import Allocation, Problem
 from ..request.recipe import Recipe
 from ..store.room import Room
+from ..store.work import Work
 from .backend import Backend
 
 Progress = Callable[[str, int, int], None]
@@ -32,9 +33,10 @@ Progress = Callable[[str, int, int], None]
 class Request:
     """What is wanted: a recipe, the passes that it names, and the data.
 
-    `compensation`, `schedule` and `recovery` are None where nothing is repaired or trained. `model`
-    is what finds the model again, "" where only the user has it.
-    `notes` is what the steps have to tell the user, in their order; it only grows.
+    `compensation`, `schedule` and `recovery` are None where nothing is repaired or trained. In
+    `place` finished steps are kept, as `work` once it is known what the compile is of. `model` is
+    what finds the model again, "" where only the user has it. `notes` is what the steps have to
+    tell the user, in their order; it only grows.
     """
 
     recipe: Recipe
@@ -47,6 +49,8 @@ class Request:
     recovery: Any = None
     recover_data: Calibration | None = None
     checkpoint: Path | None = None
+    place: Path | None = None
+    work: Work | None = None
     loss: Callable[..., torch.Tensor] = default_loss
     tokenizer: Any = None
     name: str = ""

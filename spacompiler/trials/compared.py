@@ -19,6 +19,7 @@ from ..evidence.losses import distance, first_floating
 from ..groups.repeats import block
 from ..groups.solution import Solution
 from ..plan.problem import Problem, Unit
+from ..system.group import here
 
 Arrays = Mapping[str, torch.Tensor]
 Slopes = dict[str, tuple[float, int, tuple[str, ...]]]
@@ -101,9 +102,11 @@ class Compared(ABC):
     def _apart(self, problem: Problem, kept: Mapping[str, int], batches: Sequence[Batch],
                how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
         choices = self.plan(problem, kept)
-        total = sum(float(how(first_floating(self.results(batch, choices)), self._dense(batch)))
-                    for batch in batches)
-        return total / max(len(batches), 1)
+
+        def distant(batch: Batch) -> float:
+            return float(how(first_floating(self.results(batch, choices)), self._dense(batch)))
+
+        return sum(here().each(batches, distant, "a trial")) / max(len(batches), 1)
 
     def _dense(self, batch: Batch) -> torch.Tensor:
         """The dense network's first result, computed once."""

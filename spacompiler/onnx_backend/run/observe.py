@@ -64,7 +64,7 @@ class FileNetwork:
 
     def observe(self, batches: Iterable[Batch], places: Mapping[Place, float], see: See, *,
                 together: bool = False, tick: Callable[[], None] = lambda: None,
-                ) -> Iterator[set[Place]]:
+                shown: Callable[[], None] = lambda: None) -> Iterator[set[Place]]:
         """Run over all batches with as many tensors exposed as fit, yield places, and so on.
 
         Raises SpaError for what is read of a branch's own values.
@@ -75,7 +75,8 @@ class FileNetwork:
             readers.setdefault(place[1], []).append(place)
         self._check_outside(readers)
         for names in _fitting(self._costs(places, feeds)):
-            self._expose(names, readers, feeds, see)
+            for _ in self._expose(names, readers, feeds, see):
+                shown()
             yield {place for name in names for place in readers[name]}
         for _ in feeds if not together else ():
             tick()
@@ -111,7 +112,8 @@ class FileNetwork:
         return found
 
     def _expose(self, names: list[str], readers: Mapping[str, list[Place]],
-                feeds: Iterable[dict[str, np.ndarray]], see: See) -> None:
+                feeds: Iterable[dict[str, np.ndarray]], see: See) -> Iterator[int]:
+        """Show what is read of some tensors, yielding the number of each batch that is done."""
         session = Session(self.trace.model, names)
         for number, feed in enumerate(feeds):
             count = next((len(a) for a in feed.values() if a.ndim), 1)
@@ -119,6 +121,7 @@ class FileNetwork:
             for name, value in zip(names, values, strict=True):
                 for node, _ in readers[name]:
                     see(number, node, name, torch.from_numpy(value), count)
+            yield number
 
 
 def _fitting(costs: Mapping[str, float]) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ import torch
 
 from ...evidence.consumers import Consumer
 from ...evidence.room import Room
+from ...evidence.turns import Sums, Turns
 from ..run.runner import Override
 from ..trace import Program
 from .step import Step, hand_on
@@ -25,11 +26,15 @@ class Curvature:
     """
 
     step: Step
-    totals: dict[str, torch.Tensor] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
     room: Room = field(default_factory=Room)
+    totals: Sums = field(init=False)
     routes: set[tuple[str, str]] = field(default_factory=set)
     _outputs: dict[str, Consumer] = field(default_factory=dict)
     _dealt: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.totals = Sums("curvature", self.turns, self.room.take)
 
     def prepare(self, consumers: Iterable[Consumer]) -> None:
         """Say at which consumers it is wanted."""
@@ -59,7 +64,4 @@ class Curvature:
         g = at.outputs(gradient * self.step.count)
         if at.route is not None:
             g, _ = at.route.deal(g[0], self._dealt[at.places[1]])
-        product = g.mT @ g
-        have = self.totals.get(at.node.name)
-        self.totals[at.node.name] = self.room.take(product) if have is None \
-            else have.add_(product)
+        self.totals.gather(at.node.name, g.mT @ g)

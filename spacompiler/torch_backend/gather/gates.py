@@ -10,6 +10,7 @@ import torch
 
 from ...axes.expressions import is_frozen
 from ...evidence.slots import onto
+from ...evidence.turns import Sums, Turns
 from ...groups.solution import Group, Solution
 from .gate_places import Places, check_apart, read_places
 from .step import Change, Step, hand_on
@@ -31,9 +32,13 @@ class Gates:
 
     solution: Solution
     step: Step
-    totals: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
+    totals: Sums = field(init=False)
     places: Places = field(default_factory=dict)
     _apart: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.totals = Sums("gates", self.turns)
 
     def prepare(self, kinds: set[str], groups: Sequence[Group]) -> None:
         """Start at zero for groups. Raises SpaError where a kind cannot tell examples apart."""
@@ -76,7 +81,7 @@ class Gates:
             own = gradient.abs() if self.step.kinds & OF_RELEVANCE else gradient
             each = onto(own, self.solution.solver.dims[at[1]], dim, group)
             for kind in self.step.kinds & GATES.keys():
-                self.totals[kind, group.name] += GATES[kind](each) * self.step.part
+                self.totals.gather((kind, group.name), GATES[kind](each) * self.step.part)
             if "fisher" in self.step.kinds:
                 alone = _fold(each, self.step.count)
                 have = self._apart.get(group.name)
@@ -85,7 +90,7 @@ class Gates:
     def settle(self) -> None:
         """fisher: square each example's own gradient, `count` times its part of the mean."""
         for name, own in self._apart.items():
-            self.totals["fisher", name] += (own * self.step.count).square().sum(0)
+            self.totals.gather(("fisher", name), (own * self.step.count).square().sum(0))
         self._apart.clear()
 
 

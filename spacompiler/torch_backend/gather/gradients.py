@@ -22,6 +22,7 @@ from ...evidence.calls import Batch, examples, singles
 from ...evidence.consumers import Consumer
 from ...evidence.network import Loss, Place, Seen
 from ...evidence.room import Room
+from ...evidence.turns import Turns
 from ...groups.solution import Group, Member, Solution
 from ..run.recompute import budget
 from ..run.runner import Override, OverridingRunner, Reads, widened
@@ -49,6 +50,7 @@ class Gradients:
     stored: Callable[[str], torch.Tensor]
     kinds: frozenset[str] = KINDS
     room: Room = field(default_factory=Room)
+    turns: Turns = field(default_factory=Turns)
     gates: dict[tuple[str, str], torch.Tensor] = field(init=False)
     sums: dict[tuple[str, str, Member], torch.Tensor] = field(init=False)
     arrays: dict[tuple[str, str], torch.Tensor] = field(init=False)
@@ -59,9 +61,10 @@ class Gradients:
     _step: Step = field(default_factory=Step)
 
     def __post_init__(self) -> None:
-        self._gates = Gates(self.solution, self._step)
-        self._weights = WeightSums(self.solution, self.stored, self._step)
-        self._curves = Curvature(self._step, room=self.room)
+        self._gates = Gates(self.solution, self._step, self.turns)
+        self._weights = WeightSums(self.solution, self.stored, self._step, self.turns)
+        self._curves = Curvature(self._step, self.turns, self.room)
+        self.turns.home("examples", self._count)
         self.gates, self.curvature = self._gates.totals, self._curves.totals
         self.sums, self.arrays = self._weights.sums, self._weights.arrays
 
@@ -82,8 +85,7 @@ class Gradients:
         """
         batch = self.trace.labelled(*batch)
         count = self._step.count = examples(*batch)
-        self.batches += 1
-        self.examples += count
+        self.turns.give("examples", "", torch.tensor(count))
         whole, parts = self._divide()
         watch: dict[str, Any] = {"observe": observe, "observed": observed}
         if whole or (observed and not parts):
@@ -104,6 +106,10 @@ class Gradients:
         for kind in sorted(self._kinds & STARTS.keys()):
             self._step.count = count
             self._run(batch, STARTS[kind], {kind}, override=rules(self.solution.graph, kind))
+
+    def _count(self, key: str, count: torch.Tensor) -> None:
+        self.batches += 1
+        self.examples += int(count)
 
     def curve(self, batch: Batch, loss: Loss, observe: Seen,
               observed: Mapping[str, set[str]]) -> None:

@@ -133,10 +133,14 @@ class Fitting:
 
     def __call__(self, outputs: Sequence[Any], args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> torch.Tensor:
+        self.saw(args, kwargs)
+        return self.head(outputs, args, kwargs)
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what it is, and where labels came from, of a batch."""
         facts = self.head.facts(args, kwargs)
         if facts not in self.used:
             self.used.append(facts)
-        return self.head(outputs, args, kwargs)
 
     def teaches(self, batches: Iterable[Batch]) -> bool:
         """True if what it minimises says something of what is right."""

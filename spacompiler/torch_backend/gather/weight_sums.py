@@ -9,6 +9,7 @@ import torch
 
 from ...errors import SpaError
 from ...evidence.slots import by_channel
+from ...evidence.turns import Sums, Turns
 from ...groups.solution import Group, Member, Solution
 from .step import Change, Step, as_is
 
@@ -35,9 +36,13 @@ class WeightSums:
     solution: Solution
     stored: Callable[[str], torch.Tensor]
     step: Step
-    sums: dict[tuple[str, str, Member], torch.Tensor] = field(default_factory=dict)
-    arrays: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    turns: Turns = field(default_factory=Turns)
+    sums: Sums = field(init=False)
+    arrays: Sums = field(init=False)
     members: dict[str, list[tuple[Member, Group]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sums, self.arrays = Sums("sums", self.turns), Sums("arrays", self.turns)
 
     def prepare(self, groups: Sequence[Group]) -> None:
         """Say whose members' weights count; those that are no parameters have no gradient."""
@@ -52,8 +57,7 @@ class WeightSums:
         for kind in step.kinds & ARRAYS.keys():
             value = ARRAYS[kind](gradient)
             value = value * step.part if kind == "weight_gradients" and step.part != 1 else value
-            have = self.arrays.get((kind, name))
-            self.arrays[kind, name] = value if have is None else have.add_(value)
+            self.arrays.gather((kind, name), value)
         sums = step.kinds & SUMS.keys()
         if sums:
             product = self.stored(name).detach() * gradient
@@ -65,8 +69,7 @@ class WeightSums:
         for kind in kinds:
             each, then = SUMS[kind]
             value = by_channel(each(product), dims, member.dim, group, then)
-            have = self.sums.get((kind, group.name, member))
-            self.sums[kind, group.name, member] = value if have is None else have.add_(value)
+            self.sums.gather((kind, group.name, member), value)
 
     def take_second(self, leaves: Mapping[str, torch.Tensor], loss: torch.Tensor) -> None:
         """Add H g for each weight, from the gradient of <g, g held fixed>.

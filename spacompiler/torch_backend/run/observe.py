@@ -55,7 +55,7 @@ class ProgramNetwork:
 
     def observe(self, batches: Iterable[Batch], places: Mapping[Place, float], see: See, *,
                 together: bool = False, tick: Callable[[], None] = lambda: None,
-                ) -> Iterator[set[Place]]:
+                shown: Callable[[], None] = lambda: None) -> Iterator[set[Place]]:
         """Run batch after batch, or, `together`, all batches from node to node.
 
         What no later node reads is dropped on the way.
@@ -68,6 +68,7 @@ class ProgramNetwork:
             for run in runs:
                 for _ in run:
                     pass
+                shown()
                 tick()
             yield set(places)
             return
@@ -75,6 +76,7 @@ class ProgramNetwork:
         for name in [n.name for n in self.trace.graph.nodes if n.name in by_node]:
             for run in side_by_side:
                 next(run)
+                shown()
             yield {(name, tensor) for tensor in by_node[name]}
 
     def put(self, name: str, value: torch.Tensor) -> None:

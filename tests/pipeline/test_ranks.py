@@ -1,0 +1,97 @@
+"""Two processes on one compile: equal bytes, one that writes, and failures that end both; and a
+training of two that is pruned by one plan.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+CHILD = '''
+import os, sys, torch, spacompiler
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from spacompiler.errors import SpaError
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 3))
+batches = [(torch.randn(4, 12),) for _ in range(5)]
+spacompiler.compile(net, batches[0], target="params=60%", importance="magnitude", align=1,
+                    latency=False, onnx=False)  # what is imported now, is in all forks
+place, children = sys.argv[1], []
+for rank, size in ((0, 1), (0, 2), (1, 2)):
+    children.append(os.fork())
+    if children[-1] == 0:
+        break
+else:
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+place, together = f"{place}/{size}", "together" if size > 1 else "alone"
+sys.stdout = open(f"{place}-{rank}.txt", "w")
+asked = dict(target="params=60%", align=1, latency=False, onnx=False, calibration=batches,
+             processes=together, quiet=True)
+
+def compile(name, **more):
+    return spacompiler.compile(net, batches[0], **{**asked, **more}, out=f"{place}/{name}")
+
+assert compile("gradients", repair="refit").path.is_dir()
+compile("covariances", importance="obs", repair="refit")
+if together == "together":
+    def loss(results, args, kwargs):
+        if rank == 1:
+            raise SpaError("the disk of this process is full")
+        return results[0].square().mean()
+    try:
+        compile("failed", loss=loss, repair="none")
+    except SpaError as problem:
+        print(type(problem).__name__, problem.what)
+    dist.init_process_group("gloo")
+    optimizer = torch.optim.Adam(net.parameters())
+    pruner = spacompiler.Pruner(net, batches[0], optimizer, target="params=60%", align=1,
+                                schedule="once(at=9)")
+
+    def trained(ddp):
+        torch.manual_seed(rank)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (ddp(torch.randn(4, 12)) * torch.randn(3)).sum().backward()
+            optimizer.step()
+        return ddp
+
+    ddp = trained(DistributedDataParallel(net))
+    try:
+        pruner.shrink()
+    except SpaError as problem:
+        print(problem.what)
+    del ddp
+    pruner.shrink()
+    print(pruner.kept, [g.tolist() for g in pruner.live.kept.tables.values()])
+    trained(DistributedDataParallel(net))
+    print("trained on", sum(p.numel() for p in net.parameters()))
+    dist.destroy_process_group()
+'''
+
+
+def test_two_processes_write_the_bytes_of_one_and_end_together(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    subprocess.run([sys.executable, "-c", CHILD, tmp_path], check=True, timeout=240, env={
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    first, second = ((tmp_path / f"2-{rank}.txt").read_text() for rank in (0, 1))
+    first, second = (said.splitlines() for said in (first, second))
+    assert second[0] == "SpaError the disk of this process is full"
+    assert first[0] == "ElsewhereError process 1 of 2 failed: the disk of this process is full"
+    wrapped, kept, trained = first[1:]
+    assert first[1:] == second[1:] and "cannot shrink in place" in wrapped
+    assert "False" in kept and trained.startswith("trained on")
+    files = {p.relative_to(tmp_path / "1"): p.read_bytes()
+             for p in (tmp_path / "1").rglob("*") if p.is_file()}
+    assert len(files) > 10
+    assert files == {p.relative_to(tmp_path / "2"): p.read_bytes()
+                     for p in (tmp_path / "2").rglob("*") if p.is_file()}
