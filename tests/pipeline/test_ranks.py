@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 CHILD = '''
-import os, sys, torch, spacompiler
+import os, sys, traceback, torch, spacompiler
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,11 @@ for rank, size in ((0, 1), (0, 2), (1, 2)):
         break
 else:
     sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+def failed(*problem):
+    traceback.print_exception(*problem)
+    os._exit(1)
+
+sys.excepthook = failed  # handlers of ONNX Runtime at exit wait for threads that no fork has
 os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
 place, together = f"{place}/{size}", "together" if size > 1 else "alone"
 sys.stdout = open(f"{place}-{rank}.txt", "w")
@@ -72,6 +77,8 @@ if together == "together":
     trained(DistributedDataParallel(net))
     print("trained on", sum(p.numel() for p in net.parameters()))
     dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 '''
 
 
