@@ -10,6 +10,7 @@ import torch
 
 from ..system.messages import Message
 from .scores import Scores
+from .statistics import Covariance, Fluctuation, Moments
 
 SMALL, LARGE = ("gates", "sums"), ("arrays", "curvature")
 """Sums of gradients by key: those kept in one entry each, and those whose arrays have their own."""
@@ -55,7 +56,7 @@ def clear(context: Scores) -> None:
             getattr(gradients, home).clear()
 
 
-def _state(statistic: Any) -> list[torch.Tensor]:
+def _state(statistic: Moments | Covariance | Fluctuation) -> list[torch.Tensor]:
     """The numbers of a statistic, in the order of its fields; where they lie is none of them."""
     return [torch.as_tensor(getattr(statistic, f.name)) for f in fields(statistic)
             if f.name != "room"]
