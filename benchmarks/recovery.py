@@ -39,7 +39,7 @@ BASES: dict[str, dict[str, Any]] = {
     "llm-pruner": {"importance": "taylor-element", "repair": "none"},
     "magnitude": {"importance": "magnitude", "repair": "none"},
     "wanda-sp": {"importance": "wanda", "repair": "none"},
-    "flap": {"importance": "fluctuation(published=True)", "repair": "bias"},
+    "flap": {"importance": "fluctuation", "repair": "bias"},
     "cfsp": {"importance": "cfsp", "allocation": "cfsp-layers", "repair": "none"},
     "adapt-pruner": {"importance": "taylor-element", "allocation": "adapt-layers",
                      "repair": "none"},
