@@ -205,7 +205,8 @@ def main() -> None:
     print(f"{text}\n\n{time.process_time() - start:.0f} CPU seconds, training included.")
     if options.out:
         image = options.out.with_suffix(".svg")
-        picture(points, repairs, image)
+        picture([p for p in points if not p.criterion.startswith(("global, ", "no data, "))],
+                repairs, image)
         head = "# Accuracy against MACs\n\n" + "\n\n".join(
             p for p in (__doc__ or "").split("\n\n") if not p.startswith("    "))
         shown = "Columns: share of MACs that stays, and the repair; cells: accuracy, percent."
