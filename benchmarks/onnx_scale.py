@@ -3,11 +3,15 @@
     python benchmarks/onnx_scale.py                     # chains, residual networks, transformers
     python benchmarks/onnx_scale.py --kinds chain --sizes 1000 10000
     python benchmarks/onnx_scale.py --kinds resnet --before ../checkout-of-another-commit
+    python benchmarks/onnx_scale.py --large 2           # a file of 2 GB, its arrays beside it
 
 Each file is generated with so many nodes and little else: narrow layers, so that the work is that
 of the graph. In a process of its own, with one thread, run: `open`, `trace` and `solve`, and
 `compile(target="params=70%", importance="wanda")` with its proof and its checks, without latency.
 Cells: CPU seconds (solving: the least of three times), and the largest resident memory in MB.
+
+A large file is one of wide linear layers with external data; it is compiled by
+`importance="magnitude"`, proved in float64, and its peak memory is compared with its size.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 SIZES = (1000, 2000, 4000, 10000)
+COLUMNS = ("open", "trace", "solve", "compile", "memory")
 REPEATS = 3
 
 
@@ -127,6 +132,54 @@ KINDS: dict[str, Callable[[int], onnx.ModelProto]] = {
     "chain": chain, "resnet": resnet, "transformer": transformer}
 
 
+def write_large(folder: Path, size: float) -> Path:
+    """Write a file of residual blocks of about `size` GB, an array at a time."""
+    width, inner = 2048, 8192
+    shape, draws = ("N", width), np.random.default_rng(0)
+    arrays, nodes, x, at = [], [], "x", 0
+    with (folder / "model.data").open("wb") as data:
+        for block in range(max(1, round(size * 2**30 / (8 * width * inner)))):
+            for name, sizes in (("up", (width, inner)), ("down", (inner, width))):
+                array = draws.standard_normal(sizes, np.float32)
+                array *= np.float32((0.3 if name == "down" else 1.0) / sizes[0] ** 0.5)
+                data.write(array)
+                arrays.append(TensorProto(
+                    name=f"{name}{block}", data_type=TensorProto.FLOAT, dims=sizes,
+                    data_location=TensorProto.EXTERNAL))
+                for key, value in (("location", "model.data"), ("offset", at),
+                                   ("length", array.nbytes)):
+                    arrays[-1].external_data.add(key=key, value=str(value))
+                at += array.nbytes
+            nodes += [helper.make_node("MatMul", [x, f"up{block}"], [f"u{block}"]),
+                      helper.make_node("Relu", [f"u{block}"], [f"r{block}"]),
+                      helper.make_node("MatMul", [f"r{block}", f"down{block}"], [f"d{block}"]),
+                      helper.make_node("Add", [x, f"d{block}"], [f"s{block}"])]
+            x = f"s{block}"
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in ("x", x)]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], arrays)
+    path = folder / "model.onnx"
+    path.write_bytes(helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString())
+    return path
+
+
+def large(path: Path) -> dict[str, Any]:
+    """Compile a large file in this process: CPU seconds, peak memory, and how it was proved."""
+    import torch
+
+    import spacompiler
+
+    torch.set_num_threads(1)
+    size = sum(p.stat().st_size for p in path.parent.iterdir()) / 2**20
+    start = time.process_time()
+    result = spacompiler.compile(str(path), target="params=70%", importance="magnitude",
+                                 latency=False, out=path.parent / "out")
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"MB": round(size), "CPU s": round(seconds, 1), "peak MB": round(peak),
+            "peak / file": round(peak / size, 2), "proof": str(result.report["proof"])[:300]}
+
+
 def one(path: Path, profile: str) -> dict[str, float]:
     """Open, trace, solve and compile a file in this process; what each took."""
     import torch
@@ -175,18 +228,29 @@ def _profiled(work: Callable[[], None], place: str) -> None:
     profile.dump_stats(place)
 
 
-def run(kind: str, nodes: int, code: Path, profile: str = "") -> dict[str, float]:
-    """Measure a file of a kind with the package of a checkout, in a process of its own."""
+def run(path: Path, code: Path, *more: str) -> dict[str, Any]:
+    """Measure a file with the package of a checkout, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(KINDS[kind](nodes), path)
-        done = subprocess.run([sys.executable, __file__, "--one", str(path), profile],
-                              capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([sys.executable, __file__, "--one", str(path), *more],
+                          capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def table(kind: str, name: str, sizes: list[int], code: Path, profile: str) -> None:
+    """Print a row for each size of a kind, and how much more the last took than the first."""
+    rows = []
+    for nodes in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx.save(KINDS[kind](nodes), path)
+            rows.append(run(path, code, profile))
+        cells = [f"{rows[-1].get(c, 0):.{0 if c == 'memory' else 2}f}" for c in COLUMNS]
+        print(f"| {kind}{name} | {nodes} | {' | '.join(cells)} |", flush=True)
+    times = [f"{rows[-1].get(c, 0) / (rows[0].get(c) or 1):.1f}" for c in COLUMNS]
+    print(f"| {kind}{name} | {sizes[-1]} / {sizes[0]} | {' | '.join(times)} |", flush=True)
 
 
 def main() -> int:
@@ -196,26 +260,27 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
     parser.add_argument("--profile", default="", help="write a profile of the compiles here")
+    parser.add_argument("--large", type=float, help="GB of a file of wide layers, and nothing else")
+    parser.add_argument("--folder", type=Path, help="where the large file is made for the while")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(one(Path(asked.one[0]), asked.one[1])))
+        path, what = Path(asked.one[0]), asked.one[1]
+        print(json.dumps(large(path) if what == "large" else one(path, what)))
         return 0
     codes = {"": Path(__file__).resolve().parents[1]}
     if asked.before is not None:
         codes[" before"] = asked.before.resolve()
-    columns = ("open", "trace", "solve", "compile", "memory")
-    print("| file | nodes | " + " | ".join(columns) + " |\n" + "|---" * 7 + "|", flush=True)
+    if asked.large:
+        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+            path = write_large(Path(folder), asked.large)
+            for name, code in codes.items():
+                print(f"large{name}", run(path, code, "large"), flush=True)
+        return 0
+    print("| file | nodes | " + " | ".join(COLUMNS) + " |\n" + "|---" * 7 + "|", flush=True)
     for kind in asked.kinds:
         for name, code in codes.items():
-            rows = []
-            for nodes in asked.sizes:
-                rows.append(run(kind, nodes, code, asked.profile))
-                cells = [f"{rows[-1].get(c, 0):.{0 if c == 'memory' else 2}f}" for c in columns]
-                print(f"| {kind}{name} | {nodes} | {' | '.join(cells)} |", flush=True)
-            times = [f"{rows[-1].get(c, 0) / (rows[0].get(c) or 1):.1f}" for c in columns]
-            print(f"| {kind}{name} | {asked.sizes[-1]} / {asked.sizes[0]} "
-                  f"| {' | '.join(times)} |", flush=True)
+            table(kind, name, asked.sizes, code, asked.profile)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import spacompiler
 from spacompiler.groups.solution import Solution, solve
+from spacompiler.onnx_backend import prove
 from spacompiler.onnx_backend.read.file import open_model
 from spacompiler.onnx_backend.read.lower import trace
-from spacompiler.onnx_backend.run import observe
+from spacompiler.onnx_backend.run import observe, streamed
 from spacompiler.onnx_backend.run.observe import FileNetwork
 from spacompiler.rows.onnx_table import TABLE
 
@@ -137,6 +139,29 @@ def test_external_arrays_are_let_go_one_by_one(tmp_path: Path,
     spacompiler.compile(str(tmp_path / "m.onnx"), target="params=70%", importance="magnitude",
                         align=1, latency=False, onnx=False)
     assert 0 < len(released) < 20 * len({*released})
+
+
+def test_a_large_file_is_proved_in_float64_an_array_at_a_time(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(blocks(6), tmp_path / "m.onnx", save_as_external_data=True, location="m.data",
+              size_threshold=0)
+    fetched: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    value = streamed._value
+
+    def seen(model: Any, name: str, values: Any) -> Any:
+        found = value(model, name, values)
+        if name in model.graph.initializers:
+            fetched.append(weakref.ref(found))
+            alive.append(sum(array() is not None for array in fetched))
+        return found
+
+    monkeypatch.setattr(streamed, "_value", seen)
+    monkeypatch.setattr(prove, "DOUBLE_BYTES", 2**10)
+    result = spacompiler.compile(str(tmp_path / "m.onnx"), target="params=70%",
+                                 importance="magnitude", align=1, latency=False)
+    assert result.job.proof is not None and result.job.proof.precision.startswith("float64")
+    assert len(alive) > 20 and max(alive) <= 3
 
 
 def test_one_run_shows_as_many_tensors_as_fit(tmp_path: Path,

@@ -8,7 +8,7 @@ no inference function is observed by running the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, TypeProto, defs, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from onnx.shape_inference import infer_node_outputs
 
 from ...errors import SpaError
@@ -239,7 +240,7 @@ class _Inference:
         names = [i.name for i in node.inputs if i is not None]
         feeds = {n: self.facts.known[n] for n in dict.fromkeys(names) if n}
         try:
-            results = _evaluate(ir.to_proto(node), feeds, self.imports)
+            results = node_results(ir.to_proto(node), feeds, self.imports)
         except Exception:  # the reference implementation refuses in many ways
             return
         fixed = all(n in self.facts.fixed for n in names)
@@ -311,14 +312,15 @@ def _concrete(found: TypeProto | None) -> Shape | None:
     return tuple(d.dim_value for d in dims)
 
 
-def _evaluate(node: onnx.NodeProto, feeds: Mapping[str, np.ndarray],
-              imports: list[onnx.OperatorSetIdProto]) -> list[np.ndarray]:
-    """Compute one node by ONNX's reference implementation."""
+def node_results(node: onnx.NodeProto, feeds: Mapping[str, np.ndarray],
+                 imports: list[onnx.OperatorSetIdProto],
+                 kernels: Sequence[type[OpRun]] = ()) -> list[np.ndarray]:
+    """Compute one node by ONNX's reference implementation, or by `kernels` of the same names."""
     inputs = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
               for n, a in feeds.items()]
     outputs = [helper.make_empty_tensor_value_info(o) for o in node.output if o]
     graph = helper.make_graph([node], "node", inputs, outputs)
     model = helper.make_model(graph, opset_imports=imports)
     with np.errstate(all="ignore"):
-        results = ReferenceEvaluator(model).run(None, dict(feeds))
+        results = ReferenceEvaluator(model, new_ops=list(kernels)).run(None, dict(feeds))
     return [np.asarray(r) for r in results]

@@ -134,11 +134,16 @@ def release(model: ir.Model, name: str | None = None) -> bool:
 
     False if someone still looks at one.
     """
-    values, free = model.graph.initializers, True
-    for value in values.values() if name is None else filter(None, (values.get(name),)):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            try:
-                value.const_value.release()
-            except BufferError:
-                free = False
-    return free
+    values = model.graph.initializers
+    named = values.values() if name is None else filter(None, (values.get(name),))
+    return all([let_go(value.const_value) for value in named])
+
+
+def let_go(tensor: ir.TensorProtocol | None) -> bool:
+    """Unmap an array that lies in a data file; False if someone still looks at it."""
+    if isinstance(tensor, ir.ExternalTensor):
+        try:
+            tensor.release()
+        except BufferError:
+            return False
+    return True

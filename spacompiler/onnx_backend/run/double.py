@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ..read.bodies import body_graphs
 from ..read.shapes import sizes_of
+from ..read.stored import let_go
 
 FLOAT, DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 # inputs that stay float32 whatever the others are
@@ -43,9 +44,12 @@ def to_double(model: ir.Model) -> ir.Model:
 
 
 def _double(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    return ir.LazyTensor(
-        lambda: ir.Tensor(tensor.numpy().astype(np.float64), name=name), dtype=DOUBLE,
-        shape=ir.Shape(sizes_of(tensor)), name=name)
+    def read() -> ir.Tensor:
+        wide = tensor.numpy().astype(np.float64)
+        let_go(tensor)
+        return ir.Tensor(wide, name=name)
+
+    return ir.LazyTensor(read, dtype=DOUBLE, shape=ir.Shape(sizes_of(tensor)), name=name)
 
 
 def _attributes(node: ir.Node) -> None:

@@ -48,6 +48,7 @@ class Session:
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if fuse else level.ORT_DISABLE_ALL
         options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # it costs long graphs, and pays where one runs often
         options.log_severity_level = 4
         options.add_session_config_entry("session.disable_prepacking", "1")
         self._lent = [ort.OrtValue.ortvalue_from_numpy(a) for a in self._arrays.values()]
