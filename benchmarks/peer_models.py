@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ def _classifier(name: str) -> Built:
 
 
 def _llama(layers: int) -> Built:
+    with suppress(ImportError):  # transformers imports torchvision where it finds one
+        import tiny_torchvision  # noqa: F401
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -40,13 +40,21 @@ def make_functional(program: Program) -> bool:
     for node in nodes if writes else ():
         for source in node.all_input_nodes:
             if source in now:
-                node.replace_input_with(source, now[source])
+                node.replace_input_with(source, _newest(now, source))
         if not _is_pure(node):
             pure, views = _pure(node), list(_views(node.args[0]))
-            made = _written(program.graph, node, views)
-            now = {old: made.get(new, new) for old, new in now.items()} | made
+            now |= _written(program.graph, node, views)
             node.target = pure
     return True
+
+
+def _newest(now: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    """What is read in place of a value, by way of what was written over that in turn."""
+    found = now[node]
+    while found in now:
+        found = now[found]
+    now[node] = found
+    return found
 
 
 def _are_safe(nodes: list[fx.Node], writes: list[fx.Node]) -> bool:

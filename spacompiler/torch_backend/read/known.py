@@ -7,14 +7,17 @@ blocks ask the same again and again, and of the commonest operators the answer i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
 
 _ATEN = torch.ops.aten
 _META = torch.device("meta")
-Made = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 class Known:
@@ -25,19 +28,34 @@ class Known:
 
     def __call__(self, func: torch._ops.OpOverload, args: tuple[Any, ...],
                  kwargs: dict[str, Any], key: Sequence[object]) -> Any:
-        """Return what an operator gives; `key` are its arguments, flat, and how they nest."""
-        if func in _AT_ONCE and (made := _AT_ONCE[func](args, kwargs)) is not None:
-            return made
-        asked = _described(func, key) if _is_fresh(func) else None
-        if asked is not None and asked in self._made:
-            shape, stride, dtype = self._made[asked]
+        """Return what an operator gives; `key` says operator, operands by kind, and the rest."""
+        asked = tuple(key) if _is_fresh(func) else None
+        try:
+            found = self._made.get(asked) if asked else None
+        except TypeError:  # an argument that cannot be compared
+            asked = found = None
+        if found is not None:
+            shape, stride, dtype = found
             return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
-        result = func(*args, **kwargs)
-        if asked is not None and _is_apart(result, key):
-            self._made[asked] = tuple(result.shape), result.stride(), result.dtype
+        at_once = _AT_ONCE.get(func)
+        result = at_once(args, kwargs) if at_once else None
+        if result is None:
+            result = _asked(func, args, kwargs)
+        if asked is not None and _is_apart(result, args, kwargs):
+            self._made[asked] = result.shape, result.stride(), result.dtype
         return result
 
 
+def _asked(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let torch say it: in C++ where it can, which is much quicker for views."""
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError:
+        with enable_python_dispatcher():
+            return func(*args, **kwargs)
+
+
+@cache
 def _is_fresh(func: torch._ops.OpOverload) -> bool:
     """Whether an operator gives one tensor that is no view and writes into none."""
     schema = func._schema
@@ -45,22 +63,24 @@ def _is_fresh(func: torch._ops.OpOverload) -> bool:
         a.alias_info is None for a in (*schema.arguments, *schema.returns))
 
 
-def _described(func: object, key: Sequence[object]) -> Any:
-    """Operands by size, strides and type; None where an argument cannot be compared."""
-    described = (func, *((tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor)
-                         else (type(x), x) for x in key))
-    try:
-        hash(described)
-    except TypeError:
-        return None
-    return described
+@cache
+def takes_device(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator may be told where its result is to lie."""
+    return any(a.name == "device" for a in func._schema.arguments)
 
 
-def _is_apart(result: object, key: Sequence[object]) -> bool:
+@cache
+def is_mutable(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator writes into an operand."""
+    return bool(func._schema.is_mutable)
+
+
+def _is_apart(result: object, *given: object) -> bool:
     """Whether a result is a tensor that shares nothing with an operand."""
     return isinstance(result, torch.Tensor) and result.device == _META and not any(
         isinstance(x, torch.Tensor) and x.device == _META
-        and x.untyped_storage()._cdata == result.untyped_storage()._cdata for x in key)
+        and x.untyped_storage()._cdata == result.untyped_storage()._cdata
+        for x in pytree.tree_leaves(given))
 
 
 # --- answers of one line ------------------------------------------------------------------------

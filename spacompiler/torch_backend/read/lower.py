@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def _lower_call(graph: Graph, node: fx.Node, seen: Mapping[str, tuple[int, ...]]
                             where[-1][0] if where else "", _source(node)))
 
 
+@cache
 def _op_name(target: object) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else \
         getattr(target, "__name__", str(target))
@@ -145,10 +147,18 @@ def _varies(size: object) -> bool:
 
 def _tensor(name: str, value: torch.Tensor, kind: str, weight: str | None,
             seen: tuple[int, ...] | None = None) -> Tensor:
+    dtype = _dtype(value.dtype)
+    if seen is None and all([type(n) is int for n in value.shape]):
+        return Tensor(name, tuple(value.shape), dtype, kind, weight)
     dynamic = frozenset(i for i, n in enumerate(value.shape) if _varies(n))
     sizes = seen or [hint(n) for n in value.shape]
     if any(isinstance(n, torch.SymInt) for n in sizes):
         raise SpaError(f"the size of {name} depends on data", why=f"its shape is {value.shape}",
                        fix="compile a part of it: --module PATH of a sub-module before or after")
     shape = tuple(map(int, sizes))
-    return Tensor(name, shape, str(value.dtype).removeprefix("torch."), kind, weight, dynamic)
+    return Tensor(name, shape, dtype, kind, weight, dynamic)
+
+
+@cache
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

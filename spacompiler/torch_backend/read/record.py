@@ -12,13 +12,13 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
@@ -32,7 +32,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..trace import Recorded
-from .known import Known
+from .known import Known, is_mutable, takes_device
+from .placed import called
+from .repeats import Repeats
 from .running import follow, innermost_forward
 
 _META = torch.device("meta")
@@ -49,24 +51,35 @@ _PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT
            InputKind.USER_INPUT: ""}
 
 
+class _Kind(tuple[object, ...]):
+    """Sizes, strides and type of an operand, as a part of a question."""
+
+    __slots__ = ()
+
+
 class NotRecorded(Exception):
     """The module does something that only torch.export can follow."""
 
 
-def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recorded:
+def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
+           once: bool = True) -> Recorded:
     """Return the program of one call of a module that is in eval mode.
 
-    Neither weights nor inputs are read; their sizes stand in the program. Raises NotRecorded, or
-    what the module raises for want of data.
+    Neither weights nor inputs are read; their sizes stand in the program. Of blocks that do the
+    same, one is run if `once`. Raises NotRecorded, or what the module raises for want of data.
     """
     recorder = _Recorder(module)
+    repeats = Repeats(recorder)
     held = recorder.arrays()
     leaves, spec = pytree.tree_flatten((args, kwargs))
     given, named = pytree.tree_unflatten(
         [recorder.held(f"input_{i}", x, InputKind.USER_INPUT) if isinstance(x, torch.Tensor) else x
          for i, x in enumerate(leaves)], spec)
-    with torch.no_grad(), _exporting(), recorder.modules(), enable_python_dispatcher(), recorder:
-        result = torch.func.functional_call(module, held, given, named, tie_weights=False)
+    with torch.no_grad(), _exporting(), repeats.under_way(module) if once else nullcontext(), \
+            recorder.modules(), enable_python_dispatcher(), recorder:
+        result = called(module, held, given, named)
+    if repeats.used and recorder.wrote:  # what shares memory with what is not known of all blocks
+        return record(module, args, kwargs, once=False)
     return recorder.finish(result)
 
 
@@ -96,6 +109,9 @@ class _Recorder(ProxyTorchDispatchMode):
     specs: list[InputSpec] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     path: list[str] = field(default_factory=lambda: [""])
+    places: dict[tuple[int, str], fx.Node] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    wrote: bool = False
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
@@ -103,6 +119,7 @@ class _Recorder(ProxyTorchDispatchMode):
         self._alive: list[torch.Tensor] = []
         self._device: torch.device | None = None
         self._known = Known()
+        self.names = {id(part): path for path, part in self.module.named_modules()}
 
     def __enter__(self) -> _Recorder:
         TorchDispatchMode.__enter__(self)
@@ -123,6 +140,7 @@ class _Recorder(ProxyTorchDispatchMode):
                     if tensor is not None:
                         full = f"{path}.{name}" if path else name
                         held[full] = self.held(full, tensor, kind)
+                        self.places[id(part), name] = self.node(held[full])
         return held
 
     def held(self, name: str, tensor: torch.Tensor, kind: InputKind) -> torch.Tensor:
@@ -131,13 +149,13 @@ class _Recorder(ProxyTorchDispatchMode):
             raise NotRecorded(f"{name} is a {type(tensor).__name__}")
         if self._device is None:
             self._device = tensor.device
-        stand_in = tensor.detach().to(_META)
+        stand_in = torch.empty_like(tensor, device=_META, requires_grad=False)
         node = self.graph.placeholder(_PREFIX[kind] + name.replace(".", "_"))
         target = None if kind is InputKind.USER_INPUT else name
         self.specs.append(InputSpec(
             kind, TensorArgument(node.name), target,
             persistent=self._persists(name) if kind is InputKind.BUFFER else None))
-        self._note(stand_in, node)
+        self.note(stand_in, node)
         node.meta["val"] = stand_in
         return stand_in
 
@@ -155,7 +173,7 @@ class _Recorder(ProxyTorchDispatchMode):
             self.held(name, tensor, InputKind.CONSTANT_TENSOR)
         self.specs.insert(0, self.specs.pop())
         node = next(iter(self.graph.nodes))
-        self._note(tensor, node)
+        self.note(tensor, node)
         return node
 
     # --- what is called --------------------------------------------------------------------
@@ -166,28 +184,58 @@ class _Recorder(ProxyTorchDispatchMode):
         """Note an operator in the graph, and run it without data."""
         if not isinstance(func, torch._ops.OpOverload):
             raise NotRecorded(f"{func} is not an operator")
-        leaves, spec = pytree.tree_flatten((args, kwargs or {}))
-        node_args, node_kwargs = pytree.tree_unflatten([self._said(x) for x in leaves], spec)
-        args, kwargs = pytree.tree_unflatten([_without_data(x) for x in leaves], spec)
-        if any(a.name == "device" for a in func._schema.arguments) and "device" not in kwargs \
-                and not any(isinstance(x, (torch.Tensor, torch.device)) for x in leaves):
-            kwargs = {**kwargs, "device": _META}
+        with no_python_dispatcher():  # it is what brought us here, and makes every call slow
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: torch._ops.OpOverload, args: tuple[Any, ...],
+              kwargs: dict[str, Any]) -> Any:
+        key: list[object] = [func]
+        node_args, given = self._told(args, key)
+        node_kwargs, named = self._told(kwargs, key)
+        if takes_device(func) and "device" not in named and not any(
+                isinstance(x, (_Kind, torch.device)) for x in key):
+            named = {**named, "device": _META}
+        if is_mutable(func):
+            self.wrote = True
+            self._keep_sizes(args, kwargs)
         like = _LIKE_OPERAND.get(func)
-        result = like(*args, **kwargs) if like else self._known(func, args, kwargs, (
-            *leaves, spec, *kwargs.items()))
+        result = like(*given, **named) if like else self._known(func, given, named, key)
         node = self.graph.call_function(func, node_args, node_kwargs)
-        node.meta = {"val": pytree.tree_map(_snapshot, result), "stack_trace": _place(),
+        node.meta = {"val": _snapshot(result), "stack_trace": _place(),
                      "nn_module_stack": {"": (self.path[-1], "")}}
-        self._note(result, node)
+        self.note(result, node)
         return result
 
-    def _said(self, value: object) -> Any:
-        """An argument as it stands in the graph."""
+    def _told(self, value: object, key: list[object]) -> tuple[Any, Any]:
+        """An argument as it stands in the graph, and without data; `key` is given its kind."""
         if isinstance(value, torch.Tensor):
-            return self._node(value)
-        return self._device if value == _META else value
+            node = self.node(value)
+            given = value if value.is_meta else value.to(_META)
+            key.append(_Kind((given.shape, given.stride(), given.dtype)))
+            return node, given
+        if isinstance(value, (list, tuple)):
+            key.append((type(value), len(value)))
+            told = [self._told(part, key) for part in value]
+            return type(value)([n for n, _ in told]), type(value)([g for _, g in told])
+        if isinstance(value, dict):
+            key.append(tuple(value))
+            pairs = {name: self._told(part, key) for name, part in value.items()}
+            return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
+        if isinstance(value, torch.device):
+            key.append(value)
+            return self._device if value == _META else value, _META
+        key.append((type(value), value))
+        return value, value
 
-    def _node(self, tensor: torch.Tensor) -> fx.Node:
+    def _keep_sizes(self, *given: object) -> None:
+        """Keep what is known of operands apart from what is about to be written into."""
+        for value in pytree.tree_leaves(given):
+            node = self._nodes.get(id(value)) if isinstance(value, torch.Tensor) else None
+            if isinstance(node, fx.Node) and node.meta["val"] is value:
+                node.meta["val"] = value.detach()
+
+    def node(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the node of a value; an array from elsewhere becomes a constant."""
         found = self._nodes.get(id(tensor)) or self._nodes.get(_region(tensor))
         if found is None:
             return self._constant(tensor)
@@ -198,15 +246,22 @@ class _Recorder(ProxyTorchDispatchMode):
             self._nodes[id(tensor)] = found
         return found
 
-    def _note(self, result: object, node: object) -> None:
+    def note(self, result: object, node: object) -> None:
+        """Let a node stand for a value, or for the parts of one."""
         if isinstance(result, torch.Tensor):
             self._nodes[id(result)] = self._nodes[_region(result)] = node
             self._alive.append(result)
         elif isinstance(result, (tuple, list)):
             for i, part in enumerate(result):
-                self._note(part, (node, i))
+                self.note(part, (node, i))
         elif not isinstance(result, _PLAIN):
             raise NotRecorded(f"{node} gives a {type(result).__name__}")
+
+    def another(self, like: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the same kind, of which nothing is noted."""
+        own = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
+        with no_python_dispatcher(), torch._C._ExcludeDispatchKeyGuard(own):
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=_META)
 
     # --- what comes out --------------------------------------------------------------------
 
@@ -216,7 +271,7 @@ class _Recorder(ProxyTorchDispatchMode):
         strange = [x for x in leaves if not isinstance(x, (torch.Tensor, *_PLAIN))]
         if strange:
             raise NotRecorded(f"the module returns a {type(strange[0]).__name__}")
-        nodes = [self._node(x) for x in leaves if isinstance(x, torch.Tensor)]
+        nodes = [self.node(x) for x in leaves if isinstance(x, torch.Tensor)]
         self.graph.output(tuple(nodes))
         outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in nodes]
         state: dict[str, Any] = dict(self.module.named_parameters(remove_duplicate=False))
@@ -227,7 +282,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def modules(self) -> AbstractContextManager[None]:
         """Follow which module is running."""
-        return follow({id(part): path for path, part in self.module.named_modules()}, self.path)
+        return follow(self.names, self.path)
 
 
 def _region(tensor: torch.Tensor) -> Any:
@@ -238,15 +293,11 @@ def _region(tensor: torch.Tensor) -> Any:
             *tensor.stride())
 
 
-def _without_data(value: object) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value if value.device == _META else value.to(_META)
-    return _META if isinstance(value, torch.device) else value
-
-
-def _snapshot(value: object) -> Any:
-    """A result as it is now: what writes into it later may change its shape."""
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def _snapshot(result: object) -> Any:
+    """A result as it is now; one tensor is kept apart once something writes into it."""
+    if isinstance(result, (tuple, list)):
+        return type(result)([x.detach() if isinstance(x, torch.Tensor) else x for x in result])
+    return result
 
 
 def _place() -> str:

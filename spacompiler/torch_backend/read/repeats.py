@@ -1,0 +1,292 @@
+"""Blocks that a model repeats are run once, and their operators noted again for the others.
+
+Blocks in one list that have the same classes, attributes and sizes of arrays do the same to inputs
+of the same kind. What may differ are numbers that tell blocks apart (`layer_idx`): those are
+watched, and where the first block's code reads one, all blocks run. Nothing is shared in programs
+that write into values: there it matters what shares memory with what.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+PARTS = 4
+"""Modules of fewer parts (themselves counted) are run: noting their operators is all the work."""
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
+_OWN = {*vars(nn.Module()), "forward"}
+
+
+class Notes(Protocol):
+    """The graph under way, as a recorder holds it: `places` are the nodes of arrays by module and
+    name, `names` the paths of modules by their identities; `wrote` says that a value was written
+    into."""
+
+    graph: fx.Graph
+    places: dict[tuple[int, str], fx.Node]
+    names: dict[int, str]
+    wrote: bool
+
+    def node(self, tensor: torch.Tensor) -> fx.Node:
+        """Return the node of a value."""
+
+    def note(self, result: object, node: object) -> None:
+        """Let a node stand for a value."""
+
+    def another(self, like: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the same kind, of which nothing is noted."""
+
+
+@dataclass
+class _Kind:
+    """Blocks alike: `differing` are (part, attribute) that tell them apart, `refused` says that
+    one is read; `seen` are the blocks that ran, by the kind of their inputs."""
+
+    differing: dict[str, frozenset[str]]
+    seen: dict[Any, _Seen] = field(default_factory=dict)
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A block that ran, its inputs, its operators, and its result: tensors with their nodes."""
+
+    block: nn.Module
+    inputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    result: Any
+
+
+class Unlike(Exception):
+    """Inputs or results are no plain values and tensors."""
+
+
+@dataclass
+class Repeats:
+    """The repeated blocks of a model; `used` says that one was noted without being run."""
+
+    notes: Notes
+    used: bool = False
+
+    @contextmanager
+    def under_way(self, module: nn.Module) -> Iterator[None]:
+        """Let repeated blocks go through here while the module runs."""
+        changed = []
+        for kind, blocks in _alike(module):
+            for block in blocks:
+                changed.append(block)
+                vars(block)["forward"] = partial(self._forward, kind, block)
+        try:
+            yield
+        finally:
+            for block in changed:
+                vars(block).pop("forward", None)
+
+    def _forward(self, kind: _Kind, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = partial(type(block).forward, block, *args, **kwargs)
+        if kind.refused or self.notes.wrote:
+            return run()
+        found: list[torch.Tensor] = []
+        try:
+            asked = _described((args, kwargs), found)
+        except Unlike:
+            return run()
+        inputs = tuple(map(self.notes.node, found))
+        outside = tuple(n if n.op == "placeholder" else inputs.index(n) for n in inputs)
+        state = _signature(block, kind.differing)  # what its parent has just set, too
+        key = (asked, outside, state)
+        if key in kind.seen:
+            return self._again(kind.seen[key], block, inputs)
+        return self._first(kind, key, block, inputs, run)
+
+    def _first(self, kind: _Kind, key: tuple[object, ...], block: nn.Module,
+               inputs: tuple[fx.Node, ...], run: Callable[[], Any]) -> Any:
+        """Run a block and keep what it did."""
+        last = next(iter(reversed(self.notes.graph.nodes)))
+        with _watched(block, kind.differing) as read:
+            result = run()
+        leaves: list[torch.Tensor] = []
+        try:
+            _described(result, leaves)
+        except Unlike:
+            kind.refused = True
+        if kind.refused or read or self.notes.wrote or \
+                _signature(block, kind.differing) != key[-1]:
+            kind.refused = True
+            return result
+        said = _mapped(result, lambda x: (self.notes.node(x), x))
+        kind.seen[key] = _Seen(block, inputs, tuple(_after(last)), said)
+        return result
+
+    def _again(self, seen: _Seen, block: nn.Module, inputs: tuple[fx.Node, ...]) -> Any:
+        """Note the operators of a block that ran for one that does the same."""
+        self.used = True
+        notes, now = self.notes, dict(zip(seen.inputs, inputs, strict=True))
+        paths: dict[str, str] = {}
+        for old, new in zip(_parts(seen.block), _parts(block), strict=True):
+            paths[notes.names[id(old)]] = notes.names[id(new)]
+            for name in (*old._parameters, *old._buffers):
+                if (id(old), name) in notes.places:
+                    now[notes.places[id(old), name]] = notes.places[id(new), name]
+        for node in seen.nodes:
+            made = now[node] = notes.graph.node_copy(node, lambda n: now.get(n, n))
+            ((where, rest),) = node.meta["nn_module_stack"].values()
+            made.meta["nn_module_stack"] = {"": (paths.get(where, where), rest)}
+
+        def returned(pair: tuple[fx.Node, torch.Tensor]) -> torch.Tensor:
+            node, old = pair
+            value = notes.another(old)
+            notes.note(value, now.get(node, node))
+            return value
+
+        return _mapped(seen.result, returned)
+
+
+# --- what is alike --------------------------------------------------------------------------------
+
+
+def _alike(module: nn.Module) -> Iterator[tuple[_Kind, list[nn.Module]]]:
+    """Yield kinds of blocks with those of each, where there are at least two."""
+    for part in list(module.modules()):
+        kinds: dict[Any, list[nn.Module]] = {}
+        children = dict.fromkeys(child for child in part._modules.values() if child is not None)
+        types = Counter(map(type, children))
+        for child in children:
+            if types[type(child)] > 1 and "forward" not in vars(child):
+                signature = _signature(child)
+                if len(signature) >= PARTS:
+                    kinds.setdefault(signature, []).append(child)
+        for blocks in kinds.values():
+            if len(blocks) > 1:
+                yield _Kind(_differing(blocks)), blocks
+
+
+def _signature(block: nn.Module,
+               differing: Mapping[str, frozenset[str]] | None = None) -> tuple[Any, ...]:
+    """What two blocks have in common that do the same, for each of their parts.
+
+    Numbers count by their values only where it is known which of them `differing` ones are.
+    """
+    return tuple([(name, type(part), _arrays(part), _attributes(
+        part, None if differing is None else differing.get(name, frozenset())))
+        for name, part in block.named_modules(remove_duplicate=False)])
+
+
+def _arrays(part: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, None if x is None else (x.shape, x.stride(), x.dtype))
+                 for arrays in (part._parameters, part._buffers) for name, x in arrays.items())
+
+
+def _attributes(part: nn.Module, but: frozenset[str] | None) -> tuple[Any, ...]:
+    """Attributes by value where that is plain (numbers in `but`, or all, by type), else by
+    identity."""
+    if any(vars(part).get(name) for name in _HOOKS):
+        return (id(part),)
+    return (part.training, *[
+        (name, type(x) if _is_number(x) and (but is None or name in but) else _valued(x))
+        for name, x in vars(part).items() if name not in _OWN])
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float, bool)
+
+
+def _valued(value: object) -> Any:
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, tuple):
+        return tuple(map(_valued, value))
+    return type(value) if type(value) in (list, dict, set) and not value else id(value)
+
+
+def _differing(blocks: list[nn.Module]) -> dict[str, frozenset[str]]:
+    """The numbers that differ among blocks, by part."""
+    found: dict[str, frozenset[str]] = {}
+    for parts in zip(*[block.named_modules(remove_duplicate=False) for block in blocks],
+                     strict=True):
+        first = vars(parts[0][1])
+        names = frozenset(name for name, x in first.items() if name not in _OWN and _is_number(x)
+                          and any(vars(part)[name] != x for _, part in parts))
+        if names:
+            found[parts[0][0]] = names
+    return found
+
+
+@contextmanager
+def _watched(block: nn.Module, differing: Mapping[str, frozenset[str]]) -> Iterator[set[str]]:
+    """Collect which of the attributes are read meanwhile."""
+    read: set[str] = set()
+    was: list[tuple[nn.Module, type]] = []
+    for path, names in differing.items():
+        part = block.get_submodule(path)
+        was.append((part, type(part)))
+        part.__class__ = _watching(type(part), names, read)
+    try:
+        yield read
+    finally:
+        for part, kind in was:
+            part.__class__ = kind
+
+
+def _watching(kind: type[nn.Module], names: frozenset[str], read: set[str]) -> Any:
+    def get(self: nn.Module, name: str) -> Any:
+        if name in names:
+            read.add(name)
+        return kind.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {
+        "__getattribute__": get, "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__})
+
+
+# --- inputs, results and operators ----------------------------------------------------------------
+
+
+def _described(value: object, found: list[torch.Tensor]) -> Any:
+    """The kind of a call's values, tensors by sizes; raises Unlike for what is none of these."""
+    if isinstance(value, torch.Tensor):
+        if type(value) not in (torch.Tensor, nn.Parameter) or not value.is_meta:
+            raise Unlike
+        found.append(value)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if type(value) is tuple:
+        return tuple([_described(part, found) for part in value])
+    if type(value) is dict:
+        return tuple([(name, _described(part, found)) for name, part in value.items()])
+    raise Unlike
+
+
+def _mapped(value: object, change: Callable[[Any], Any]) -> Any:
+    """A result with its tensors, or with what was kept of them as (node, tensor), changed."""
+    if isinstance(value, torch.Tensor) or _is_kept(value):
+        return change(value)
+    if type(value) is tuple:
+        return tuple([_mapped(part, change) for part in value])
+    if type(value) is dict:
+        return {name: _mapped(part, change) for name, part in value.items()}
+    return value
+
+
+def _is_kept(value: object) -> bool:
+    return type(value) is tuple and len(value) == 2 and isinstance(value[0], fx.Node)
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    return [part for _, part in block.named_modules(remove_duplicate=False)]
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that follow in a graph."""
+    while node.next.op != "root":
+        node = node.next
+        yield node
