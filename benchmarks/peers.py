@@ -125,7 +125,9 @@ def _smaller(ask: Request, subject: Subject, traced: Traced) -> nn.Module:
     plan = make_plan(traced.candidates, scored.scores, {
         g.name: max(1, int(g.size * SHARE)) for g in traced.candidates})
     decided = Decided(traced.trace, traced.solution, plan, plan.choices(traced.solution), False)
-    for _, emission, make in EMITTERS[1:]:
+    for layout, emission, make in EMITTERS:
+        if layout != "any":  # those that a configuration says
+            continue
         made = make(subject, decided).model
         try:
             _call(made, subject.inputs)
