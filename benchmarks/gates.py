@@ -39,8 +39,12 @@ ADAPTED = "adapters(targets='weight')"
 ROWS: dict[str, tuple[Any, int]] = {
     "magnitude": ("magnitude", 0), "taylor": ("taylor", 0),
     "gates": (Gates(criterion="taylor", scales=0, rows=0, length=0, task=1.0), 1),
-    "grasp-gates": (GraspGates(scales=0), 1), "ddp": (Ddp(), 2),
-    "compresso": (Compresso(beside=ADAPTED), 2), "lapp": (Lapp(), 3), "bip": (Bip(), 3),
+    "grasp-gates": (GraspGates(scales=0), 1),
+    "ddp": (Ddp(lr=0.1, relaxation="soft-l0(start=1.0, end=0.05)"), 2),
+    "compresso": (Compresso(beside=ADAPTED, lr=0.3, beside_lr=1e-3,
+                            relaxation="hard-concrete(spread=1.0)",
+                            budget="lagrangian(lr=2.0, ramp=0.5)"), 2),
+    "lapp": (Lapp(), 3), "bip": (Bip(), 3),
     "polarise": (Polarise(), 3), "tas": (Tas(), 3),
     "progressive": (Progressive(), 3)}
 

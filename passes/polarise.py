@@ -17,7 +17,7 @@ class Polarise(Gating):
     """
 
     name: ClassVar[str] = "polarise"
-    criterion: str = "taylor"
+    criterion: str = "magnitude"
     relaxation: str = "inputs(strength=1.0)"
     budget: str = "penalty(strength=4.0, both=True)"
     beside: str = "everything"
