@@ -16,6 +16,7 @@ from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.evidence.labels import inputs_only
 from spacompiler.system.process import no_warnings
 from spacompiler.train.hooks import Hooks
+from spacompiler.train.lean import lean
 from spacompiler.train.loop import Training, train, vectors
 from spacompiler.train.objective import Objective, call
 from spacompiler.train.options import Schedule
@@ -28,6 +29,8 @@ INITS = ("default", "gaussian", "eva", "olora", "orthogonal", "mica", "pissa", "
 REFUSED = {
     "corda": "it needs covariances that peft gathers on a network of its own",
     "loftq": "it is for weights that are quantised"}
+KEEPING = ("default", "gaussian", "eva")
+"""Beginnings that leave the network's own weights as they are; merging makes new ones."""
 GRADIENT_BATCHES = 8
 
 
@@ -99,7 +102,7 @@ class Lora(Schedule):
 
         before = probe(task.module)
         extra = {id(p) for _, p in vectors(task.module)} if self.norms else set()
-        for path in paths:  # merging writes into the weight
+        for path in paths if self.init not in KEEPING else ():  # these write into the weight
             weight = task.module.get_parameter(f"{path}.weight")
             weight.data = weight.data.clone()
         tuned = self.attach(peft, task, {path: ranks.get(path, self.rank) for path in paths})
@@ -107,7 +110,8 @@ class Lora(Schedule):
         hooks = self.hooks(task)
         parameters = {n: p for n, p in task.module.named_parameters()
                       if p.requires_grad or id(p) in extra}
-        facts = train(task, self, parameters, hooks)
+        with lean(tuned):
+            facts = train(task, self, parameters, hooks)
         facts |= ({"ranks": ranks} if ranks else {}) | hooks.finish()
         fold(tuned, probe, before, where="recovery")
         return facts

@@ -22,6 +22,7 @@ from ..errors import SpaError
 from ..evidence.calls import Batch
 from .checkpoint import Checkpoint, Run
 from .hooks import Hooks
+from .masters import Masters
 from .objective import Objective
 from .options import Schedule
 
@@ -87,20 +88,23 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     _check(task, parameters)
     _own(task.module, parameters)
     objective = Objective(task.module, task.dense, task.loss, options)
-    hooks = hooks or Hooks()
-    optimizer = hooks.optimizer(parameters, options)
-    state = dict(parameters) | {n: b for n, b in task.module.named_buffers()}
+    hooks, masters = hooks or Hooks(), Masters(parameters)
+    optimizer = hooks.optimizer(masters.held, options)
+    state = dict(masters.held) | {n: b for n, b in task.module.named_buffers()}
     run, best = Run(), _copied(state)
     book = Checkpoint(task.checkpoint, task.key)
-    book.load(run, state, best, optimizer, parameters)
+    book.load(run, state, best, optimizer, masters.held)
+    masters.give()
     was = task.module.training
     try:
-        _loop(task, options, _Machine(objective, optimizer, hooks), run, state, best,
-              lambda: book.save(run, state, best, optimizer, parameters))
+        _loop(task, options, _Machine(objective, optimizer, hooks, masters), run, state, best,
+              lambda: book.save(run, state, best, optimizer, masters.held))
     finally:
         task.module.train(was)
     _restore(state, best)
-    return _facts(task, options, parameters, run)
+    masters.give()
+    return _facts(task, options, parameters, run) | (
+        {"masters": "float32"} if masters.count else {})
 
 
 def _check(task: Training, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -135,6 +139,7 @@ class _Machine:
     objective: Objective
     optimizer: torch.optim.Optimizer
     hooks: Hooks
+    masters: Masters
 
 
 def _loop(task: Training, options: Schedule, machine: _Machine, run: Run,
@@ -144,15 +149,28 @@ def _loop(task: Training, options: Schedule, machine: _Machine, run: Run,
     every = max(1, steps // options.evaluations)
     started = time.monotonic() - run.seconds
     if not run.history:
-        _evaluate(task, machine.objective, run, state, best)
+        _evaluate(task, options, machine.objective, run, state, best)
     while run.step < steps and run.worse < options.patience:
         loss = _step(task, options, machine, run.step, steps)
         run.step += 1
         if run.step % every == 0 or run.step == steps:
-            _evaluate(task, machine.objective, run, state, best)
+            _evaluate(task, options, machine.objective, run, state, best)
             run.seconds = time.monotonic() - started
             save()
         _tell(task, run, steps, loss, time.monotonic() - started)
+
+
+LOOKS = 0.1
+"""Batches of held-out data that are looked at, for each that is trained on, in all evaluations."""
+
+
+def _looked_at(task: Training, options: Schedule) -> Sequence[Batch]:
+    """The held-out batches that evaluations look at, the same each time: at least one.
+
+    A forward pass costs half of a step: more would cost more than it says.
+    """
+    share = LOOKS * options.epochs * len(task.batches) / (options.evaluations + 1)
+    return task.held_out[:max(1, round(share))]
 
 
 def _steps(task: Training, options: Schedule) -> int:
@@ -170,11 +188,13 @@ def _step(task: Training, options: Schedule, machine: _Machine, step: int, steps
     if not math.isfinite(total):
         raise SpaError("training diverged", where=f"step {step + 1}",
                        why="the loss is not finite", fix=f"use a smaller lr than {options.lr}")
+    machine.masters.take()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, options.clip)
     hooks.graded(step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    machine.masters.give()
     hooks.done(step, rate)
     return total
 
@@ -203,16 +223,17 @@ def _chosen(task: Training, options: Schedule, step: int) -> list[Batch]:
             for i in order[at * options.accumulate:(at + 1) * options.accumulate]]
 
 
-def _evaluate(task: Training, objective: Objective, run: Run, state: Mapping[str, torch.Tensor],
-              best: dict[str, torch.Tensor]) -> None:
+def _evaluate(task: Training, options: Schedule, objective: Objective, run: Run,
+              state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor]) -> None:
     """Look at the held-out batches; a better state than any before is kept."""
     task.module.eval()
     totals, losses = 0.0, 0.0
+    batches = _looked_at(task, options)
     with torch.no_grad():
-        for batch in task.held_out:
+        for batch in batches:
             found = objective(batch)
-            totals += found.total.item() / len(task.held_out)
-            losses += found.loss.item() / len(task.held_out)
+            totals += found.total.item() / len(batches)
+            losses += found.loss.item() / len(batches)
     run.history.append({"step": run.step, "objective": totals, "loss": losses})
     if totals < run.best:
         run.best, run.best_step, run.worse = totals, run.step, 0
@@ -246,7 +267,7 @@ def _facts(task: Training, options: Schedule, parameters: Mapping[str, nn.Parame
     return {"steps": run.step, "planned_steps": steps, "best_step": run.best_step,
             "unit": task.unit, "amount": round(task.amount(task.batches) * options.epochs
                                                * run.step / steps),
-            "held_out": task.amount(task.held_out),
+            "held_out": task.amount(_looked_at(task, options)),
             "parameters": sum(p.numel() for p in parameters.values()),
             "before": run.history[0], "after": next(
                 h for h in run.history if h["step"] == run.best_step),

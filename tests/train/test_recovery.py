@@ -17,6 +17,7 @@ from spacompiler.passes.full import Full
 from spacompiler.passes.lora import Lora
 from spacompiler.passes.norms import Norms
 from spacompiler.train.checkpoint import FILE
+from spacompiler.train.lean import lean
 from spacompiler.train.loop import Training
 from spacompiler.train.objective import Objective
 from spacompiler.train.options import Schedule
@@ -255,3 +256,53 @@ def test_a_convolutional_network_with_its_own_labels(emission, recipe, tmp_path,
     assert done["after"]["loss"] < 0.9 * done["before"]["loss"]
     assert all(c["max_rel"] < 1e-4 for c in result.report["onnx"])
     assert result.report["reload"]
+
+
+def test_steps_that_bfloat16_would_lose_add_up():
+    """Each step is an eighth of the spacing of bfloat16 at 1."""
+    net = nn.Linear(4, 1, bias=False).bfloat16()
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    calls = [((torch.ones(2, 4).bfloat16(),), {}) for _ in range(49)]
+    facts = Full(lr=1e-3, accumulate=1, warmup=0.0, evaluations=2).run(Training(
+        net, None, calls[:-1], calls[-1:], lambda results, *call: results[0].float().mean()))
+    assert facts["masters"] == "float32"
+    assert net.weight.dtype == torch.bfloat16
+    assert net.weight.float().mean() < 0.98
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.5}])
+def test_lean_adapters_compute_what_peft_does(options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    tuned = peft.get_peft_model(net, peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["0", "2"], init_lora_weights=False, **options))
+    x = torch.randn(4, 5, 6)
+
+    def seen():
+        torch.manual_seed(1)
+        made = tuned(x)
+        made.square().sum().backward()
+        grads = [p.grad.clone() for p in tuned.parameters() if p.grad is not None]
+        tuned.zero_grad()
+        return made, grads
+
+    want = seen()
+    with lean(tuned):
+        got = seen()
+        assert ("forward" in vars(net[0])) is ("use_dora" not in options)
+    assert "forward" not in vars(net[0])
+    for a, b in zip([want[0], *want[1]], [got[0], *got[1]], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_looking_at_held_out_data_costs_a_share_of_training(pruned, monkeypatch):
+    t = task(pruned)
+    seen = []
+    plain = Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", lambda self, batch: seen.append(
+        torch.is_grad_enabled()) or plain(self, batch))
+    facts = Norms(epochs=8, evaluations=16, patience=99).run(t)
+    assert sum(seen) == 8 * 20
+    assert seen.count(False) <= 0.1 * sum(seen) + len(facts["history"])
