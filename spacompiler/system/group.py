@@ -8,6 +8,7 @@ are. One process writes. A launcher starts them (`launched`); gloo carries what 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import threading
@@ -142,6 +143,7 @@ class _Gathered(Team):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._silence = float(os.environ.get("SPACOMPILER_SILENCE", SILENCE))
+        self._pending = False
         self._over, self._signs = threading.Event(), dict[int, tuple[bytes, float]]()
         try:
             self._store = _meeting(rank, size)
@@ -195,6 +197,7 @@ class _Gathered(Team):
     def _wait(self, work: dist.Work, limit: float | None = None) -> None:
         """Wait for an exchange, so that signals are heeded; a process without life is an error."""
         began, pause, look = time.monotonic(), 2e-5, BEAT
+        self._pending = True
         while not work.is_completed():
             time.sleep(pause)
             pause = min(pause * 1.2, 0.02)
@@ -208,6 +211,7 @@ class _Gathered(Team):
             work.wait()
         except RuntimeError as problem:
             raise _gone("its connection was closed") from problem
+        self._pending = False
 
     def _check_alive(self) -> None:
         now = time.monotonic()
@@ -260,6 +264,10 @@ class _Gathered(Team):
         """Give no more signs of life, and let go of the connections."""
         self._over.set()
         self._life.join(1.0)
+        if self._pending:  # to end it would wait for whoever does not answer
+            with suppress(Exception):
+                self._group.abort()
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
         del self._group
 
 
