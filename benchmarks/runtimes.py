@@ -44,7 +44,7 @@ class Runtime(NamedTuple):
 FILES, SIDE, NODE, WEB = "inside.py", "torch_side.py", "node.mjs", "web.mjs"
 TEXT = "runners.py"
 _TOOLS = ("onnxslim==0.1.98", "onnxsim==0.8.1", "onnx2torch==1.5.15", "torchvision==0.28.0",
-          "colorama==0.4.6")
+          "pillow", "colorama==0.4.6")
 _JS = ("@huggingface/transformers@4.3.2", "onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0",
        "puppeteer-core@25.16.0")
 RUNTIMES = {
