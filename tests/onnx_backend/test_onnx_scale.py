@@ -170,9 +170,9 @@ def test_one_run_shows_as_many_tensors_as_fit(tmp_path: Path,
     runs: list[int] = []
     expose = FileNetwork._expose
 
-    def seen(self: Any, names: list[str], *rest: Any) -> None:
+    def seen(self: Any, names: list[str], *rest: Any) -> Any:
         runs.append(len(names))
-        expose(self, names, *rest)
+        return expose(self, names, *rest)
 
     monkeypatch.setattr(FileNetwork, "_expose", seen)
     for limit, want in ((None, [12]), (1, [1] * 12)):
