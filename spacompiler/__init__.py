@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "sweep": "api",
+          "diagnose": "api",
           "load": "artifact.load", "lift": "adapters.lifting",
           "verify": "artifact.verify", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner",
           "register": "torch_backend.registered", "Recipe": "request.recipe"}
 __all__ = ["ProofError", "Pruner", "Recipe", "Result", "SpaError", "TargetError", "UsageError",
-           "__version__", "compile", "inspect", "lift", "load", "register", "sweep", "verify"]
+           "__version__", "compile", "diagnose", "inspect", "lift", "load", "register", "sweep",
+           "verify"]
 
 if TYPE_CHECKING:
     from .adapters.lifting import lift
-    from .api import Result, compile, inspect, sweep
+    from .api import Result, compile, diagnose, inspect, sweep
     from .artifact.load import load
     from .artifact.verify import verify
     from .errors import ProofError, SpaError, TargetError, UsageError

@@ -18,6 +18,7 @@ from ..store.weight_files import WEIGHTS
 from ..system.process import alone
 from ..torch_backend import pretrained
 from ..torch_backend.emit.biases import with_biases
+from ..torch_backend.emit.factored import factored
 from ..torch_backend.emit.module import resize
 from ..torch_backend.emit.unsaved import refusing
 from ..torch_backend.own_layers import names_file, stock_of
@@ -166,9 +167,11 @@ def _dense(folder: Path, structure: dict[str, Any], model: nn.Module | str | Non
 
 
 def prepared(dense: nn.Module, structure: dict[str, Any], owned: bool = False) -> nn.Module:
-    """Return a dense network as it was when widths were cut: blocks dropped, biases added."""
+    """Return a dense network as it was when widths were cut: blocks dropped, layers as
+    products of two, biases added."""
     biased = structure.get("biased", ())
-    made = with_biases(without(dense, structure.get("dropped", ())), biased, owned=owned)
+    short = without(dense, structure.get("dropped", ()))
+    made = with_biases(factored(short, structure.get("factored", {})), biased, owned=owned)
     missing = {f"{path}.bias" for path in biased} - made.state_dict().keys()
     if missing:
         raise SpaError("the artifact belongs to another network",

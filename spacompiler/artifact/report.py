@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evidence.diagnosis import of_scores
 from ..evidence.statistics import forward_only
 from ..groups.repeats import family
 from ..groups.solution import Solution
@@ -63,7 +65,9 @@ def facts(job: Compiled) -> dict[str, Any]:
         "blocks": None if job.dropped is None else {
             "dropped": list(job.dropped.paths), "relative_error": job.dropped.error,
             "negative_control": job.dropped.control, "control_block": job.dropped.bypassed},
+        "low_rank": None if job.now.factored is None else asdict(job.now.factored),
         "scores": distributions(job),
+        "diagnosis": of_scores(job.scored.candidates, job.scores),
         "class": type(job.pruned if job.pruned is not None else job.module).__name__,
         "environment": environment(),
         "notes": job.notes,
@@ -159,7 +163,8 @@ def markdown(data: Mapping[str, Any]) -> str:
              "## Proof", "", *_proof(data), "",
              *_recovery(data["recovery"]),
              "## Widths", "",
-             *_table(("groups", "role", "before", "after"), _folded(data["shrunk"])), "",
+             *_table(("groups", "role", "before", "after", "PQ index of scores", "scores of zero"),
+                     _folded(data["shrunk"], data.get("diagnosis", ()))), "",
              "## Frozen", "",
              *_table(("why", "dimensions"), list(data["frozen"].items())), ""]
     lines += _source(data.get("source") or {}, data.get("files") or {})
@@ -170,14 +175,25 @@ def markdown(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _folded(shrunk: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def _folded(shrunk: Iterable[Mapping[str, Any]],
+            diagnosis: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Groups of repeated blocks in one row each."""
-    found: dict[tuple[str, str, int], list[int]] = {}
+    known = {d["group"]: d for d in diagnosis}
+    found: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
     for g in shrunk:
-        found.setdefault((family(g["group"]), g["role"], g["before"]), []).append(g["after"])
-    return [(f"`{name}`" + (f" ({len(after)})" if len(after) > 1 else ""), role, str(before),
-             str(after[0]) if min(after) == max(after) else f"{min(after)} to {max(after)}")
-            for (name, role, before), after in found.items()]
+        found.setdefault((family(g["group"]), g["role"], g["before"]), []).append(
+            {"pq": None, "zero": None, **known.get(g["group"], {}), "after": g["after"]})
+    return [(f"`{name}`" + (f" ({len(own)})" if len(own) > 1 else ""), role, str(before),
+             *(_range([one[what] for one in own]) for what in ("after", "pq", "zero")))
+            for (name, role, before), own in found.items()]
+
+
+def _range(values: Sequence[Any]) -> str:
+    """One number where all are equal, else from which to which; "-" where one is not known."""
+    if None in values:
+        return "-"
+    low, high = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def distributions(job: Compiled) -> list[dict[str, Any]]:

@@ -158,6 +158,7 @@ def structure(job: Compiled) -> dict[str, Any]:
             "class": f"{cls.__module__}.{cls.__qualname__}", "attributes": attributes,
             "trained": job.trained is not None,
             "dropped": list(job.dropped.paths) if job.dropped else [],
+            "factored": dict(job.now.factored.ranks) if job.now.factored else {},
             "biased": added(job.module, job.arrays), "parts": list(job.parts),
             "inputs": {"args": len(job.trace.args), "kwargs": list(job.trace.kwargs),
                        "constants": {k: v for k, v in job.trace.kwargs.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..axes.expressions import atoms, show
 from ..errors import SpaError, UsageError, did_you_mean
+from ..evidence.diagnosis import Diagnosis
 from ..graph.ir import Node
 from ..groups.cost import Cost, cost
 from ..groups.solution import Group, Solution
@@ -73,6 +74,19 @@ def table(solution: Solution) -> Table:
               "×".join(map(str, r.groups[0].shape)), r.may, f"{r.params:.1%}", f"{r.macs:.1%}")
              for r in rows(solution)]
     return make_table(("group", "role", "slices", "may go", "params", "MACs"), cells, title)
+
+
+def diagnosed(found: Diagnosis) -> Iterator[Table]:
+    """Yield tables of groups (repeated layers stay apart) and of attentions."""
+    cells = [(g.group, str(g.size), "-" if g.silent is None else str(g.silent),
+              "-" if g.zeros is None else f"{g.zeros:.1%}", f"{g.pq:.3f}", f"{g.spare:.1%}")
+             for g in found.groups]
+    yield make_table(("group", "slices", "silent", "zeros", "PQ index", "may go by it"), cells,
+                     f"{found.batches} batches; {found.dead:.1%} of all reads are zero")
+    if found.attentions:
+        yield make_table(("attention", "largest query", "largest key", "root of log length"), [
+            (a.node, f"{a.queries:.3g}", f"{a.keys:.3g}", f"{a.bound:.3g}")
+            for a in found.attentions])
 
 
 def _kernels(solution: Solution) -> tuple[list[tuple[str, int, list[str]]], ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,7 +51,17 @@ class Timing(Dense):
         20.0, MAIN, "Begin no turn of a case after this time, once five are done.")
 
 
-@taking(Trusting)
+@dataclass(frozen=True)
+class Looking(Trusting):
+    """Whether a model is run when it is looked at, and on what."""
+
+    diagnose: bool = option(False, MAIN, "Run it: silent units, how uneven slices are and how many "
+                            "may go by that, the largest queries and keys.")
+    calibration: str | None = option(
+        None, MAIN, "Data to run it on, as of compile. Default: the example inputs.")
+
+
+@taking(Looking)
 def inspect(
     model: Model,
     other: Annotated[str | None, typer.Argument(metavar="[PARAM:DIM]", hidden=True)] = None,
@@ -70,6 +81,9 @@ def inspect(
     with errors(as_json):
         from .. import api
         from . import inspection
+
+        if _diagnosed(model, as_json, asked(Looking, given)):
+            return
 
         if other is not None and why is None:
             raise UsageError(f"unexpected {other!r}", fix="a second dimension goes with --why")
@@ -91,6 +105,28 @@ def inspect(
             print(solution)
         else:
             show(inspection.table(solution), NARROW)
+
+
+def _diagnosed(model: str, as_json: bool, words: dict[str, Any]) -> bool:
+    """Show what a model says of itself while it runs, if that is asked for."""
+    if not words.pop("diagnose", False):
+        if "calibration" in words:
+            raise UsageError("calibration has nothing to act on", fix="give --diagnose too")
+        return False
+    from dataclasses import asdict
+
+    from .. import api
+    from .inspection import diagnosed
+
+    with progress() as tick:
+        tick(f"running {model}", 0, 1)
+        found = api.diagnose(model, **words)
+    if as_json:
+        print(json.dumps({**asdict(found), "dead": found.dead}))
+        return True
+    for table in diagnosed(found):
+        show(table, NARROW)
+    return True
 
 
 @taking(Dense)
@@ -157,36 +193,59 @@ def bench(
 def passes(
     name: Annotated[str | None, typer.Argument(
         metavar="NAME", help="Say all there is to say of one.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(
+        help="List what has this tag: when (before, during, after), how (weights, gradients, "
+        "measured, ...), what (slices, widths, values), fused with (adapters, ...). "
+        "Repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the installed passes, or tell when to use one and what it needs."""
     with errors(as_json):
-        from ..request import registry
-        from . import pass_words
-
-        entries = [(kind, e) for kind, e in registry.available() if name in (None, e.name)]
-        if not entries:
-            raise UsageError(f"there is no pass {name!r}", fix=did_you_mean(
-                str(name), {e.name for _, e in registry.available()}))
+        found = [w for w in _passes(name) if set(tag or ()) <= set(w.tags)]
+        _check_tags(tag or (), {t for w in found for t in w.tags})
         if as_json:
-            print(json.dumps([dict(zip(("kind", "name", "options", "what"), (
-                kind, e.name, *registry.describe(e)), strict=True)) for kind, e in entries]))
+            print(json.dumps([
+                {"kind": w.kind, "name": w.name, "options": ", ".join(w.options),
+                 "what": " ".join(w.text.split("\n\n")[0].split()), "tags": w.tags}
+                for w in found]))
             return
-        found = [pass_words.words(kind, e) for kind, e in entries]
         if name is None:
             from .tables import table
 
             show(table(("kind", "name", "use it when", "ONNX"),
                        [(w.kind, w.name, w.use, w.onnx) for w in found]), NARROW)
-            print("spacompiler passes NAME says more: options, needs, formula")
+            print("spacompiler passes NAME says more: options, needs, formula, tags")
         for each in found if name is not None else ():
             print("\n".join(_of_pass(each)))
+
+
+def _passes(name: str | None) -> list[Words]:
+    """What is said of every pass, or of those of one name."""
+    from ..request import registry
+    from . import pass_words
+
+    entries = [(kind, e) for kind, e in registry.available() if name in (None, e.name)]
+    if not entries:
+        raise UsageError(f"there is no pass {name!r}", fix=did_you_mean(
+            str(name), {e.name for _, e in registry.available()}))
+    return [pass_words.words(kind, e) for kind, e in entries]
+
+
+def _check_tags(asked: Sequence[str], found: set[str]) -> None:
+    """Raise UsageError for a tag that there is not, or several that no pass has together."""
+    from .pass_tags import known
+
+    for word in asked:
+        if word not in {*known(), *found}:
+            raise UsageError(f"there is no tag {word!r}", fix=did_you_mean(word, known()))
+    if asked and not found:
+        raise UsageError(f"no pass is tagged {' and '.join(asked)}", fix="ask for fewer at once")
 
 
 def _of_pass(words: Words) -> list[str]:
     """All there is to say of a pass, within 80 columns."""
     rows = [("use it when", words.use), ("needs", words.needs), ("ONNX files", words.onnx),
-            ("options", ", ".join(words.options) or "none")]
+            ("options", ", ".join(words.options) or "none"), ("tags", ", ".join(words.tags))]
     lines = [f"{words.name} ({words.kind})"]
     lines += [textwrap.fill(f"  {label}: {text}", NARROW, subsequent_indent="    ")
               for label, text in rows if text]

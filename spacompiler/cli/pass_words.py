@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple
 
+from .pass_tags import tags
+
 USE: Mapping[str, str] = {
     "taylor": "the default: good without repair, any torch model with data",
     "taylor-vector": "to compare with LLM-Pruner's vectors",
@@ -86,6 +88,7 @@ class Words(NamedTuple):
     onnx: str
     options: Sequence[str]
     text: str
+    tags: tuple[str, ...] = ()
 
 
 def words(kind: str, entry: EntryPoint) -> Words:
@@ -96,13 +99,15 @@ def words(kind: str, entry: EntryPoint) -> Words:
         found: Any = entry.load()
     except (ImportError, AttributeError) as problem:
         return Words(kind, entry.name, "", "", "", (), f"cannot be loaded: {problem}")
-    options = [f"{f.name}={f.default!r}" for f in dataclasses.fields(found) if f.init] \
-        if dataclasses.is_dataclass(found) else []
+    fields = {f.name: f.default for f in dataclasses.fields(found) if f.init} \
+        if dataclasses.is_dataclass(found) else {}
+    options = [f"{option}={default!r}" for option, default in fields.items()]
     needs, onnx = _needs(kind, found)
     text = (found.__doc__ or "").strip()
     use = getattr(found, "use", "") or USE.get(entry.name) or " ".join(
         text.split("\n\n")[0].split()).split(". ")[0]
-    return Words(kind, entry.name, use, needs, onnx, options, text)
+    return Words(kind, entry.name, use, needs, onnx, options, text,
+                 tags(kind, entry.name, found, fields))
 
 
 def _needs(kind: str, found: Any) -> tuple[str, str]:

@@ -161,8 +161,22 @@ class Fluctuation(_Added):
             self.count += 1
 
 
+@dataclass
+class Zeros:
+    """Count of samples, and how many of them are exactly zero: (shared, features)."""
+
+    count: int = 0
+    value: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
+        """Count a batch's zeros. `x` is (shared, samples, features)."""
+        samples = _samples(x, seen)
+        self.count += samples
+        self.value = self.value + (x == 0).sum(1).double() + (samples - x.shape[1])
+
+
 OF_INPUTS: dict[str, type[Any]] = {
-    "moments": Moments, "covariance": Covariance, "fluctuation": Fluctuation}
+    "moments": Moments, "covariance": Covariance, "fluctuation": Fluctuation, "zeros": Zeros}
 
 
 def forward_only(needs: Iterable[str]) -> bool:
@@ -205,6 +219,11 @@ class View:
     def fluctuation(self) -> Fluctuation:
         """The running mean and fluctuation of X."""
         return self.found["fluctuation"]
+
+    @property
+    def zeros(self) -> Zeros:
+        """How often each feature is zero."""
+        return self.found["zeros"]
 
     def onto(self, values: torch.Tensor) -> torch.Tensor:
         """Sum one number per feature, (shared, features), onto the group: `shape`."""

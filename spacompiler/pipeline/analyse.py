@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ..errors import TargetError, TraceError, UsageError
 from ..evidence.losses import default_loss
+from ..groups.solution import Group
 from ..plan import legal
 from ..request.wishes import parse_wish
 from ..stages.records import Request, Subject, Traced
@@ -34,8 +36,8 @@ def analyse(ask: Request, subject: Subject) -> tuple[Request, Subject, Traced]:
         check_tokens(traced.trace, ask.calibration.for_repair)
     _note_folded(ask, traced)
     _note_fixed(ask, subject, traced)
-    traced = replace(traced, candidates=tuple(legal.candidates(
-        traced.solution, **ask.asked, wished=[parse_wish(t).pattern for t in ask.recipe.keep])))
+    traced = replace(traced, candidates=_candidates(
+        ask, subject, traced, [parse_wish(t).pattern for t in ask.recipe.keep]))
     if ask.compensation is not None and ask.compensation.create_biases:
         subject, traced = _with_biases(ask, subject, traced)
     if is_met(ask, subject, traced.solution):
@@ -146,5 +148,12 @@ def _with_biases(ask: Request, subject: Subject, traced: Traced) -> tuple[Subjec
         return subject, traced
     subject = replace(subject, biased=True, model=model)
     again = Traced(*subject.backend.trace(subject.model, subject.inputs))
-    return subject, replace(again, candidates=tuple(
-        legal.candidates(again.solution, **ask.asked)))
+    return subject, replace(again, candidates=_candidates(ask, subject, again))
+
+
+def _candidates(ask: Request, subject: Subject, traced: Traced,
+                wished: Sequence[str] = ()) -> tuple[Group, ...]:
+    """Groups that may shrink; ranks of layers that are products have a budget of their own."""
+    held = subject.factored.held if subject.factored else frozenset()
+    return tuple(g for g in legal.candidates(traced.solution, **ask.asked, wished=wished)
+                 if g.name not in held)

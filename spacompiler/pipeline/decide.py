@@ -15,7 +15,7 @@ from ..errors import TargetError
 from ..groups.cost import Cost, cost
 from ..groups.solution import Solution
 from ..plan.plan import costs, make_plan
-from ..plan.problem import MISS, Problem, Unit, check_met
+from ..plan.problem import MISS, Limit, Problem, Unit, check_met
 from ..request.targets import METRICS, Target, is_nearest, parse_target, parse_targets
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..system.group import here
@@ -40,7 +40,7 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
                      recipe=resolved(ask, scored.importance).as_dict())
     here().agree(sha256(plan.to_json().encode()).hexdigest(), "the plan")
     choices = plan.choices(traced.solution)
-    if not choices and scored.candidates and subject.dropped is None:
+    if not choices and scored.candidates and not subject.reduced:
         raise TargetError(f"target {r.target} takes nothing away", where=ask.name,
                           why="what is whole lies nearer to it than one slice less does",
                           fix="let less stay, or take finer steps: --align 1")
@@ -48,7 +48,7 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
         (t.metric, t.batch * t.length) for t in parse_targets(r.target)
         if t.metric not in (*METRICS, "latency")]))
     _tell_of_unreached(ask, subject, traced, choices)
-    if not scored.candidates and is_hf(subject.model):
+    if not scored.candidates and is_hf(subject.model) and subject.factored is None:
         layout = "uniform"
     return Decided(traced.trace, traced.solution, plan, choices, layout)
 
@@ -65,19 +65,19 @@ def _tell_of_unreached(ask: Request, subject: Subject, traced: Traced, choices: 
 
 
 def is_met(ask: Request, subject: Subject, solution: Solution) -> bool:
-    """Whether the blocks that were dropped meet the target by themselves.
+    """Whether what went before widths (blocks, ranks) meets the target by itself.
 
     Raises TargetError if less than the target is left without them.
     """
-    if subject.dropped is None:
+    if not subject.reduced:
         return False
     metric, share = parse_target(ask.recipe.target)
     dense, left = subject.whole[metric], cost(solution, metric).total
     if left < (share - MISS) * dense and not is_nearest(ask.recipe.target):
         raise TargetError(
             f"target {ask.recipe.target} is out of reach", where=ask.name,
-            why=f"without {len(subject.dropped.paths)} blocks {left / dense:.1%} of {metric} "
-                "remain", fix="drop fewer blocks")
+            why=f"without what went before widths {left / dense:.1%} of {metric} remain",
+            fix="drop fewer blocks, or let more stay of layers: --drop-blocks, --low-rank")
     return left <= (share + MISS) * dense
 
 
@@ -97,15 +97,16 @@ def allocate_counts(ask: Request, subject: Subject, traced: Traced, scored: Scor
     return _within_all(targets, ask, subject, traced, scored)
 
 
-def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Counts:
-    """Meet one limit."""
+def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
+        others: Sequence[Target] = ()) -> Counts:
+    """Meet one limit; passes that look at `others` hold them too."""
     if target.metric == "latency":
         def at(share: float, notes: list[str]) -> Counts:
             return meet(replace(target, metric="macs", amount=share, absolute=False, nearest=True),
-                        replace(ask, notes=notes), subject, traced, scored)
+                        replace(ask, notes=notes), subject, traced, scored, others)
 
         return timing.meet(target, at, ask, subject, traced, scored)
-    return meet(target, ask, subject, traced, scored)
+    return meet(target, ask, subject, traced, scored, others)
 
 
 def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, traced: Traced,
@@ -115,7 +116,8 @@ def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, trace
     for target in targets:
         notes: list[str] = []
         try:
-            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored)
+            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored,
+                                 [other for other in targets if other is not target])
         except TargetError as problem:
             why[target.metric] = problem.why
             continue
@@ -143,14 +145,15 @@ def _holds(limit: Target, ask: Request, subject: Subject, traced: Traced, scored
     return left <= limit.of(dense) + MISS * dense
 
 
-def meet(target: Target, ask: Request, subject: Subject, traced: Traced,
-         scored: Scored) -> Counts:
+def meet(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
+         others: Sequence[Target] = ()) -> Counts:
     """Allocate under one limit of what can be counted; raises TargetError if it is missed."""
     price = cost(traced.solution, target.metric, target.batch * target.length)
     measure = _measure(ask, subject, traced, scored)
 
     def problem(layout: Layout) -> Problem:
-        return _problem(ask, target, subject, traced, scored, layout, price, measure)
+        made = _problem(ask, target, subject, traced, scored, layout, price, measure)
+        return replace(made, limits=_limits(others, subject, traced, scored))
 
     tried: list[Allocated] = []
     for layout in layouts(ask, subject, traced, scored):
@@ -177,8 +180,9 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
     go by themselves is the schedule's to say.
     """
     measure = _measure(ask, subject, traced, scored)
-    parse_target(ask.recipe.target)  # a schedule goes by one share
-    target, = parse_targets(ask.recipe.target)
+    target, *others = parse_targets(ask.recipe.target)
+    if not (others and getattr(ask.schedule, "allocates", False)):
+        parse_target(ask.recipe.target)  # a schedule goes by one share
     found = []
     for layout in layouts(replace(ask, allocation=ask.schedule), subject, traced, scored):
         problem = _problem(ask, target, subject, traced, scored, layout,
@@ -200,6 +204,20 @@ def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, sco
     return Problem(layout.units, price, target.of(dense), dense, target.metric, measure=measure,
                    closest=target.nearest, shapes=shapes, losses=losses,
                    criterion=getattr(by, "name", ""), on_data=ask.calibration.real)
+
+
+def _limits(others: Sequence[Target], subject: Subject, traced: Traced,
+            scored: Scored) -> tuple[Limit, ...]:
+    """Limits beside the target that can be counted."""
+    found = []
+    for other in others:
+        if other.metric == "latency":
+            continue
+        price = cost(traced.solution, other.metric, other.batch * other.length)
+        price.set({g.atom: g.size for g in scored.candidates})
+        dense = subject.whole.get(other.metric, price.total)
+        found.append(Limit(other.metric, price, other.of(dense), dense))
+    return tuple(found)
 
 
 def _tell(ask: Request, taken: Allocated) -> None:

@@ -47,9 +47,9 @@ def prove(ask: Request, subject: Subject, decided: Decided) -> Proof | None:
     if not ask.recipe.prove:
         ask.notes.append("the proof was skipped on request")
         return None
-    if not decided.choices and subject.dropped is not None:
-        ask.notes.append("no width changed: that the blocks are gone, and nothing else, is the "
-                         "proof")
+    if not decided.choices and subject.reduced:
+        ask.notes.append("no width changed: that the blocks are gone or layers are products, and "
+                         "nothing else, is the proof")
         return None
     proof: Proof = keep.proof(ask, lambda: subject.backend.prove(
         subject.model, decided, ask.recipe.seed))

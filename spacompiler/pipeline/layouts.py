@@ -70,7 +70,7 @@ def layouts(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> I
         raise UsageError(f"the {asked} layout is for transformers models alone", where=ask.name,
                          why=f"{type(subject.model).__name__} has no configuration to say widths "
                              "in", fix="use layout any")
-    said = is_hf(subject.model) and not subject.biased
+    said = is_hf(subject.model) and not subject.biased and subject.factored is None
     own = getattr(ask.allocation, "by_layer", False)
     out: list[str] = []
     if said and (asked == "uniform" or (asked == "auto" and not own)):

@@ -205,7 +205,7 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
     schedule, mends = given.asked(recipe, "schedule"), given.asked(recipe, "repair")
     trains = registry.find("schedule", schedule) if schedule else None
     needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
-        or bool(recipe.blocks)
+        or bool(recipe.blocks or recipe.low_rank)
     inputs = as_example(model, inputs)
     batches = resolve(given.calibration, inputs, model,
                       Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed,

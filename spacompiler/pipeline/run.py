@@ -16,7 +16,7 @@ from ..errors import SpaError
 from ..stages.compiled import Compiled
 from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
 from ..system.group import apart
-from ..trials import depth
+from ..trials import depth, low_rank
 from . import finish, prepare, recover
 from .analyse import analyse
 from .decide import decide
@@ -27,16 +27,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 STAGES = ("merging adapters", "checking weights", "continuing text", "dropping blocks",
-          "tracing and solving axes", "scoring", "allocating", "repairing",
+          "factorising layers", "tracing and solving axes", "scoring", "allocating", "repairing",
           "finishing the schedule", "proving", "emitting",
           "setting the result apart", "keeping the adapter", "recovering", "comparing")
-DRY_STAGES = STAGES[:7]
-HELPING = STAGES[:9]
+DRY_STAGES = STAGES[:STAGES.index("repairing")]
+HELPING = STAGES[:STAGES.index("proving")]
 """What a process does that helps another one, which proves and writes."""
-IN_MEMORY = (*STAGES[4:9], STAGES[10])
+IN_MEMORY = (*HELPING[HELPING.index("factorising layers"):], "emitting")
 ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "continuing text": lambda ask, _: ask.recipe.continued,
     "dropping blocks": lambda ask, _: bool(ask.recipe.blocks),
+    "factorising layers": lambda ask, _: bool(ask.recipe.low_rank),
     "repairing": lambda ask, _: ask.compensation is not None,
     "finishing the schedule": lambda ask, _: hasattr(ask.schedule, "after"),
     "setting the result apart": lambda _, subject: isinstance(subject.given, nn.Module),
@@ -61,9 +62,17 @@ def run(ask: Request, subject: Subject, *, dry_run: bool = False,
         ask = do("continuing text", prepare.write_on, ask, subject)
     if "dropping blocks" in do.stages:
         subject = do("dropping blocks", depth.drop_blocks, ask, subject, in_memory)
+    ask, subject = _factorised(do, ask, subject)
     ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
     with working(ask, subject, traced) as ask:
         return carry_on(do.knowing(ask, traced), subject, traced, dry_run=dry_run)
+
+
+def _factorised(do: Walk, ask: Request, subject: Subject) -> tuple[Request, Subject]:
+    """Write layers as products of two, if that is asked for."""
+    if "factorising layers" in do.stages:
+        return do("factorising layers", low_rank.factorise, ask, subject)
+    return ask, subject
 
 
 def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = False) -> Compiled:
@@ -107,6 +116,7 @@ def _made(do: Walk, subject: Subject, traced: Traced, scored: Scored,
 def in_memory(ask: Request, subject: Subject) -> Emitted:
     """The steps from tracing to the model in memory: for trials."""
     do = Walk(ask, subject, IN_MEMORY)
+    ask, subject = _factorised(do, ask, subject)
     ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
     return carry_on(do.knowing(ask, traced), subject, traced).made
 

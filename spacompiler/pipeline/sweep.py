@@ -79,6 +79,7 @@ def winner(points: Sequence[Point], allow: float) -> Point | None:
 
 def _check(ask: Request, subject: Subject) -> None:
     odd = {"a schedule": ask.schedule is not None, "dropped blocks": bool(ask.recipe.blocks),
+           "layers as products": bool(ask.recipe.low_rank),
            "recovery": ask.recovery is not None, "a kept adapter": ask.recipe.keep_adapter,
            "an ONNX file": subject.backend.kind != "torch"}
     for what, given in odd.items():

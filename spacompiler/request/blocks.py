@@ -24,3 +24,9 @@ def parse_blocks(text: str) -> int | tuple[str, ...] | None:
         raise UsageError(f"cannot read blocks {text!r}",
                          fix="give a number, auto, or paths with commas between")
     return paths
+
+
+def check_blocks(blocks: str) -> None:
+    """Raise UsageError unless a text is empty or can be read."""
+    if blocks:
+        parse_blocks(blocks)

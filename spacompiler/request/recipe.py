@@ -15,8 +15,9 @@ from typing import Any, Self
 from ..errors import UsageError, did_you_mean
 from . import recipe_file
 from .amounts import parse_size
-from .blocks import parse_blocks
+from .blocks import check_blocks
 from .combinations import check_combination
+from .low_rank import check_low_rank
 from .needs import check_needs
 from .options import (
     ADAPTERS,
@@ -48,7 +49,8 @@ SEEDS = 1 << 32
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 BLOCK = 32
 """Values that a quantised type of a GGUF file keeps together."""
-DECIDING = {"calibration", "effort", "importance", "schedule", "blocks", "keep_adapter"}
+DECIDING = {"calibration", "effort", "importance", "schedule", "blocks", "low_rank",
+            "keep_adapter"}
 """Options that say what suits where others are left open."""
 
 
@@ -85,9 +87,6 @@ def _check_gguf(kind: str) -> None:
                          fix=did_you_mean(kind, GGUF_TYPES))
 
 
-def _check_blocks(blocks: str) -> None:
-    if blocks:
-        parse_blocks(blocks)
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,11 @@ class Recipe(Options):
     blocks: str = option(
         "", GOES, "Whole blocks to leave out before widths are cut: how many, auto (as many as are "
         "cheaper than widths), or which (paths, commas between).",
-        flag="--drop-blocks", metavar="N|auto|PATHS", check=_check_blocks)
+        flag="--drop-blocks", metavar="N|auto|PATHS", check=check_blocks)
+    low_rank: tuple[str, ...] = option(
+        (), GOES, "Linear layers to write as products of two smaller ones before widths are cut, "
+        "and what stays of their parameters: '*mlp*=60%'. Repeatable.", metavar="PATTERN=SHARE",
+        check=check_low_rank)
     approximate: bool = option(
         False, GOES, "Let axes go whose norm takes other statistics then.",
         flag="--approximate/--no-approximate")
@@ -290,7 +293,9 @@ class Recipe(Options):
             if self.blocks and getattr(self, name):
                 raise UsageError(f"blocks cannot be dropped with {name}",
                                  fix="drop blocks first, and compile the result again")
-
+            if self.low_rank and getattr(self, name):
+                raise UsageError(f"layers cannot become products with {name}",
+                                 fix=f"leave {name} out")
 
     def _settle(self) -> None:
         """Take over what the runtime wants; blocks of a quantised file want whole ones."""

@@ -75,18 +75,6 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def describe(entry: EntryPoint) -> tuple[str, str]:
-    """Return (options with defaults, first line of the docstring) of a pass."""
-    try:
-        found = entry.load()
-    except (ImportError, AttributeError) as problem:
-        return "", f"cannot be loaded: {problem}"
-    options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(found)) \
-        if dataclasses.is_dataclass(found) else ""
-    doc = " ".join((found.__doc__ or "").split("\n\n")[0].split())
-    return options, doc
-
-
 def find(kind: str, what: object) -> Any:
     """Return a pass object for a name, `module:object`, `file.py:object` or an object.
 

@@ -79,6 +79,25 @@ class Dropped:
     bypassed: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """Layers that became products of two, by path, with their ranks, and what the check gave.
+
+    `error` is between the network and the dense one with each weight at its product; `control` the
+    same with two directions of the layer `swapped` exchanged.
+    """
+
+    ranks: Mapping[str, int]
+    error: float
+    control: float
+    swapped: str = ""
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Names of the groups that are ranks: they have their own budget."""
+        return frozenset(f"{path}.0.weight:0" for path in self.ranks)
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model that a compile is about, as far as it has come.
@@ -105,6 +124,7 @@ class Subject:
     room: Room | None = None
     dense: Any = None
     dropped: Dropped | None = None
+    factored: Factored | None = None
     whole: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
     whole_inputs: Any = None
@@ -115,8 +135,13 @@ class Subject:
     base_hash: str = ""
 
     @property
+    def reduced(self) -> bool:
+        """True if something went before widths: blocks, or ranks of layers."""
+        return self.dropped is not None or self.factored is not None
+
+    @property
     def reference(self) -> Any:
-        """The dense network, with all of its blocks."""
+        """The dense network, with all of its blocks and layers."""
         return self.model if self.dense is None else self.dense
 
 

@@ -51,6 +51,7 @@ def _file_name(data: object) -> bool:
 _STRUCTURE = {
     "layout": ("uniform", "per-layer", "any", "onnx"), "emission": ("module", "program", "graph"),
     "model": str, "class": str, "attributes": [_attribute], "trained?": bool, "dropped?": [str],
+    "factored?": {str: _natural},
     "biased?": [str], "parts?": [str],
     "source?": {"kind": str, "unused?": [str]}, "source_sha256?": _digest, "opset?": {str: int},
     "inputs": {"args": _natural, "kwargs": [str], "constants": {str: object}}}
