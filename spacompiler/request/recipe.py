@@ -87,8 +87,6 @@ def _check_gguf(kind: str) -> None:
                          fix=did_you_mean(kind, GGUF_TYPES))
 
 
-
-
 @dataclass(frozen=True)
 class Recipe(Options):
     """Options of one compile; an option is one field here, and nothing elsewhere.

@@ -85,7 +85,7 @@ def _chosen(module: nn.Module, ask: Request) -> list[str]:
     found: list[str] = []
     for text in ask.recipe.low_rank:
         pattern, _ = parse_low_rank(text)
-        own = [path for path, part in module.named_modules() if type(part) is nn.Linear
+        own = [path for path, part in module.named_modules() if path and type(part) is nn.Linear
                and fnmatch.fnmatchcase(path, pattern) and count[id(part.weight)] == 1]
         if not own:
             names = [p for p, part in module.named_modules() if type(part) is nn.Linear][:4]

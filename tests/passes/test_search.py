@@ -19,17 +19,22 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one, self.two = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=4)
-        self.up, self.out = nn.Linear(64, 80), nn.Linear(80, 6)
+        self.one, self.two = nn.Conv2d(1, 24, 3, padding=1), nn.Conv2d(24, 20, 3, stride=4)
+        self.up, self.more, self.out = nn.Linear(80, 90), nn.Linear(90, 70), nn.Linear(70, 6)
 
     def forward(self, x):
-        return self.out(self.up(self.two(self.one(x).relu()).relu().flatten(1)).relu())
+        y = self.two(self.one(x).relu()).relu().flatten(1)
+        return self.out(self.more(self.up(y).relu()).relu())
 
 
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    return Net()
+    made = Net()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(3)
+    return made
 
 
 IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(3))

@@ -33,8 +33,9 @@ def factored(module: nn.Module, ranks: Mapping[str, int],
             layer = made.get_submodule(path)
         except AttributeError:
             layer = made
-        if type(layer) is not nn.Linear:
-            raise SpaError(f"{path} is no linear layer", where=type(module).__name__,
+        if type(layer) is not nn.Linear or not name or not 0 < rank <= min(layer.weight.shape):
+            raise SpaError(f"{path} is no linear layer of rank {rank} or more",
+                           where=type(module).__name__,
                            why="the artifact says that it became a product of two",
                            fix="pass the dense module that it was made from")
         made.get_submodule(parent)._modules[name] = _two(
