@@ -18,6 +18,7 @@ from .console import errors, progress, show
 from .options import AsJson, Model, asked, taking
 
 if TYPE_CHECKING:
+    from ..groups.solution import Solution
     from .pass_words import Words
 
 NARROW = 80
@@ -84,7 +85,6 @@ def inspect(
 
         if _diagnosed(model, as_json, asked(Looking, given)):
             return
-
         if other is not None and why is None:
             raise UsageError(f"unexpected {other!r}", fix="a second dimension goes with --why")
         for place in filter(None, (graph, page)):
@@ -99,12 +99,20 @@ def inspect(
         if why is not None:
             chain = inspection.explained(solution, why, other)
             print(json.dumps(chain) if as_json else "\n".join(chain))
-        elif as_json:
-            print(json.dumps(inspection.as_data(solution)))
-        elif full:
-            print(solution)
         else:
-            show(inspection.table(solution), NARROW)
+            _show_groups(solution, full, as_json)
+
+
+def _show_groups(solution: Solution, full: bool, as_json: bool) -> None:
+    """Print groups as data, as text with all members, or as a table."""
+    from . import inspection
+
+    if as_json:
+        print(json.dumps(inspection.as_data(solution)))
+    elif full:
+        print(solution)
+    else:
+        show(inspection.table(solution), NARROW)
 
 
 def _diagnosed(model: str, as_json: bool, words: dict[str, Any]) -> bool:
