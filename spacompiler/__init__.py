@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 _HOMES = {"compile": "api", "inspect": "api", "Result": "api", "sweep": "api",
-          "diagnose": "api",
+          "diagnose": "pipeline.diagnosed",
           "load": "artifact.load", "lift": "adapters.lifting",
           "verify": "artifact.verify", "SpaError": "errors", "UsageError": "errors",
           "TargetError": "errors", "ProofError": "errors", "Pruner": "live.pruner",
@@ -24,11 +24,12 @@ __all__ = ["ProofError", "Pruner", "Recipe", "Result", "SpaError", "TargetError"
 
 if TYPE_CHECKING:
     from .adapters.lifting import lift
-    from .api import Result, compile, diagnose, inspect, sweep
+    from .api import Result, compile, inspect, sweep
     from .artifact.load import load
     from .artifact.verify import verify
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .live.pruner import Pruner
+    from .pipeline.diagnosed import diagnose
     from .request.recipe import Recipe
     from .torch_backend.registered import register
 

@@ -12,10 +12,8 @@ from torch import nn
 
 from .errors import UsageError
 from .evidence.calls import Inputs
-from .evidence.diagnosis import Diagnosis
 from .groups.solution import Solution
 from .pipeline import estimate
-from .pipeline.diagnosed import diagnosed
 from .pipeline.inputs import named_inputs
 from .pipeline.request import Data, Given, example_of, make_request
 from .pipeline.resolved import check_hashes
@@ -322,17 +320,6 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
 
         module, inputs = parts.of(module, modules, inputs)
     return backend_of(module).trace(module, inputs, quick=True)[1]
-
-
-@alone()
-def diagnose(model: str | nn.Module, example_inputs: Inputs | None = None, *,
-             calibration: Data = None, trust_remote_code: bool = False) -> Diagnosis:
-    """Say of a model's groups what is silent and uneven, of its attentions how large scores get.
-
-    On `calibration` (as of `compile`), else on the example inputs. Forward passes only.
-    """
-    found = _source(model, example_inputs, None, trust_remote_code, None, None)
-    return diagnosed(found, calibration)
 
 
 def _kind(name: str) -> str:

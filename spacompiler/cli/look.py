@@ -123,12 +123,12 @@ def _diagnosed(model: str, as_json: bool, words: dict[str, Any]) -> bool:
         return False
     from dataclasses import asdict
 
-    from .. import api
+    from ..pipeline.diagnosed import diagnose
     from .inspection import diagnosed
 
     with progress() as tick:
         tick(f"running {model}", 0, 1)
-        found = api.diagnose(model, **words)
+        found = diagnose(model, **words)
     if as_json:
         print(json.dumps({**asdict(found), "dead": found.dead}))
         return True

@@ -162,17 +162,22 @@ class Fluctuation(_Added):
 
 
 @dataclass
-class Zeros:
+class Zeros(_Added):
     """Count of samples, and how many of them are exactly zero: (shared, features)."""
 
     count: int = 0
     value: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, x: torch.Tensor, examples: int, seen: torch.Tensor | None = None) -> None:
-        """Count a batch's zeros. `x` is (shared, samples, features)."""
+    def of(self, x: torch.Tensor, examples: int,
+           seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Return how many samples a batch has, and how many are zero."""
         samples = _samples(x, seen)
-        self.count += samples
-        self.value = self.value + (x == 0).sum(1).double() + (samples - x.shape[1])
+        return samples, (x == 0).sum(1).double() + (samples - x.shape[1])
+
+    def take(self, *parts: torch.Tensor) -> None:
+        """Add what `of` gives."""
+        self.count += int(parts[0])
+        self.value = self.value + parts[1]
 
 
 OF_INPUTS: dict[str, type[Any]] = {
