@@ -15,7 +15,7 @@ from ..errors import TargetError
 from ..groups.cost import Cost, cost
 from ..groups.solution import Solution
 from ..plan.plan import costs, make_plan
-from ..plan.problem import MISS, Limit, Measured, Problem, Unit, check_met
+from ..plan.problem import MISS, Problem, Unit, check_met
 from ..request.targets import METRICS, Target, is_nearest, parse_target, parse_targets
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..system.group import here
@@ -97,16 +97,15 @@ def allocate_counts(ask: Request, subject: Subject, traced: Traced, scored: Scor
     return _within_all(targets, ask, subject, traced, scored)
 
 
-def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
-        others: Sequence[Target] = ()) -> Counts:
-    """Meet one limit; passes that look at `others` hold them too."""
+def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Counts:
+    """Meet one limit."""
     if target.metric == "latency":
         def at(share: float, notes: list[str]) -> Counts:
             return meet(replace(target, metric="macs", amount=share, absolute=False, nearest=True),
-                        replace(ask, notes=notes), subject, traced, scored, others)
+                        replace(ask, notes=notes), subject, traced, scored)
 
         return timing.meet(target, at, ask, subject, traced, scored)
-    return meet(target, ask, subject, traced, scored, others)
+    return meet(target, ask, subject, traced, scored)
 
 
 def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, traced: Traced,
@@ -116,8 +115,7 @@ def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, trace
     for target in targets:
         notes: list[str] = []
         try:
-            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored,
-                                 [other for other in targets if other is not target])
+            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored)
         except TargetError as problem:
             why[target.metric] = problem.why
             continue
@@ -145,15 +143,14 @@ def _holds(limit: Target, ask: Request, subject: Subject, traced: Traced, scored
     return left <= limit.of(dense) + MISS * dense
 
 
-def meet(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
-         others: Sequence[Target] = ()) -> Counts:
+def meet(target: Target, ask: Request, subject: Subject, traced: Traced,
+         scored: Scored) -> Counts:
     """Allocate under one limit of what can be counted; raises TargetError if it is missed."""
     price = cost(traced.solution, target.metric, target.batch * target.length)
     measure = _measure(ask, subject, traced, scored)
 
     def problem(layout: Layout) -> Problem:
-        made = _problem(ask, target, subject, traced, scored, layout, price, measure)
-        return replace(made, limits=_limits(others, subject, traced, scored))
+        return _problem(ask, target, subject, traced, scored, layout, price, measure)
 
     tried: list[Allocated] = []
     for layout in layouts(ask, subject, traced, scored):
@@ -180,9 +177,8 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
     go by themselves is the schedule's to say.
     """
     measure = _measure(ask, subject, traced, scored)
-    target, *others = parse_targets(ask.recipe.target)
-    if not (others and getattr(ask.schedule, "allocates", False)):
-        parse_target(ask.recipe.target)  # a schedule goes by one share
+    parse_target(ask.recipe.target)  # a schedule goes by one share
+    target, = parse_targets(ask.recipe.target)
     found = []
     for layout in layouts(replace(ask, allocation=ask.schedule), subject, traced, scored):
         problem = _problem(ask, target, subject, traced, scored, layout,
@@ -193,7 +189,7 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
 
 
 def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, scored: Scored,
-             layout: Layout, price: Cost, measure: Measured | None) -> Problem:
+             layout: Layout, price: Cost, measure: Any) -> Problem:
     """The allocation problem over the units of a layout, on the network as it is."""
     price.set({g.atom: g.size for g in scored.candidates})
     dense = subject.whole.get(target.metric, price.total)
@@ -204,20 +200,6 @@ def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, sco
     return Problem(layout.units, price, target.of(dense), dense, target.metric, measure=measure,
                    closest=target.nearest, shapes=shapes, losses=losses,
                    criterion=getattr(by, "name", ""), on_data=ask.calibration.real)
-
-
-def _limits(others: Sequence[Target], subject: Subject, traced: Traced,
-            scored: Scored) -> tuple[Limit, ...]:
-    """Limits beside the target that can be counted."""
-    found = []
-    for other in others:
-        if other.metric == "latency":
-            continue
-        price = cost(traced.solution, other.metric, other.batch * other.length)
-        price.set({g.atom: g.size for g in scored.candidates})
-        dense = subject.whole.get(other.metric, price.total)
-        found.append(Limit(other.metric, price, other.of(dense), dense))
-    return tuple(found)
 
 
 def _tell(ask: Request, taken: Allocated) -> None:

@@ -84,40 +84,9 @@ class Measured(Protocol):
         A mean over the first `batches` but for `skip`.
         """
 
-    def diverges(self, problem: Problem, kept: Mapping[str, int], batches: int,
-                 skip: int = 0) -> float:
-        """Return the same of the network as it is repaired, where there is a repair."""
-
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]], batches: int) -> Any:
         """Return what moving single units does to results under the counts `kept`."""
-
-
-@dataclass(slots=True)
-class Limit:
-    """A cost and what may stay of it, beside the target: all limits of a request hold at once."""
-
-    metric: str
-    cost: Cost
-    amount: float
-    dense: int
-
-    def price(self, problem: Problem, kept: Mapping[str, int]) -> int:
-        """Return the cost of a choice of counts."""
-        counts: dict[Atom, int] = {}
-        for unit in problem.units:
-            counts |= unit.counts(kept[unit.name])
-        return self.cost.set(counts)
-
-    @property
-    def left(self) -> float:
-        """What may still be added to the counts that were priced last."""
-        return self.amount - self.cost.total
-
-    @property
-    def over(self) -> float:
-        """By what share of the dense cost the counts that were priced last go beyond it."""
-        return -self.left / self.dense
 
 
 @dataclass(slots=True)
@@ -129,8 +98,6 @@ class Problem:
     `shapes` are those of stored arrays, by name. `losses` says what the units' are: exact (sums of
     scores that are losses), comparable (scores are estimates of the loss), or unlike (scores of
     the `criterion` are in no unit that groups share); `on_data` whether batches are real ones.
-    `limits` are others that are to hold too: passes that look at them find counts under all,
-    others may miss them, which is seen afterwards.
     """
 
     units: tuple[Unit, ...]
@@ -146,12 +113,6 @@ class Problem:
     losses: str = "exact"
     criterion: str = ""
     on_data: bool = True
-    limits: tuple[Limit, ...] = ()
-
-    def holds(self, kept: Mapping[str, int]) -> bool:
-        """True if no limit beside the target is broken, within the tolerance."""
-        return all(limit.price(self, kept) <= limit.amount + self.tolerance * limit.dense
-                   for limit in self.limits)
 
     def price(self, kept: Mapping[str, int]) -> int:
         """Return the cost of a choice of counts."""

@@ -142,17 +142,6 @@ class Measure(Compared):
             total += float(self.loss(made, *self.called(batch)))
         return total / len(some)
 
-    def diverges(self, problem: Problem, kept: Mapping[str, int], batches: int,
-                 skip: int = 0) -> float:
-        """Return the divergence of the network as it is repaired, as `lost` does without.
-
-        One forward pass a batch: results of the dense network, and what the repair found for the
-        same counts of a consumer's features, are kept.
-        """
-        if self.compensation is None:
-            return self.lost(problem, kept, batches, skip)
-        return self._sensible(problem).changes(problem, kept, {}, self.batches[skip:batches])[1]
-
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]],
                 batches: int) -> tuple[dict[tuple[str, int], Change], float]:
@@ -161,15 +150,12 @@ class Measure(Compared):
 
         `batches` is how many count: half of them are the model's own text where it wrote some.
         """
-        own = self.beside[: batches // 2]
-        some = [*self.batches[: batches - len(own)], *own]
-        return self._sensible(problem).changes(problem, kept, moves, some)
-
-    def _sensible(self, problem: Problem) -> Sensitivity:
         if self._sensitivity is None:
             self._sensitivity = Sensitivity(self.trace, self.solution, self._covariances(problem),
                                             draft(self.compensation), self.plan)
-        return self._sensitivity
+        own = self.beside[: batches // 2]
+        some = [*self.batches[: batches - len(own)], *own]
+        return self._sensitivity.changes(problem, kept, moves, some)
 
     def _covariances(self, problem: Problem) -> Scores:
         groups = [g for u in problem.units for g in u.groups]

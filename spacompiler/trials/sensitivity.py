@@ -34,8 +34,6 @@ from ..torch_backend.run.runner import Override, OverridingRunner, Reads, Runner
 from ..torch_backend.trace import Trace
 
 Arrays = tuple[torch.Tensor, torch.Tensor | None]
-HELD = 1 << 29
-"""Bytes of results, and of solved arrays, that are kept for measurements that come again."""
 
 
 class Change(NamedTuple):
@@ -87,8 +85,6 @@ class Sensitivity:
         self._compensation, self._plan = compensation, plan
         self._dense = Repairer(ProgramNetwork(trace), solution, {}, None)
         self._evidence: dict[str, list[Evidence]] = {}
-        self._answers: dict[tuple[int, int], torch.Tensor] = {}
-        self._solved: dict[tuple[str, bytes], Arrays] = {}
         self._nodes = {node.name: node for node in trace.program.graph_module.graph.nodes}
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
@@ -126,32 +122,8 @@ class Sensitivity:
             name = site.consumer.node.name
             if name not in self._evidence and self._compensation is not None:
                 self._evidence[name] = self._dense.of_dense(self._context, site)
-        return {s.consumer.node.name: self._known(worker, s) for s in found}
-
-    def _known(self, worker: Repairer, site: Site) -> Arrays:
-        """Arrays of a consumer, solved once for what it keeps while there is room for them."""
-        name = site.consumer.node.name
-        key = name, site.kept.numpy().tobytes()
-        found = self._solved.get(key)
-        if found is None:
-            found = worker.weights(site, self._evidence.get(name, ()))
-            if sum(_bytes(a) for a, _ in self._solved.values()) > HELD:
-                self._solved.clear()
-            self._solved[key] = found
-        return found
-
-    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any],
-                call: tuple[tuple[Any, ...], dict[str, Any]]) -> torch.Tensor:
-        """The dense network's result on a batch, computed once while there is room for it."""
-        key = id(args), id(kwargs)
-        if key not in self._answers:
-            with torch.no_grad():
-                made = first_floating(Runner(self._trace.program,
-                                             double=self._trace.wide).call(*call))
-            if sum(map(_bytes, self._answers.values())) + _bytes(made) > HELD:
-                return made
-            self._answers[key] = made
-        return self._answers[key]
+        return {s.consumer.node.name: worker.weights(s, self._evidence.get(
+            s.consumer.node.name, ())) for s in found}
 
     def _stored(self, site: Site) -> Arrays:
         stored = self._dense.stored
@@ -167,7 +139,8 @@ class Sensitivity:
         reads: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         override = {name: self._override(site, made.get(name), reads)
                     for name, site in places.items()}
-        dense = self._answer(args, kwargs, call)
+        with torch.no_grad():
+            dense = first_floating(Runner(self._trace.program, double=self._trace.wide).call(*call))
         runner = OverridingRunner(self._trace.program, reads=masked, override=override,
                                   double=self._trace.wide)
         with torch.set_grad_enabled(bool(seen)):
@@ -225,10 +198,6 @@ class Sensitivity:
                 curvature += seen[name].together * _square(
                     covariance, s, d, e, seen[name].fisher[s]) / 2
         return Change(slope / batches, curvature / batches)
-
-
-def _bytes(array: torch.Tensor) -> int:
-    return array.numel() * array.element_size()
 
 
 def _square(covariance: Covariance, shared: int, by: torch.Tensor, shift: torch.Tensor,
