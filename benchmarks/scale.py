@@ -4,13 +4,16 @@
     python benchmarks/scale.py --size 1.2B --turns 2
     python benchmarks/scale.py --size 1.2B --before ~/checkout-of-another-commit
     python benchmarks/scale.py --meta                   # 80 layers of a 70B, without weights
+    python benchmarks/scale.py --defaults zoo:smollm2-135m --target body=75% --before ~/checkout
 
 The checkpoint is a Llama with random bf16 weights, a file a layer. Turn by turn, each in a process
 of its own with one thread, run: a plain stream (squares of the weights of heads and channels
 summed, the better half kept, written file by file), a float32 forward pass (each matrix once,
 widened, times 18 rows), and `compile(target="body=50%", importance="magnitude",
-calibration="none")` with its proof, without ONNX. Cells: CPU seconds of the work and with Python's
-imports, the largest resident memory in MB (Linux). The least of the turns counts.
+calibration="none")` with its proof, without ONNX. `--defaults` compiles a model as it is typed
+without options, ONNX and latency with it, here and at another commit. Cells: CPU seconds of the
+work (of child processes, too) and with Python's imports, the largest resident memory in MB (Linux).
+The least of the turns counts.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,9 @@ SIZES = {"0.2B": (1024, 2816, 12, 16, 4), "0.4B": (1280, 3456, 20, 20, 4),
          "1.2B": (2048, 5632, 22, 32, 8), "3B": (3072, 8192, 26, 24, 8),
          "7B": (4096, 11008, 32, 32, 32)}
 """Hidden size, channels, layers, heads, key/value heads."""
+LIBRARIES = ("torch.export._trace", "onnxscript.function_libs.torch_lib.ops", "onnxruntime",
+             "torch.onnx._internal.exporter._core")
+"""What a process loads once, on first use, however many models it compiles."""
 VOCABULARY, ROWS = 32000, 18
 INDEX = "model.safetensors.index.json"
 
@@ -133,6 +139,17 @@ def compiled(source: Path, out: Path) -> None:
                         calibration="none", onnx=False, latency=False)
 
 
+def defaults(source: Path, out: Path) -> None:
+    """A compile as it is typed without options: `source` is MODEL@TARGET."""
+    import spacompiler
+
+    model, _, target = str(source).rpartition("@")
+    made = spacompiler.compile(model, target=target, out=out)
+    quality, proof = made.report.get("quality") or {}, made.report.get("proof") or {}
+    print({"perplexity": (quality.get("perplexity") or {}).get("pruned"),
+           "proof": proof.get("error"), "latency": "latency" in made.report}, file=sys.stderr)
+
+
 def solved(source: Path, out: Path) -> float:
     """Trace and solve a 70B Llama of 80 layers on the meta device; returns when that began."""
     del source, out
@@ -144,42 +161,53 @@ def solved(source: Path, out: Path) -> float:
                          num_attention_heads=64, num_key_value_heads=8, vocab_size=VOCABULARY)
     with torch.device("meta"):
         module = LlamaForCausalLM(config).eval()
-    start = time.process_time()
+    start = spent()
     spacompiler.inspect(module, {"input_ids": torch.zeros(2, 9, dtype=torch.long),
                                  "use_cache": False})
     return start
 
 
 WAYS: dict[str, Callable[[Path, Path], float | None]] = {
-    "plain": plain, "forward": forward, "compiled": compiled, "solved": solved}
+    "plain": plain, "forward": forward, "compiled": compiled, "solved": solved,
+    "defaults": defaults}
 
 
 # --- running them ---------------------------------------------------------------------------------
 
 
+def spent() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def one(way: str, source: Path, out: Path) -> dict[str, float]:
     """Carry out one way in this process; what it took."""
-    if way == "compiled":
+    if way in ("compiled", "defaults"):
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         import spacompiler.artifact.write  # noqa: F401
-    start = time.process_time()
+    if way == "defaults":
+        for name in LIBRARIES:
+            import_module(name)
+    start = spent()
     with torch.no_grad():
         start = WAYS[way](source, out) or start
-    return {"work": time.process_time() - start, "all": time.process_time(),
+    return {"work": spent() - start, "all": spent(),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def run(way: str, source: Path, code: Path) -> dict[str, float]:
     """Carry out one way in a process of its own, with the package of a checkout."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)}
-    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=source.parent if source.is_dir() else None) as folder:
         done = subprocess.run(
             [sys.executable, __file__, "--one", way, str(source), str(Path(folder) / "out")],
             capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    if way == "defaults":
+        print(code.name, done.stderr.splitlines()[-1], found, flush=True)
     return found
 
 
@@ -188,8 +216,10 @@ def table(source: Path, turns: int, before: Path | None) -> None:
     here = Path(__file__).resolve().parents[1]
     ways = {"plain stream": ("plain", here), "float32 forward": ("forward", here),
             "compile": ("compiled", here)}
+    if "@" in str(source):
+        ways = {"compile": ("defaults", here)}
     if before is not None:
-        ways["compile, before"] = ("compiled", before.resolve())
+        ways["compile, before"] = (ways["compile"][0], before.resolve())
     best: dict[str, dict[str, float]] = {}
     for _ in range(turns):
         for name, (way, code) in ways.items():
@@ -199,12 +229,13 @@ def table(source: Path, turns: int, before: Path | None) -> None:
     print("| | CPU s, the work | with imports | peak RSS MB |\n|---|---|---|---|")
     for name, row in best.items():
         print(f"| {name} | {row['work']:.1f} | {row['all']:.1f} | {row['memory']:.0f} |")
-    limit = best["plain stream"]["work"] + best["float32 forward"]["work"]
-    print(f"\ncompile / (plain stream + forward): {best['compile']['work'] / limit:.2f} of CPU")
+    if "plain stream" in best:
+        limit = best["plain stream"]["work"] + best["float32 forward"]["work"]
+        print(f"\ncompile / (plain stream + forward): {best['compile']['work'] / limit:.2f} of CPU")
     if before is not None:
         old, new = best["compile, before"], best["compile"]
-        print(f"compile / before: {new['work'] / old['work']:.2f} of CPU, "
-              f"{new['memory'] / old['memory']:.2f} of memory")
+        print(f"compile / before: {new['work'] / old['work']:.2f} of CPU, with imports "
+              f"{new['all'] / old['all']:.2f}, {new['memory'] / old['memory']:.2f} of memory")
 
 
 def main() -> int:
@@ -215,10 +246,15 @@ def main() -> int:
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made and kept")
     parser.add_argument("--meta", action="store_true", help="trace and solve 80 layers of a 70B")
+    parser.add_argument("--defaults", metavar="MODEL", help="compile this as typed without options")
+    parser.add_argument("--target", default="body=75%", help="of --defaults")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         print(json.dumps(one(asked.one[0], Path(asked.one[1]), Path(asked.one[2]))))
+        return 0
+    if asked.defaults:
+        table(Path(f"{asked.defaults}@{asked.target}"), asked.turns, asked.before)
         return 0
     if asked.meta:
         for name, code in (("here", Path(__file__).resolve().parents[1]), ("before", asked.before)):

@@ -19,18 +19,21 @@ class Tried:
     the counts whose masked network stays nearest to the dense one.
 
     Scores of one group need not be comparable with another's, and some roles (heads) may cost
-    more than others save: this is found by a forward pass over `batches` of the calibration for
-    each candidate, without repair; what has lost more than `near` times the least on the first of
-    them is not looked at further. What cannot be measured falls back to uniform.
+    more than others save: this is found by forward passes of each candidate, without repair, over
+    at most `batches` of the calibration, and no further ones once `positions` (tokens, examples)
+    were seen. What has lost more than `near` times the least on the first batch is not looked at
+    further; the margin shrinks with the batches seen. What cannot be measured falls back to
+    uniform.
     """
 
     name: ClassVar[str] = "tried"
     batches: int = 4
     near: float = 1.25
+    positions: int = 512
 
     def __post_init__(self) -> None:
-        if self.batches < 1 or self.near < 1:
-            raise TypeError("batches and near must be at least 1")
+        if self.batches < 1 or self.near < 1 or self.positions < 1:
+            raise TypeError("batches, near and positions must be at least 1")
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         """Return kept slices by unit: those that lost least; ties go to the first."""
@@ -39,7 +42,7 @@ class Tried:
             return plans["uniform"]
         lost, close = self._lost(problem, problem.measure, plans)
         best = min(close, key=lambda name: lost[name])
-        far = "; of what is far behind, on the first batch alone" if len(close) < len(lost) else ""
+        far = "; of what is far behind, on fewer batches" if len(close) < len(lost) else ""
         problem.notes.append("allocation tried: " + ", ".join(
             f"{name} {value:.3g}" for name, value in lost.items())
             + f" (divergence from the dense network{far}); {best} is taken")
@@ -47,19 +50,19 @@ class Tried:
 
     def _lost(self, problem: Problem, measure: Measured, plans: dict[str, dict[str, int]]) -> tuple[
             dict[str, float], list[str]]:
-        """The divergence of each plan, and those that are close on the first batch: theirs is of
-        all batches."""
-
-        def lost(name: str, batches: int, skip: int = 0) -> float:
-            found = measure.lost(problem, plans[name], batches, skip)
-            return max(found, 0.0) if isfinite(found) else float("inf")  # below: rounding
-
-        first = {name: lost(name, 1) for name in plans}
-        count = min(self.batches, len(measure.batches))
-        close = [n for n, value in first.items() if value <= self.near * min(first.values())]
-        if count > 1:
-            first |= {n: (first[n] + (count - 1) * lost(n, count, 1)) / count for n in close}
-        return first, close
+        """The divergence of each plan, and those that stayed close: theirs is of the most batches.
+        """
+        total, mean, close = dict.fromkeys(plans, 0.0), dict[str, float](), list(plans)
+        for seen in range(1, 1 + measure.few(self.batches, self.positions)):
+            for name in close:
+                found = measure.lost(problem, plans[name], seen, seen - 1)
+                total[name] += max(found, 0.0) if isfinite(found) else float("inf")
+                mean[name] = total[name] / seen
+            least = (1 + (self.near - 1) / seen) * min(mean[name] for name in close)
+            close = [name for name in close if mean[name] <= least]
+            if len(close) == 1 or (seen == 1 and min(mean.values()) > problem.bound):
+                break
+        return mean, close
 
     def _plans(self, problem: Problem) -> Iterator[tuple[str, dict[str, int]]]:
         """Candidates that meet the target, by name; uniform in any case, equal ones once."""

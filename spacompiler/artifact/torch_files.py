@@ -165,6 +165,8 @@ def structure(job: Compiled) -> dict[str, Any]:
                                      if not isinstance(v, torch.Tensor)}}}
 
 
+STEADY = 0.015
+"""How exactly the median ratio of times has to be known for no further turn to be taken."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -225,7 +227,9 @@ def _latency(job: Compiled, path: Path) -> dict[str, Any]:
         whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
         export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
         args, kwargs = latency_inputs(job.trace, min(LENGTH, positions(job.reference) or LENGTH))
-        times = compare_latency({"dense": dense, "pruned": path}, feed(job.trace, args, kwargs))
+        times = compare_latency({"dense": dense, "pruned": path}, feed(job.trace, args, kwargs),
+                                steady=STEADY)
     shapes = {n: list(a.shape) for n, a in feed(job.trace, args, kwargs).items()}
     return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
-               for n, t in times.items()}, "threads": 1, "shapes": shapes}
+               for n, t in times.items()}, "threads": 1, "turns": times["pruned"].repeats,
+            "shapes": shapes}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ..torch_backend.emit.refresh import rebuild
-from ..torch_backend.read.decompose import fake_mode, replace
+from ..torch_backend.read.decompose import Once, fake_mode, replace
 from ..torch_backend.trace import copied
+from .words import words
 
 _ATEN = torch.ops.aten
+_OLDEST = 18
 
 
 class LocallyDecomposed(ExportedProgram):
@@ -31,15 +32,32 @@ class LocallyDecomposed(ExportedProgram):
         decompose_custom_triton_ops: bool = False,
     ) -> ExportedProgram:
         """As the base class; its whole-program way is the fallback."""
-        module = copied(self.graph_module)
-        if decomp_table is not None and _is_plain(module):
-            try:
-                _decompose_nodes(module, decomp_table)
-                return rebuild(self, module)
-            except Exception as error:  # any surprise in one node: let torch do all of it
-                logging.getLogger(__name__).debug("decomposing the whole program: %s", error)
+        try:
+            return decomposed(self, decomp_table or {}, words(_OLDEST))
+        except Exception as error:  # any surprise in one node: let torch do all of it
+            logging.getLogger(__name__).debug("decomposing the whole program: %s", error)
         plain = rebuild(self, copied(self.graph_module))
         return plain.run_decompositions(decomp_table, decompose_custom_triton_ops)
+
+
+def decomposed(ep: ExportedProgram, table: Mapping[Any, Any], known: Any) -> ExportedProgram:
+    """Return a program in which only what a table knows is decomposed.
+
+    `known` is the exporter's table of operators. Raises ValueError, or what torch raises, where
+    the whole program has to be decomposed.
+    """
+    module = copied(ep.graph_module)
+    if not table or not _is_plain(module):
+        raise ValueError("it holds other graphs, or writes into values")
+    once = Once(table, fake_mode(module))
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and _needs_decomposing(node.target, table, known):
+            replace(node, once, _is_expressible)
+    for node in module.graph.nodes:  # what a view reads may lie otherwise when the exporter runs it
+        if node.target is _ATEN.view.default:
+            node.target = _ATEN.reshape.default
+    module.graph.eliminate_dead_code()
+    return rebuild(ep, module)
 
 
 def _is_plain(module: GraphModule) -> bool:
@@ -50,19 +68,7 @@ def _is_plain(module: GraphModule) -> bool:
     return not hidden and not any(t._schema.is_mutable for t in operators)
 
 
-def _decompose_nodes(module: GraphModule, table: Mapping[Any, Any]) -> None:
-    """Replace each node that the table knows by the operations it is made of, in place."""
-    mode = fake_mode(module)
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and _needs_decomposing(node.target, table):
-            replace(node, table, mode, _is_expressible)
-    for node in module.graph.nodes:  # what a view reads may lie otherwise when the exporter runs it
-        if node.target is _ATEN.view.default:
-            node.target = _ATEN.reshape.default
-    module.graph.eliminate_dead_code()
-
-
-def _needs_decomposing(target: object, table: Mapping[Any, Any]) -> bool:
+def _needs_decomposing(target: object, table: Mapping[Any, Any], known: Any) -> bool:
     """Whether torch would decompose an operator: by the table, or as a composite that may alias.
 
     Composites that never alias (linear, attention) are kept if the exporter knows them.
@@ -73,15 +79,7 @@ def _needs_decomposing(target: object, table: Mapping[Any, Any]) -> bool:
         torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
     )
     aliases = any(value.alias_info is not None for value in target._schema.returns)
-    return composite and (aliases or not _exporter_words().is_registered(target))
-
-
-@cache
-def _exporter_words() -> Any:
-    """The exporter's table of operators that it can translate."""
-    from torch.onnx._internal.exporter import _registration
-
-    return _registration.ONNXRegistry.from_torchlib()
+    return composite and (aliases or not known.is_registered(target))
 
 
 def _is_expressible(node: Node) -> bool:

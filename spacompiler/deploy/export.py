@@ -24,6 +24,7 @@ from ..system.staging import Scratch
 from ..torch_backend.emit.refresh import drop_metadata_asserts, memory, rebuild
 from ..torch_backend.trace import copied
 from .decomposed import LocallyDecomposed
+from .exporter import OLDEST, translated
 from .lowered import lower
 from .spelled import spell_out, without_zero_biases
 from .weights_beside import refer_to_safetensors
@@ -31,8 +32,6 @@ from .weights_beside import refer_to_safetensors
 OPSET = 20
 """Version 20 runs everywhere; 23 fuses rotary embeddings that ONNX Runtime gets wrong at batch > 1.
 """
-OLDEST = 18
-"""The oldest version that torch's exporter writes by itself."""
 EXTERNAL_BYTES = 200 * 2**20
 """Weights above this go to a ``.data`` file beside the model."""
 
@@ -98,7 +97,7 @@ def export_onnx(
     """
     path = Path(path)
     names = _check_names(ep, input_names, output_names)
-    model = _to_ir(_without_idle_nodes(ep), names, output_names, form.opset)
+    model = translated(_without_idle_nodes(ep), names, output_names, form.opset)
     settle(model)
     without_zero_biases(model)
     _name_axes(model, axes or {})
@@ -150,32 +149,6 @@ def _is_idle_slice(node: Node) -> bool:
     start, stop, step = (*node.args[2:], *(None,) * 3)[:3]
     whole = stop is None or (isinstance(stop, int) and stop == 2**63 - 1)
     return not node.kwargs and start in (None, 0) and whole and step in (None, 1)
-
-
-def _to_ir(
-    ep: ExportedProgram, inputs: list[str], outputs: Sequence[str] | None, opset: int
-) -> ir.Model:
-    """Translate the program; the weights stay torch's and are not copied."""
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                ep,
-                dynamo=True,
-                opset_version=max(opset, OLDEST),
-                input_names=inputs,
-                output_names=outputs,
-                optimize=False,
-                verify=False,
-                verbose=False,
-            )
-    except Exception as error:
-        raise SpaError(
-            what="the program cannot be written as ONNX",
-            why=str(error.__cause__ or error).strip(),
-            fix="replace the operation named above, or emit another format",
-        ) from error
-    assert program is not None
-    return program.model
 
 
 def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch._decomp import decomposition_table
 from torch.fx import Graph, GraphModule, Node
 
-from ..torch_backend.read.decompose import fake_mode, replace
+from ..torch_backend.read.decompose import Once, fake_mode, replace
 
 _ATEN = torch.ops.aten
 
@@ -31,7 +31,7 @@ def spell_out(module: GraphModule) -> None:
             _slices(node, _chunk_size(node))
         elif node.target is _ATEN.lstm.input and _is_projected(node):
             table = {_ATEN.lstm.input: decomposition_table[_ATEN.lstm.input]}
-            replace(node, table, fake_mode(module), lambda inner: True)
+            replace(node, Once(table, fake_mode(module)), lambda inner: True)
         elif str(node.target).startswith("aten.avg_pool") and _takes_single_places(node):
             _strided(node)
         elif node.target is _ATEN.einsum.default:

@@ -8,6 +8,7 @@ less, and load with a file beside the weights: `unequal` measures whether that i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ from ..torch_backend.machine import lanes
 WORTH = 0.9
 """Unequal layers are taken if they diverge from the dense network at most by this share of what
 equal ones do: loading them takes a flag or a call more."""
-BATCHES = 4
+LEEWAY = 1.1
+"""How far the share on the first batch may be off: beyond that they are not looked at further."""
+BATCHES, POSITIONS = 4, 512
 HF_LAYOUTS = ("uniform", "per-layer")
 
 
@@ -126,13 +129,16 @@ def unequal(ask: Request, subject: Subject, traced: Traced, scored: Scored, alik
         return alike
     try:
         other = per_layer(ask, subject, traced, scored, [])
-        free = allocated(ask, other, problem(other))
-        lost = [measure.lost(one.again(), one.kept, BATCHES) for one in (alike, free)]
+        bound = LEEWAY * WORTH * measure.lost(alike.again(), alike.kept, 1)
+        free = allocated(ask, other, replace(problem(other), bound=bound))
+        far = not measure.lost(free.again(), free.kept, 1) <= bound
+        count = 1 if far else measure.few(BATCHES, POSITIONS)
+        lost = [measure.lost(one.again(), one.kept, count) for one in (alike, free)]
     except SpaError:
         return alike
     said = f"layers alike diverge by {lost[0]:.3g} from the dense network, unequal ones by " \
-        f"{lost[1]:.3g}"
-    if free.met and all(map(isfinite, lost)) and lost[1] <= WORTH * lost[0]:
+        f"{lost[1]:.3g}" + (" on the first batch" if far else "")
+    if free.met and not far and all(map(isfinite, lost)) and lost[1] <= WORTH * lost[0]:
         other.notes.append(f"layout per-layer: {said}; --layout uniform keeps them alike")
         return free
     alike.layout.notes.append(f"layout uniform: {said}; --layout per-layer insists on those")

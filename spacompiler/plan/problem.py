@@ -84,6 +84,9 @@ class Measured(Protocol):
         A mean over the first `batches` but for `skip`.
         """
 
+    def few(self, most: int, positions: int) -> int:
+        """Return how many batches hold so many positions (examples, or tokens), or `most`."""
+
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]], batches: int) -> Any:
         """Return what moving single units does to results under the counts `kept`."""
@@ -98,6 +101,7 @@ class Problem:
     `shapes` are those of stored arrays, by name. `losses` says what the units' are: exact (sums of
     scores that are losses), comparable (scores are estimates of the loss), or unlike (scores of
     the `criterion` are in no unit that groups share); `on_data` whether batches are real ones.
+    Counts that diverge from the dense network by more than `bound` on the first batch are no use.
     """
 
     units: tuple[Unit, ...]
@@ -113,6 +117,7 @@ class Problem:
     losses: str = "exact"
     criterion: str = ""
     on_data: bool = True
+    bound: float = float("inf")
 
     def price(self, kept: Mapping[str, int]) -> int:
         """Return the cost of a choice of counts."""

@@ -28,6 +28,9 @@ from ..system.staging import Scratch, orderly, told
 from .session import Arrays, open_session, run_session
 
 LEAST_TURNS = 5
+"""Turns that there are in any case."""
+WARM = 0.5
+"""Seconds of a model after which it is warm, however many runs that were."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def measure(
     repeats: int,
     warmup: int,
     seconds: float,
+    steady: float = 0.0,
 ) -> dict[str, dict[str, Latency]]:
     """Time the models in this process, round by round, in alternating order.
 
@@ -102,7 +106,7 @@ def measure(
         SpaError: a model cannot be opened or does not run on the inputs.
     """
     sessions = {name: open_session(path, threads=threads) for name, path in paths.items()}
-    return {case: _measure_case(sessions, inputs, repeats, warmup, seconds)
+    return {case: _measure_case(sessions, inputs, repeats, warmup, seconds, steady)
             for case, inputs in cases.items()}
 
 
@@ -112,10 +116,14 @@ def _measure_case(
     repeats: int,
     warmup: int,
     seconds: float,
+    steady: float,
 ) -> dict[str, Latency]:
     for name, session in sessions.items():
+        begun = time.process_time()
         for _ in range(max(1, warmup)):
             run_session(session, inputs[name])
+            if time.process_time() - begun > WARM:
+                break
     feeds = {n: {k: ort.OrtValue.ortvalue_from_numpy(a) for k, a in inputs[n].items()}
              for n in sessions}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
@@ -123,9 +131,24 @@ def _measure_case(
     for turn in range(repeats):
         if turn >= LEAST_TURNS and time.perf_counter() - started > seconds:
             break
+        if turn >= LEAST_TURNS and _spread(list(times.values())) <= steady:
+            break
         for name in list(sessions)[:: -1 if turn % 2 else 1]:
             times[name].append(_time_once(sessions[name], feeds[name]))
     return {n: Latency(tuple(w for w, _ in t), tuple(c for _, c in t)) for n, t in times.items()}
+
+
+def _spread(times: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """How far the median ratio of CPU times to the first model's may be off, as a share of it.
+
+    Half the distance of the quartiles over the root of the turns: about its standard error.
+    """
+    worst = 0.0
+    for other in times[1:]:
+        ratios = [b / max(a, 1e-6) for (_, a), (_, b) in zip(times[0], other, strict=True)]
+        low, median, high = np.percentile(ratios, (25, 50, 75))
+        worst = max(worst, float((high - low) / 2 / max(median, 1e-6) / len(ratios) ** 0.5))
+    return worst if len(times) > 1 else float("inf")
 
 
 def _time_once(session: ort.InferenceSession, feed: dict[str, ort.OrtValue]) -> tuple[float, float]:
@@ -142,6 +165,7 @@ def compare_latency(
     threads: int = 1,
     repeats: int = 20,
     warmup: int = 3,
+    steady: float = 0.0,
     isolate: bool = True,
 ) -> dict[str, Latency]:
     """Time several ONNX models on the same inputs; the result has the keys of ``paths``.
@@ -150,7 +174,7 @@ def compare_latency(
     """
     cases = {"": {name: inputs for name in paths}}
     return compare_cases(paths, cases, threads=(threads,), repeats=repeats, warmup=warmup,
-                         isolate=isolate)["", threads]
+                         steady=steady, isolate=isolate)["", threads]
 
 
 def compare_cases(
@@ -161,6 +185,7 @@ def compare_cases(
     repeats: int = 20,
     warmup: int = 3,
     seconds: float = float("inf"),
+    steady: float = 0.0,
     isolate: bool = True,
 ) -> dict[tuple[str, int], dict[str, Latency]]:
     """Time several ONNX models in several cases: {(case, threads): {model: times}}.
@@ -170,8 +195,10 @@ def compare_cases(
         cases: for each case the inputs of each model.
         threads: numbers of threads inside an operator to try, one after the other.
         repeats: timed turns of each case; in one turn every model runs once.
-        warmup: runs of each model before.
+        warmup: runs of each model before, fewer if they take long.
         seconds: no new turn begins after this time, if at least five are done.
+        steady: nor once the median ratio to the first model is known to this share (see
+            `_spread`); 0 takes all turns.
         isolate: measure in a child process, which keeps the caller's memory and the timings apart
             from each other; switch it off where processes cannot be started.
 
@@ -184,7 +211,7 @@ def compare_cases(
             why=f"repeats={repeats}, threads={min(threads)}; both must be at least 1",
             fix="raise repeats and threads to 1 or more",
         )
-    options = {"repeats": repeats, "warmup": warmup, "seconds": seconds}
+    options = {"repeats": repeats, "warmup": warmup, "seconds": seconds, "steady": steady}
     found = {}
     for count in threads:
         if isolate:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..axes.choices import Choices
+from ..axes.expressions import Atom
 from ..evidence.calls import Batch, examples, singles
 from ..evidence.losses import distance, first_floating
 from ..groups.repeats import block
@@ -35,6 +36,8 @@ class Compared(ABC):
     loss: Callable[..., torch.Tensor]
     plan: Callable[[Problem, Mapping[str, int]], Choices]
     _answers: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
+    _lost: dict[tuple[frozenset[tuple[Atom, bytes]], int], float] = field(
+        default_factory=dict, init=False)
 
     @abstractmethod
     def results(self, batch: Batch, choices: Choices | None = None,
@@ -62,8 +65,23 @@ class Compared(ABC):
         """Return the divergence from the dense network of one in which what goes reads as zero.
 
         A mean over the first `batches` of the calibration but for `skip`; nothing is repaired.
+        Each plan meets each batch once, whichever allocation asks.
         """
-        return self._apart(problem, kept, self.batches[skip:batches], distance)
+        choices = self.plan(problem, kept)
+        plan = frozenset((atom, choice.table.tobytes()) for atom, choice in choices.items())
+        some = range(skip, min(batches, len(self.batches)))
+        for at in some:
+            if (plan, at) not in self._lost:
+                pruned = first_floating(self.results(self.batches[at], choices))
+                self._lost[plan, at] = float(distance(pruned, self._dense(self.batches[at])))
+        return sum(self._lost[plan, at] for at in some) / max(len(some), 1)
+
+    @torch.no_grad()
+    def few(self, most: int, positions: int) -> int:
+        """Return how many batches hold so many positions (examples, or tokens), or `most`."""
+        found = self._dense(self.batches[0])
+        held = found.numel() // max(1, found.shape[1 if found.ndim == 4 else -1])
+        return min(most, len(self.batches), -(-positions // max(1, held)))
 
     @torch.no_grad()
     def fidelity(self, problem: Problem, kept: Mapping[str, int],

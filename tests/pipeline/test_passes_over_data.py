@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import spacompiler
 from spacompiler.passes.tried import Tried
 from spacompiler.pipeline import score
 from spacompiler.torch_backend.run.observe import ProgramNetwork
+from spacompiler.trials.measure import Measure
 
 
 def repaired() -> dict[str, torch.Tensor]:
@@ -55,11 +57,55 @@ class Asked:
         self.asked.append((kept["a"], batches, skip))
         return self.says[kept["a"]]
 
+    def few(self, most: int, positions: int) -> int:
+        return min(most, len(self.batches), positions)
 
-def test_what_lost_much_on_the_first_batch_is_not_looked_at_further() -> None:
-    measure = Asked({1: 1.0, 2: 1.2, 3: 2.0})
-    lost, close = Tried()._lost(None, measure, {  # type: ignore[arg-type]
-        name: {"a": i} for i, name in enumerate(("one", "two", "three"), 1)})
-    assert close == ["one", "two"]
-    assert lost == pytest.approx({"one": 1.0, "two": 1.2, "three": 2.0})
-    assert measure.asked == [(1, 1, 0), (2, 1, 0), (3, 1, 0), (1, 3, 1), (2, 3, 1)]
+
+PLANS = {name: {"a": i} for i, name in enumerate(("one", "two", "three"), 1)}
+
+
+@pytest.mark.parametrize(("says", "taken", "asked"), [
+    ((1.0, 1.02, 2.0), ["one", "two"], "1 2 3 1 2 1 2"),
+    ((1.0, 1.2, 2.0), ["one"], "1 2 3 1 2"),  # the margin shrinks
+    ((1.0, 1.3, 2.0), ["one"], "1 2 3")])
+def test_what_lost_much_is_not_looked_at_further(says, taken, asked) -> None:
+    measure, problem = Asked(dict(enumerate(says, 1))), SimpleNamespace(bound=float("inf"))
+    lost, close = Tried()._lost(problem, measure, PLANS)  # type: ignore[arg-type]
+    assert close == taken
+    assert list(lost.values()) == pytest.approx(says)
+    assert " ".join(str(plan) for plan, *_ in measure.asked) == asked
+    assert all(skip == batches - 1 for _, batches, skip in measure.asked)
+
+
+def test_no_further_batch_is_run_where_nothing_can_be_won_or_enough_was_seen() -> None:
+    near = {1: 1.0, 2: 1.01, 3: 1.02}
+    for bound, positions, each in ((0.9, 512, 1), (1.1, 2, 2), (1.1, 512, 3)):
+        measure = Asked(near)
+        Tried(positions=positions)._lost(  # type: ignore[arg-type]
+            SimpleNamespace(bound=bound), measure, PLANS)
+        assert len(measure.asked) == 3 * each
+
+
+def test_a_plan_meets_a_batch_once_whichever_layout_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Measure] = []
+    asked: list[int] = []
+    results, lost = Measure.results, Measure.lost
+
+    def run(self: Measure, *given: Any) -> list[torch.Tensor]:
+        runs.append(self)
+        return results(self, *given)
+
+    def ask(self: Measure, problem: Any, kept: Any, batches: int, skip: int = 0) -> float:
+        asked.append(batches - skip)
+        return lost(self, problem, kept, batches, skip)
+
+    monkeypatch.setattr(Measure, "results", run)
+    monkeypatch.setattr(Measure, "lost", ask)
+    draws = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 60, (2, 8), generator=draws), "use_cache": False}
+            for _ in range(2)]
+    made = spacompiler.compile("zoo:llama-gqa", target="body=75%", calibration=data,
+                               repair="none", onnx=False, latency=False, prove=False)
+    assert any("layers alike diverge" in n for n in made.job.notes)
+    assert len({id(measure) for measure in runs}) == 1
+    assert len(runs) == len(runs[0]._lost) + len(runs[0]._answers) < sum(asked)

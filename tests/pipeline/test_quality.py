@@ -49,10 +49,11 @@ def compiled(net: nn.Module, **options: object) -> spacompiler.Result:
     return spacompiler.compile(net, batches()[0], **{**given, **options})
 
 
-def lost(net: nn.Module, result: spacompiler.Result) -> float:
+def lost(net: nn.Module, result: spacompiler.Result, count: int = 4) -> float:
     with torch.no_grad():
         found = [functional.kl_div(result.module(*b).log_softmax(-1), net(*b).log_softmax(-1),
-                                   reduction="batchmean", log_target=True) for b in batches()]
+                                   reduction="batchmean", log_target=True)
+                 for b in batches()[:count]]
     return float(sum(found) / len(found))
 
 
@@ -63,7 +64,7 @@ def test_the_default_allocation_is_the_best_of_those_tried(net):
     assert min(found.values()) < 0.9 * max(found.values())
     (note,) = [n for n in chosen.job.notes if n.startswith("allocation tried")]
     best = min(found, key=lambda how: found[how])
-    assert f"{best} {found[best]:.3g}" in note and f"{best} is taken" in note
+    assert f"{best} {lost(net, chosen, 1):.3g}" in note and f"{best} is taken" in note
 
 
 def test_what_measures_nothing_is_allocated_uniformly(net):

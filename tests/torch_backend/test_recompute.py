@@ -42,15 +42,15 @@ def scored(model: str, criterion: str) -> Scored:
     return score(replace(ask, importance=registry.find("importance", criterion)), subject, traced)
 
 
-@pytest.mark.parametrize("left", [0, 1 << 40], ids=["nothing", "products"])
+@pytest.mark.parametrize("left, whole", [(0, 0.0), (1 << 40, 0.5)], ids=["nothing", "products"])
 @pytest.mark.parametrize("model, criterion", CASES)
-def test_what_is_computed_again_is_the_same(model: str, criterion: str, left: int,
+def test_what_is_computed_again_is_the_same(model: str, criterion: str, left: int, whole: float,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     plain = scored(model, criterion).scores
     asked: list[Budget] = []
 
     def given(*call: object) -> Budget:
-        asked.append(Budget(left))
+        asked.append(Budget(left, whole))
         return asked[-1]
 
     monkeypatch.setattr(gradients, "budget", given)
@@ -83,6 +83,11 @@ def test_what_is_small_is_held() -> None:
     budgeted = budget(graph, traced, ((), many))
     assert budgeted is not None
     assert budgeted.left == LEAST  # its weights are few
+    some = {"input_ids": torch.zeros(40, 1000, dtype=torch.int8)}
+    more = budget(graph, traced, ((), some))
+    assert more is not None
+    assert more.whole == pytest.approx(min(1.0, 40 * budgeted.whole), rel=1e-6)
+    assert [Budget(0, share).last(9) for share in (0.0, 0.3, 1.0)] == [1, 3, 9]
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-12)])

@@ -29,11 +29,15 @@ INDEX = "index_of_"
 
 
 def edited(trace: Trace, solution: Solution, choices: Choices) -> fx.GraphModule:
-    """Return a copy of the program's graph with its size arguments re-written."""
+    """Return a copy of the program's graph with its size arguments re-written.
+
+    Nodes that were re-written have no known value any more.
+    """
     module = copied(trace.program.graph_module)
     nodes = {node.name: node for node in module.graph.nodes}
     for name, path, value, old in edits(solution, choices):
         _set(nodes[name], path, value, old)
+        nodes[name].meta = {k: v for k, v in nodes[name].meta.items() if k != "val"}
     for name, (gather, index) in gather_indices(solution, choices).items():
         nodes[name] = _gather(
             module, nodes[name], nodes[gather.source], gather.dim, torch.from_numpy(index))

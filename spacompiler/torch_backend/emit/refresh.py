@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 
 from ...errors import SpaError
 from ...system.process import quiet
@@ -46,7 +47,7 @@ def refresh(
     drop_metadata_asserts(module)
     mode = fake_mode(module)
     free = _free_symbols(ep, module, mode)
-    _propagate(module, mode, _placeholder_values(ep, module, mode, tensors))
+    _propagate(module, mode, *_placeholder_values(ep, module, mode, tensors))
     _check_still_dynamic(free, _free_symbols(ep, module, mode))
     return rebuild(ep, module, tensors)
 
@@ -120,31 +121,60 @@ def drop_metadata_asserts(module: GraphModule) -> None:
 
 def _placeholder_values(
     ep: ExportedProgram, module: GraphModule, mode: FakeTensorMode, tensors: Mapping[str, Any]
-) -> list[Any]:
-    """A fake value for each placeholder: new sizes for tensors, the traced value for inputs."""
-    values = []
+) -> tuple[list[Any], set[Node]]:
+    """A fake value for each placeholder, new sizes for tensors and the traced value for inputs,
+    and which of them are others than before."""
+    values, changed = [], set[Node]()
     nodes = module.graph.find_nodes(op="placeholder")
     for node, spec in zip(nodes, ep.graph_signature.input_specs, strict=True):
         tensor = tensors.get(spec.target) if spec.target else None
-        if spec.kind is not InputKind.USER_INPUT and isinstance(tensor, Tensor):
+        if spec.kind is not InputKind.USER_INPUT and isinstance(tensor, Tensor) \
+                and not _is_alike(node.meta.get("val"), tensor):
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+            changed.add(node)
         values.append(node.meta.get("val"))
-    return values
+    return values, changed
+
+
+def _is_alike(one: object, other: object) -> bool:
+    """Whether values are of the same kinds, sizes and strides."""
+    pairs = [pytree.tree_leaves(value) for value in (one, other)]
+    return len(pairs[0]) == len(pairs[1]) and all(
+        _kind(a) == _kind(b) for a, b in zip(*pairs, strict=True))
+
+
+def _kind(value: object) -> tuple[object, ...]:
+    if not isinstance(value, Tensor):
+        return type(value), str(value)
+    return value.dtype, value.device, str(value.shape), str(value.stride())
 
 
 class _Propagation(FakeTensorProp):
-    """Fake propagation that remembers where it is, to name the culprit of a failure."""
+    """Fake propagation from what `changed`: nodes that read nothing of it keep their values.
 
-    at: Node | None = None
+    It remembers where it is, to name the culprit of a failure.
+    """
+
+    def __init__(self, module: GraphModule, mode: FakeTensorMode, changed: set[Node]) -> None:
+        super().__init__(module, mode)
+        self.changed = changed
+        self.at: Node | None = None
 
     def run_node(self, n: Node) -> Any:
-        self.at = n
-        return super().run_node(n)
+        self.at, old = n, n.meta.get("val")
+        if n.op == "call_function" and old is not None \
+                and self.changed.isdisjoint(n.all_input_nodes):
+            return old
+        made = super().run_node(n)
+        if n.op == "call_function" and not _is_alike(old, made):
+            self.changed.add(n)
+        return made
 
 
-def _propagate(module: GraphModule, mode: FakeTensorMode, values: list[Any]) -> None:
-    """Compute every node's value anew from those of the placeholders."""
-    interpreter = _Propagation(module, mode)
+def _propagate(module: GraphModule, mode: FakeTensorMode, values: list[Any],
+               changed: set[Node]) -> None:
+    """Compute every node's value anew that follows from placeholders that changed."""
+    interpreter = _Propagation(module, mode, changed)
     interpreter.extra_traceback = False
     try:
         with quiet(), enable_python_dispatcher(), torch.no_grad():

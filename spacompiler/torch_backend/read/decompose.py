@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ def spell_out(graph: fx.Graph, known: Known) -> None:
     strange = [node for node in graph.nodes if _is_strange(node, known)]
     table = {op: way for op, way in decomposition_table.items()
              if not known(str(op))} if strange else {}
-    mode = _mode(graph) or FakeTensorMode()
+    once = Once(table, _mode(graph) or FakeTensorMode())
     for node in strange:
         try:
-            replace(node, table, mode, lambda inner: _is_known(inner, known))
+            replace(node, once, lambda inner: _is_known(inner, known))
         except Exception:  # a surprise in one operator: it stays what it was
             continue
     if strange:
@@ -61,30 +62,67 @@ def _is_strange(node: fx.Node, known: Known) -> bool:
     return tensors and (composite or target in decomposition_table)
 
 
-def replace(node: fx.Node, table: Mapping[Any, Any], mode: FakeTensorMode,
-            fits: Callable[[fx.Node], bool]) -> None:
-    """Trace one operation on its fake operands and put the trace in its place.
+@dataclass
+class Once:
+    """Operations of one program, each traced once: what repeats in every block consists of the
+    same. `table` says how torch decomposes operators, `mode` has the symbols of its sizes."""
 
-    Raises ValueError if a traced operation does not fit.
+    table: Mapping[Any, Any]
+    mode: FakeTensorMode
+    _made: dict[str, fx.Graph] = field(default_factory=dict)
+
+    def of(self, node: fx.Node) -> fx.Graph:
+        """Return what an operation consists of, on the fake values of its operands."""
+        operands = node.all_input_nodes
+        key = _signature(node, operands)
+        if key not in self._made:
+            self._made[key] = self._trace(node, operands)
+        return self._made[key]
+
+    def _trace(self, node: fx.Node, operands: list[fx.Node]) -> fx.Graph:
+        def call(*values: Argument) -> Any:
+            lookup = dict(zip(operands, values, strict=True))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lookup.__getitem__)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        with self.mode, enable_python_dispatcher(), torch.no_grad():
+            traced = _traced(call, self.table, [_on_cpu(n.meta["val"]) for n in operands])
+        _drop_restrides(traced.graph)
+        for inner in traced.graph.nodes:  # an operation has a place, what it consists of has none
+            inner.meta = {k: v for k, v in inner.meta.items() if k not in _PLACE}
+        return traced.graph
+
+
+def _signature(node: fx.Node, operands: list[fx.Node]) -> str:
+    """What decides what an operation consists of: operator, arguments, kinds and sizes of values.
     """
-    operands = node.all_input_nodes
+    args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{operands.index(n)}")
+    return repr((str(node.target), args, [_kind(n.meta["val"]) for n in operands]))
 
-    def call(*values: Argument) -> Any:
-        lookup = dict(zip(operands, values, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lookup.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        traced = _traced(call, table, [_on_cpu(n.meta["val"]) for n in operands])
-    _drop_restrides(traced.graph)
-    for inner in traced.graph.nodes:
+def _kind(value: object) -> tuple[object, ...]:
+    if not isinstance(value, torch.Tensor):
+        return type(value), str(value)
+    known = getattr(value, "constant", None)  # numbers that tracing may look at
+    return value.dtype, value.device, str(value.shape), str(value.stride()), \
+        value.requires_grad, None if known is None else id(known)
+
+
+def replace(node: fx.Node, once: Once, fits: Callable[[fx.Node], bool]) -> None:
+    """Put the operations that an operation consists of in its place.
+
+    Raises ValueError if one of them does not fit.
+    """
+    made = once.of(node)
+    for inner in made.nodes:
         if (inner.op == "call_function" and not fits(inner)) or inner.op not in _OPS:
             raise ValueError(f"{node.target} consists of {inner.target}")
-        if inner.op == "call_function":
-            inner.meta = {**{k: node.meta[k] for k in _PLACE if k in node.meta}, **inner.meta}
-    places = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    copies = dict(zip(made.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     with node.graph.inserting_before(node):
-        result = node.graph.graph_copy(traced.graph, places)
+        result = node.graph.graph_copy(made, copies)
+    for inner in made.nodes:
+        if inner.op == "call_function":
+            copies[inner].meta |= {k: node.meta[k] for k in _PLACE if k in node.meta}
     _take_place(node, result)
 
 

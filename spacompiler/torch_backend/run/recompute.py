@@ -29,7 +29,9 @@ from torch.utils.checkpoint import (
 
 from ...graph.ir import Graph
 
-FEW, LEAST = 1 << 26, 1 << 28  # bytes
+FEW, LEAST, WHOLE = 1 << 26, 1 << 28, 3 << 27
+"""Bytes: of values that are held, however few weights there are; of dear ones; of the values of the
+last segments."""
 # the dear operators: computing them again would cost a large part of a forward pass
 HELD = frozenset("aten::" + name for name in (
     "mm addmm bmm baddbmm convolution mkldnn_convolution mkldnn_linear cudnn_convolution "
@@ -78,9 +80,17 @@ def borders(segment: Segment) -> tuple[list[fx.Node], list[fx.Node]]:
 
 @dataclass
 class Budget:
-    """How many bytes of dear results may be held: beyond that they too are computed again."""
+    """How many bytes of dear results may be held: beyond that they too are computed again.
+
+    Of segments the share `whole` at the end holds all: backward comes to them first.
+    """
 
     left: int
+    whole: float = 0.0
+
+    def last(self, count: int) -> int:
+        """How many of some segments hold all: the last one at least, whose end is the loss."""
+        return 1 + int(self.whole * (count - 1))
 
     def policy(self, context: SelectiveCheckpointContext, op: torch._ops.OpOverload,
                *args: object, **kwargs: object) -> CheckpointPolicy:
@@ -96,14 +106,15 @@ def budget(graph: Graph, traced: object, batch: object) -> Budget | None:
     """Return what may be held for a batch, or None if its activations are `FEW`.
 
     What may be held is an eighth of what the weights take, and at least `LEAST`: while products fit
-    into that, the rest costs next to nothing to compute again. Activations are estimated by the
+    into that, the rest costs little to compute again. Activations are estimated by the
     traced sizes, in proportion to the inputs' sizes.
     """
     share = sum(prod(t.shape) for t in graph.weights().values())
     allowed = max(LEAST, share // 2)  # an eighth of four bytes each
     made = sum(prod(t.shape) for t in graph.tensors.values()
                if t.kind == "value" and not t.static)
-    return Budget(allowed) if 4 * made * _elements(batch) > FEW * _elements(traced) else None
+    every = 4 * made * _elements(batch) / max(1, _elements(traced))
+    return Budget(allowed, min(1.0, WHOLE / every)) if every > FEW else None
 
 
 def _elements(call: object) -> int:
@@ -161,20 +172,34 @@ def _marked(inner: AbstractContextManager[None],
         again(False)
 
 
-def _trimmer() -> Callable[[int], Any]:
+class _Info(ctypes.Structure):
+    """What glibc's mallinfo2 tells of the heap, in bytes; `fordblks` are free."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost").split()]
+
+
+def _heap() -> tuple[Callable[[int], Any], Callable[[], int]]:
+    """What gives the heap's free bytes back, and what counts them."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return lambda keep: None
+        library = ctypes.CDLL(None)
+        info = library.mallinfo2
+        info.restype = _Info
+        return library.malloc_trim, lambda: int(info().fordblks)
+    except (AttributeError, OSError, TypeError):  # not glibc, or an old one
+        return lambda keep: None, lambda: 0
 
 
-_trim = _trimmer()
+_trim, _free = _heap()
+SPARE = 1 << 26
+"""Bytes of the heap that may lie free: the next segment takes them, without asking the system."""
 
 
 def give_back() -> None:
-    """Let the system have what the heap holds free.
+    """Let the system have what the heap holds free, if that is more than `SPARE`.
 
     Arrays of a segment, freed, leave holes between those still held; glibc seldom fits the next
     aligned array into them, so that the heap grows throughout backward while less and less is held.
     """
-    _trim(0)
+    if _free() > SPARE:
+        _trim(0)

@@ -85,10 +85,11 @@ class Runner(fx.Interpreter):
         parts = segments(self.graph)
         for node in self.graph.find_nodes(op="placeholder"):
             self.step(node)
-        for part in parts[:-1]:
+        end = len(parts) - held.last(len(parts))
+        for part in parts[:max(0, end)]:
             self._segment(part, held)
         give_back()
-        for node in parts[-1] if parts else ():
+        for node in (node for part in parts[max(0, end):] for node in part):
             self.step(node)
         (output,) = self.graph.find_nodes(op="output")
         results = list(self.run_node(output))

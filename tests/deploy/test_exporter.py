@@ -1,0 +1,111 @@
+"""Exports that repeat nothing: the exporter by its steps, one file from another, turns of times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spacompiler.axes.choices import Choices
+from spacompiler.deploy import exporter
+from spacompiler.deploy.export import export_onnx
+from spacompiler.groups.solution import Solution, solve
+from spacompiler.plan.plan import make_plan
+from spacompiler.rows.aten_table import TABLE
+from spacompiler.runtime.latency import LEAST_TURNS, compare_latency
+from spacompiler.torch_backend.emit import refresh
+from spacompiler.torch_backend.emit.program import rewrite
+from spacompiler.torch_backend.read import decompose
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.trace import Trace
+
+
+class Block(nn.Module):
+    """Heads, a product with a power of a whole number, and a norm that ONNX spells otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(40)
+        self.qkv, self.out = nn.Linear(40, 120), nn.Linear(40, 40)
+        self.up, self.down = nn.Linear(40, 60), nn.Linear(60, 40)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.view(*x.shape[:2], 2, 20).transpose(1, 2)
+                   for part in self.qkv(self.norm(x)).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return x + self.down(self.up(x).relu().pow(2) + 1)
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Trace:
+    torch.manual_seed(0)
+    return trace(nn.Sequential(Block(), Block(), Block()).eval(), (torch.randn(2, 5, 40),))
+
+
+def pruned(traced: Trace, role: str) -> tuple[Solution, Choices]:
+    solution = solve(traced.graph, TABLE, rewire=True)
+    groups = [g for g in solution.groups.values() if g.role == role]
+    assert groups
+    counts = {g.name: g.size // 2 for g in groups}
+    scores = {g.name: np.arange(g.size, dtype=float).reshape(g.shape) for g in groups}
+    return solution, make_plan(groups, scores, counts).choices(solution)
+
+
+def written(traced: Trace, path: Path, program: Any = None) -> bytes:
+    export_onnx(program or traced.exported, path, input_names=traced.graph.inputs)
+    return path.read_bytes()
+
+
+def test_the_exporter_by_its_steps_writes_what_it_writes_as_a_whole(
+        blocks: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(exporter, "_whole", None)
+        by_steps = written(blocks, tmp_path / "steps.onnx")
+    monkeypatch.setattr(exporter, "_by_steps", None)
+    assert by_steps == written(blocks, tmp_path / "whole.onnx")
+    assert any(n.op_type == "Pow" for n in onnx.load_from_string(by_steps).graph.node)
+
+
+def test_what_repeats_in_every_block_is_decomposed_once(
+        blocks: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    plain = decompose._traced
+    monkeypatch.setattr(decompose, "_traced", lambda *given: made.append(1) or plain(*given))
+    written(blocks, tmp_path / "m.onnx")
+    norms = [n for n in blocks.graph.nodes if "rms_norm" in n.op]
+    assert len(norms) == 3
+    assert 0 < len(made) < 3 * len({n.op for n in blocks.graph.nodes})
+    first = len(made)
+    made.clear()
+    one = trace(Block().eval(), (torch.randn(2, 5, 40),))
+    written(one, tmp_path / "one.onnx")
+    assert len(made) >= first - 1  # three blocks take no more than one
+
+
+@pytest.mark.parametrize("role", ["channel", "head"])
+def test_values_that_a_plan_leaves_alone_are_not_computed_again(
+        blocks: Trace, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    solution, choices = pruned(blocks, role)
+    quick = rewrite(blocks, solution, choices)
+    monkeypatch.setattr(refresh, "_is_alike", lambda one, other: False)
+    whole = rewrite(blocks, solution, choices)
+    for one, other in zip(quick.graph.nodes, whole.graph.nodes, strict=True):
+        kinds = ([refresh._kind(v) for v in pytree.tree_leaves(node.meta.get("val"))]
+                 for node in (one, other))
+        assert next(kinds) == next(kinds), one
+
+
+def test_no_further_turn_is_taken_once_the_ratio_is_known(blocks: Trace, tmp_path: Path) -> None:
+    written(blocks, tmp_path / "m.onnx")
+    paths = {name: tmp_path / "m.onnx" for name in ("one", "other")}
+    x = {blocks.graph.inputs[0]: np.ones((2, 5, 40), dtype=np.float32)}
+    for steady, turns in ((1e9, LEAST_TURNS), (0.0, 9)):
+        found = compare_latency(paths, x, repeats=9, steady=steady, isolate=False)
+        assert found["one"].repeats == turns
