@@ -77,7 +77,8 @@ def _by_steps(ep: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
             _promote(module)
         plain._graph_module = _fx_passes.remove_assertion_nodes(plain.graph_module)
     model: ir.Model = _core._exported_program_to_onnx_program(plain, registry=words(opset)).model
-    model = _core.onnxscript_apis.convert_version(model, opset)
+    convert = _core.onnxscript_apis.convert_version  # type: ignore[attr-defined]
+    model = convert(model, opset)
     if inputs:
         _ir_passes.rename_inputs(model, inputs)
     if outputs:
