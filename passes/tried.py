@@ -15,8 +15,9 @@ from spacompiler.plan.problem import Measured, Problem
 
 @dataclass(frozen=True)
 class Tried:
-    """Allocate uniformly, by one ranking of all units, and by either within one role alone; keep
-    the counts whose masked network stays nearest to the dense one.
+    """Allocate uniformly, by one ranking of all units (by what is left of each, and by sums of
+    importance as they are), and by either within one role alone; keep the counts whose masked
+    network stays nearest to the dense one.
 
     Scores of one group need not be comparable with another's, and some roles (heads) may cost
     more than others save: this is found by forward passes of each candidate, without repair, over
@@ -71,8 +72,9 @@ class Tried:
         roles = dict.fromkeys(u.groups[0].role for u in problem.units if len(u.legal) > 1)
         alone = [(f" within {role}", _only(problem, role)) for role in roles] \
             if len(roles) > 1 else []
-        # shares of importance, as they are: what they lead to is measured anyway
-        for where, some in (("", replace(problem, losses="exact")), *alone):
+        # sums of importance as they are, too: what they lead to is measured anyway
+        sums = (" by sums", replace(problem, losses="exact"))
+        for where, some in (("", problem), sums, *alone):
             for how in (GlobalRanking(checked=False), Uniform()):
                 try:
                     kept = how.allocate(some)

@@ -15,7 +15,7 @@ from ..errors import TargetError
 from ..groups.cost import Cost, cost
 from ..groups.solution import Solution
 from ..plan.plan import costs, make_plan
-from ..plan.problem import MISS, Problem, Unit, check_met
+from ..plan.problem import MISS, Measured, Problem, Unit, check_met
 from ..request.targets import METRICS, Target, is_nearest, parse_target, parse_targets
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..system.group import here
@@ -189,7 +189,7 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
 
 
 def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, scored: Scored,
-             layout: Layout, price: Cost, measure: Any) -> Problem:
+             layout: Layout, price: Cost, measure: Measured | None) -> Problem:
     """The allocation problem over the units of a layout, on the network as it is."""
     price.set({g.atom: g.size for g in scored.candidates})
     dense = subject.whole.get(target.metric, price.total)
