@@ -75,7 +75,7 @@ def child(folder: Path, names: list[str]) -> None:
 
 def _shared(stages: list[tuple[float, str]]) -> float:
     """Seconds of the stages whose work is shared out."""
-    ends = [*(at for at, _ in stages[1:]), stages[-1][0]]
+    ends = [at for at, _ in stages[1:] + stages[-1:]]  # only the first process tells of stages
     return sum(end - at for (at, stage), end in zip(stages, ends, strict=True)
                if stage in ("scoring", "calibrating", "repairing"))
 
