@@ -33,18 +33,19 @@ class LocallyDecomposed(ExportedProgram):
     ) -> ExportedProgram:
         """As the base class; its whole-program way is the fallback."""
         try:
-            return decomposed(self, decomp_table or {}, words(_OLDEST))
+            return decomposed(self, decomp_table or {}, words(_OLDEST).is_registered)
         except Exception as error:  # any surprise in one node: let torch do all of it
             logging.getLogger(__name__).debug("decomposing the whole program: %s", error)
         plain = rebuild(self, copied(self.graph_module))
         return plain.run_decompositions(decomp_table, decompose_custom_triton_ops)
 
 
-def decomposed(ep: ExportedProgram, table: Mapping[Any, Any], known: Any) -> ExportedProgram:
+def decomposed(ep: ExportedProgram, table: Mapping[Any, Any],
+               known: Callable[[Any], bool]) -> ExportedProgram:
     """Return a program in which only what a table knows is decomposed.
 
-    `known` is the exporter's table of operators. Raises ValueError, or what torch raises, where
-    the whole program has to be decomposed.
+    `known` says whether the exporter translates an operator. Raises ValueError, or what torch
+    raises, where the whole program has to be decomposed.
     """
     module = copied(ep.graph_module)
     if not table or not _is_plain(module):
@@ -68,7 +69,8 @@ def _is_plain(module: GraphModule) -> bool:
     return not hidden and not any(t._schema.is_mutable for t in operators)
 
 
-def _needs_decomposing(target: object, table: Mapping[Any, Any], known: Any) -> bool:
+def _needs_decomposing(target: object, table: Mapping[Any, Any],
+               known: Callable[[Any], bool]) -> bool:
     """Whether torch would decompose an operator: by the table, or as a composite that may alias.
 
     Composites that never alias (linear, attention) are kept if the exporter knows them.
@@ -79,7 +81,7 @@ def _needs_decomposing(target: object, table: Mapping[Any, Any], known: Any) -> 
         torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
     )
     aliases = any(value.alias_info is not None for value in target._schema.returns)
-    return composite and (aliases or not known.is_registered(target))
+    return composite and (aliases or not known(target))
 
 
 def _is_expressible(node: Node) -> bool:

@@ -72,7 +72,7 @@ class DecoderSide(nn.Module):
 class _Made:
     """What a step of the decoder gives."""
 
-    def __init__(self, logits: Tensor, past: Any) -> None:
+    def __init__(self, logits: Tensor, past: EncoderDecoderCache) -> None:
         self.logits, self.past = logits, past
 
 

@@ -71,7 +71,7 @@ def _by_steps(ep: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
     from torch.onnx._internal.exporter import _core, _fx_passes, _ir_passes
 
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        plain = decomposed(ep, _table(opset), words(opset))
+        plain = decomposed(ep, _table(opset), words(opset).is_registered)
         for module in plain.graph_module.modules():
             assert isinstance(module, fx.GraphModule)
             _promote(module)

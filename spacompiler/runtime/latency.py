@@ -205,12 +205,7 @@ def compare_cases(
     Raises:
         SpaError: ``repeats`` is below 1, a model cannot be opened or does not run.
     """
-    if repeats < 1 or min(threads) < 1:
-        raise SpaError(
-            what="nothing to time",
-            why=f"repeats={repeats}, threads={min(threads)}; both must be at least 1",
-            fix="raise repeats and threads to 1 or more",
-        )
+    _check_turns(repeats, threads)
     options = {"repeats": repeats, "warmup": warmup, "seconds": seconds, "steady": steady}
     found = {}
     for count in threads:
@@ -220,6 +215,15 @@ def compare_cases(
             times = measure(paths, cases, threads=count, **options)  # type: ignore[arg-type]
         found.update({(case, count): latencies for case, latencies in times.items()})
     return found
+
+
+def _check_turns(repeats: int, threads: Sequence[int]) -> None:
+    if repeats < 1 or min(threads) < 1:
+        raise SpaError(
+            what="nothing to time",
+            why=f"repeats={repeats}, threads={min(threads)}; both must be at least 1",
+            fix="raise repeats and threads to 1 or more",
+        )
 
 
 def _ask_child(paths: Mapping[str, Path], cases: Mapping[str, Mapping[str, Arrays]],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ..request import registry
 from ..store.said import said
 
 
-def spelled(kind: str, found: Any, asked: str = "") -> str:
+def spelled(kind: str, found: object, asked: str = "") -> str:
     """Return a pass as a recipe names it, with all of its options; its repr if none can.
 
     Code that the user named stays named as it was.

@@ -8,7 +8,7 @@ of the same sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -42,7 +42,8 @@ def _plain(layer: Any) -> bool:
         and base.weight.dtype == up.weight.dtype == down.weight.dtype
 
 
-def _forward(layer: Any, plain: Any, x: torch.Tensor, *args: object, **kwargs: object) -> Any:
+def _forward(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *args: object,
+             **kwargs: object) -> Any:
     """Return W x + scale B (A x); x (..., i)."""
     (name,) = layer.lora_B
     if args or kwargs or layer.disable_adapters or layer.merged or not layer.active_adapters \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 import spacompiler
 from spacompiler.artifact.load import load_folder
 from spacompiler.errors import SpaError
+from spacompiler.passes.magnitude import Magnitude
 from spacompiler.torch_backend import own_layers, registered
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -39,7 +41,19 @@ AUTO = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausa
         "ForMaskedLM": "AutoModelForMaskedLM", "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
         "ForImageClassification": "AutoModelForImageClassification"}
 IDS = torch.arange(18).reshape(2, 9) % 40
-QUICK = {"importance": "magnitude", "allocation": "global", "align": 1, "onnx": False,
+
+
+class Sums(Magnitude):
+    """Magnitudes as if they were losses, larger in later layers, which are then wider."""
+
+    absolute = True
+
+    def score(self, group: Any, ctx: Any) -> Any:
+        (layer,) = re.findall(r"[.](\d+)[.]", group.name)[:1] or ("0",)
+        return super().score(group, ctx) * 10 ** int(layer)
+
+
+QUICK = {"importance": Sums(), "allocation": "global", "align": 1, "onnx": False,
          "latency": False, "prove": False}
 
 
@@ -105,11 +119,16 @@ def test_stock_transformers_loads_runs_trains_saves_and_reloads_it(
         assert (tmp_path / "again" / file).read_text() == (tmp_path / "out" / file).read_text()
 
 
-def test_without_the_flag_it_is_an_error_and_no_layer_is_drawn_anew(llama: Any) -> None:
-    _, _, auto, out = llama
+def test_without_the_flag_it_is_an_error_and_no_layer_is_drawn_anew(
+        llama: Any, tmp_path: Path) -> None:
+    """Heads are read by LlamaConfig's own checks: where they differ, sizes are compared instead."""
+    _, _, auto, heads = llama
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        auto.from_pretrained(heads)
+    compiled("llama", tmp_path / "out", only=("*mlp*",), target="body=90%")
     for more in ({}, {"ignore_mismatched_sizes": True}):
         with pytest.raises(RuntimeError, match="per-layer attribute"):
-            auto.from_pretrained(out, **more)
+            auto.from_pretrained(tmp_path / "out", **more)
 
 
 def test_no_code_of_the_directory_is_run_here(llama: Any, tmp_path: Path) -> None:

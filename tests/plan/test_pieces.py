@@ -42,7 +42,8 @@ X = torch.randn(2, 3, 8, 8)
 def test_halves_of_a_split_lose_equally_many_channels(how, allocation):
     result = spacompiler.compile(uneven(how), (X,), target="params=61%", align=1, onnx=False,
                                  importance="magnitude", allocation=allocation, latency=False)
-    assert (result.job.emission, result.job.notes) == ("module", [])
+    assert result.job.emission == "module"
+    assert all("no common unit" in note for note in result.job.notes)  # of magnitude, globally
     assert result.module.into.out_channels == 2 * result.module.b.out_channels < 24
 
 

@@ -91,7 +91,7 @@ def test_files_of_a_network_with_few_positions_are_checked_and_timed_within_them
         cls, config, tokenizer, tmp_path, monkeypatch):
     seen = {}
 
-    def failing(paths, feed):
+    def failing(paths, feed, **options):
         seen.update({name: array.shape for name, array in feed.items()})
         raise MemoryError("none left")
 
