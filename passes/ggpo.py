@@ -42,7 +42,7 @@ class _Noise(AdapterHooks):
         for path, _, up in pairs(module):
             part = module.get_submodule(path)
             if isinstance(up, nn.Linear):
-                up.register_buffer(HEARD, torch.zeros(up.out_features))
+                up.register_buffer(HEARD, up.weight.new_zeros(up.out_features))
                 self._ups.append(up)
                 self._handles.append(part.register_forward_hook(self._noisy))
 

@@ -109,7 +109,7 @@ class _Prefixes(_Gated):
 
     def _open(self, count: int) -> None:
         for gate in self.ranks.gates():
-            gate.copy_(torch.arange(len(gate)) < count)
+            gate.copy_(torch.arange(len(gate), device=gate.device) < count)
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Open a prefix."""
@@ -130,10 +130,10 @@ class _Growing(_Gated):
         sizes = [len(gate) for gate in ranks.gates()]
         self._total = row.total or sum(sizes) // 2
         for _, down, _ in ranks.pairs:
-            down.register_buffer("mean_score", torch.zeros(()))
-            down.register_buffer("score_spread", torch.zeros(()))
+            down.register_buffer("mean_score", down.weight.new_zeros(()))
+            down.register_buffer("score_spread", down.weight.new_zeros(()))
         for gate in ranks.gates():
-            gate.copy_(torch.arange(len(gate)) < row.start)
+            gate.copy_(torch.arange(len(gate), device=gate.device) < row.start)
 
     @torch.no_grad()
     def graded(self, step: int) -> None:

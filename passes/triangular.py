@@ -58,7 +58,7 @@ class _Growing(AdapterHooks):
         for part in self._parts:
             core = _core(part)
             size = min(row.start, len(core))
-            core.data.copy_(torch.diag((torch.arange(len(core)) < size).to(core.dtype)))
+            core.data.copy_(torch.diag((torch.arange(len(core)) < size).to(core)))
             part.register_buffer(SIZE, torch.tensor(size))
             part.register_buffer(NORM, core.data.norm() / size)
 

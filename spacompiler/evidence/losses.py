@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from .where import able
+
 IGNORED = -100
 CHUNK = 1 << 19  # elements that are worked on at a time: they stay in the cache
 
@@ -43,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Kept, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        norms = torch.empty(len(logits), dtype=wide)
+        norms = torch.empty(len(logits), dtype=wide, device=logits.device)
         for part in _pieces(logits):
             norms[part] = logits[part].to(wide).logsumexp(-1)
         counted = targets >= 0
@@ -141,8 +143,8 @@ def _divergence_in_pieces(pruned: torch.Tensor, dense: torch.Tensor,
     for part in _pieces(pruned):
         log_q = functional.log_softmax(dense[part] / temperature, -1)
         log_p = functional.log_softmax(pruned[part] / temperature, -1)
-        total += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64)
-    return (total / len(pruned) * temperature ** 2).to(pruned.dtype)
+        total += able(log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64).cpu()
+    return (total / len(pruned) * temperature ** 2).to(pruned.dtype).to(pruned.device)
 
 
 def distance(pruned: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ def by_channel(values: torch.Tensor, dims: Sequence[Expr], dim: int, group: Grou
     """
     axes, slot = slots(dims, dim, group)
     rest = [d for d in range(values.ndim) if d not in axes]
-    values = (values.sum(rest, keepdim=True) if rest else values).double()
+    values = (values.sum(rest, keepdim=True) if rest else values).cpu().double()
     if axes == [dim]:
         return onto(then(values), dims, dim, group).sum(0)
     size, slices = dims[dim].size, prod(group.shape)

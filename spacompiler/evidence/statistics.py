@@ -20,6 +20,7 @@ import torch
 
 from .consumers import Consumer
 from .room import Room
+from .where import able, exact
 
 
 class Accumulator(Protocol):
@@ -60,8 +61,8 @@ class Moments(_Added):
     def of(self, x: torch.Tensor, examples: int,
            seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return how many samples a batch has, and its sums."""
-        x = x.double()
-        return _samples(x, seen), x.sum(1), x.square().sum(1)
+        x = exact(x)
+        return _samples(x, seen), x.sum(1).cpu(), x.square().sum(1).cpu()
 
     def take(self, *parts: torch.Tensor) -> None:
         """Add what `of` gives."""
@@ -104,8 +105,9 @@ class Covariance(_Added):
            seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return how many samples a batch has, in all and by index, its sums and X^T X."""
         x = x if x.dtype == torch.float64 else x.float()
-        return (_samples(x, seen), torch.full((len(x),), x.shape[1]) if seen is None else seen,
-                x.sum(1, dtype=torch.float64), x.mT @ x)
+        each = torch.full((len(x),), x.shape[1]) if seen is None else seen.cpu()
+        return (_samples(x, seen), each, able(x).sum(1, dtype=torch.float64).cpu(),
+                (x.mT @ x).cpu())
 
     def take(self, *parts: torch.Tensor) -> None:
         """Add what `of` gives."""
@@ -147,7 +149,7 @@ class Fluctuation(_Added):
     def of(self, x: torch.Tensor, examples: int,
            seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return the samples of each example and X itself: the mean so far goes into all."""
-        return _samples(x, seen) // examples, torch.tensor(examples), x
+        return _samples(x, seen) // examples, torch.tensor(examples), x.cpu()
 
     def take(self, *parts: torch.Tensor) -> None:
         """Go over the examples of a batch, one by one."""

@@ -18,6 +18,7 @@ from ..axes.choices import Choices
 from ..evidence.calls import Batch
 from ..evidence.consumers import Consumer
 from ..evidence.slots import onto, slots
+from ..evidence.where import DOUBLE, HERE
 from ..groups.solution import Group, Solution
 from ..torch_backend.gather.gate_places import Places, read_places
 from ..torch_backend.run.masks import masks, norms
@@ -79,7 +80,7 @@ class Gated:
             everywhere.setdefault(node, set()).add(tensor)
         traced = (self.trace.args, self.trace.kwargs)
         runner = OverridingRunner(
-            self.trace.program, weights, double=double, watch=watch,
+            self.trace.program, weights, where=DOUBLE if double else HERE, watch=watch,
             reads=Reads(everywhere, self._touch(gated, scores, gates, hard)),
             override={**norms(self.solution, choices), **override},
             held=budget(self.solution.graph, traced, batch) if lean else None)

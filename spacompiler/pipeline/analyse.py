@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ..errors import TargetError, TraceError, UsageError
 from ..evidence.losses import default_loss
-from ..groups.solution import Group
+from ..groups.solution import Group, Solution
 from ..plan import legal
 from ..request.wishes import parse_wish
 from ..stages.records import Request, Subject, Traced
@@ -71,7 +72,14 @@ def trace_whole_or_parts(ask: Request, subject: Subject) -> tuple[Request, Subje
         ask.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
         ask, subject = _entered(ask, subject, found)
         traced = subject.backend.trace(subject.model, subject.inputs)
-    return ask, subject, Traced(*traced)
+    return ask, subject, _to_compute(ask, traced)
+
+
+def _to_compute(ask: Request, traced: tuple[Any, Solution]) -> Traced:
+    """What was traced, told where it is to be computed."""
+    if isinstance(traced[0], Trace):
+        traced[0].asked = ask.where
+    return Traced(*traced)
 
 
 def _entered(ask: Request, subject: Subject,
@@ -147,7 +155,7 @@ def _with_biases(ask: Request, subject: Subject, traced: Traced) -> tuple[Subjec
     if model is None:
         return subject, traced
     subject = replace(subject, biased=True, model=model)
-    again = Traced(*subject.backend.trace(subject.model, subject.inputs))
+    again = _to_compute(ask, subject.backend.trace(subject.model, subject.inputs))
     return subject, replace(again, candidates=_candidates(ask, subject, again))
 
 

@@ -16,6 +16,7 @@ from ..evidence.losses import distance, first_floating
 from ..stages.records import Emitted, Request
 from ..torch_backend.gather.heads import OWN, Fitting, fitting
 from ..torch_backend.weights import called
+from ..train.there import there
 
 Loss = Callable[..., torch.Tensor]
 
@@ -38,7 +39,8 @@ def judge(ask: Request, emitted: Emitted) -> dict[str, Any]:
     if isinstance(loss, Fitting):
         call = (emitted.decided.trace.args, emitted.decided.trace.kwargs)
         loss = fitting(dense, call) if loss.parts_only else Fitting(loss.module, loss.call)
-    found = [_compared(dense, emitted.model, loss, batch) for batch in batches]
+    with there(dense, ask.where), there(emitted.model, ask.where):
+        found = [_compared(dense, emitted.model, loss, ask.where.of(batch)) for batch in batches]
     mean = {key: sum(f[key] for f in found) / len(found) for key in found[0]}
     return {"data": data, "agreement": mean["agreement"], "divergence": mean["divergence"],
             **_losses(ask, loss, mean)}

@@ -10,11 +10,13 @@ import torch
 
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
+from ..evidence.where import HERE
 from ..stages.records import Emitted, Request, Subject
 from ..store.said import said
 from ..torch_backend.gather.heads import Fitting, fitting
 from ..torch_backend.trace import Trace
 from ..train.loop import Training
+from ..train.there import there
 
 HELD_OUT = 16  # one batch of so many is held out
 
@@ -45,7 +47,7 @@ def recover(ask: Request, emitted: Emitted) -> Emitted:
     Raises SpaError if there is too little data or nothing to train.
     """
     model, trace = emitted.model, emitted.decided.trace
-    calls = _calls(ask, trace)
+    calls: list[Batch] = ask.where.of(_calls(ask, trace))
     held_out = max(1, len(calls) // HELD_OUT)
     loss = ask.loss
     if isinstance(loss, Fitting) and loss.parts_only:
@@ -53,7 +55,11 @@ def recover(ask: Request, emitted: Emitted) -> Emitted:
     task = Training(model, emitted.subject.reference, calls[:-held_out], calls[-held_out:], loss,
                     ask.recipe.seed, ask.tell, ask.checkpoint, _key(ask, emitted, calls))
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    trained = {"pass": said(ask.recovery), "data": _origin(ask), **ask.recovery.run(task)}
+    distils = any(getattr(ask.recovery, name, 0) for name in ("logits", "blocks"))
+    with there(emitted.subject.reference, ask.where if distils else HERE), \
+            there(model, ask.where, trained=True):
+        found = ask.recovery.run(task)
+    trained = {"pass": said(ask.recovery), "data": _origin(ask), **found}
     for name, p in model.eval().named_parameters():
         p.requires_grad_(flags.get(name, p.is_floating_point()))
     if emitted.emission == "program":

@@ -27,6 +27,7 @@ from ..evidence.calls import Inputs, as_call
 from ..evidence.labels import as_batch, as_example
 from ..evidence.losses import default_loss
 from ..evidence.prototypes import Order, by_prototype
+from ..evidence.where import find
 from ..request import registry
 from ..request.options import known
 from ..request.recipe import Recipe
@@ -221,6 +222,7 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
         must_repair=mends != "auto" and "repair" not in recipe.automatic,
         schedule=trains, place=given.work, loss=given.loss or default_loss,
         tokenizer=given.tokenizer, name=given.name or type(model).__name__,
+        where=find(recipe.device, recipe.dtype),
         tell=given.progress or (lambda stage, done, total: None))
     return _with_recovery(ask, given, model, inputs), Subject(
         model, inputs, backend_of(model), owned=given.owned,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-import torch
 from torch import nn
 
 from ..adapters import keeping
 from ..errors import SpaError
+from ..evidence.where import enough_memory, runs_out
 from ..stages.compiled import Compiled
 from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
 from ..system.group import apart
@@ -143,7 +143,7 @@ class Walk:
     def __call__(self, stage: str, step: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Carry out one step."""
         self.ask.tell(stage, self.stages.index(stage), len(self.stages))
-        with _seeded(self.ask.recipe.seed), _fitting(self.ask, self.trace):
+        with _seeded(self.ask), enough_memory(self.ask.where), _fitting(self.ask, self.trace):
             return partial(step, *args, **kwargs)()
 
 
@@ -163,6 +163,8 @@ def _fitting(ask: Request, trace: object) -> Iterator[None]:
                        fix="a sequence may be longer than the network has positions "
                            "(--length), or a token beyond its vocabulary") from problem
     except RuntimeError as problem:
+        if runs_out(problem):
+            raise
         misfit = getattr(trace, "misfit", lambda *call: "")
         shapes = next(filter(None, (misfit(*call) for call in ask.calibration.for_repair)), "")
         if not shapes:
@@ -172,9 +174,6 @@ def _fitting(ask: Request, trace: object) -> Iterator[None]:
                        fix="give batches of the example's shapes") from problem
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generator for one step and give the user's state back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+def _seeded(ask: Request) -> AbstractContextManager[None]:
+    """Seed torch's generators for one step and give the user's state back."""
+    return ask.where.seeded(ask.recipe.seed)

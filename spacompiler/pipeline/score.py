@@ -36,6 +36,8 @@ def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
     if ask.schedule is not None:
         return _scheduled(ask, subject, traced)
     importance = defaults.settled(ask, subject, traced)
+    if "adapter_steps" in importance.needs:
+        _note_local(ask, importance.name)
     context = _context(importance, subject, traced, ask.recipe.seed)
     scored = Scored(importance, traced.candidates, context=context)
 
@@ -63,8 +65,15 @@ def _seen_by_all(ask: Request, traced: Traced) -> Iterator[None]:
             ask.loss.saw(*traced.trace.labelled(*batch))
 
 
+def _note_local(ask: Request, name: str) -> None:
+    """Say that a pass trains on the processor where another device was asked for."""
+    if not ask.where.local:
+        ask.notes.append(f"{name} trains on the processor: {ask.where.device} computes the rest")
+
+
 def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
     assert ask.schedule is not None
+    _note_local(ask, ask.schedule.name)
     found: Scored = ask.schedule.run(scheduling(ask, subject, traced))
     return replace(found, importance=ask.importance)
 

@@ -9,6 +9,7 @@ import torch
 
 from ..evidence.consumers import Consumer
 from ..evidence.statistics import Covariance
+from ..evidence.where import exact
 from .ridge import Factors
 
 
@@ -123,14 +124,14 @@ def of_pair(at: Consumer, weight: torch.Tensor, dense: list[torch.Tensor],
     """
     total: list[Evidence] = []
     for i, (a, b) in enumerate(zip(dense, pruned, strict=True)):
-        wanted = at.inputs(a) @ weight.mT.to(a.dtype)
+        wanted = at.inputs(a) @ weight.mT.to(a)
         if gap is not None:
             wanted = wanted + gap[i]
         x = at.inputs(b)
         sums = (x.sum(1), wanted.sum(1), x.mT @ x, x.mT @ wanted)
         for s in range(len(x)):
-            parts = [part[s].double() for part in sums]
-            squares = float(wanted[s].double().square().sum())
+            parts = [part[s].cpu().double() for part in sums]
+            squares = float(exact(wanted[s]).square().sum())
             if i == 0:
                 total.append(Evidence(x.shape[1], parts[0], parts[1], parts[2], parts[3], squares))
                 continue

@@ -20,6 +20,7 @@ from ..axes.choices import Choices
 from ..errors import SpaError
 from ..evidence.calls import Batch
 from ..evidence.scores import Scores
+from ..evidence.where import exact
 from ..graph.ir import Ref
 from ..groups.solution import Group, Solution
 from ..system.group import here
@@ -247,10 +248,10 @@ class Channels:
 
     def add(self, x: torch.Tensor) -> None:
         """x: (batch, channels, ...)."""
-        flat = x.double().transpose(0, 1).flatten(1)
+        flat = exact(x).transpose(0, 1).flatten(1)
         self.count += flat.shape[1]
-        self.total = self.total + flat.sum(1)
-        self.squares = self.squares + flat.square().sum(1)
+        self.total = self.total + flat.sum(1).cpu()
+        self.squares = self.squares + flat.square().sum(1).cpu()
 
     @property
     def mean(self) -> torch.Tensor:

@@ -54,10 +54,12 @@ def check_needs(values: Mapping[str, object], defaults: Mapping[str, object]) ->
 
 EXPORTED: Mapping[str, str] = {
     "opset": "the pruned file keeps the operators' versions of the one that was given",
+    "device": "ONNX Runtime computes it on the processor",
+    "dtype": "it is computed in the types that it says",
     "shard_size": "the weights of an ONNX file lie in it, or in one file beside it",
 }
-"""Options about files that a torch module is exported to, and why an ONNX file has no use for
-them."""
+"""Options about a torch module and the files it is exported to, and why an ONNX file has no use
+for them."""
 
 
 def check_exported(values: Mapping[str, object], defaults: Mapping[str, object]) -> None:

@@ -17,6 +17,7 @@ from . import recipe_file
 from .amounts import parse_size
 from .blocks import check_blocks
 from .combinations import check_combination
+from .devices import check_device
 from .low_rank import check_low_rank
 from .needs import check_needs
 from .options import (
@@ -44,6 +45,7 @@ from .wishes import check_wishes
 ROLES = ("channel", "head", "head dim", "hidden", "expert")
 EFFORTS = ("quick", "default", "best")
 LAYOUTS = ("auto", "uniform", "per-layer", "any")
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 PROCESSES = ("auto", "together", "alone")
 SEEDS = 1 << 32
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
@@ -176,6 +178,13 @@ class Recipe(Options):
     choice: str = option("random", DATA, "Windows of a text: random, near to or far from k-means "
                          "centres.", check=one_of(("random", "near", "far"), "choice"))
     seed: int = option(0, DATA, "Same seed, same bytes.", check=_check_seed)
+    device: str = option(
+        "cpu", DATA, "Where calibration, proof and training are computed: cpu, cuda, cuda:1, mps, "
+        "or auto (the first accelerator that is there).", check=check_device)
+    dtype: str = option(
+        "auto", DATA, "Type that calibration is computed in: float32, float64, bfloat16, float16, "
+        "or auto (the model's own; float32 where the processor only emulates that).",
+        check=one_of(DTYPES, "dtype"))
     prove: bool = option(True, CHECKS, "Prove masked dense = pruned in float64.")
     onnx: bool = option(True, EXPORTS, "Export model.onnx and check it.")
     decoder: bool = option(

@@ -18,6 +18,7 @@ from ..axes.choices import Choices
 from ..evidence.calibration import Calibration
 from ..evidence.calls import Inputs
 from ..evidence.losses import default_loss
+from ..evidence.where import HERE, Where
 from ..groups.solution import Group, Solution
 from ..plan.plan import Plan
 from ..plan.problem import Allocation, Problem
@@ -35,8 +36,8 @@ class Request:
 
     `compensation`, `schedule` and `recovery` are None where nothing is repaired or trained. In
     `place` finished steps are kept, as `work` once it is known what the compile is of. `model` is
-    what finds the model again, "" where only the user has it. `notes` is what the steps have to
-    tell the user, in their order; it only grows.
+    what finds the model again, "" where only the user has it; `where` is the device that computes.
+    `notes` is what the steps have to tell the user, in their order; it only grows.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Request:
     tokenizer: Any = None
     name: str = ""
     model: str = ""
+    where: Where = HERE
     tell: Progress = lambda stage, done, total: None
     notes: list[str] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ import torch
 
 from ..axes.choices import Choices
 from ..errors import ProofError
+from ..evidence.where import runs_out
 from ..groups.solution import Solution
 from ..plan.effects import rescaled
 from ..stages.comparison import tensors
@@ -38,7 +39,7 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
     override = norms(solution, choices) if renormalise else {}
     with torch.no_grad():
         runner = OverridingRunner(trace.program, reads=masks(solution, choices),
-                                  override=override, double=True, watch=watch)
+                                  override=override, watch=watch, where=trace.proving)
         return runner.call(trace.args, trace.kwargs)
 
 
@@ -100,6 +101,8 @@ def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
     try:
         error = relative_error(run_pruned(trace, solution, choices, wrong=wrong), want)
     except (RuntimeError, ValueError, IndexError, TypeError) as raised:
+        if runs_out(raised):
+            raise
         error, problem = float("inf"), str(raised).splitlines()[0]
     if wrong is None and not error <= PROOF.value:
         check_draws_nothing(trace, solution.graph)

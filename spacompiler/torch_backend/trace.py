@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
 from ..evidence.labels import is_label, labels_of
+from ..evidence.where import DOUBLE, HERE, Where, has_double
 from ..graph.ir import Graph
 from .machine import computing
 
@@ -44,7 +45,7 @@ class Trace:
     `repaired` names the stored arrays that are no longer the module's own, `folded` those that the
     program does not hold any more, as only statistics of them are read;
     `computed` are the arrays that it holds instead, as they were at first. `faithful` says that
-    the program was seen to compute what the module does.
+    the program was seen to compute what the module does, `asked` where it is to be computed.
     """
 
     program: Program
@@ -56,6 +57,7 @@ class Trace:
     folded: tuple[str, ...] = ()
     computed: dict[str, torch.Tensor] = field(default_factory=dict)
     faithful: bool = False
+    asked: Where = HERE
 
     @property
     def exported(self) -> ExportedProgram:
@@ -67,9 +69,18 @@ class Trace:
                        fix="trace without quick")
 
     @property
-    def wide(self) -> torch.dtype | None:
-        """The type that calibration computes in, where the program's own is emulated here."""
-        return computing(self.program.state_dict.values())
+    def where(self) -> Where:
+        """Where calibration computes, and in which type: what is asked for, or, where this
+        processor only emulates the program's own, float32."""
+        if self.asked.dtype is not None or not self.asked.local:
+            return self.asked
+        return Where(dtype=computing(self.program.state_dict.values()))
+
+    @property
+    def proving(self) -> Where:
+        """Where the proof computes: in float64, on the device if it has that."""
+        return replace(DOUBLE, device=self.asked.device) if has_double(self.asked.device) \
+            else DOUBLE
 
     def fixed(self) -> list[tuple[str, int]]:
         """Inputs of several examples that the program takes at the traced number of them alone."""

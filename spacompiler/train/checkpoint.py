@@ -89,8 +89,14 @@ class Checkpoint:
                 tensor.copy_(tensors[f"now.{name}"])
                 best[name].copy_(tensors[f"best.{name}"])
         for name, p in parameters.items():
-            held = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            held = {key: _beside(p, key, tensors[f"adam.{key}.{name}"])
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"adam.{key}.{name}" in tensors}
             if held:  # none of what was frozen when it was saved
                 optimizer.state[p] = held
         torch.set_rng_state(tensors["random"])
+
+
+def _beside(p: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+    """A moment on the device of its parameter; Adam counts steps on the processor."""
+    return value if key == "step" else value.to(p.device)

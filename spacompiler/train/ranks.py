@@ -31,7 +31,7 @@ class Ranks:
         self.pairs = list(pairs(module))
         self._handles = []
         for _, down, _ in self.pairs:
-            gate = torch.ones(down.weight.shape[0])
+            gate = torch.ones(down.weight.shape[0], device=down.weight.device)
             if learned:
                 setattr(down, GATE, nn.Parameter(gate))
             else:
@@ -72,7 +72,8 @@ class Cores:
                       if isinstance(down, nn.Linear)]
         self._handles = []
         for _, down, up in self.pairs:
-            setattr(down, CORE, nn.Parameter(torch.eye(down.out_features)))
+            setattr(down, CORE, nn.Parameter(torch.eye(
+                down.out_features, device=down.weight.device)))
             self._handles.append(down.register_forward_hook(
                 lambda part, args, out: out @ getattr(part, CORE).T))
             for part in (down, up):

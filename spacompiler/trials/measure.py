@@ -60,8 +60,9 @@ class Measure(Compared):
              override: Mapping[str, Override] | None = None) -> list[torch.Tensor]:
         runner = OverridingRunner(
             self.trace.program, self._weights(arrays) if arrays else None, reads=reads,
-            override=override, double=self.trace.wide)
-        return runner.call(*self.trace.match(*batch))
+            override=override, where=self.trace.where)
+        found = runner.call(*self.trace.match(*batch))
+        return [x.cpu() if isinstance(x, torch.Tensor) else x for x in found]
 
     def _weights(self, arrays: Arrays) -> Callable[[str], torch.Tensor]:
         """Stored arrays but for some, those that are tied to them likewise."""

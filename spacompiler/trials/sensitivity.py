@@ -58,10 +58,10 @@ class Seen:
 
     def add(self, x: torch.Tensor, g: torch.Tensor, f: torch.Tensor, positions: int) -> None:
         """x (shared, samples, features), g and f (shared, samples, outputs) of one batch."""
-        self.weight = self.weight + g.mT @ x
-        self.bias = self.bias + g.sum(1)
-        self.fisher = self.fisher + positions * (f.mT @ f)
-        a, b = f.square().sum(-1).double(), x.square().sum(-1).double()
+        self.weight = self.weight + (g.mT @ x).cpu()
+        self.bias = self.bias + g.sum(1).cpu()
+        self.fisher = self.fisher + positions * (f.mT @ f).cpu()
+        a, b = (v.square().sum(-1).cpu().double() for v in (f, x))
         self.lengths += torch.stack([a.sum(), b.sum(), (a * b).sum(),
                                      torch.tensor(float(a.numel()), dtype=torch.float64)])
 
@@ -140,9 +140,9 @@ class Sensitivity:
         override = {name: self._override(site, made.get(name), reads)
                     for name, site in places.items()}
         with torch.no_grad():
-            dense = first_floating(Runner(self._trace.program, double=self._trace.wide).call(*call))
+            dense = first_floating(Runner(self._trace.program, where=self._trace.where).call(*call))
         runner = OverridingRunner(self._trace.program, reads=masked, override=override,
-                                  double=self._trace.wide)
+                                  where=self._trace.where)
         with torch.set_grad_enabled(bool(seen)):
             pruned = first_floating(runner.call(*call))
             lost = distance(pruned, dense)
@@ -169,7 +169,7 @@ class Sensitivity:
             where[self._position(node, ref)] = arrays[1]
 
         def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            y = target(*(where[i].to(args[x].dtype) if i in where else a
+            y = target(*(where[i].to(args[x]) if i in where else a
                          for i, a in enumerate(args)), **kwargs)
             if torch.is_grad_enabled():
                 y = y if y.requires_grad else y.detach().requires_grad_()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from spacompiler.evidence.where import DOUBLE
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.run import held
 from spacompiler.torch_backend.run.runner import Runner
@@ -53,7 +54,7 @@ def test_what_is_widened_in_parts_is_what_is_widened_whole(traced, monkeypatch, 
     monkeypatch.setattr(held, "ENTRIES", 20)
     monkeypatch.setattr("spacompiler.torch_backend.run.runner.LARGE", large)
     with torch.no_grad():
-        got = Runner(found.program, double=True).call((places,), {})[0]
+        got = Runner(found.program, where=DOUBLE).call((places,), {})[0]
     net = {name: array.double() for name, array in found.program.state_dict.items()}
     x = functional.linear(net["table.weight"][places], net["first.weight"], net["first.bias"])
     want = functional.linear(x.relu(), net["last.weight"])

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from ...axes.choices import Choices
+from ...evidence.where import HERE
 from ...groups.solution import Solution
 from ...plan.effects import edits, gather_indices
 from ...rows.findings import Path
@@ -131,7 +132,8 @@ def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
         return slicer.array(name, double=double, choices=wrong.get(trace.tied.get(name, name)))
 
     runner = Runner(trace.program, weights, graph_module=edited(trace, solution, choices),
-                    double=double, watch=watch)
+                    watch=watch,
+                    where=trace.proving if double else HERE)
     with torch.no_grad():
         return runner.call(trace.args, trace.kwargs)
 

@@ -64,4 +64,4 @@ class Curvature:
         g = at.outputs(gradient * self.step.count)
         if at.route is not None:
             g, _ = at.route.deal(g[0], self._dealt[at.places[1]])
-        self.totals.gather(at.node.name, g.mT @ g)
+        self.totals.gather(at.node.name, (g.mT @ g).cpu())

@@ -72,8 +72,8 @@ class Gates:
         return self._leaf(at, value, shape)
 
     def _leaf(self, at: tuple[str, str], value: torch.Tensor, shape: list[int]) -> torch.Tensor:
-        gate = torch.ones((), dtype=value.dtype).expand(shape).requires_grad_()
-        hand_on(gate, lambda gradient: self._open(at, gradient))
+        gate = value.new_ones(()).expand(shape).requires_grad_()
+        hand_on(gate, lambda gradient: self._open(at, gradient.cpu()))
         return gate
 
     def _open(self, at: tuple[str, str], gradient: torch.Tensor) -> None:

@@ -83,7 +83,7 @@ class Gradients:
 
         Kinds that need single examples, second derivatives or relevance run by themselves.
         """
-        batch = self.trace.labelled(*batch)
+        batch = self.trace.where.of(self.trace.labelled(*batch))
         count = self._step.count = examples(*batch)
         self.turns.give("examples", "", torch.tensor(count))
         whole, parts = self._divide()
@@ -114,7 +114,7 @@ class Gradients:
     def curve(self, batch: Batch, loss: Loss, observe: Seen,
               observed: Mapping[str, set[str]]) -> None:
         """Add a batch to the curvature, and to nothing else that is gathered here."""
-        batch = self.trace.labelled(*batch)
+        batch = self.trace.where.of(self.trace.labelled(*batch))
         self._step.count = examples(*batch)
         self._run(batch, loss, {"curvature"}, observe=observe, observed=observed)
 
@@ -177,7 +177,7 @@ class Gradients:
         """A runner of the program; a lean one holds no more than is cheap for backward."""
         traced = (self.trace.args, self.trace.kwargs)
         return OverridingRunner(
-            self.trace.program, weights, reads=reads, override=override, double=self.trace.wide,
+            self.trace.program, weights, reads=reads, override=override, where=self.trace.where,
             held=budget(self.solution.graph, traced, batch) if lean else None)
 
     def _leaf(self, leaves: dict[str, torch.Tensor], learned: Container[str], reduced: bool,
@@ -186,8 +186,9 @@ class Gradients:
         first = self.trace.tied.get(name, name)
         if first not in leaves:
             leaves[first] = self.stored(first).detach()
-            if first in learned:  # what is not is widened where it is used
-                leaves[first] = widened(self.trace.wide, leaves[first])
+            if first in learned:  # what is not is widened, and moved, where it is used
+                where = self.trace.where
+                leaves[first] = widened(where.dtype, where.of(leaves[first]))
                 leaves[first].requires_grad_()
                 if reduced:
                     hand_on(leaves[first], partial(self._weights.take, first))

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from ...errors import SpaError
 from ...evidence.calls import Batch, Inputs, as_call
 from ...evidence.losses import IGNORED, cross_entropy, next_token
+from ...evidence.where import HERE, Where
 from ...stages.tolerances import CAUSAL
 from ..kinds import is_encoder_decoder, is_hf
 from ..weights import called
@@ -129,7 +130,9 @@ class Fitting:
     @cached_property
     def head(self) -> Head:
         """The head that was found."""
-        return head_of(self.module, *self.call, parts_only=self.parts_only)
+        held = next(self.module.parameters(), None)
+        there = HERE if held is None else Where(held.device)  # it may be on a device meanwhile
+        return head_of(self.module, *there.of(self.call), parts_only=self.parts_only)
 
     def __call__(self, outputs: Sequence[Any], args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> torch.Tensor:

@@ -55,12 +55,12 @@ class WeightSums:
         """Add a weight's gradient, of its shape, to all that is gathered of it."""
         step = self.step
         for kind in step.kinds & ARRAYS.keys():
-            value = ARRAYS[kind](gradient)
+            value = ARRAYS[kind](gradient).cpu()
             value = value * step.part if kind == "weight_gradients" and step.part != 1 else value
             self.arrays.gather((kind, name), value)
         sums = step.kinds & SUMS.keys()
         if sums:
-            product = self.stored(name).detach() * gradient
+            product = self.stored(name).detach().to(gradient.device) * gradient
             for member, group in self.members.get(name, ()):
                 self._sum(sums, product, member, group)
 

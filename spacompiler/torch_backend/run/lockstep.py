@@ -33,7 +33,7 @@ class Lockstep:
         first = {str(name): stored(str(name)) for name in self._specs}  # what is put, comes later
         self._at, self._runs = 0, []
         for args, kwargs in batches:
-            run = Runner(trace.program, first.__getitem__, reads=self._reads, double=trace.wide)
+            run = Runner(trace.program, first.__getitem__, reads=self._reads, where=trace.where)
             run.start(*trace.match(args, kwargs))
             self._runs.append(run)
 

@@ -29,8 +29,8 @@ def masks(solution: Solution, choices: Choices) -> Reads:
 
     def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
         dim = scores.get((node.name, name))
-        gone = torch.full((), 0 if dim is None else -torch.inf, dtype=value.dtype)
-        return torch.where(_fit(mask(name, dim), value), value, gone)
+        gone = value.new_full((), 0 if dim is None else -torch.inf)
+        return torch.where(_fit(mask(name, dim).to(value.device), value), value, gone)
 
     return Reads(touched(solution, choices), touch)
 
@@ -62,10 +62,11 @@ def _masked_layer_norm(mask: torch.Tensor) -> Override:
         x = args[0]
         gain, bias = (*args[2:4], None, None)[:2]
         eps = args[4] if len(args) > 4 else kwargs.get("eps", 1e-5)
-        kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype))
-        n = mask.sum()
+        at, zero = mask.to(x.device), x.new_zeros(())
+        kept = torch.where(at, x, zero)
+        n = at.sum()
         mean = kept.sum(-1, keepdim=True) / n
-        centred = torch.where(mask, x - mean, torch.zeros((), dtype=x.dtype))
+        centred = torch.where(at, x - mean, zero)
         y = centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / n + eps)
         y = y * gain if gain is not None else y
         return y + bias if bias is not None else y
@@ -77,9 +78,9 @@ def _masked_group_norm(mask: torch.Tensor) -> Override:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         x, groups, gain, bias, eps = (*args, *(None,) * 3)[:5]
         eps = kwargs.get("eps", 1e-5) if eps is None else eps
-        zero = torch.zeros((), dtype=x.dtype)
+        zero = x.new_zeros(())
         shape = (1, -1, *[1] * (x.ndim - 2))
-        kept = mask.reshape(shape).expand_as(x).unflatten(1, (groups, -1)).flatten(2)
+        kept = mask.to(x.device).reshape(shape).expand_as(x).unflatten(1, (groups, -1)).flatten(2)
         values = x.unflatten(1, (groups, -1)).flatten(2)
         n = kept.sum(2, keepdim=True).clamp(min=1)
         mean = torch.where(kept, values, zero).sum(2, keepdim=True) / n
@@ -95,7 +96,7 @@ def _masked_group_norm(mask: torch.Tensor) -> Override:
 def _masked_rms_norm(mask: torch.Tensor) -> Override:
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         x, _, gain, eps = (*args, None, None)[:4]
-        kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype))
+        kept = torch.where(mask.to(x.device), x, x.new_zeros(()))
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         y = kept * torch.rsqrt(kept.square().sum(-1, keepdim=True) / mask.sum() + eps)
         return y if gain is None else y * gain

@@ -103,7 +103,7 @@ class ProgramNetwork:
             return value
 
         runner = Runner(self.trace.program, self.stored, reads=Reads(by_node, touch),
-                        double=self.trace.wide)
+                        where=self.trace.where)
         steps = runner.steps(args, kwargs, {*by_node})
         while True:
             with torch.no_grad():

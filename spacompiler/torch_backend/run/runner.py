@@ -16,8 +16,8 @@ from torch import fx
 from torch.fx.node import Argument, Target
 from torch.utils import _pytree as pytree
 
+from ...evidence.where import FLOATS, HERE, Where
 from ...store.mapped import let_go
-from ..machine import SHORT
 from ..trace import Program
 from .held import IN_PARTS, LARGE, Held
 from .recompute import Budget, Segment, borders, give_back, recomputed, segments
@@ -47,17 +47,17 @@ class Reads:
 class Runner(fx.Interpreter):
     """Interpret a program.
 
-    `reads` may change what nodes read, `override` replaces single nodes, `double` computes in
-    float64 whatever the program says; where it is a type, what is shorter is computed in that one
-    likewise. `weights` gives a stored array by its name: it is asked each time that a node reads
-    one, and what is not read is not held. With `held`, no more is held for the backward pass; the
-    rest is computed again (see `recompute`), `again` set meanwhile.
+    `reads` may change what nodes read, `override` replaces single nodes. It runs at `where`, in the
+    type of that, whatever the program says: what is stored or given is moved as it is read.
+    `weights` gives a stored array by its name: it is asked each time that a node reads one, and
+    what is not read is not held. With `held`, no more is held for the backward pass; the rest is
+    computed again (see `recompute`), `again` set meanwhile.
     """
 
     def __init__(self, program: Program, weights: Weights | None = None, *,
                  graph_module: fx.GraphModule | None = None,
                  reads: Reads | None = None, override: Mapping[str, Override] | None = None,
-                 double: bool | torch.dtype | None = False,
+                 where: Where = HERE,
                  watch: Callable[[str, Any], None] | None = None,
                  held: Budget | None = None) -> None:
         super().__init__(graph_module or program.graph_module, garbage_collect_values=True)
@@ -65,8 +65,10 @@ class Runner(fx.Interpreter):
         stored = {**program.state_dict, **program.constants}
         self._weights = weights or (lambda name: stored[name])
         self._program, self._reads = program, reads or Reads()
-        self._override, self._double, self._watch = override or {}, double is True, watch
-        self._widen = _double if double is True else partial(widened, double) if double else None
+        self._override, self._where, self._watch = override or {}, where, watch
+        self._double = where.dtype == torch.float64
+        self._widen = _double if self._double else \
+            partial(widened, where.dtype) if where.dtype else None
         self._held, self.again = held, False
         self._fetched: list[torch.Tensor] = []
 
@@ -160,6 +162,7 @@ class Runner(fx.Interpreter):
             values.append(next(flat) if own else Held(str(spec.target), self._weights))
         if self._held is not None:  # backward is told of all that a segment reads
             values = [v.get() if isinstance(v, Held) else v for v in values]
+        values = [v if isinstance(v, Held) else self._where.of(v) for v in values]
         return [_double(v) for v in values] if self._double else values
 
     def value(self, node: fx.Node) -> Any:
@@ -169,7 +172,7 @@ class Runner(fx.Interpreter):
             return found
         array = found.get()
         self._fetched.append(array)
-        return array
+        return self._where.of(array)
 
     def map_nodes_to_values(self, args: Argument, n: fx.Node) -> Any:
         """Return arguments with values in place of nodes."""
@@ -194,7 +197,8 @@ class Runner(fx.Interpreter):
         return result
 
     def _execute(self, n: fx.Node) -> Any:
-        place, compute = IN_PARTS.get(n.target, (0, None)) if self._double else (0, None)
+        in_parts = self._double and not torch.is_grad_enabled()
+        place, compute = IN_PARTS.get(n.target, (0, None)) if in_parts else (0, None)
         given: Any = n.args[place] if compute is not None else None
         if compute is None or not isinstance(self.env.get(given), Held):
             return super().run_node(n)
@@ -205,9 +209,16 @@ class Runner(fx.Interpreter):
     def call_function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator, its arguments as wide as the runner computes."""
         assert not isinstance(target, str)
+        args, kwargs = self._made_ready(args, kwargs)
+        return target(*args, **kwargs)
+
+    def _made_ready(self, args: tuple[Any, ...],
+                    kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments on the device that is computed on, and as wide."""
+        args, kwargs = self._where.of((args, kwargs))
         if self._widen is not None:
             args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
-        return target(*args, **kwargs)
+        return args, kwargs
 
 
 class OverridingRunner(Runner):
@@ -217,9 +228,7 @@ class OverridingRunner(Runner):
         if n.name not in self._override:
             return super()._execute(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if self._widen is not None:
-            args, kwargs = pytree.tree_map(self._widen, (args, kwargs))
-        return self._override[n.name](args, kwargs)
+        return self._override[n.name](*self._made_ready(args, kwargs))
 
 
 def _double(value: object) -> Any:
@@ -232,10 +241,10 @@ def _double(value: object) -> Any:
     return value
 
 
-def widened(wide: torch.dtype | None, value: object) -> Any:
-    """Return a value, or a type that an operator is given, as `wide` if it is a shorter float."""
-    if wide is None:
+def widened(to: torch.dtype | None, value: object) -> Any:
+    """Return a value, or a type that an operator is given, as the float `to`, but for float64."""
+    if to is None:
         return value
     if isinstance(value, torch.Tensor):
-        return value.to(wide) if value.dtype in SHORT else value
-    return wide if isinstance(value, torch.dtype) and value in SHORT else value
+        return value.to(to) if value.dtype in FLOATS else value
+    return to if isinstance(value, torch.dtype) and value in FLOATS else value
