@@ -39,11 +39,11 @@ class Where:
         """Whether it is the processor itself."""
         return self.device.type == "cpu"
 
-    def of(self, value: Any) -> Any:
+    def of(self, value: object) -> Any:
         """Return tensors, alone or nested in arguments, on the device; other things as they are."""
         return value if self.local else pytree.tree_map(self._moved, value)
 
-    def _moved(self, value: Any) -> Any:
+    def _moved(self, value: object) -> object:
         if isinstance(value, torch.Tensor):
             return value if value.device == self.device else value.to(self.device)
         return self.device if isinstance(value, torch.device) else value

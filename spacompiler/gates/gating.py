@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..axes.choices import Choices
 from ..errors import TargetError, UsageError
+from ..evidence.calls import Batch
 from ..evidence.scores import Scores
 from ..groups.solution import Group
 from ..plan.problem import Problem
@@ -206,7 +207,7 @@ class Gating:
         check(gated, before, after, kinds, self.name)
 
 
-def _run(gated: Gated, call: Any, values: Values, mask: Choices,
+def _run(gated: Gated, call: Batch, values: Values, mask: Choices,
          trains: Beside | None) -> list[torch.Tensor]:
     """Results in float64 under a mask, as the proof has it, and gates beside."""
     masked = {g.name: values[g.name].double() * (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +68,7 @@ class Learner:
                         "lr": self.pace.beside_lr})
         self.optimizer = torch.optim.Adam(own, betas=(0.9, 0.98))
 
-    def run(self, batches: Iterator[Batch], tell: Any) -> None:
+    def run(self, batches: Iterator[Batch], tell: Callable[[str, int, int], None]) -> None:
         """Take all steps. Raises SpaError if the loss is not finite."""
         for step in range(self.pace.steps):
             at = step / max(self.pace.steps - 1, 1)

@@ -7,7 +7,7 @@ layers are watched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -109,7 +109,7 @@ def _watched(cls: Any, config: Config,
     """Build a class on the meta device; return it, and the calls that its layers were built by."""
     calls: dict[int, Layer] = {}
 
-    def watching(kind: Any, init: Any) -> Any:
+    def watching(kind: type, init: Callable[..., None]) -> Callable[..., None]:
         def build(self: Any, *args: Any, **kwargs: Any) -> None:
             if type(self) is kind:
                 rest = {k: v for k, v in kwargs.items() if k != "config"}
