@@ -48,7 +48,7 @@ def compiled(asked: argparse.Namespace, device: str) -> tuple[Any, Counter[str],
     """Compile once; the result, seconds by stage, and MB on the device."""
     clock = Clock()
     options = {name: getattr(asked, name) for name in (
-        "importance", "allocation", "repair", "recovery", "dtype", "samples", "length")}
+        "importance", "allocation", "repair", "recovery", "dtype", "samples", "length", "calibration")}
     if device != "cpu":
         torch.accelerator.reset_peak_memory_stats()
     made = spacompiler.compile(asked.model, target=asked.target, device=device, onnx=False,
@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--repair", default="refit")
     parser.add_argument("--recovery", default="")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--calibration", help="as of a compile: a file, sampled, own, python")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--turns", type=int, default=2)

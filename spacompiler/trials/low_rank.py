@@ -29,7 +29,7 @@ from ..torch_backend.emit.factored import Factors, factored
 from ..torch_backend.untouched import untouched
 from ..torch_backend.weights import results
 
-DAMPING = 1e-6
+RIDGE = 1e-6
 """Of the mean variance, added to each input: directions that the data does not show count little.
 """
 
@@ -132,7 +132,7 @@ def _spectra(module: nn.Module, ask: Request, paths: Sequence[str]) -> dict[str,
         spread = weight
         if path in seen:
             values, vectors = torch.linalg.eigh(seen.pop(path).double())
-            values = values.clamp(min=0) + DAMPING * values.clamp(min=0).mean()
+            values = values.clamp(min=0) + RIDGE * values.clamp(min=0).mean()
             spread = weight @ (vectors * values.sqrt())
         u, s, _ = torch.linalg.svd(spread, full_matrices=False)
         found[path] = Spectrum(weight, u, s.square())

@@ -29,19 +29,20 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
                     nn.Linear(128, 16), nn.LayerNorm(16), nn.Linear(16, 5))
 x = torch.randn(32, 3, 6, 6)
-common = dict(target="params=60%", align=1, calibration=[(p,) for p in x.split(8)], onnx=False,
+common = dict(target="params~60%", align=1, calibration=[(p,) for p in x.split(8)], onnx=False,
               latency=False, allocation="uniform")
 WAYS = {
     "gates": dict(importance="taylor", repair="refit(sequential=True, residual=True)"),
     "curvature": dict(importance="curvature", allocation="measured", repair="batch-norm",
                       recovery="full(epochs=1, logits=1.0)"),
+    "forward": dict(importance="fluctuation", repair="bias", dtype="float32"),
 }
 
 def made(way, device):
     return spacompiler.compile(net, (x[:4],), device=device, **{**common, **WAYS[way]})
 
-for way in WAYS:  # one proof on the device, one on the processor
-    far.LIMITS["double"] = way == "gates"
+for way in WAYS:  # proofs on the device, and where it has no float64 on the processor
+    far.LIMITS["double"] = way != "curvature"
     has_double.cache_clear()
     here, there = made(way, "cpu"), made(way, "far")
     assert here.plan.kept == there.plan.kept, way
@@ -51,10 +52,14 @@ for way in WAYS:  # one proof on the device, one on the processor
         assert b.device.type == "cpu" and torch.allclose(a, b, atol=1e-4), (way, name)
 assert {p.device.type for p in net.parameters()} == {"cpu"}
 
+far.LIMITS["double"] = False
+has_double.cache_clear()
 try:
     find("far", "float64")
 except UsageError as problem:
     assert "no float64" in str(problem)
+else:
+    raise AssertionError("float64")
 
 far.LIMITS["bytes"] = 4000
 try:
