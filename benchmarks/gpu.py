@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                         # SmolLM2-135M, the first accelerator
     python benchmarks/gpu.py --device cuda:1 --importance curvature --allocation measured
     python benchmarks/gpu.py --model ~/checkpoint --recovery "lora(epochs=1)" --dtype bfloat16
-    python benchmarks/gpu.py --device cpu            # the processor against itself: all has to agree
+    python benchmarks/gpu.py --device cpu            # the processor against itself: all agrees
 
 Turn by turn, in this process, the same compile runs on both; the first turn on the device is not
 counted (it starts the device). Cells: seconds by the clock of the steps that a device takes part
@@ -48,7 +48,8 @@ def compiled(asked: argparse.Namespace, device: str) -> tuple[Any, Counter[str],
     """Compile once; the result, seconds by stage, and MB on the device."""
     clock = Clock()
     options = {name: getattr(asked, name) for name in (
-        "importance", "allocation", "repair", "recovery", "dtype", "samples", "length", "calibration")}
+        "importance", "allocation", "repair", "recovery", "dtype", "samples", "length",
+        "calibration")}
     if device != "cpu":
         torch.accelerator.reset_peak_memory_stats()
     made = spacompiler.compile(asked.model, target=asked.target, device=device, onnx=False,
