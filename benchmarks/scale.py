@@ -147,7 +147,8 @@ def defaults(source: Path, out: Path) -> None:
     made = spacompiler.compile(model, target=target, out=out)
     quality, proof = made.report.get("quality") or {}, made.report.get("proof") or {}
     print({"perplexity": (quality.get("perplexity") or {}).get("pruned"),
-           "proof": proof.get("error"), "latency": "latency" in made.report}, file=sys.stderr)
+           "proof": proof.get("relative_error"), "latency": "latency" in made.report},
+          file=sys.stderr)
 
 
 def solved(source: Path, out: Path) -> float:
