@@ -1,8 +1,8 @@
 """A device beside the processor that every machine has: `far`, on the backend kept for private use.
 
 Its arrays are the processor's behind a wrapper, so that it computes the same to the bit; an
-operator that is given arrays of both devices is an error, as it is on a real one. Importing this
-changes the process for good: a test runs it in one of its own.
+operator that is given arrays of both devices is an error, as it is on a real one. `be_there`
+changes the process for good: a test calls it in one of its own.
 """
 
 from __future__ import annotations
@@ -123,7 +123,11 @@ class _Module:
         """Nothing of its own."""
 
 
-_setup_privateuseone_for_python_backend("far", _Module())
 _LIBRARY = torch.library.Library("aten", "IMPL")
-_LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
-_LIBRARY.impl("empty_strided", _strided, "PrivateUse1")
+
+
+def be_there() -> None:
+    """Make the device known to torch, for the rest of this process."""
+    _setup_privateuseone_for_python_backend("far", _Module())
+    _LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
+    _LIBRARY.impl("empty_strided", _strided, "PrivateUse1")

@@ -18,6 +18,7 @@ import warnings
 import torch
 from torch import nn
 import far
+far.be_there()
 import spacompiler
 from spacompiler.errors import SpaError, UsageError
 from spacompiler.evidence.where import devices, find, has_double
