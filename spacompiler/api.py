@@ -202,7 +202,7 @@ def _compiled(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
         raise UsageError("several processes keep no training without an output",
                          why="each of them trains, and would write it", fix="give out")
     if errand.out is not None:
-        check_out(errand.out)
+        check_out(errand.out, work=errand.work, checkpoint=errand.checkpoint)
     ask, subject = _prepared(model, inputs, recipe, given, errand, writes=out is not None)
     ask.tell(estimate.check(ask, subject, out), 0, len(STAGES))
     if out is not None:

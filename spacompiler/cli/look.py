@@ -83,7 +83,8 @@ def inspect(
         from .. import api
         from . import inspection
 
-        if _diagnosed(model, as_json, asked(Looking, given)):
+        if _diagnosed(model, as_json, asked(Looking, given), {
+                "why": why, "html": page, "graph": graph, "module": module, "full": full}):
             return
         if other is not None and why is None:
             raise UsageError(f"unexpected {other!r}", fix="a second dimension goes with --why")
@@ -115,12 +116,16 @@ def _show_groups(solution: Solution, full: bool, as_json: bool) -> None:
         show(inspection.table(solution), NARROW)
 
 
-def _diagnosed(model: str, as_json: bool, words: dict[str, Any]) -> bool:
+def _diagnosed(model: str, as_json: bool, words: dict[str, Any],
+               others: dict[str, object]) -> bool:
     """Show what a model says of itself while it runs, if that is asked for."""
     if not words.pop("diagnose", False):
         if "calibration" in words:
             raise UsageError("calibration has nothing to act on", fix="give --diagnose too")
         return False
+    if beside := [name for name, value in others.items() if value]:
+        raise UsageError(f"--{beside[0]} has nothing to act on", why="a diagnosis is of the whole",
+                         fix="ask for one of them at a time")
     from dataclasses import asdict
 
     from ..pipeline.diagnosed import diagnose

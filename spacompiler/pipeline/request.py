@@ -148,6 +148,22 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     carries), or None: the first of own, python (where there is a tokenizer) and none that there is.
     """
     _check_named(what)
+    ordered = list[bool]()
+
+    def order() -> Order | None:
+        ordered.append(True)
+        return windows.order(module)
+
+    found = _resolved(what, inputs, module, windows, order, tokenizer, own)
+    if windows.choice != "random" and not ordered:
+        raise UsageError("choice has nothing to act on", why=f"{found.origin} is no text",
+                         fix="give a text as calibration, or leave choice out")
+    return found
+
+
+def _resolved(what: Data, inputs: Inputs, module: nn.Module, windows: Windows,
+              order: Callable[[], Order | None], tokenizer: Callable[..., Any] | None,
+              own: Callable[[int, int], Iterable[Any]] | None) -> Calibration:
     if what == "sampled":
         from ..torch_backend.gather.sampling import sampled
 
@@ -161,7 +177,7 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     reader = Reader(module, as_call({} if inputs is None else inputs), tokenizer)
     if what == "python" or (what is None and tokenizer is not None and not reader.refusal):
         return reader.read(lambda length: from_string(
-            python_text(), tokenizer, origin=PYTHON_TEXT, order=windows.order(module),
+            python_text(), tokenizer, origin=PYTHON_TEXT, order=order(),
             **windows.drawn(length=length)), windows.length)
     if what in (None, "own", "none"):
         return Calibration(ORIGINS["none"], [as_call(inputs)], real=False)
@@ -169,7 +185,7 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
         return from_arrays(Path(what), windows.samples)
     if isinstance(what, (str, Path)):
         return reader.read(lambda length: from_text(
-            str(what), tokenizer, order=windows.order(module),
+            str(what), tokenizer, order=order(),
             **windows.drawn(length=length)), windows.length)
     batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:

@@ -188,8 +188,8 @@ class Recipe(Options):
     prove: bool = option(True, CHECKS, "Prove masked dense = pruned in float64.")
     onnx: bool = option(True, EXPORTS, "Export model.onnx and check it.")
     decoder: bool = option(
-        False, EXPORTS, "Give model.onnx a key/value cache, for writing text: a causal language "
-        "model of transformers.")
+        False, EXPORTS, "A key/value cache for writing text: in model.onnx (causal language "
+        "models of transformers), or encoder.onnx and decoder.onnx beside it (encoder-decoders).")
     shard_size: str = option(
         "5GB", EXPORTS, "Largest file of weights in the uniform layout: what is more lies in "
         "several, as 500MB or 5GB.", metavar="SIZE", check=parse_size)

@@ -10,9 +10,15 @@ from ..errors import SpaError, UsageError
 MANIFEST = "MANIFEST.json"
 
 
-def check_out(out: Path) -> Path:
-    """Raise UsageError unless `out` can be made: it must not exist, its parent be writable."""
+def check_out(out: Path, **beside: Path | None) -> Path:
+    """Raise UsageError unless `out` can be made: it must not exist, its parent be writable.
+
+    `beside` are directories that are written to meanwhile, by name: they cannot lie in it.
+    """
     out = Path(out)
+    for name, place in beside.items():
+        if place is not None:
+            _check_beside(name, Path(place), out)
     if os.path.lexists(out):
         raise UsageError(f"output {str(out)!r} exists already",
                          fix="give a new directory, or remove it first")
@@ -23,6 +29,21 @@ def check_out(out: Path) -> Path:
         raise UsageError(f"output {str(out)!r} cannot be made", why=f"{parent} is not writable",
                          fix="give a directory that you may write to")
     return out
+
+
+def _check_beside(name: str, place: Path, out: Path) -> None:
+    """Raise UsageError for a directory of one's own (work, checkpoint) that cannot be beside `out`.
+    """
+    inside = out.absolute()
+    if place.absolute() == inside or inside in place.absolute().parents:
+        raise UsageError(f"{name} {str(place)!r} lies in the output {str(out)!r}",
+                         why="the output appears as a whole, at the end", fix="give another place")
+    for part in (place, *place.absolute().parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UsageError(f"{name} {str(place)!r} cannot be made", why=f"{part} is a file",
+                                 fix="give a directory")
+            break
 
 
 def check_artifact(folder: Path) -> None:

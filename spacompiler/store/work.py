@@ -155,6 +155,8 @@ def _check(place: Path, facts: Mapping[str, str]) -> None:
     """Raise an error unless a directory is of this compile."""
     try:
         have = json.loads(place.read_text(encoding="utf-8"))
+        if not isinstance(have, dict):
+            raise ValueError("it holds no names")
         differ = sorted(k for k in {*have, *facts} if have.get(k) != facts.get(k))
     except (OSError, ValueError, TypeError) as problem:
         raise SpaError("the kept work cannot be read", where=str(place), why=str(problem),

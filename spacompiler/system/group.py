@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import ElsewhereError, SpaError
+from ..errors import ElsewhereError, SpaError, UsageError
 from .launched import launched
 from .messages import Message, decoded, encoded
 
@@ -137,12 +137,24 @@ def joined(together: bool) -> Iterator[Team]:
         team.close()
 
 
+def _patience(said: str) -> float:
+    """Return the seconds of silence that the environment allows; raises UsageError for none."""
+    try:
+        found = float(said or SILENCE)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise UsageError(f"cannot read SPACOMPILER_SILENCE={said!r}",
+                         why="it is a number of seconds above 0", fix="unset it")
+    return found
+
+
 class _Gathered(Team):
     """Several processes, over gloo."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._silence = float(os.environ.get("SPACOMPILER_SILENCE", SILENCE))
+        self._silence = _patience(os.environ.get("SPACOMPILER_SILENCE", ""))
         self._pending = False
         self._over, self._signs = threading.Event(), dict[int, tuple[bytes, float]]()
         try:

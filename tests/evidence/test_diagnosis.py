@@ -164,3 +164,13 @@ def test_what_cannot_be_compared():
         regime(one, one, [((X,), {})])
     with pytest.raises(UsageError, match="nothing to compare"):
         regime(one, one, [])
+
+
+def test_a_diagnosis_does_not_drop_what_else_was_asked(tmp_path):
+    from typer.testing import CliRunner
+
+    from spacompiler.cli.main import app
+
+    done = CliRunner().invoke(app, ["inspect", "zoo:mlp", "--diagnose", "--html",
+                                    str(tmp_path / "page.html")])
+    assert done.exit_code == 2 and "--html has nothing to act on" in done.output

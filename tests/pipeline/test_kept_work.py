@@ -110,3 +110,28 @@ def test_work_is_one_compiles_at_a_time(tmp_path):
     ((key, (value,)),) = again.read("a/b")
     assert key == ("x", 1) and torch.equal(value, torch.ones(2)) and again.read("c") is None
     again.close()
+
+
+@pytest.mark.parametrize("work, why", [
+    ("out", "appears as a whole"), ("out/x", "appears as a whole"), ("file", "is a file"),
+    ("file/x", "is a file")])
+def test_a_place_that_cannot_be_is_refused_before_work_begins(tmp_path, work, why):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="work") as caught:
+        spacompiler.compile("zoo:mlp", target="params=60%", importance="magnitude", onnx=False,
+                            latency=False, out=tmp_path / "out", work=tmp_path / work)
+    assert why in caught.value.why and not (tmp_path / "out").exists()
+
+
+def test_facts_that_are_no_object_are_one_error(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "work.json").write_text("[]")
+    with pytest.raises(SpaError, match="kept work cannot be read"):
+        spacompiler.compile("zoo:mlp", target="params=60%", importance="magnitude", onnx=False,
+                            latency=False, out=tmp_path / "out", work=tmp_path / "work")
+
+
+def test_a_choice_of_windows_without_a_text_is_refused():
+    with pytest.raises(UsageError, match="choice has nothing to act on"):
+        spacompiler.compile("zoo:mlp", target="params=60%", importance="magnitude", choice="near",
+                            onnx=False, latency=False)

@@ -120,3 +120,12 @@ def test_processes_that_decide_otherwise_are_told():
         return team.of_first(lambda: {"rank": team.rank}, "times")
 
     assert in_threads(2, work) == [{"rank": 0}] * 2
+
+
+@pytest.mark.parametrize("said", ["abc", "nan", "0", "-3"])
+def test_patience_is_a_number_of_seconds(said):
+    from spacompiler.system.group import SILENCE, _patience
+
+    assert _patience("") == SILENCE and _patience("9.5") == 9.5
+    with pytest.raises(UsageError, match="SPACOMPILER_SILENCE"):
+        _patience(said)
