@@ -22,12 +22,7 @@ from safetensors.torch import save_file
 from ..errors import SpaError, UsageError
 from ..system.group import here
 from ..system.messages import Message, decoded, encoded
-from ..system.staging import sync, told
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this system
-    fcntl = None  # type: ignore[assignment]
+from ..system.staging import held, sync, told
 
 FACTS = "work.json"
 """The file that says of which compile a directory is."""
@@ -136,19 +131,11 @@ class Work:
 
 def _locked(folder: Path) -> int | None:
     """Hold a directory; raises UsageError if another process does."""
-    if fcntl is None:
-        return None
-    opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held(folder)
     except BlockingIOError:
-        os.close(opened)
         raise UsageError(f"{str(folder)!r} is being worked in", why="another process holds it",
                          fix="wait for it, or give another --work") from None
-    except OSError:  # a file system without locks
-        os.close(opened)
-        return None
-    return opened
 
 
 def _check(place: Path, facts: Mapping[str, str]) -> None:

@@ -52,7 +52,7 @@ class Scratch:
         owner = f"{os.getpid()}-{_started(os.getpid()) or 0}"
         self.path = parent / f".{short}.{owner}-{next(_NUMBERS)}.part"
         os.mkdir(self.path, mode)
-        self._finish = weakref.finalize(self, _remove, self.path, _held(self.path), os.getpid())
+        self._finish = weakref.finalize(self, _remove, self.path, held(self.path), os.getpid())
 
     @property
     def name(self) -> str:
@@ -77,8 +77,11 @@ def _remove(path: Path, lock: int | None, owner: int) -> None:
         os.close(lock)
 
 
-def _held(path: Path) -> int | None:
-    """Lock a directory; returns the open file that holds the lock, None where there are none."""
+def held(path: Path) -> int | None:
+    """Lock a directory; returns the open file that holds the lock, None where there are none.
+
+    Raises BlockingIOError if another process holds it.
+    """
     if fcntl is None:
         return None
     opened = os.open(path, os.O_RDONLY)
@@ -104,7 +107,7 @@ def sweep(parent: Path) -> None:
         with suppress(OSError):  # another process may sweep as well, or hold it
             if found and entry.is_dir(follow_symlinks=False) and not _alive(*found.groups()) and \
                     entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                lock = _held(Path(entry.path))
+                lock = held(Path(entry.path))
                 shutil.rmtree(entry.path, ignore_errors=True)
                 if lock is not None:
                     os.close(lock)
