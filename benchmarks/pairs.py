@@ -1,6 +1,6 @@
 """Encoder-decoders of several types as encoder.onnx and decoder.onnx: is what they write torch's?
 
-    python benchmarks/pairs.py
+    python benchmarks/pairs.py [TYPE ...]
 
 Tiny random models, written and run token by token with both caches, in one row and in three rows
 of which one is padded; a row of the table is a type.
@@ -8,6 +8,7 @@ of which one is padded; a row of the table is a type.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,15 +24,27 @@ TEXT = {"vocab_size": 40, "d_model": 16, "decoder_start_token_id": 0, "eos_token
 SIDES = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
          "decoder_attention_heads": 2, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20}
 BLOCKS = {**TEXT, "d_kv": 6, "d_ff": 20, "num_layers": 2, "num_heads": 2}
+PLACED = {**TEXT, **SIDES, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0,
+          "eos_token_id": 2, "forced_eos_token_id": 2}
+SOUND = {**TEXT, **SIDES, "pad_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": 3}
 MODELS: dict[str, dict[str, Any]] = {
     "T5": BLOCKS, "MT5": BLOCKS, "UMT5": BLOCKS,
-    "Bart": {**TEXT, **SIDES, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0,
-             "eos_token_id": 2, "forced_eos_token_id": 2},
+    "LongT5": {**BLOCKS, "local_radius": 3, "global_block_size": 4},
+    "SwitchTransformers": {**BLOCKS, "num_experts": 2, "num_decoder_layers": 2},
+    "Bart": PLACED, "MBart": PLACED, "PLBart": PLACED, "M2M100": PLACED, "Pegasus": PLACED,
+    "Blenderbot": PLACED, "BlenderbotSmall": PLACED,
     "Marian": {**TEXT, **SIDES, "max_position_embeddings": 64, "pad_token_id": 1,
                "decoder_start_token_id": 1},
-    "Whisper": {**TEXT, **SIDES, "num_mel_bins": 8, "max_source_positions": 10,
-                "max_target_positions": 24, "pad_token_id": 2, "bos_token_id": 1,
-                "decoder_start_token_id": 3}}
+    "LED": {**PLACED, "max_encoder_position_embeddings": 64, "attention_window": 4,
+            "max_decoder_position_embeddings": 64},
+    "ProphetNet": {"vocab_size": 40, "hidden_size": 16, "num_encoder_layers": 1,
+                   "num_decoder_layers": 2, "num_encoder_attention_heads": 2,
+                   "num_decoder_attention_heads": 2, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20,
+                   "max_position_embeddings": 64, "decoder_start_token_id": 0},
+    "Whisper": {**SOUND, "num_mel_bins": 8, "max_source_positions": 10,
+                "max_target_positions": 24},
+    "Speech2Text": {**SOUND, "input_feat_per_channel": 8, "max_source_positions": 64,
+                    "max_target_positions": 24, "conv_channels": 16, "conv_kernel_sizes": (3, 3)}}
 NAMES = {"Marian": "MarianMTModel"}
 
 
@@ -44,7 +57,8 @@ def built(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
         for p in model.parameters():
             p.normal_(0, 0.3)
     return model.eval(), {"input_ids": torch.ones(2, 5, dtype=torch.long),
-                          "input_features": torch.randn(1, 8, 20)}
+                          "input_features": torch.randn(
+                              (1, 20, 8) if name == "Speech2Text" else (1, 8, 20))}
 
 
 def main() -> None:
@@ -52,7 +66,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     print("| type | tokens that are torch's | largest difference of logits |\n|---|---|---|")
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         model, example = built(name)
         with tempfile.TemporaryDirectory() as place:
             try:

@@ -24,7 +24,6 @@ from .pipeline.swept import Sweep
 from .plan.plan import Plan
 from .request.needs import check_needs
 from .request.options import listing, spoken
-from .request.profiles import profile
 from .request.recipe import Errand, Recipe
 from .request.targets import parse_targets
 from .sources import named as source
@@ -38,7 +37,7 @@ from .store.room import Room, is_large
 from .system.group import here, joined
 from .system.process import alone
 from .system.shown import shown
-from .torch_backend.kinds import is_encoder_decoder, is_hf, writes_text
+from .torch_backend.kinds import is_hf
 from .torch_backend.read.readable import check_exportable, check_readable
 
 
@@ -241,17 +240,14 @@ def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
         given = replace(given, calibration=data)
     if recipe.onnx and writes:
         check_exportable(found.inputs)
-    recipe = with_cache(recipe, found.module)
-    if recipe.decoder:
-        from .deploy.decoder import check_causal_lm
-        from .deploy.encoder_decoder import check_encoder_decoder
+    if recipe.decoder or recipe.runtime:
+        from .deploy.cached import with_cache
 
-        both = is_encoder_decoder(found.module)
-        (check_encoder_decoder if both else check_causal_lm)(found.module)
+        recipe = with_cache(recipe, found.module)
     if recipe.gguf:
-        from .deploy.gguf_checks import check_gguf
+        from .deploy.gguf_early import for_gguf
 
-        check_gguf(found.module)
+        recipe = for_gguf(recipe, found.module, found.notes)
     ask, subject = make_request(found.module, found.inputs, recipe, replace(
         given, own=found.calibration, tokenizer=found.tokenizer, name=given.name or found.name,
         owned=isinstance(model, str), checkpoint=errand.checkpoint, work=errand.work))
@@ -297,13 +293,6 @@ def sweep(model: str | nn.Module | Recipe, example_inputs: Inputs | None = None,
                              writes=False)
     points, dense = run_sweep(ask, subject, targets, evaluate, timed=latency)
     return Sweep(ask.name, points, allow, dense)
-
-
-def with_cache(recipe: Recipe, model: object) -> Recipe:
-    """Let a language model have its cache where the runtime asked for wants one."""
-    wants = profile(recipe.runtime).cached and recipe.onnx and not recipe.decoder
-    writes = isinstance(model, nn.Module) and writes_text(model) and not is_encoder_decoder(model)
-    return replace(recipe, decoder=True) if wants and writes else recipe
 
 
 @alone()

@@ -175,9 +175,16 @@ def tinygrad(path, feeds):
     from tinygrad import Tensor
     from tinygrad.nn.onnx import OnnxRunner
 
-    runner = OnnxRunner(path)
-    return lambda given: [v.numpy() for v in
-                          runner({k: Tensor(a) for k, a in given.items()}).values()]
+    runners = {}  # one keeps to the sizes that it met first
+
+    def run(given):
+        key = tuple(a.shape for a in given.values())
+        if key not in runners:
+            runners[key] = OnnxRunner(path)
+        return [v.numpy() for v in
+                runners[key]({k: Tensor(a) for k, a in given.items()}).values()]
+
+    return run
 
 
 def opencv(path, feeds):

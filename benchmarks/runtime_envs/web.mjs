@@ -1,5 +1,5 @@
-// Run in headless Chromium: transformers.js (its onnxruntime-web) writes text from a directory.
-//   node web.mjs transformers.js JOB.json, the job as for node.mjs; CHROMIUM names the browser.
+// Run in headless Chromium: transformers.js writes text from a directory, onnxruntime-web runs files.
+//   node web.mjs NAME JOB.json, the job as for node.mjs; CHROMIUM names the browser.
 import fs from 'node:fs';
 import http from 'node:http';
 import path from 'node:path';
@@ -10,7 +10,8 @@ const require = createRequire(path.join(process.cwd(), 'package.json'));
 const puppeteer = (await import(pathToFileURL(require.resolve('puppeteer-core')))).default;
 const MIME = { '.html': 'text/html', '.js': 'text/javascript', '.mjs': 'text/javascript',
   '.wasm': 'application/wasm', '.json': 'application/json' };
-const jobs = JSON.parse(fs.readFileSync(process.argv[3]));
+const [what, job] = process.argv.slice(2);
+const jobs = JSON.parse(fs.readFileSync(job));
 const mounts = { '/modules/': path.join(process.cwd(), 'node_modules') };
 const PAGE = `<!doctype html><script type="importmap">{"imports": {
   "onnxruntime-web/webgpu": "/modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs",
@@ -45,19 +46,81 @@ async function write(ids, count, name) {
   return Array.from(out.data, Number).slice(ids.length);
 }
 
+// A session of a file stays in its page; the errors at each set of inputs come back.
+async function open(which) {
+  const ort = await import('/modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs');
+  ort.env.wasm.wasmPaths = '/modules/onnxruntime-web/dist/';
+  ort.env.wasm.numThreads = 1;
+  const kinds = { float32: Float32Array, int64: BigInt64Array, bool: Uint8Array };
+  const found = async (name) => {
+    const answer = await fetch(`/models/${name}.json`);
+    return answer.ok ? answer.json() : null;
+  };
+  const sets = await found(which + '_inputs') ?? await found('inputs');
+  const wants = await found(which + '_outputs');
+  const session = await ort.InferenceSession.create(`/models/${which}.onnx`);
+  const errors = [];
+  for (const [i, set] of sets.entries()) {
+    const feed = {};
+    for (const [key, a] of Object.entries(set)) {
+      const data = a.type === 'int64' ? a.data.map(BigInt) : a.data;
+      feed[key] = new ort.Tensor(a.type, kinds[a.type].from(data), a.shape);
+    }
+    const got = await session.run(feed);
+    let worst = 0;
+    for (const [k, want] of Object.values(wants[i]).entries()) {
+      const have = got[session.outputNames[k]].data;
+      let top = 1e-30, gap = 0;
+      for (let j = 0; j < want.data.length; j++) {
+        top = Math.max(top, Math.abs(want.data[j]));
+        gap = Math.max(gap, Math.abs(want.data[j] - Number(have[j])));
+      }
+      worst = Math.max(worst, gap / top);
+    }
+    errors.push(worst);
+    globalThis.again = async (times) => { for (let t = 0; t < times; t++) await session.run(feed); };
+  }
+  return errors;
+}
+
+// CPU time pruned : dense of the pages' main threads, in turn; the median
+async function ratio(pages) {
+  const spent = async (page) => {
+    const client = pages[page].client ??= await pages[page].createCDPSession();
+    await client.send('Performance.enable', { timeDomain: 'threadTicks' });
+    const read = async () => (await client.send('Performance.getMetrics')).metrics
+      .find((m) => m.name === 'ThreadTime' || m.name === 'TaskDuration').value;
+    const start = await read();
+    await pages[page].evaluate((times) => globalThis.again(times), 5);
+    return (await read()) - start;
+  };
+  const found = [];
+  for (let turn = 0; turn < 12; turn++) { // the first five let WebAssembly be compiled
+    const dense = await spent('dense'), pruned = await spent('pruned');
+    if (turn > 4) found.push(pruned / dense);
+  }
+  return found.sort((a, b) => a - b)[3];
+}
+
+async function text(page, folder, which) {
+  const { ids, tokens } = JSON.parse(fs.readFileSync(path.join(folder, which + '_text.json')));
+  const made = await page.evaluate(write, ids, tokens.length, which + '_js');
+  return { same: made.filter((t, i) => t === tokens[i]).length, tokens: tokens.length };
+}
+
 for (const [artifact, folder] of Object.entries(jobs)) {
-  const said = { artifact };
+  const said = { artifact }, pages = {};
   mounts['/models/'] = folder;
   for (const which of ['dense', 'pruned']) {
-    const page = await browser.newPage();
+    const page = pages[which] = await browser.newPage();
     try {
-      const { ids, tokens } = JSON.parse(fs.readFileSync(path.join(folder, which + '_text.json')));
       await page.goto(base);
-      const made = await page.evaluate(write, ids, tokens.length, which + '_js');
-      said[which] = { same: made.filter((t, i) => t === tokens[i]).length, tokens: tokens.length };
+      said[which] = what === 'transformers.js' ? await text(page, folder, which)
+        : await page.evaluate(open, which);
     } catch (problem) { said[which] = String(problem).split('\n')[0].slice(0, 160); }
-    await page.close();
   }
+  if (Array.isArray(said.dense) && Array.isArray(said.pruned)) said.ratio = await ratio(pages);
+  for (const page of Object.values(pages)) await page.close();
   console.log('ROW ' + JSON.stringify(said));
 }
 await browser.close();

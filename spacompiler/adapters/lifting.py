@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import SpaError
-from ..store.folder import check_hashes, read_slices, whole
+from ..errors import SpaError, UsageError
+from ..store.folder import check_hashes, read_json, read_slices, whole
 from ..store.place import check_artifact, check_out
 from ..system.process import alone
 from . import foreign
@@ -27,12 +27,13 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
         out: directory to write; it must not exist.
 
     Raises:
-        UsageError: `out` exists, or `plan` is no artifact.
+        UsageError: `out` exists, or the artifact's layers are not those of the dense model.
         SpaError: the adapter is of another base, or of a type that cannot be lifted.
     """
     target = check_out(Path(out))
     check_artifact(Path(plan))
     check_hashes(Path(plan))
+    check_layers(Path(plan))
     cuts = recorded(Path(plan))
     found = foreign.read(Path(adapter))
     if found.foreign:
@@ -44,6 +45,25 @@ def lift(adapter: str | Path, plan: str | Path, out: str | Path) -> Path:
     with whole(target) as folder:
         made.save(folder)
     return target
+
+
+OTHER = {
+    "factored": "some of its layers are products of two, which the dense model does not have",
+    "dropped": "blocks were left out of it, and those that stay are numbered anew",
+}
+"""Entries of structure.json that say that layers are others than the dense model's, and why."""
+
+
+def check_layers(folder: Path) -> None:
+    """Raise UsageError where paths of layers in an artifact are not paths in the dense model."""
+    structure = read_json(folder / "structure.json")
+    why = next((text for name, text in OTHER.items() if structure.get(name)), "")
+    if structure["layout"] == "onnx":
+        why = "it is an ONNX file, which holds no layers to train an adapter on"
+    if why:
+        raise UsageError("adapters of this model cannot be lifted", where=str(folder), why=why,
+                         fix="compile the dense torch module again, by widths alone, and train "
+                             "the adapter on that")
 
 
 def recorded(folder: Path) -> dict[str, Cut]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..plan.plan import Plan
 from ..stages.comparison import compare
 from ..stages.tolerances import ONNX, RECORDED
 from ..store.folder import read_json, read_slices
+from ..torch_backend.kinds import is_encoder_decoder
 from ..torch_backend.own_layers import FILE, OwnSizes, modelling_file
 from . import recorded
 from .check import Check
@@ -23,6 +24,8 @@ from .stock_code import SourceNeeded
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+    from ..deploy.decoder_parity import DecoderParity
 
 
 def tried(name: str, check: Callable[[], Check]) -> Check:
@@ -152,15 +155,21 @@ def _summary(found: Mapping[str, str], slices: Mapping[str, Any]) -> str:
 
 
 def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iterator[Check]:
-    """ONNX Runtime against the reloaded model, if there is an ONNX file or should be."""
+    """ONNX Runtime against the reloaded model, for each ONNX file that is there or should be."""
+    from ..runtime.encoder_decoder import DECODER, ENCODER, pair_folder
     from ..runtime.session import model_file
 
-    asked = read_json(folder / "recipe.json").get("onnx", False) and \
-        not structure.get("parts")
+    recipe = read_json(folder / "recipe.json")
+    asked = recipe.get("onnx", False) and not structure.get("parts")
     if model_file(folder).exists():
         yield tried("onnx", lambda: _onnx(folder, structure, module))
     elif asked:
         yield Check("onnx", False, "the recipe asks for model.onnx, and there is none")
+    place = pair_folder(folder)
+    if any((place / name).exists() for name in (ENCODER, DECODER)) or \
+            (asked and recipe.get("decoder") and is_encoder_decoder(module)):
+        yield tried("encoder and decoder", lambda: _pair(place, check_inputs(folder, structure),
+                                                         module))
 
 
 def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:
@@ -191,10 +200,23 @@ def _decoder(path: Path, module: nn.Module) -> Check:
     """A decoder's file against the reloaded model, token by token with its cache."""
     from ..deploy.decoder_parity import decoder_parity
 
-    found = decoder_parity(module, path)
+    return _agreeing("onnx", decoder_parity(module, path))
+
+
+def _pair(place: Path, inputs: Inputs, module: Any) -> Check:
+    """Both files of an encoder-decoder against the reloaded model, token by token."""
+    from ..deploy.encoder_decoder import pair_parity
+
+    args, kwargs = as_call(inputs)
+    example = {**dict(zip((module.main_input_name,), args, strict=False)), **kwargs}
+    return _agreeing("encoder and decoder", pair_parity(module, example, place))
+
+
+def _agreeing(name: str, found: Sequence[DecoderParity]) -> Check:
     same, tokens = (sum(getattr(c, key) for c in found) for key in ("same", "tokens"))
-    return Check("onnx", all(c.max_rel <= ONNX.value for c in found),
-                 f"ONNX Runtime with its cache = torch to {max(c.max_rel for c in found):.1e}; "
+    worst = max(c.max_rel for c in found)
+    return Check(name, all(c.max_rel <= ONNX.value for c in found),
+                 f"ONNX Runtime with its cache = torch to {worst:.1e}; "
                  f"{same} of {tokens} likeliest tokens agree")
 
 

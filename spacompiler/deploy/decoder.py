@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 from ..errors import SpaError
 from ..runtime.decoder import PAST, PRESENT
 from ..system.process import quiet
-from ..torch_backend.kinds import is_encoder_decoder
+from ..torch_backend.kinds import is_encoder_decoder, writes_text
 from ..torch_backend.read.export import drop_asserts
 from .export import FORM, Form, export_onnx
 
@@ -39,13 +39,18 @@ _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "position_ids": {0: "batch", 
          "attention_mask": {0: "batch", 1: "total"}}
 
 
+NO_HEAD = "it has no head that writes text"
+"""Why a network of transformers that gives hidden states, or classes, is no decoder."""
+
+
 def check_causal_lm(module: PreTrainedModel) -> None:
     """Raise SpaError unless a module is a causal language model that keeps keys and values."""
     what = "this model cannot be exported as a decoder with a cache"
     accepts = inspect.signature(module.forward).parameters if hasattr(module, "forward") else {}
     missing = [n for n in ("input_ids", "attention_mask", "past_key_values") if n not in accepts]
-    if missing or is_encoder_decoder(module):
-        why = f"its forward takes no {missing[0]}" if missing else "it has an encoder as well"
+    if missing or is_encoder_decoder(module) or not writes_text(module):
+        why = f"its forward takes no {missing[0]}" if missing else \
+            "it has an encoder as well" if is_encoder_decoder(module) else NO_HEAD
         raise SpaError(what, where=type(module).__name__, why=why,
                        fix="leave --decoder out, or give a causal language model of transformers")
     cache = _fresh_cache(module)

@@ -13,6 +13,8 @@ each token that is written. `spacompiler.runtime.EncoderDecoder` runs both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,9 @@ from ..runtime.decoder import PAST, PRESENT
 from ..runtime.encoder_decoder import CROSS, DECODER, ENCODER, EncoderDecoder
 from ..stages.comparison import compare
 from ..system.process import quiet
+from ..torch_backend.kinds import writes_text
 from ..torch_backend.read.export import drop_asserts
-from .decoder import Traced, as_cache, flat, plain_kernels, read_sizes_of_ids
+from .decoder import NO_HEAD, Traced, as_cache, flat, plain_kernels, read_sizes_of_ids
 from .decoder_parity import DecoderParity
 from .export import FORM, Form, export_onnx
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import EncoderDecoderCache, PreTrainedModel
 
 _ENCODED, _PAST, _SEQUENCE, _STEPS = 7, 5, 3, 16
+_ENDS = ("max_position_embeddings", "max_target_positions")
 
 
 class EncoderSide(nn.Module):
@@ -76,11 +80,23 @@ class _Made:
         self.logits, self.past = logits, past
 
 
-def _step(model: PreTrainedModel, ids: Tensor | None, encoded: Tensor, mask: Tensor | None,
-          cache: EncoderDecoderCache) -> _Made:
+@cache
+def _encoded_kind() -> Any:
+    """What an encoder gives, of which all but the last hidden state is None."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    out = model(decoder_input_ids=ids, encoder_outputs=BaseModelOutput(encoded),
+    @dataclass
+    class Encoded(BaseModelOutput):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Encoded
+
+
+def _step(model: PreTrainedModel, ids: Tensor | None, encoded: Tensor, mask: Tensor | None,
+          cache: EncoderDecoderCache) -> _Made:
+    out = model(decoder_input_ids=ids, encoder_outputs=_encoded_kind()(encoded),
                 attention_mask=mask, past_key_values=cache, use_cache=True)
     return _Made(out.logits, out.past_key_values)
 
@@ -93,12 +109,13 @@ def _joint(past: list[Tensor], cross: list[Tensor]) -> EncoderDecoderCache:
 
 
 def check_encoder_decoder(module: PreTrainedModel) -> None:
-    """Raise SpaError unless a model reads text or sound and keeps keys and values of both sides."""
+    """Raise SpaError unless a model reads text or sound and writes text."""
     name = module.main_input_name
-    if name not in ("input_ids", "input_features"):
+    reads = name in ("input_ids", "input_features")
+    if not reads or not writes_text(module):
         raise SpaError("this model cannot be exported as an encoder and a decoder",
-                       where=type(module).__name__, why=f"it reads {name}",
-                       fix="leave --decoder out")
+                       where=type(module).__name__, why=NO_HEAD if reads else f"it reads {name}",
+                       fix="leave --decoder out, or give the class that generates")
 
 
 def _encoder_inputs(model: PreTrainedModel, example: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -140,10 +157,22 @@ def trace_pair(model: PreTrainedModel, example: Mapping[str, Any]) -> tuple[Trac
         ["logits", *(PRESENT.format(*p) for p in parts)])
 
 
+def _places(model: PreTrainedModel) -> int | None:
+    """How many tokens have places, where a table of them ends there; None where there is none.
+
+    A cache and what is new of half of that each stay below it: code that asks whether they do, to
+    make a longer table, is then traced without asking. The files themselves are not bounded.
+    """
+    sizes = (getattr(model.config, name, None) for name in _ENDS)
+    return next((max(n, 2 * (_ENCODED + 1)) for n in sizes if isinstance(n, int) and n > 1), None)
+
+
 def _programs(model: PreTrainedModel,
               inputs: Mapping[str, Tensor]) -> tuple[ExportedProgram, ExportedProgram]:
     text = "attention_mask" in inputs
-    batch, encoded = Dim("batch"), Dim("encoded")
+    most = _places(model)
+    batch, encoded = Dim("batch"), Dim("encoded", max=most)
+    past_size, sequence = (Dim(n, max=most and most // 2) for n in ("past", "sequence"))
     first, values = EncoderSide(model, list(inputs)), list(inputs.values())
     cross, width = first(values), model.get_encoder()(**inputs).last_hidden_state.shape[-1]
     free = {0: batch, 1: encoded} if text else {0: batch}
@@ -152,8 +181,8 @@ def _programs(model: PreTrainedModel,
     past = [t.new_zeros(t.shape[0], t.shape[1], _PAST, t.shape[3]) for t in cross]
     given = [torch.zeros(len(cross[0]), _SEQUENCE, dtype=torch.long),
              *([inputs["attention_mask"]] if text else [])]
-    shapes = ([{0: batch, 2: Dim("past")}] * len(past), [{0: batch, 2: encoded}] * len(past),
-              [{0: batch, 1: Dim("sequence")}, {0: batch, 1: encoded}][:len(given)])
+    shapes = ([{0: batch, 2: past_size}] * len(past), [{0: batch, 2: encoded}] * len(past),
+              [{0: batch, 1: sequence}, {0: batch, 1: encoded}][:len(given)])
     return once, torch.export.export(DecoderSide(model, width), (past, cross, given),
                                      dynamic_shapes=shapes, strict=False)
 

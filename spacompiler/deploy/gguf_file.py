@@ -70,6 +70,21 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "f32", *,
             "equal": sizes.equal, "bytes": path.stat().st_size}
 
 
+def check_writable(model: PreTrainedModel) -> Arch:
+    """Return the row of a dense model, once all is known to have a place in a file.
+
+    Raises SpaError or UsageError as `write_gguf` does.
+    """
+    gguf, arch = _package(), check_gguf(model)
+    places = _places(gguf, arch, model)
+    check_config(arch, model.config.get_text_config())
+    check_scale(arch, model, places["token_embd.weight"][1].shape[1])
+    dim = _head_dim(model)
+    _rescale(arch, model, dim)
+    _rotary_factors(arch, model, dim)
+    return arch
+
+
 def _write(writer: GGUFWriter, made: Mapping[str, tuple[np.ndarray, Any]]) -> None:
     for name, (data, stored) in made.items():
         writer.add_tensor(name, data, raw_dtype=stored)
@@ -95,11 +110,20 @@ def _named(gguf: ModuleType, arch: Arch, model: nn.Module) -> Arrays:
     """
     from transformers.pytorch_utils import Conv1D
 
+    turned = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
+    found: Arrays = {}
+    for known, (name, tensor) in _places(gguf, arch, model).items():
+        array = tensor.detach().float().numpy()
+        found[known] = np.ascontiguousarray(array.T) if name in turned else array
+    return found
+
+
+def _places(gguf: ModuleType, arch: Arch, model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    """Names in the file, with the name in the model and the array of each."""
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.name)
     names = gguf.get_tensor_name_map(kind, model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
     parts = {part for joined in arch.fused.values() for part in joined}
-    turned = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
-    found: Arrays = {}
+    found: dict[str, tuple[str, torch.Tensor]] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen and tensor.numel():
@@ -110,8 +134,7 @@ def _named(gguf: ModuleType, arch: Arch, model: nn.Module) -> Arrays:
             raise SpaError("an array has no place in a GGUF file", where=name,
                            why=f"llama.cpp's {arch.name} knows no such tensor",
                            fix="leave --gguf out")
-        array = tensor.detach().float().numpy()
-        found[known] = np.ascontiguousarray(array.T) if name in turned else array
+        found[known] = name, tensor
     return found
 
 

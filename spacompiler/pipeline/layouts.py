@@ -23,6 +23,7 @@ from ..torch_backend.emit import stock
 from ..torch_backend.emit.per_layer import Search
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.machine import lanes
+from ..torch_backend.own_layers import OwnSizes
 
 WORTH = 0.9
 """Unequal layers are taken if they diverge from the dense network at most by this share of what
@@ -73,10 +74,15 @@ def layouts(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> I
         raise UsageError(f"the {asked} layout is for transformers models alone", where=ask.name,
                          why=f"{type(subject.model).__name__} has no configuration to say widths "
                              "in", fix="use layout any")
+    single = isinstance(subject.model, OwnSizes)
+    if asked == "uniform" and single:
+        raise UsageError("the uniform layout cannot say layers of widths of their own",
+                         where=ask.name, why="the model given has them already",
+                         fix="use --layout per-layer, or prune the model that it was made of")
     said = is_hf(subject.model) and not subject.biased and subject.factored is None
     own = getattr(ask.allocation, "by_layer", False)
     out: list[str] = []
-    if said and (asked == "uniform" or (asked == "auto" and not own)):
+    if said and not single and (asked == "uniform" or (asked == "auto" and not own)):
         found, notes = _expressible(ask, subject, traced, _units(ask, traced, scored, True))
         if found:
             yield Layout("uniform", found,

@@ -18,7 +18,7 @@ from .amounts import parse_size
 from .blocks import check_blocks
 from .combinations import check_combination
 from .devices import check_device
-from .low_rank import check_low_rank
+from .low_rank import check_low_rank, check_low_rank_beside
 from .needs import check_needs
 from .options import (
     ADAPTERS,
@@ -296,13 +296,12 @@ class Recipe(Options):
         self._settle()
         check_combination(self.combine, len(self.adapters), self.keep_adapter)
         check_needs(vars(self), {entry.name: entry.default for entry in known(type(self))})
+        if self.low_rank:
+            check_low_rank_beside(vars(self))
         for name in ("modules", "keep_adapter"):
             if self.blocks and getattr(self, name):
                 raise UsageError(f"blocks cannot be dropped with {name}",
                                  fix="drop blocks first, and compile the result again")
-            if self.low_rank and getattr(self, name):
-                raise UsageError(f"layers cannot become products with {name}",
-                                 fix=f"leave {name} out")
 
     def _settle(self) -> None:
         """Take over what the runtime wants; blocks of a quantised file want whole ones."""

@@ -16,19 +16,26 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike
 
 from ..errors import SpaError, UsageError
-from .decoder import Decoder
-from .session import open_session
+from .decoder import Cache, Decoder
+from .session import PLACES, open_session
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 CROSS = "cross.{}.{}"
 """Names of what the decoder reads of the encoder, of layer and part (``key`` or ``value``)."""
 
 
+def pair_folder(path: Path) -> Path:
+    """Return where in a directory both files lie, or would lie."""
+    places = [(path / name).parent for name in PLACES]
+    return next((p for p in places for name in (ENCODER, DECODER) if (p / name).exists()), path)
+
+
 class EncoderDecoder(Decoder):
     """A decoder with its cache, and the encoder whose keys and values it reads.
 
     Args:
-        path: a directory that holds ``encoder.onnx`` and ``decoder.onnx``.
+        path: a directory that holds ``encoder.onnx`` and ``decoder.onnx``, or an ``onnx`` with
+            them.
         threads: threads inside an operator.
 
     Raises:
@@ -36,8 +43,9 @@ class EncoderDecoder(Decoder):
     """
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
-        super().__init__(Path(path) / DECODER, threads=threads)
-        self._encoder = open_session(Path(path) / ENCODER, threads=threads)
+        place = pair_folder(Path(path))
+        super().__init__(place / DECODER, threads=threads)
+        self._encoder = open_session(place / ENCODER, threads=threads)
 
     def read(self, **inputs: ArrayLike) -> None:
         """Encode what is to be read from now on: (batch, …) each, a mask of ones if none is given.
@@ -65,3 +73,21 @@ class EncoderDecoder(Decoder):
         if "attention_mask" in given:
             self.beside["encoder_attention_mask"] = ort.OrtValue.ortvalue_from_numpy(
                 np.ascontiguousarray(given["attention_mask"]))
+
+    def run(self, ids: ArrayLike, cache: Cache | None = None, *,
+            mask: ArrayLike | None = None) -> tuple[np.ndarray, Cache]:
+        """Read tokens after those of a cache, as a decoder does, with what was encoded.
+
+        Raises:
+            UsageError: nothing was encoded, or the shapes do not fit. SpaError: a kernel fails.
+        """
+        if not self.beside:
+            raise UsageError("nothing was encoded yet",
+                             why="the decoder writes of what the encoder has read",
+                             fix="call read(...) with the encoder's inputs first")
+        encoded = next(iter(self.beside.values())).shape()[0]
+        if encoded != len(np.asarray(ids)):
+            raise UsageError("tokens and what was encoded do not fit",
+                             why=f"{len(np.asarray(ids))} rows of tokens, {encoded} rows encoded",
+                             fix="give a row of tokens for each row that was read")
+        return super().run(ids, cache, mask=mask)

@@ -46,10 +46,6 @@ def factorise(ask: Request, subject: Subject) -> tuple[Request, Subject]:
     if subject.backend is not TORCH:
         raise UsageError("layers of a torch module alone become products", where=ask.name,
                          fix="give the module itself, or leave low_rank out")
-    if ask.recipe.layout not in ("auto", "any"):
-        raise UsageError(f"the {ask.recipe.layout} layout cannot say products of two layers",
-                         where=ask.name, why="no configuration of transformers has them",
-                         fix="use --layout any")
     whole = dict(subject.whole)
     if not whole:
         _, solution = subject.backend.trace(subject.model, subject.inputs, True)

@@ -1,6 +1,7 @@
 """Adapters kept beside the pruned base: cut to its sizes, and lifted to those of the dense one."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from made_adapters import FAST, llama, peft, run, stored
 
 import spacompiler
 from spacompiler.adapters import cutting, foreign, lifting, merging
-from spacompiler.errors import ProofError, SpaError
+from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.torch_backend.emit.program import run_pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -156,3 +157,14 @@ def test_lift_of_an_adapter_of_the_dense_model_is_refused(beside, tmp_path):
     path, _ = stored(tmp_path / "wide")
     with pytest.raises(SpaError, match="cannot be sliced"):
         spacompiler.lift(path, beside[0], tmp_path / "full")
+
+
+@pytest.mark.parametrize("said, why", [
+    ({"factored": {"mlp": 4}}, "products of two"), ({"dropped": ["layers.1"]}, "numbered anew"),
+    ({"layout": "onnx"}, "no layers to train")])
+def test_lift_to_layers_that_the_dense_model_has_not_is_refused(said, why, beside, tmp_path):
+    structure = json.loads((beside[0] / "structure.json").read_text())
+    lifting.check_layers(beside[0])
+    (tmp_path / "structure.json").write_text(json.dumps({**structure, **said}))
+    with pytest.raises(UsageError, match=f"(?s)cannot be lifted.*{why}"):
+        lifting.check_layers(tmp_path)

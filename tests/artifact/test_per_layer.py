@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import transformers
 
 import spacompiler
 from spacompiler.artifact.load import load_folder
-from spacompiler.errors import SpaError
+from spacompiler.errors import SpaError, UsageError
 from spacompiler.passes.magnitude import Magnitude
+from spacompiler.pipeline.layouts import layouts
+from spacompiler.request.recipe import Recipe
 from spacompiler.torch_backend import own_layers, registered
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -183,6 +186,9 @@ def test_a_pruned_model_is_pruned_again(llama: Any, tmp_path: Path) -> None:
     assert result.job.layout == "per-layer"
     want = result.module(IDS).logits
     assert torch.equal(spacompiler.load(tmp_path / "out")(IDS).logits, want)
+    asked = SimpleNamespace(recipe=Recipe("body=90%", layout="uniform"), name="pruned")
+    with pytest.raises(UsageError, match="widths of their own"):
+        next(layouts(asked, SimpleNamespace(model=result.module), None, None))
 
 
 def test_a_changed_file_is_told_of(llama: Any, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Other types, those that hear among them: `python benchmarks/pairs.py`.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,22 @@ import onnx
 import pytest
 import torch
 from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
+    T5Model,
 )
 
+from spacompiler.artifact.torch_checks import exported
+from spacompiler.deploy.decoder import check_causal_lm
 from spacompiler.deploy.encoder_decoder import check_encoder_decoder, export_pair, pair_parity
 from spacompiler.errors import SpaError, UsageError
 from spacompiler.runtime import EncoderDecoder
+from spacompiler.runtime.encoder_decoder import DECODER, ENCODER
+from spacompiler.store.arrays import save_check
+from spacompiler.store.folder import write_json
 
 
 def t5() -> tuple[Any, dict[str, torch.Tensor]]:
@@ -45,18 +56,54 @@ def test_both_files_write_what_torch_writes(written: Any) -> None:
         assert check.same == check.tokens and check.max_rel < 1e-4
 
 
+def test_a_damaged_decoder_is_told_by_verify(written: Any, tmp_path: Path) -> None:
+    """Damaged before the hashes were taken, or by who wrote them anew."""
+    model, example, folder = written
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    save_check(tmp_path / "check.safetensors", (), example, [])
+    write_json(tmp_path / "recipe.json", {"model": "", "decoder": True, "onnx": True})
+    structure = {"inputs": {"args": 0, "kwargs": ["input_ids"], "constants": {}}}
+
+    def passed() -> dict[str, bool | None]:
+        return {c.name: c.passed for c in exported(tmp_path, structure, model)}
+
+    assert passed() == {"onnx": False, "encoder and decoder": True}
+    decoder = onnx.load(tmp_path / DECODER)
+    next(n for n in decoder.graph.node if n.op_type == "Relu").op_type = "Neg"
+    onnx.save(decoder, tmp_path / DECODER)
+    assert passed()["encoder and decoder"] is False
+    (tmp_path / DECODER).unlink()
+    (tmp_path / ENCODER).unlink()
+    assert passed()["encoder and decoder"] is False
+
+
 def test_what_was_encoded_is_read_once(written: Any) -> None:
     model, example, folder = written
     runner = EncoderDecoder(folder)
+    with pytest.raises(UsageError, match=r"(?s)nothing was encoded.*read"):
+        runner.generate([[0]], 4)
     with pytest.raises(UsageError, match="the encoder reads input_"):
         runner.read(sound=np.ones((1, 3)))
     runner.read(**{name: value[:1].numpy() for name, value in example.items()})
+    with pytest.raises(UsageError, match="2 rows of tokens, 1 rows encoded"):
+        runner.generate([[0], [0]], 4)
     inputs = {i.name for i in onnx.load(folder / "decoder.onnx").graph.input}
     assert inputs >= {"cross.0.key", "past_key_values.0.key"} and "encoded" not in inputs
     start = torch.zeros(1, 1, dtype=torch.long)
     made = model.generate(**{name: value[:1] for name, value in example.items()},
                           decoder_input_ids=start, max_new_tokens=4, do_sample=False)[0].tolist()
     assert [0, *runner.generate([[0]], 4)[0].tolist()][:len(made)] == made
+
+
+def test_a_model_without_a_head_is_refused_before_it_is_traced() -> None:
+    headless = T5Model(t5()[0].config)
+    with pytest.raises(SpaError, match=r"(?s)T5Model.*no head that writes text"):
+        check_encoder_decoder(headless)
+    for kind in (LlamaModel, LlamaForSequenceClassification):
+        with pytest.raises(SpaError, match=r"(?s)Llama.*no head that writes text"):
+            check_causal_lm(kind(LlamaConfig(
+                vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                num_attention_heads=1)))
 
 
 def test_a_model_that_reads_neither_text_nor_sound_is_refused() -> None:

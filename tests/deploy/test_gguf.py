@@ -1,5 +1,7 @@
 """GGUF files: every array in its place, read again by others; what llama.cpp has no graph for."""
 
+import dataclasses
+
 import gguf
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import spacompiler
 from spacompiler.deploy.gguf_checks import check_gguf
+from spacompiler.deploy.gguf_early import for_gguf
 from spacompiler.deploy.gguf_file import paired, write_gguf
 from spacompiler.deploy.gguf_table import ROWS
 from spacompiler.errors import SpaError, UsageError
+from spacompiler.request.recipe import Recipe
 
 SMALL = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -199,3 +203,23 @@ def test_a_compile_for_a_runtime_takes_its_widths_and_writes_its_file(tmp_path):
     assert result.report["gguf"]["type"] == "q8_0"
     assert not (tmp_path / "o" / "model.onnx").exists()
     assert fields(tmp_path / "o" / "model.gguf")["tokenizer.ggml.model"] == "no_vocab"
+
+
+@pytest.mark.parametrize("kind, given, made", [
+    ("gpt2", {}, {"roles": ("channel",), "layout": "uniform"}),
+    ("olmo2", {}, {"layout": "uniform"}), ("olmo2", {"layout": "any"}, {}), ("llama", {}, {})])
+def test_a_plan_is_such_as_the_graph_can_hold(kind, given, made):
+    asked, notes = Recipe("body=60%", gguf="f32", **given), []
+    found = for_gguf(asked, tiny(kind), notes)
+    assert found == dataclasses.replace(asked, **made) and len(notes) == len(made)
+
+
+@pytest.mark.parametrize("kind, given, entries, words", [
+    ("gpt2", {"roles": ("head",)}, {}, "head cannot go with --gguf.*--role channel"),
+    ("olmo2", {"layout": "per-layer"}, {}, "unequal width.*sizes all layers alike"),
+    ("mistral", {}, {"sliding_window": 8}, "sliding_window=8"),
+    ("llama", {}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+     "rope_parameters")])
+def test_what_no_plan_makes_writable_is_said_before_one_is_made(kind, given, entries, words):
+    with pytest.raises(SpaError, match=f"(?s){words}"):
+        for_gguf(Recipe("body=60%", gguf="f32", **given), tiny(kind, **entries), [])

@@ -9,12 +9,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5Model
 
 import spacompiler
 from spacompiler.artifact.load import load
 from spacompiler.deploy import runs
 from spacompiler.deploy.export import Form, export_onnx
-from spacompiler.errors import ProofError, SpaError
+from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.request.recipe import Recipe
 from spacompiler.runtime.decoder import Decoder
 from spacompiler.runtime.session import open_session, run_session
@@ -122,7 +123,12 @@ def test_a_runtime_that_fails_is_an_error_of_one_line(there, tmp_path):
 
 
 def test_language_models_have_their_cache_where_a_runtime_wants_one():
-    from spacompiler.api import with_cache
+    from spacompiler.deploy.cached import with_cache
 
     recipe = Recipe("body=60%", runtime="optimum")
     assert with_cache(recipe, nn.Linear(2, 2)) == recipe
+    t5 = T5Model(T5Config(vocab_size=4, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2))
+    for name in ("optimum", "genai", "transformers.js"):
+        with pytest.raises(UsageError, match="cannot hold an encoder-decoder"):
+            with_cache(Recipe("body=60%", runtime=name), t5)
+    assert not with_cache(Recipe("body=60%", runtime="vllm"), t5).decoder

@@ -8,6 +8,7 @@ from torch import nn
 
 import spacompiler
 from spacompiler.errors import ControlError, ProofError, SpaError, UsageError
+from spacompiler.request.recipe import Recipe
 from spacompiler.trials import low_rank
 from spacompiler.trials.low_rank import Spectrum, ranks
 
@@ -106,8 +107,17 @@ def test_a_wrong_product_is_caught(net, monkeypatch, broken, error):
     ({"low_rank": ("mid",)}, UsageError, "cannot read low rank"),
     ({"low_rank": ("middle=50%",)}, UsageError, "matches no linear layer"),
     ({"low_rank": ("mid=50%",), "modules": ("mid",)}, UsageError, "with modules"),
-    ({"low_rank": ("mid=2%",)}, SpaError, "one rank"),
-    ({"low_rank": ("mid=50%",), "layout": "uniform"}, UsageError, "cannot say products")])
+    ({"low_rank": ("mid=2%",)}, SpaError, "one rank")])
 def test_what_cannot_be_done_is_said(net, given, error, words):
     with pytest.raises(error, match=words):
         spacompiler.compile(net, (X[:6],), target="params=95%", onnx=False, **OPTIONS, **given)
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"runtime": "vllm"}, "uniform layout.*--for vllm asks for it.*without --for"),
+    ({"runtime": "llama.cpp-q8"}, "GGUF.*--for llama.cpp-q8 asks.*without --for"),
+    ({"layout": "per-layer"}, "per-layer layout.*use --layout any"),
+    ({"gguf": "f16"}, "GGUF.*leave gguf out")])
+def test_what_cannot_hold_products_is_said_before_a_model_is_read(given, words):
+    with pytest.raises(UsageError, match=f"(?s){words}"):
+        Recipe("params=95%", low_rank=("mid=50%",), **given)
