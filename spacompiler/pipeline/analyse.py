@@ -71,6 +71,8 @@ def trace_whole_or_parts(ask: Request, subject: Subject) -> tuple[Request, Subje
             raise
         ask.notes.append(f"{problem.what}: {problem.why} in {problem.where}")
         ask, subject = _entered(ask, subject, found)
+        if ask.recipe.int8 or ask.recipe.decoder:
+            ask.notes.append("parts have no model.onnx: --int8 and --decoder are left out")
         traced = subject.backend.trace(subject.model, subject.inputs)
     return ask, subject, _to_compute(ask, traced)
 

@@ -11,7 +11,7 @@ spacompiler.errors.UsageError: recover_samples has nothing to act on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
 
@@ -25,7 +25,8 @@ class Need(NamedTuple):
 
 
 _TRAINING = Need("recovery", "nothing is trained without recovery", "--recover lora")
-_FILE = Need("onnx", "it is about model.onnx, which --no-onnx leaves out", "--onnx")
+_FILE = Need("onnx", "it is about model.onnx, which --no-onnx leaves out and parts (--module) "
+             "have none of", "--onnx, without --module")
 NEEDS: Mapping[str, Need] = {
     "recover_data": _TRAINING,
     "recover_samples": _TRAINING,
@@ -33,6 +34,7 @@ NEEDS: Mapping[str, Need] = {
     "checkpoint": _TRAINING,
     "decoder": _FILE,
     "int8": _FILE,
+    "opset": _FILE,
     "int8_bits": Need("int8", "no int8 weights are written without int8", "--int8"),
     "keep_adapter": Need("adapters", "there is no adapter to keep", "--adapter DIR"),
 }
@@ -43,6 +45,8 @@ def check_needs(values: Mapping[str, object], defaults: Mapping[str, object]) ->
 
     `values` hold the options that are needed too; what they lack is not looked at.
     """
+    if values.get("modules"):
+        values = {**values, "onnx": False}
     for name, need in NEEDS.items():
         if name not in values or need.option not in values:
             continue
@@ -50,6 +54,15 @@ def check_needs(values: Mapping[str, object], defaults: Mapping[str, object]) ->
         if value is not default and value != default and not values[need.option]:
             raise UsageError(f"{name} has nothing to act on", why=need.why,
                              fix=f"give {need.give}, or leave {name} out")
+
+
+def unexported(names: Mapping[str, object]) -> dict[str, Any]:
+    """Return what replaces options so that no model.onnx is asked for, nor what acts through it.
+
+    `names` are options with their defaults.
+    """
+    about = [name for name, need in NEEDS.items() if need.option in ("onnx", "int8")]
+    return {"onnx": False, "latency": False, **{name: names[name] for name in about}}
 
 
 EXPORTED: Mapping[str, str] = {

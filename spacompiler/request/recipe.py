@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from .blocks import check_blocks
 from .combinations import check_combination
 from .devices import check_device
 from .low_rank import check_low_rank, check_low_rank_beside
-from .needs import check_needs
+from .needs import check_needs, unexported
 from .options import (
     ADAPTERS,
     CHECKS,
@@ -38,7 +38,7 @@ from .options import (
     required,
     spoken,
 )
-from .profiles import settled
+from .profiles import profile, settled
 from .targets import parse_targets
 from .wishes import check_wishes
 
@@ -289,6 +289,11 @@ class Recipe(Options):
                 "hashes": [h for h in values.get("hashes", ())
                            if re.split("[.=]", h)[0] not in given]}
         return {**values, **kept, **given}
+
+    def unexported(self) -> Self:
+        """Return the recipe without model.onnx, what acts through it, and who is to run it."""
+        return replace(self, **unexported({e.name: e.default for e in known(type(self))}),
+                       runtime="", lanes=self.lanes or profile(self.runtime).lanes or None)
 
     def __post_init__(self) -> None:
         parse_targets(self.target)

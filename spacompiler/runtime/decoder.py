@@ -105,6 +105,10 @@ class Decoder:
             raise UsageError("tokens, mask and cache do not fit",
                              why=f"tokens {tokens.shape}, mask {new.shape}, "
                                  f"{len(cache.mask)} rows in the cache")
+        if "attention_mask" not in self._takes and not new.all():
+            raise UsageError("this decoder does not know of padding",
+                             why="its file takes no attention_mask",
+                             fix="give rows of equal length, without a mask")
         whole = np.concatenate([cache.mask, new], axis=1)
         positions = np.maximum(np.cumsum(whole, axis=1) - 1, 0)[:, cache.length:]
         given = {"input_ids": tokens, "attention_mask": whole, "position_ids": positions}

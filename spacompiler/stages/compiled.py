@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Compiled:
     def recipe(self) -> Recipe:
         """What was asked for; parts of a network have no ONNX file."""
         if self.emitted is not None and self.subject.parts:
-            return replace(self.ask.recipe, onnx=False, latency=False)
+            return self.ask.recipe.unexported()
         return self.ask.recipe
 
     @property

@@ -134,8 +134,7 @@ def _cheapest(ask: Request, subject: Subject, known: Sequence[str],
         chosen = order(ask, subject.model, known, count, chosen)
         ask.tell(f"trying without {count} blocks", 0, 1)
         one = replace(ask, notes=[], recovery=None, recipe=replace(
-            ask.recipe, blocks="", prove=False, onnx=False, latency=False, recovery="", int8=False,
-            decoder=False))
+            ask.recipe.unexported(), blocks="", prove=False, recovery=""))
         shorter = replace(subject, owned=False)
         try:
             if count:

@@ -87,6 +87,8 @@ def test_what_was_encoded_is_read_once(written: Any) -> None:
     runner.read(**{name: value[:1].numpy() for name, value in example.items()})
     with pytest.raises(UsageError, match="2 rows of tokens, 1 rows encoded"):
         runner.generate([[0], [0]], 4)
+    with pytest.raises(UsageError, match="does not know of padding"):
+        runner.generate([[0, 5]], 4, mask=[[0, 1]])
     inputs = {i.name for i in onnx.load(folder / "decoder.onnx").graph.input}
     assert inputs >= {"cross.0.key", "past_key_values.0.key"} and "encoded" not in inputs
     start = torch.zeros(1, 1, dtype=torch.long)

@@ -22,9 +22,11 @@ ALONE: dict[str, dict[str, Any]] = {
     "recover_data": {"recover_data": "text.txt"}, "recover_samples": {"recover_samples": 8},
     "recover_batch": {"recover_batch": 8}, "checkpoint": {"checkpoint": "place"},
     "decoder": {"decoder": True, "onnx": False}, "int8": {"int8": True, "onnx": False},
-    "int8_bits": {"int8_bits": 8}, "keep_adapter": {"keep_adapter": True},
+    "opset": {"opset": 18, "onnx": False}, "int8_bits": {"int8_bits": 8},
+    "keep_adapter": {"keep_adapter": True},
 }
-FLAGS = {"decoder": ["--decoder", "--no-onnx"], "int8": ["--int8", "--no-onnx"],
+FLAGS = {"decoder": ["--decoder", "--no-onnx"], "int8": ["--int8", "--module", "0"],
+         "opset": ["--opset", "18", "--no-onnx"],
          "keep_adapter": ["--keep-adapter"]}
 
 
@@ -49,6 +51,15 @@ def test_an_option_without_what_it_needs_is_refused_on_the_command_line(name: st
                                     *flags])
     assert done.exit_code == 2 and f"{name} has nothing to act on" in done.stderr
     assert NEEDS[name].give in done.stderr
+
+
+def test_a_recipe_without_its_files_is_one() -> None:
+    """Trials of blocks, and parts that were entered because the whole cannot be traced."""
+    asked = Recipe("body=60%", int8=True, int8_bits=8, decoder=True, opset=18)
+    assert asked.unexported() == Recipe("body=60%", onnx=False, latency=False)
+    there = Recipe("body=60%", runtime="genai").unexported()
+    assert (there.decoder, there.onnx, there.layout) == (False, False, "uniform")
+    assert Recipe("body=60%", runtime="openvino").unexported().lanes == 16
 
 
 def test_batches_to_train_on_need_a_training() -> None:
