@@ -23,6 +23,24 @@ Made by `python docs/make_options.py` from the fields of `Recipe` and `Errand` i
 `spacompiler/request/recipe.py`, where each is written once: the command line, the keywords of
 `spacompiler.compile` and the entries of [a recipe](recipes/README.md) (keys as in Python, and
 [a schema](recipe.schema.json) for editors) follow from there.
+
+**Patterns** (`--only`, `--ignore`, `--keep`, `--low-rank`) are a shell's, and match
+whole names: `*` is any text, dots included, `?` one character, `[0-3]` one of these; put quotes
+around them. Names are those of parameters (`model.layers.0.mlp.up_proj.weight`) and of groups,
+which are called by their first dimension (`model.layers.0.mlp.gate_proj.weight:0`); `inspect`
+lists the groups, `inspect --full` the parameters in each. `--ignore` and `--keep` take every
+group that has a parameter of such a name, `--only` those of which all parameters match;
+`--low-rank` goes by layers (`model.layers.0.mlp.up_proj`). A pattern that matches nothing is an
+error.
+
+| pattern | what it means |
+|---|---|
+| `--ignore '*.layers.1.*'` | layer 1 stays as it is (`'*layers.1*'` would be 10 to 19, too) |
+| `--ignore 'lm_head.*' --ignore '*embed*'` | several: each counts |
+| `--only '*mlp*'` | nothing but MLPs goes |
+| `--keep '*.mlp.*=50%' --keep '*.attn.*>=70%'` | half of each MLP, 70% of attention at least |
+| `--keep '*=x32'` | all widths are multiples of 32 |
+| `--keep '*.layers.[0-3].*=100%'` | layers 0 to 3 stay whole |
 """
 
 

@@ -203,7 +203,8 @@ def _compiled(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
     if errand.out is not None:
         check_out(errand.out, work=errand.work, checkpoint=errand.checkpoint)
     ask, subject = _prepared(model, inputs, recipe, given, errand, writes=out is not None)
-    ask.tell(estimate.check(ask, subject, out), 0, len(STAGES))
+    if said := estimate.check(ask, subject, out):
+        ask.tell(said, 0, len(STAGES))
     if out is not None:
         subject = replace(subject, room=_room(ask, subject, out))
     result = Result(run(ask, subject, dry_run=errand.dry_run,

@@ -24,17 +24,24 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     start = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert 'href="tasks/language-model.html"' in start and "CONTRIBUTING.html" in start
+    assert 'href="notebooks/first-compile.html"' in start
     assert "target" in (tmp_path / "reference.html").read_text(encoding="utf-8")
+    page = (tmp_path / "notebooks" / "first-compile.html").read_text(encoding="utf-8")
+    assert "<th>pruned</th>" in page and "<circle" in page and 'href="../concepts.html"' in page
     for page in tmp_path.rglob("*.html"):
         fetched = FETCHED.findall(page.read_text(encoding="utf-8"))
         assert not fetched, (page, fetched)
 
 
 def test_every_page_stands_in_the_site() -> None:
-    """A page that the navigation leaves out fails the build; those that it names are there."""
+    """A page that the navigation leaves out fails the build; those that it names are there.
+
+    A notebook is a page, too.
+    """
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w/-]+\.md", text[text.index("\nnav:"):]))
-    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    pages = {str(p.relative_to(ROOT / "docs").with_suffix(".md"))
+             for kind in ("md", "ipynb") for p in (ROOT / "docs").rglob(f"*.{kind}")}
     assert {p for p in pages if not p.startswith("adr/0")} <= named
 
 

@@ -113,8 +113,8 @@ def _shapes(folder: Path, dense: nn.Module,
 
 
 def _onnx(folder: Path) -> nn.Module:
+    from ..onnx_backend.module import OnnxModule
     from ..onnx_backend.read.file import check_finite, open_model
-    from .onnx_module import OnnxModule
 
     check_finite(open_model(folder / "model.onnx"), str(folder))
     return OnnxModule(folder / "model.onnx")

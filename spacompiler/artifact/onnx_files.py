@@ -19,9 +19,9 @@ from ..onnx_backend.read import valid as onnx_valid
 from ..onnx_backend.read.examples import example, sizes
 from ..onnx_backend.read.file import OnnxFile
 from ..onnx_backend.read.lower import trace
-from ..onnx_backend.read.shapes import sizes_of
 from ..onnx_backend.read.trace import OnnxTrace
 from ..onnx_backend.run.session import results
+from ..onnx_backend.save import save
 from ..rows.onnx_table import OPS, TABLE
 from ..runtime.latency import compare_latency
 from ..runtime.session import open_session, run_session
@@ -33,7 +33,6 @@ from ..store.arrays import save_check
 from ..store.folder import write_json
 from .measured import measured
 
-EXTERNAL_BYTES = 2**30
 LATENCY_BYTES = 2**29
 
 
@@ -76,31 +75,6 @@ def _beside(job: Compiled, source: Path, folder: Path) -> dict[str, Any]:
         job.notes.append(f"{', '.join(sized)} went along as it lay beside the file: sizes of "
                          "layers in it are those of the dense model")
     return found.as_dict()
-
-
-def save(model: ir.Model, path: Path) -> int:
-    """Save a model, large ones with external data beside it; return the bytes of weights."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values()
-               if v.const_value is not None)
-    large = size > EXTERNAL_BYTES
-    ir.save(model if large else _gathered(model), path,
-            external_data=f"{path.name}.data" if large else None)
-    return size
-
-
-def _gathered(model: ir.Model) -> ir.Model:
-    """Return the model with arrays that lie in other files read into it when it is written."""
-    found = model.clone()
-    for value in found.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = _read(tensor)
-    return found
-
-
-def _read(tensor: ir.ExternalTensor) -> ir.LazyTensor:
-    return ir.LazyTensor(lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name),
-                         dtype=tensor.dtype, shape=ir.Shape(sizes_of(tensor)), name=tensor.name)
 
 
 def full_check(path: Path) -> None:

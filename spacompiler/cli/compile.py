@@ -14,14 +14,14 @@ from ..request.options import MAIN, known
 from ..request.recipe import Errand, Recipe
 from ..system.launched import launched
 from .console import errors, progress
-from .options import AsJson, ModelOrNone, asked, taking
+from .options import AsJson, ModelOrNone, Telling, asked, taking
 
 Saved = Annotated[Path | None, typer.Option(
     "--recipe", metavar="FILE", rich_help_panel=MAIN,
     help="A recipe in YAML, of which the options that are given replace parts.")]
 
 
-@taking(Recipe, Errand)
+@taking(Recipe, Errand, Telling)
 def compile(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = False,
             **given: object) -> None:
     """Prune MODEL to a target and write a smaller model that is proved right."""
@@ -39,7 +39,7 @@ def compile(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = F
         from .. import api
         from ..artifact import report
 
-        with progress(speaks) as tick:
+        with progress(speaks, **asked(Telling, given)) as tick:
             result = api.compile(model or wanted, recipe=wanted, progress=tick, **errand)
         if not speaks:
             return
@@ -86,7 +86,7 @@ def check_early(recipe: Recipe, out: Path | None) -> None:
 def _print_compiled(data: Mapping[str, Any], out: Path | None) -> None:
     from rich.console import Console
 
-    from ..artifact.report import deployed
+    from ..artifact.report import deployed, loading
     from .tables import compiled
 
     console = Console(soft_wrap=True)
@@ -99,7 +99,13 @@ def _print_compiled(data: Mapping[str, Any], out: Path | None) -> None:
         console.print(f"{check}: {result}", highlight=False, markup=False)
     for note in data["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"written to {out}" if out else "dry run: nothing written", markup=False)
+    if out is None:
+        console.print("dry run: nothing written")
+        return
+    console.print(f"written to {out}, layout {data['layout']}; to load it:", markup=False)
+    lines = loading(data).replace("DIR", str(out)).splitlines()
+    console.print("\n".join(f"    {line}" for line in lines if line), highlight=False,
+                  markup=False)
 
 
 def lift(

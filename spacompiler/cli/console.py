@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -20,6 +20,7 @@ from ..errors import SpaError, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+Tick = Callable[[str, int, int], None]
 EVERY = 10.0
 """Seconds between two lines on how far one stage has come."""
 PIPE = 200
@@ -77,23 +78,43 @@ def _of_the_system(problem: OSError) -> SpaError:
 
 
 @contextmanager
-def progress(speaks: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; plain lines where stderr is no terminal.
+def progress(speaks: bool = True, quiet: bool = False,
+             log_file: Path | None = None) -> Iterator[Tick]:
+    """A progress bar on stderr; plain lines where stderr is no terminal, and in a log.
 
-    Nothing where another process speaks for this one.
+    Nothing where another process speaks for this one. Raises OSError for a log that cannot be
+    written.
     """
     from ..system.process import at_level, no_warnings
 
-    with no_warnings(), at_level(_UNEQUAL, logging.ERROR):
-        if not speaks:
-            yield lambda stage, done, total: None
-            return
-        with _lines_or_bar() as tick:
-            yield tick
+    with no_warnings(), at_level(_UNEQUAL, logging.ERROR), \
+            _lines_or_bar(speaks and not quiet) as shown, \
+            _logged(log_file if speaks else None) as logged:
+        def tick(stage: str, done: int, total: int) -> None:
+            shown(stage, done, total)
+            logged(stage, done, total)
+
+        yield tick
 
 
 @contextmanager
-def _lines_or_bar() -> Iterator[Callable[[str, int, int], None]]:
+def _logged(place: Path | None) -> Iterator[Tick]:
+    if place is None:
+        yield _silent
+        return
+    with place.open("a", encoding="utf-8") as to:
+        yield Lines(to=to)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@contextmanager
+def _lines_or_bar(speaks: bool) -> Iterator[Tick]:
+    if not speaks:
+        yield _silent
+        return
     if not sys.stderr.isatty():
         yield Lines()
         return
@@ -104,10 +125,13 @@ def _lines_or_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Lines:
-    """Progress as lines: each stage once, and what a stage says of its pace now and then."""
+    """Progress as lines: each stage once, and what a stage says of its pace now and then.
 
-    def __init__(self, every: float = EVERY) -> None:
-        self._every, self._last, self._said = every, "", 0.0
+    On stderr, or with the time of the day in a file.
+    """
+
+    def __init__(self, every: float = EVERY, to: TextIO | None = None) -> None:
+        self._every, self._last, self._said, self._to = every, "", 0.0, to
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Print a line unless the same stage has had one a short while ago."""
@@ -116,4 +140,6 @@ class Lines:
             return
         self._last, self._said = word, now
         paced = word in ("calibrating", "training")
-        print(f"… {stage}" + (f" {done}/{total}" if paced else ""), file=sys.stderr, flush=True)
+        start = "…" if self._to is None else time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{start} {stage}" + (f" {done}/{total}" if paced else ""),
+              file=self._to or sys.stderr, flush=True)

@@ -79,10 +79,11 @@ def table(solution: Solution) -> Table:
 def diagnosed(found: Diagnosis) -> Iterator[Table]:
     """Yield tables of groups (repeated layers stay apart) and of attentions."""
     cells = [(g.group, str(g.size), "-" if g.silent is None else str(g.silent),
-              "-" if g.zeros is None else f"{g.zeros:.1%}", f"{g.pq:.3f}", f"{g.spare:.1%}")
+              "-" if g.zeros is None else f"{g.zeros:.1%}", f"{g.pq:.1%}")
              for g in found.groups]
-    yield make_table(("group", "slices", "silent", "zeros", "PQ index", "may go by it"), cells,
-                     f"{found.batches} batches; {found.dead:.1%} of all reads are zero")
+    yield make_table(("group", "slices", "silent", "zeros", "uneven (PQ index)"), cells,
+                     f"{found.batches} batch{'es' * (found.batches != 1)}; {found.dead:.1%} of all "
+                     "reads are zero")
     if found.attentions:
         yield make_table(("attention", "largest query", "largest key", "root of log length"), [
             (a.node, f"{a.queries:.3g}", f"{a.keys:.3g}", f"{a.bound:.3g}")

@@ -214,8 +214,9 @@ def passes(
 ) -> None:
     """List the installed passes, or tell when to use one and what it needs."""
     with errors(as_json):
-        found = [w for w in _passes(name) if set(tag or ()) <= set(w.tags)]
-        _check_tags(tag or (), {t for w in found for t in w.tags})
+        named = _passes(name)
+        found = [w for w in named if set(tag or ()) <= set(w.tags)]
+        _check_tags(tag or (), named, found)
         if as_json:
             print(json.dumps([
                 {"kind": w.kind, "name": w.name, "options": ", ".join(w.options),
@@ -244,15 +245,23 @@ def _passes(name: str | None) -> list[Words]:
     return [pass_words.words(kind, e) for kind, e in entries]
 
 
-def _check_tags(asked: Sequence[str], found: set[str]) -> None:
-    """Raise UsageError for a tag that there is not, or several that no pass has together."""
+def _check_tags(asked: Sequence[str], named: Sequence[Words], found: Sequence[Words]) -> None:
+    """Raise UsageError for a tag that there is not, or that no pass of those named has."""
     from .pass_tags import known
 
+    there = {*known(), *(t for w in found for t in w.tags)}
     for word in asked:
-        if word not in {*known(), *found}:
+        if word not in there:
             raise UsageError(f"there is no tag {word!r}", fix=did_you_mean(word, known()))
-    if asked and not found:
-        raise UsageError(f"no pass is tagged {' and '.join(asked)}", fix="ask for fewer at once")
+    if not asked or found:
+        return
+    said = " and ".join(asked)
+    if len({w.name for w in named}) == 1:
+        own = ", ".join(sorted({t for w in named for t in w.tags}))
+        raise UsageError(f"{named[0].name} is not tagged {said}", why=f"its tags are {own}",
+                         fix=f"list what is: passes {' '.join(f'--tag {t}' for t in asked)}")
+    raise UsageError(f"no pass is tagged {said}", fix="ask for fewer at once"
+                     if len(asked) > 1 else "passes NAME shows the tags that a pass has")
 
 
 def _of_pass(words: Words) -> list[str]:

@@ -18,7 +18,7 @@ from .look import bench, inspect, passes, verify
 from .options import Panels
 from .sweep import sweep
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 for command in (compile, sweep, lift, inspect, verify, bench, passes):
     app.command(cls=Panels)(command)

@@ -5,24 +5,47 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from ..errors import UsageError
-from ..request.options import MAIN, PANELS, Known, Options, spoken
+from ..request.options import MAIN, PANELS, Known, Options, option, spoken
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
+
+def _models(typed: str) -> list[str]:
+    """What a shell may complete MODEL to: the zoo's names; files and folders it knows itself."""
+    from ..models_zoo import names
+
+    return [f"zoo:{name}" for name in names() if f"zoo:{name}".startswith(typed)]
+
+
 _MODEL = typer.Argument(
-    metavar="MODEL", help="zoo:NAME, a transformers directory or hub id, an .onnx file, or "
-                          "package.module:factory (returns module, example inputs)")
+    metavar="MODEL", autocompletion=_models,
+    help="zoo:NAME, a transformers directory or hub id, an .onnx file, or package.module:factory "
+         "(returns module, example inputs)")
 Model = Annotated[str, _MODEL]
 ModelOrNone = Annotated[str | None, _MODEL]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@dataclass(frozen=True)
+class Telling(Options):
+    """What is said while the work goes on."""
+
+    quiet: bool = option(False, MAIN, "Say nothing on stderr but errors.")
+    log_file: Path | None = option(
+        None, MAIN, "Write how far the work has come to this file, too: a line a step, with the "
+        "time.", metavar="FILE")
+
+
 _TYPES: Mapping[object, object] = {
     tuple[str, ...]: list[str] | None, tuple[int, ...]: list[int] | None}
 """What typer calls the types of lists."""
@@ -56,7 +79,15 @@ def _parameter(entry: Known) -> inspect.Parameter:
         entry.name, inspect.Parameter.KEYWORD_ONLY, default=default,
         annotation=Annotated[_TYPES.get(entry.type, entry.type), typer.Option(
             entry.flag, help=about.help, metavar=about.metavar or None,
+            autocompletion=partial(_passes, about.passes) if about.passes else None,
             rich_help_panel=about.panel)])
+
+
+def _passes(kind: str, incomplete: str) -> list[str]:
+    """What a shell may complete the name of a pass to."""
+    from ..request.registry import available
+
+    return [e.name for of, e in available() if of == kind and e.name.startswith(incomplete)]
 
 
 def asked(table: type[Options], given: Mapping[str, object]) -> dict[str, Any]:

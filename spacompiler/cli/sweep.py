@@ -17,7 +17,7 @@ from ..request.recipe import Recipe, Trusting
 from ..system.launched import launched
 from .compile import Saved
 from .console import errors, progress, show
-from .options import AsJson, ModelOrNone, asked, taking
+from .options import AsJson, ModelOrNone, Telling, asked, taking
 
 
 def _check_allow(allow: float) -> None:
@@ -44,7 +44,7 @@ class Sizes(Options):
         flag="--out", metavar="DIR")
 
 
-@taking(Recipe, Sizes, Trusting)
+@taking(Recipe, Sizes, Trusting, Telling)
 def sweep(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = False,
           **given: object) -> None:
     """Try several sizes of MODEL, traced and scored once, and say which one to take."""
@@ -70,7 +70,7 @@ def sweep(model: ModelOrNone = None, recipe: Saved = None, as_json: AsJson = Fal
         base: dict[str, Any] = {} if recipe is None else {"recipe": Recipe.read(
             recipe, target=f"{wanted.metric}~{shares[0]:.6g}",
             **({"model": model} if model else {}))}
-        with progress() as tick:
+        with progress(**asked(Telling, given)) as tick:
             found = api.sweep(model or base["recipe"], sizes=shares, metric=wanted.metric,
                               evaluate=judge, allow=wanted.allow, latency=wanted.timed,
                               progress=tick, **base, **words, **asked(Trusting, given))

@@ -50,6 +50,10 @@ def spare(values: np.ndarray, p: float = SPREAD, q: float = SUM) -> float:
     """Return the share of d numbers that may go while the rest holds the whole of their q-norm.
 
     1 - r/d, r = d (1 - I)^(pq / (q - p)): the bound of the same paper without a loss (eta = 0).
+    At the powers that are used here it is the index itself.
+
+    >>> spare(np.array([2.0, 1.0])) == pq_index(np.array([2.0, 1.0]))
+    True
     """
     return float(1 - (1 - pq_index(values, p, q)) ** (p * q / (q - p)))
 
@@ -57,8 +61,8 @@ def spare(values: np.ndarray, p: float = SPREAD, q: float = SUM) -> float:
 @dataclass(frozen=True)
 class OfGroup:
     """One group: `silent` slices that are read as zero at every sample, `zeros` the share of
-    reads that are zero (None where no consumer multiplies them by weights), the PQ index of the
-    norms of its slices, and the share that may go by it."""
+    reads that are zero (None where no consumer multiplies them by weights), and the PQ index of
+    the norms of its slices, which is the share that may go by the bound of its paper, too."""
 
     group: str
     role: str
@@ -66,7 +70,6 @@ class OfGroup:
     silent: int | None
     zeros: float | None
     pq: float
-    spare: float
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,7 @@ def _of_group(context: Scores, group: Group) -> OfGroup:
         reads = torch.stack([v.onto(torch.full_like(v.zeros.value, v.zeros.count))
                              for v in views]).sum()
         silent, share = int((seen == 0).sum()), float(1 - seen.sum() / reads)
-    return OfGroup(group.name, group.role, group.size, silent, share, pq_index(norms),
-                   spare(norms))
+    return OfGroup(group.name, group.role, group.size, silent, share, pq_index(norms))
 
 
 def _norms(context: Scores, group: Group) -> np.ndarray:
@@ -179,5 +181,5 @@ def of_scores(groups: Iterable[Group], scores: Mapping[str, np.ndarray]) -> list
     `zero` counts slices whose score is zero: nothing that was measured depends on them.
     """
     return [{"group": g.name, "slices": g.size, "zero": int((scores[g.name] == 0).sum()),
-             "pq": round(pq_index(scores[g.name]), 4), "spare": round(spare(scores[g.name]), 4)}
+             "pq": round(pq_index(scores[g.name]), 4)}
             for g in groups if g.name in scores]

@@ -54,7 +54,7 @@ class Group:
         return (*(o.size for o in self.outers), self.size)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Solution:
     """A graph with its axes solved and its groups named."""
 
@@ -91,6 +91,11 @@ class Solution:
                 graph.add_node(str(member), kind="dimension")
                 graph.add_edge(name, str(member), role=member.role)
         return graph
+
+    def __repr__(self) -> str:
+        """A line on how much there is; the whole is what `print` shows."""
+        return (f"<Solution: {len(self.groups)} groups over {len(self.weights())} arrays; print it "
+                "for all>")
 
     def __str__(self) -> str:
         """One line per group and per frozen array: what golden tests hold."""

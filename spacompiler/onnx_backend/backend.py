@@ -12,6 +12,7 @@ from ..stages.records import Decided, Emitted, Subject, Traced
 from . import prove as onnx_proof
 from .biases import unbiased, with_biases
 from .emit import rewrite
+from .module import opened
 from .read.file import OnnxFile, check_finite, checked_feed
 from .read.lower import trace
 from .read.trace import OnnxTrace
@@ -62,4 +63,4 @@ def prove(file: OnnxFile, decided: Decided, seed: int) -> Proof:
 BACKEND = Backend(
     kind="onnx", check=check, trace=analyse, context=fresh_context,
     digest=lambda file: file.digest, prove=prove, emit=emit,
-    add_biases=add_biases)
+    module=opened, add_biases=add_biases)

@@ -27,6 +27,8 @@ from ..system import available
 
 SURE = 0.8
 """Share of an estimate that must be there: what is refused is not a matter of rounding."""
+SMALL = 100e6
+"""Bytes of memory and disk below which there is nothing to say."""
 GGUF = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07, "q5_1": 0.75, "q5_0": 0.69,
         "q4_1": 0.63, "q4_0": 0.57}
 """Bytes a weight in a GGUF file."""
@@ -143,7 +145,7 @@ def _tokens(ask: Request) -> tuple[int, int]:
 
 
 def check(ask: Request, subject: Subject, out: Path | None) -> str:
-    """Return one line on what a compile needs and what there is.
+    """Return one line on what a compile needs and what there is, "" where it is a small one.
 
     Raises SpaError, with the options that would fit, where something is too little.
     """
@@ -157,6 +159,8 @@ def check(ask: Request, subject: Subject, out: Path | None) -> str:
                        why="; ".join(missing),
                        fix=f"this would fit: {', or '.join(fits[:3])}" if fits else
                        "a larger machine, or another place for --out and TMPDIR")
+    if max(wanted.memory(), wanted.disk()) < SMALL:
+        return ""
     there = ["" if have is None else f" (of {_size(have)})" for have in free]
     return (f"needs about {_size(wanted.memory())} of memory{there[0]}"
             + (f", {_size(wanted.disk())} of disk{there[1]}" if wanted.writes else "")

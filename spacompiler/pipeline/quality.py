@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
-from ..evidence.losses import distance, first_floating
+from ..evidence.losses import default_loss, distance, first_floating
 from ..stages.records import Emitted, Request
+from ..system.staging import Scratch
 from ..torch_backend.gather.heads import OWN, Fitting, fitting
 from ..torch_backend.weights import called
 from ..train.there import there
@@ -33,14 +34,22 @@ def judge(ask: Request, emitted: Emitted) -> dict[str, Any]:
     divergence (or half a squared error) from the dense network. Held-out batches where there are
     some, else the last one that was calibrated on, and `data` says so.
     """
+    with Scratch() as folder:
+        return _judged(ask, emitted, *(emitted.subject.backend.module(model, folder) for model in (
+            emitted.subject.reference, emitted.model)))
+
+
+def _judged(ask: Request, emitted: Emitted, dense: nn.Module, pruned: nn.Module) -> dict[str, Any]:
     batches, data = _data(ask)
-    dense: nn.Module = emitted.subject.reference
+    call = (emitted.decided.trace.args, emitted.decided.trace.kwargs)
     loss = ask.loss
-    if isinstance(loss, Fitting):
-        call = (emitted.decided.trace.args, emitted.decided.trace.kwargs)
+    if loss is default_loss:  # a file: its head is looked for among what it computes
+        loss = fitting(dense, call)
+    elif isinstance(loss, Fitting):
         loss = fitting(dense, call) if loss.parts_only else Fitting(loss.module, loss.call)
-    with there(dense, ask.where), there(emitted.model, ask.where):
-        found = [_compared(dense, emitted.model, loss, ask.where.of(batch)) for batch in batches]
+    with there(dense, ask.where), there(pruned, ask.where):
+        found = [_compared(dense, pruned, loss, ask.where.of(batch if any(batch) else call))
+                 for batch in batches]
     mean = {key: sum(f[key] for f in found) / len(found) for key in found[0]}
     return {"data": data, "agreement": mean["agreement"], "divergence": mean["divergence"],
             **_losses(ask, loss, mean)}

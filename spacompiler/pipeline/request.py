@@ -148,6 +148,9 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     carries), or None: the first of own, python (where there is a tokenizer) and none that there is.
     """
     _check_named(what)
+    if what == "own" and own is None:
+        raise UsageError("the model brings no data of its own", where="calibration own",
+                         fix="give a file, batches, or leave calibration out")
     ordered = list[bool]()
 
     def order() -> Order | None:
@@ -179,7 +182,7 @@ def _resolved(what: Data, inputs: Inputs, module: nn.Module, windows: Windows,
         return reader.read(lambda length: from_string(
             python_text(), tokenizer, origin=PYTHON_TEXT, order=order(),
             **windows.drawn(length=length)), windows.length)
-    if what in (None, "own", "none"):
+    if what in (None, "none"):
         return Calibration(ORIGINS["none"], [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
         return from_arrays(Path(what), windows.samples)
@@ -214,9 +217,6 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
                  given: Given | None = None) -> tuple[Request, Subject]:
     """Resolve passes and calibration data; raises before anything is computed."""
     given = given or Given()
-    if given.calibration == "own" and given.own is None:
-        raise UsageError("the model brings no data of its own", where="calibration own",
-                         fix="give a file, batches, or leave calibration out")
     scorer = registry.find("importance", defaults.importance_for(
         model, given.asked(recipe, "importance"), given.calibration, recipe.effort))
     schedule, mends = given.asked(recipe, "schedule"), given.asked(recipe, "repair")
@@ -224,7 +224,8 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
     needs = bool(scorer.needs) or trains is not None or mends not in ("auto", "none") \
         or bool(recipe.blocks or recipe.low_rank)
     inputs = as_example(model, inputs)
-    batches = resolve(given.calibration, inputs, model,
+    unread = not needs and given.calibration == "own" and given.own is not None
+    batches = resolve("none" if unread else given.calibration, inputs, model,
                       Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed,
                               recipe.choice),
                       tokenizer=given.tokenizer, own=given.own if needs else None)

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from torch import nn
 
 from ..adapters import keeping
+from ..adapters.merging import is_adapted
 from ..errors import SpaError
 from ..evidence.where import enough_memory, runs_out
 from ..stages.compiled import Compiled
@@ -35,6 +36,7 @@ HELPING = STAGES[:STAGES.index("proving")]
 """What a process does that helps another one, which proves and writes."""
 IN_MEMORY = (*HELPING[HELPING.index("factorising layers"):], "emitting")
 ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
+    "merging adapters": lambda ask, subject: bool(ask.recipe.adapters) or is_adapted(subject.model),
     "continuing text": lambda ask, _: ask.recipe.continued,
     "dropping blocks": lambda ask, _: bool(ask.recipe.blocks),
     "factorising layers": lambda ask, _: bool(ask.recipe.low_rank),
@@ -45,7 +47,7 @@ ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "recovering": lambda ask, _: ask.recovery is not None,
     "comparing": lambda ask, subject: ask.calibration.real and subject.backend.kind == "torch",
 }
-"""Stages that are carried out only if they are asked for."""
+"""Stages that are told of only if they are asked for, most of them carried out only then."""
 
 
 def run(ask: Request, subject: Subject, *, dry_run: bool = False,
@@ -142,7 +144,8 @@ class Walk:
 
     def __call__(self, stage: str, step: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Carry out one step."""
-        self.ask.tell(stage, self.stages.index(stage), len(self.stages))
+        if stage in self.stages:
+            self.ask.tell(stage, self.stages.index(stage), len(self.stages))
         with _seeded(self.ask), enough_memory(self.ask.where), _fitting(self.ask, self.trace):
             return partial(step, *args, **kwargs)()
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from math import exp, isfinite
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import SpaError, UsageError
 from ..request.recipe import Recipe
 from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
-from ..torch_backend.trace import Trace
+from ..system.staging import Scratch
 from . import finish, prepare, timing
 from .analyse import analyse
 from .decide import decide
@@ -26,6 +27,16 @@ from .score import score
 
 Evaluate = Callable[[Any], float]
 """What the user goes by: a module in, a number out, more is better."""
+
+
+class Repaired(Protocol):
+    """A traced program whose arrays a repair replaces: where they lie, and which were replaced."""
+
+    repaired: Any
+
+    @property
+    def homes(self) -> Sequence[dict[str, Any]]:
+        """Where the arrays lie that a repair puts others in place of."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,9 @@ def sweep(ask: Request, subject: Subject, targets: Sequence[str], evaluate: Eval
           timed: bool = False) -> tuple[list[Point], float | None]:
     """Return a point for each target, and the dense network's score (None without `evaluate`).
 
-    Raises UsageError for what cannot be swept: schedules, dropped blocks, ONNX files, recovery.
+    Raises UsageError for what cannot be swept: schedules, dropped blocks, recovery.
     """
-    _check(ask, subject)
+    _check(ask)
     do = Walk(ask, subject, STAGES)
     subject = do("merging adapters", prepare.merge_adapters, ask, subject)
     subject = do("checking weights", prepare.check_weights, ask, subject)
@@ -62,7 +73,7 @@ def sweep(ask: Request, subject: Subject, targets: Sequence[str], evaluate: Eval
     ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
     do.knowing(ask, traced)
     scored = do("scoring", score, ask, subject, traced)
-    dense = None if evaluate is None else float(evaluate(subject.model))
+    dense = None if evaluate is None else _evaluated(evaluate, subject, subject.model)
     points = []
     for target in targets:
         at = replace(ask, recipe=ask.recipe.but({"target": target}), notes=[])
@@ -77,11 +88,10 @@ def winner(points: Sequence[Point], allow: float) -> Point | None:
     return min(good, key=lambda p: p.costs["params"]["pruned"], default=None)
 
 
-def _check(ask: Request, subject: Subject) -> None:
+def _check(ask: Request) -> None:
     odd = {"a schedule": ask.schedule is not None, "dropped blocks": bool(ask.recipe.blocks),
            "layers as products": bool(ask.recipe.low_rank),
-           "recovery": ask.recovery is not None, "a kept adapter": ask.recipe.keep_adapter,
-           "an ONNX file": subject.backend.kind != "torch"}
+           "recovery": ask.recovery is not None, "a kept adapter": ask.recipe.keep_adapter}
     for what, given in odd.items():
         if given:
             raise UsageError(f"a sweep cannot be made with {what}",
@@ -107,15 +117,20 @@ def _point(ask: Request, subject: Subject, traced: Traced, scored: Scored,
         return Point(ask.recipe.target, {}, recipe, why=f"{problem.what}: {problem.why}")
 
 
+def _evaluated(evaluate: Evaluate, subject: Subject, model: Any) -> float:
+    """What the user's function says of a model."""
+    with Scratch() as folder:
+        return float(evaluate(subject.backend.module(model, folder)))
+
+
 @contextlib.contextmanager
-def _as_read(trace: Trace) -> Iterator[None]:
+def _as_read(trace: Repaired) -> Iterator[None]:
     """Give a program the arrays that it was read with back, after a repair."""
-    homes: list[dict[str, Any]] = [trace.program.state_dict, trace.program.constants]
-    held, repaired = [dict(home) for home in homes], set(trace.repaired)
+    held, repaired = [dict(home) for home in trace.homes], copy(trace.repaired)
     try:
         yield
     finally:
-        for home, was in zip(homes, held, strict=True):
+        for home, was in zip(trace.homes, held, strict=True):
             home.update(was)
         trace.repaired.clear()
         trace.repaired.update(repaired)
@@ -125,7 +140,7 @@ def _judged(point: Point, ask: Request, emitted: Emitted, evaluate: Evaluate | N
             dense: float | None, latency: float | None) -> Point:
     quality = judge(ask, emitted) if evaluate is None else None
     if evaluate is not None and dense is not None:
-        reached = float(evaluate(emitted.model))
+        reached = _evaluated(evaluate, emitted.subject, emitted.model)
         return replace(point, score=reached, latency=latency,
                        lost=(dense - reached) / (abs(dense) or 1.0))
     return replace(point, quality=quality, latency=latency, lost=_lost(quality or {}))

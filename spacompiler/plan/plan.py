@@ -20,7 +20,7 @@ from ..store import strict_json
 from ..store.forms import FORMS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """`kept` holds, per group, the indices that stay (a nest of lists where it is fibred).
 
@@ -33,6 +33,10 @@ class Plan:
     costs: dict[str, dict[str, int]] = field(default_factory=dict)
     weights_hash: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """A line on what it is for; `to_json` says which slices stay."""
+        return f"<Plan: {self.target or 'no target'}, {len(self.kept)} groups become smaller>"
 
     def to_json(self) -> str:
         """Return the text of plan.json, keys in order."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from torch import nn
 
 from ..groups.solution import Solution
 from .proof import Proof
@@ -20,7 +23,9 @@ class Backend:
     the example inputs' sizes only, and only if it computes what the model does where that is to be
     `checked`; `context(trace, solution, seed)` is what importance passes see; `digest(model)`
     the hash of the dense weights; `prove(model, decided, seed)` the proof, and
-    `emit(subject, decided, layout, notes)` returns the pruned model. `add_biases(model, traced,
+    `emit(subject, decided, layout, notes)` returns the pruned model, and `module(model, folder)`
+    what computes a dense or pruned model when it is called with tensors, by files in the folder
+    where it needs some. `add_biases(model, traced,
     owned)` gives a model zero biases where consumers lack one, and None where none does.
     """
 
@@ -31,4 +36,5 @@ class Backend:
     digest: Callable[[Any], str]
     prove: Callable[[Any, Any, int], Proof]
     emit: Callable[[Any, Any, str, list[str]], Any]
+    module: Callable[[Any, Path], nn.Module]
     add_biases: Callable[[Any, Any, bool], Any]

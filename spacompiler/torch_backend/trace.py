@@ -60,6 +60,11 @@ class Trace:
     asked: Where = HERE
 
     @property
+    def homes(self) -> list[dict[str, Any]]:
+        """Where the arrays lie that a repair puts others in place of."""
+        return [self.program.state_dict, self.program.constants]
+
+    @property
     def exported(self) -> ExportedProgram:
         """The program as torch.export made it. Raises SpaError if the trace was a quick one."""
         if isinstance(self.program, ExportedProgram):

@@ -52,13 +52,7 @@ def factorise(ask: Request, subject: Subject) -> tuple[Request, Subject]:
         whole = {metric: pair["dense"] for metric, pair in costs(solution, {}).items()}
         whole["bytes"] = pruned_bytes(solution, {})["dense"]
     spectra = _spectra(subject.model, ask, _chosen(subject.model, ask))
-    factors: dict[str, Factors] = {}
-    for pattern, share in map(parse_low_rank, ask.recipe.low_rank):
-        own = {p: s for p, s in spectra.items()
-               if p not in factors and fnmatch.fnmatchcase(p, pattern)}
-        for path, rank in ranks(own, share).items():
-            b = own[path].directions[:, :rank]
-            factors[path] = b.T @ own[path].weight, b
+    factors = _factors(ask, spectra)
     if not factors:
         raise SpaError("no layer becomes smaller as a product of two", where=ask.name,
                        why="the ranks that the shares allow take as many parameters",
@@ -70,6 +64,22 @@ def factorise(ask: Request, subject: Subject) -> tuple[Request, Subject]:
         f"products say to {found.error:.1e}, a wrong direction gives {found.control:.1e}")
     return ask, replace(subject, dense=subject.reference, model=made, factored=found, whole=whole,
                         arrays=frozenset(made.state_dict()))
+
+
+def _factors(ask: Request, spectra: Mapping[str, Spectrum]) -> dict[str, Factors]:
+    """The products of all layers, each by the first pattern that names it."""
+    factors: dict[str, Factors] = {}
+    for pattern, share in map(parse_low_rank, ask.recipe.low_rank):
+        own = {p: s for p, s in spectra.items()
+               if p not in factors and fnmatch.fnmatchcase(p, pattern)}
+        bought = ranks(own, share)
+        if not bought:
+            ask.notes.append(f"low rank {pattern!r} changes nothing: no layer of it becomes "
+                             f"smaller as a product of two at {share:.0%}")
+        for path, rank in bought.items():
+            b = own[path].directions[:, :rank]
+            factors[path] = b.T @ own[path].weight, b
+    return factors
 
 
 def _chosen(module: nn.Module, ask: Request) -> list[str]:
@@ -87,6 +97,10 @@ def _chosen(module: nn.Module, ask: Request) -> list[str]:
             names = [p for p, part in module.named_modules() if type(part) is nn.Linear][:4]
             raise UsageError(f"pattern {pattern!r} matches no linear layer of its own weights",
                              where=ask.name, fix=f"layers are named like {', '.join(names)}")
+        if set(own) <= set(found):
+            raise UsageError(f"low rank {text!r} has nothing to act on", where=ask.name,
+                             why="patterns before it name all of its layers, and the first holds",
+                             fix="put the narrower pattern first")
         found.extend(own)
     return list(dict.fromkeys(found))
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, exit codes, and one clear error for every kind of bad input."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -50,7 +51,30 @@ def test_compile_prints_a_table_on_stdout_and_progress_on_stderr(tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "parameters" in done.stdout and "proof: relative error" in done.stdout
     assert "tracing" in done.stderr and "tracing" not in done.stdout
-    assert not any(step in done.stderr for step in ("recovering", "keeping", "repairing"))
+    assert not any(step in done.stderr for step in ("recovering", "keeping", "repairing",
+                                                    "merging", "needs about"))
+    load = " ".join(done.stdout.split()[-20:])
+    assert "layout any; to load it:" in load and f'spacompiler.load("{tmp_path}/out")' in load
+
+
+def test_a_quiet_compile_says_nothing_and_a_log_says_when(tmp_path):
+    done = spa("compile", "zoo:mlp", *QUICK, "--dry-run", "--quiet", "--log-file", tmp_path / "log")
+    assert done.exit_code == 0 and not done.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert any(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d scoring", line) for line in lines)
+    done = spa("compile", "zoo:mlp", *QUICK, "--dry-run", "--log-file", tmp_path / "no" / "log")
+    assert done.exit_code == 1 and "cannot be used" in done.stderr
+
+
+def test_a_shell_completes_models_and_passes():
+    words = {"_SPACOMPILER_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    done = RUN.invoke(app, [], env={**words, "COMP_WORDS": "spacompiler compile zoo:ml"},
+                      prog_name="spacompiler")
+    assert done.stdout.split() == ["zoo:mlp"]
+    done = RUN.invoke(app, [], env={**words, "COMP_CWORD": "3", "COMP_WORDS":
+                                    "spacompiler compile --importance tayl"},
+                      prog_name="spacompiler")
+    assert {"taylor", "taylor-element"} <= set(done.stdout.split())
 
 
 def test_compile_json_is_one_document(tmp_path):

@@ -88,6 +88,14 @@ def test_the_command_line_shows_it():
     assert alone.exit_code == 2 and "--diagnose" in alone.stderr
 
 
+def test_data_of_the_models_own_that_there_is_not_is_refused(net):
+    with pytest.raises(UsageError, match="brings no data of its own"):
+        spacompiler.diagnose(net, (torch.randn(4, 5, 6),), calibration="own")
+    with pytest.raises(UsageError, match="brings no data of its own"):
+        spacompiler.compile(net, (torch.randn(4, 5, 6),), target="params~70%", recovery="full",
+                            recover_data="own", calibration=[(torch.randn(4, 5, 6),)])
+
+
 # --- tags -------------------------------------------------------------------------------------
 
 
@@ -103,6 +111,9 @@ def test_every_pass_has_a_tag_of_each_axis_and_tags_filter():
     assert wrong.exit_code == 2 and "'learned'" in wrong.stderr
     none = run.invoke(app, ["passes", "--tag", "slices", "--tag", "widths"])
     assert none.exit_code == 2 and "no pass is tagged" in none.stderr
+    of_one = run.invoke(app, ["passes", "taylor", "--tag", "during"])
+    assert of_one.exit_code == 2 and "taylor is not tagged during" in of_one.stderr
+    assert "gradients" in of_one.stderr and "passes --tag during" in of_one.stderr
 
 
 def test_a_pass_of_ones_own_says_its_tags():

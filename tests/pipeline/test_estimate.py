@@ -11,6 +11,7 @@ from torch import nn
 
 import spacompiler
 from spacompiler.errors import SpaError
+from spacompiler.pipeline import estimate
 from spacompiler.pipeline.estimate import Job
 from spacompiler.system import available
 
@@ -70,4 +71,7 @@ def test_too_little_is_one_error_with_what_would_fit(tmp_path, monkeypatch):
     assert "disk at --out" in problem.value.why and "a larger machine" in problem.value.fix
     monkeypatch.undo()
     compile(importance="magnitude", onnx=False, latency=False, align=1)
+    assert told and not any(line.startswith(("needs about", "merging")) for line in told)
+    monkeypatch.setattr(estimate, "SMALL", 1e6)
+    compile(importance="magnitude", onnx=False, latency=False, align=1, dry_run=True)
     assert any(line.startswith("needs about 1 MB of memory") for line in told)

@@ -83,6 +83,9 @@ def test_a_result_prints_as_a_few_lines() -> None:
     made.job.notes.extend(f"note {i}" for i in range(30))
     said = repr(made)
     assert said.count("\n") < 20 and "parameters: 420 -> " in said and "22 more notes" in said
+    assert max(map(len, said.splitlines())) < 200
+    for part in (made.solution, made.plan):  # what else a notebook may show
+        assert "groups" in repr(part) and len(repr(part)) < 100
     dry = spacompiler.compile(mlp(), (torch.randn(4, 8),), target="params~60%", dry_run=True,
                               importance="magnitude")
     assert "a dry run" in repr(dry)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from detectors import Yolo, yolo_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -121,11 +123,39 @@ SMALL = {"importance": "magnitude", "calibration": "none", "repair": "none", "al
         "calibration": [{"input_ids": torch.arange(24).reshape(2, 12)}] * 3}),
     ("onnx-file", "zoo:mlp", {})])
 def test_recipes_of_the_gallery_come_to_a_plan(name, model, more):
+    planned(name, model, **more)
+
+
+def planned(name, model="", inputs=None, **more):
     recipe = Recipe.read(GALLERY / f"{name}.yaml")
-    found = spacompiler.compile(model or recipe.model, recipe=recipe, dry_run=True,
+    found = spacompiler.compile(model or recipe.model, inputs, recipe=recipe, dry_run=True,
                                 onnx=False, prove=False, latency=False, **more)
     cost = found.plan.costs["params"]
     assert cost["pruned"] < cost["dense"]
+
+
+def test_recipes_for_models_that_are_given_come_to_a_plan(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+             "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.BertConfig(**sizes, num_labels=5)
+    batches = [{"input_ids": torch.randint(0, 100, (4, 12)),
+                "attention_mask": torch.ones(4, 12).long()} for _ in range(2)]
+    named = [{**batch, "labels": torch.randint(0, 5, (4, 12))} for batch in batches]
+    planned("token-classifier", transformers.BertForTokenClassification(config), calibration=named)
+    planned("sentence-embeddings", transformers.BertModel(config, add_pooling_layer=False),
+            calibration=batches, align=1)
+    planned("yolo", Yolo().eval(), (torch.randn(2, 3, 64, 64),))
+    planned("onnx-detector", yolo_file(tmp_path / "yolo.onnx"),
+            input_shape=("images=1x3x64x64",))
+
+
+def test_every_recipe_stands_in_the_list_and_is_carried_out():
+    listed = (GALLERY / "README.md").read_text(encoding="utf-8")
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for place in GALLERY.glob("*.yaml"):
+        assert f"({place.name})" in listed, place.name
+        assert f'"{place.stem}"' in tests or place.stem == "experts", place.name
 
 
 def test_a_hash_that_names_no_option_is_a_mistake_in_the_recipe() -> None:

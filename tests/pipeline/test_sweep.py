@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 import spacompiler
 from spacompiler.cli.main import app
 from spacompiler.errors import UsageError
+from spacompiler.onnx_backend.module import opened
 from spacompiler.pipeline import analyse, sweep
 from spacompiler.request.recipe import Recipe
 
@@ -48,6 +51,34 @@ def test_each_size_is_the_compile_of_that_size(monkeypatch):
         assert all(map(torch.equal, alone.module.state_dict().values(),
                        made.state_dict().values()))
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Three layers as an ONNX file."""
+    model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 20]>
+        net (float[n, 16] x) => (float[n, 8] y) {
+            h = Gemm(x, a) r = Relu(h) i = Gemm(r, b) s = Relu(i) y = Gemm(s, c) }""")
+    draws = np.random.default_rng(0)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(draws.standard_normal(
+        shape).astype("float32"), name) for name, shape in (
+            ("a", (16, 40)), ("b", (40, 60)), ("c", (60, 8))))
+    onnx.save(model, tmp_path / "net.onnx")
+    return str(tmp_path / "net.onnx")
+
+
+def test_a_file_is_swept_as_its_compiles_would_be(file, tmp_path):
+    asked = {"importance": "wanda", "align": 1, "repair": "refit",
+             "calibration": [{"x": x} for x, in batches()]}
+    x, seen = torch.randn(5, 16), []
+    found = spacompiler.sweep(file, sizes=(0.5, 0.8), **asked,
+                              evaluate=lambda m: seen.append(m(x)[0]) or float(seen[-1].std()))
+    for point, result in zip(found.points, seen[1:], strict=True):
+        alone = spacompiler.compile(file, target=point.target, prove=False, **asked)
+        assert alone.plan.costs == point.costs
+        assert torch.equal(opened(alone.module, tmp_path)(x)[0], result)
+    large, small = spacompiler.sweep(file, sizes=(0.5, 0.8), **asked).points
+    assert 1 > large.quality["agreement"] > small.quality["agreement"] and large.lost < small.lost
 
 
 def test_the_winner_is_the_smallest_that_loses_little():

@@ -107,7 +107,8 @@ def test_a_wrong_product_is_caught(net, monkeypatch, broken, error):
     ({"low_rank": ("mid",)}, UsageError, "cannot read low rank"),
     ({"low_rank": ("middle=50%",)}, UsageError, "matches no linear layer"),
     ({"low_rank": ("mid=50%",), "modules": ("mid",)}, UsageError, "with modules"),
-    ({"low_rank": ("mid=2%",)}, SpaError, "one rank")])
+    ({"low_rank": ("mid=2%",)}, SpaError, "one rank"),
+    ({"low_rank": ("mid=50%", "mi?=60%")}, UsageError, "nothing to act on")])
 def test_what_cannot_be_done_is_said(net, given, error, words):
     with pytest.raises(error, match=words):
         spacompiler.compile(net, (X[:6],), target="params=95%", onnx=False, **OPTIONS, **given)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from ...graph.ir import Graph
 from ...groups.solution import Solution
@@ -43,6 +45,16 @@ class OnnxTrace:
     def model(self) -> ir.Model:
         """The graph of the file, which stays as it was read."""
         return self.file.model
+
+    args: ClassVar[tuple[Any, ...]] = ()
+    """The call that was traced has keywords alone."""
+    homes: ClassVar[Sequence[dict[str, Any]]] = ()
+    """A repair lets the file's arrays lie where they are."""
+
+    @property
+    def kwargs(self) -> dict[str, torch.Tensor]:
+        """The inputs that the file was lowered at."""
+        return {name: torch.from_numpy(array) for name, array in self.feeds.items()}
 
     def stored(self, name: str) -> np.ndarray:
         """Return a stored array (mapped from disk where it lies), or what is in place of it."""

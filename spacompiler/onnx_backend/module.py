@@ -1,14 +1,17 @@
-"""A pruned ONNX file as a module: called with tensors, computed by ONNX Runtime."""
+"""An ONNX file as a module: called with tensors, computed by ONNX Runtime."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
 from ..errors import UsageError
 from ..runtime.session import open_session, run_session
+from .read.file import OnnxFile
+from .save import save
 
 
 class OnnxModule(nn.Module):
@@ -27,3 +30,11 @@ class OnnxModule(nn.Module):
                              why=f"given {sorted(given)}, it has {sorted(names)}")
         results = run_session(self._session, {n: t.detach().numpy() for n, t in given.items()})
         return tuple(map(torch.from_numpy, results))
+
+
+def opened(model: OnnxFile | ir.Model, folder: Path) -> OnnxModule:
+    """Return a module that computes what a file does, or a model that is saved to the folder."""
+    if isinstance(model, OnnxFile):
+        return OnnxModule(model.path)
+    save(model, folder / "model.onnx")
+    return OnnxModule(folder / "model.onnx")
