@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
 
-def _models(typed: str) -> list[str]:
+def _models(incomplete: str) -> list[str]:
     """What a shell may complete MODEL to: the zoo's names; files and folders it knows itself."""
     from ..models_zoo import names
 
-    return [f"zoo:{name}" for name in names() if f"zoo:{name}".startswith(typed)]
+    return [f"zoo:{name}" for name in names() if f"zoo:{name}".startswith(incomplete)]
 
 
 _MODEL = typer.Argument(
@@ -79,15 +78,17 @@ def _parameter(entry: Known) -> inspect.Parameter:
         entry.name, inspect.Parameter.KEYWORD_ONLY, default=default,
         annotation=Annotated[_TYPES.get(entry.type, entry.type), typer.Option(
             entry.flag, help=about.help, metavar=about.metavar or None,
-            autocompletion=partial(_passes, about.passes) if about.passes else None,
+            autocompletion=_passes(about.passes) if about.passes else None,
             rich_help_panel=about.panel)])
 
 
-def _passes(kind: str, incomplete: str) -> list[str]:
-    """What a shell may complete the name of a pass to."""
-    from ..request.registry import available
+def _passes(kind: str) -> Callable[[str], list[str]]:
+    """What says of a kind of pass which names a shell may complete to."""
+    def complete(incomplete: str) -> list[str]:
+        from ..request.registry import available
 
-    return [e.name for of, e in available() if of == kind and e.name.startswith(incomplete)]
+        return [e.name for of, e in available() if of == kind and e.name.startswith(incomplete)]
+    return complete
 
 
 def asked(table: type[Options], given: Mapping[str, object]) -> dict[str, Any]:

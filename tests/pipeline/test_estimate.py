@@ -56,7 +56,8 @@ def test_too_little_is_one_error_with_what_would_fit(tmp_path, monkeypatch):
     told = []
 
     def compile(**more):
-        spacompiler.compile(net, (torch.randn(4, 64),), target="params=60%", out=tmp_path / "out",
+        spacompiler.compile(net, (torch.randn(4, 64),), target="params=60%",
+                            out=tmp_path / f"out{len(told)}",
                             progress=lambda stage, *_: told.append(stage), **more)
 
     monkeypatch.setattr(available, "memory", lambda: 3_000_000)
@@ -73,5 +74,5 @@ def test_too_little_is_one_error_with_what_would_fit(tmp_path, monkeypatch):
     compile(importance="magnitude", onnx=False, latency=False, align=1)
     assert told and not any(line.startswith(("needs about", "merging")) for line in told)
     monkeypatch.setattr(estimate, "SMALL", 1e6)
-    compile(importance="magnitude", onnx=False, latency=False, align=1, dry_run=True)
+    compile(importance="magnitude", onnx=False, latency=False, align=1, prove=False)
     assert any(line.startswith("needs about 1 MB of memory") for line in told)

@@ -77,8 +77,8 @@ def test_a_file_is_swept_as_its_compiles_would_be(file, tmp_path):
         alone = spacompiler.compile(file, target=point.target, prove=False, **asked)
         assert alone.plan.costs == point.costs
         assert torch.equal(opened(alone.module, tmp_path)(x)[0], result)
-    large, small = spacompiler.sweep(file, sizes=(0.5, 0.8), **asked).points
-    assert 1 > large.quality["agreement"] > small.quality["agreement"] and large.lost < small.lost
+    large, small = spacompiler.sweep(file, sizes=(0.2, 0.9), **asked).points
+    assert 1 > small.quality["agreement"] > 0 and 0 <= large.lost < small.lost
 
 
 def test_the_winner_is_the_smallest_that_loses_little():
