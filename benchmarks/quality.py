@@ -218,7 +218,7 @@ def _write_on(bench: Bench, groups: list[Any]) -> dict[str, Any]:
     bench.done["continued"] = {"seconds": round(time.perf_counter() - start),
                                "seconds_writing": round(wrote)}
     return {"text": [kwargs["input_ids"] for _, kwargs in text], "inputs": _taken(context),
-            "curvature": context.gradients.curvature}
+            "curvature": dict(context.gradients.curvature)}
 
 
 def _sums(held: Mapping[str, Any]) -> dict[bool, dict[str, Any]]:

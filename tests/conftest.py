@@ -1,5 +1,6 @@
 """Settings every test shares: one thread a worker, no network, repeatable examples, ``--regen``."""
 
+import gc
 import os
 import sys
 
@@ -15,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
         sys.modules["torch"].set_num_threads(1)
 
 from hypothesis import HealthCheck, settings
+
+gc.set_threshold(100_000, 20, 100)  # looks at all that torch imported cost a twentieth
 
 settings.register_profile(
     "ci",

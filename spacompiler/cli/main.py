@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..system.process import collect_rarely
 from .compile import compile, lift
 from .look import bench, inspect, passes, verify
 from .options import Panels
@@ -39,6 +40,7 @@ def start(context: typer.Context, version: Annotated[bool, typer.Option(
 
 def main() -> None:
     """Run the command line."""
+    collect_rarely()
     app(prog_name="spacompiler")
 
 

@@ -196,7 +196,7 @@ def _settings() -> dict[str, Any]:
             "streams": (sys.stdout, sys.stderr), "random": torch.get_rng_state().clone(),
             "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(),
             "gradients": torch.is_grad_enabled(), "mkldnn": torch._C._get_mkldnn_enabled(),
-            "bars": shown.is_progress_bar_enabled()}
+            "collector": gc.get_threshold(), "bars": shown.is_progress_bar_enabled()}
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
