@@ -112,6 +112,9 @@ METHODS: dict[str, Method] = {
     "OBS refit, continued": Method("obs(bias=False)",
                                    repair="refit(bias=False, damping=0.01)", continued=True),
 }
+GLOBAL = ("magnitude", "wanda", "taylor", "taylor-vector", "taylor-element")
+METHODS |= {f"{how}, {by}": Method(by, how, only=(), floor=0.1)
+            for by in GLOBAL for how in ("uniform", "global")}
 
 
 @dataclass
