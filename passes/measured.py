@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -51,7 +51,7 @@ class Measured:
         changed = partial(problem.measure.changes, problem, batches=self.batches)
         kept, caution, bold = GlobalRanking(checked=False).allocate(problem), self.caution, True
         for _ in range(self.rounds):
-            moves = {u.name: self._near(u, kept[u.name]) for u in problem.units}
+            moves = {u.name: near(u, kept[u.name], self.reach) for u in problem.units}
             changes, lost = changed(kept, moves)
             made, caution, bold = self._best(
                 problem, lambda plan: changed(plan, {})[1], kept, changes, lost, caution, bold)
@@ -68,11 +68,11 @@ class Measured:
         Half of the caution as long as that is better. If the first one is not: without the steps
         down that go beyond `reach` (there is no smaller one), then with more caution until it is.
         """
-        near = self._trusted(problem, kept, changes)
+        trusted = self._trusted(problem, kept, changes)
         best, found, step = kept, caution, 0.5
         known = {tuple(sorted(kept.items())): least}
         for _ in range(self.tries):
-            made = _moved(problem, kept, changes if bold else near, caution)
+            made = moved(problem, kept, changes if bold else trusted, caution)
             plan = tuple(sorted(made.items()))
             lost = known[plan] = known[plan] if plan in known else measured(made)
             if lost < least:
@@ -81,7 +81,7 @@ class Measured:
                     break
             elif best is not kept:
                 break
-            elif bold and near:
+            elif bold and trusted:
                 bold = False
                 continue
             else:
@@ -92,24 +92,24 @@ class Measured:
     def _trusted(self, problem: Problem, kept: Mapping[str, int], changes: Changes) -> Changes:
         """Moves but for steps down beyond reach; none at all if no step down is left."""
         sizes = {u.name: u.size for u in problem.units}
-        near = {(unit, k): change for (unit, k), change in changes.items()
+        some = {(unit, k): change for (unit, k), change in changes.items()
                 if kept[unit] - k <= max(self.reach) * sizes[unit]}
-        return near if any(k < kept[unit] for unit, k in near) else {}
-
-    def _near(self, unit: Unit, kept: int) -> list[int]:
-        """Legal counts within reach, on both sides; the next one at least."""
-        at = unit.legal.index(kept)
-        wanted = {unit.nearest(kept + sign * share * unit.size)
-                  for share in self.reach for sign in (-1, 1)}
-        return sorted((wanted | set(unit.legal[max(at - 1, 0): at + 2])) - {kept})
+        return some if any(k < kept[unit] for unit, k in some) else {}
 
 
-def _moved(problem: Problem, kept: Mapping[str, int], changes: Changes,
-           caution: float) -> dict[str, int]:
-    """Take the moves with the least sum of changes under the target: a price on cost, bisected.
+def near(unit: Unit, kept: int, reach: Iterable[float]) -> list[int]:
+    """Return legal counts so many shares of the size away, on both sides; the next one at least."""
+    at = unit.legal.index(kept)
+    wanted = {unit.nearest(kept + sign * share * unit.size) for share in reach for sign in (-1, 1)}
+    return sorted((wanted | set(unit.legal[max(at - 1, 0): at + 2])) - {kept})
 
-    Costs add up to first order only, so the price of the result is met in several attempts; the
-    one that is nearest to the target counts.
+
+def moved(problem: Problem, kept: Mapping[str, int], changes: Changes,
+          caution: float) -> dict[str, int]:
+    """Return counts after the moves with the least sum of changes under the target.
+
+    A price on cost is bisected. Costs add up to first order only, so the price of the result is met
+    in several attempts; the one that is nearest to the target counts.
     """
     start = problem.price(kept)
     options = {u.name: [(kept[u.name], 0.0, 0.0)] + [

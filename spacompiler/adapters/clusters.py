@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-ROUNDS = 100
+from ..evidence.lloyd import lloyd
 
 
 def clustered(units: torch.Tensor, count: int) -> torch.Tensor:
@@ -14,16 +14,7 @@ def clustered(units: torch.Tensor, count: int) -> torch.Tensor:
     """
     if count >= len(units):
         return units
-    centres = _spread(units, count)
-    label = torch.full((len(units),), -1)
-    for _ in range(ROUNDS):
-        new = torch.cdist(units, centres).argmin(1)
-        if torch.equal(new, label):
-            break
-        label = new
-        for k in range(count):
-            if (label == k).any():
-                centres[k] = units[label == k].mean(0)
+    centres, label = lloyd(units, _spread(units, count))
     norms = units.norm(dim=1)
     for k in range(count):
         members = label == k

@@ -28,6 +28,7 @@ KINDS: Mapping[str, tuple[str, str, str]] = {
 """When, how and on what passes of a kind decide; a criterion's how follows from its needs."""
 OWN: Mapping[str, tuple[str, ...]] = {
     "snip": ("before",), "grasp": ("before",), "random": ("drawn",), "tas": ("widths", "search"),
+    "search": ("measured", "search"), "once-for-all": ("widths", "search"),
     **dict.fromkeys(("tried", "measured", "adapt-layers", "eco-layers", "cfsp-layers"),
                     ("measured",))}
 """What does not follow: in place of what would."""

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import torch
 
+from .lloyd import lloyd
+
 CHOICES = ("random", "near", "far")
 """How calibration windows are chosen of a text."""
-ROUNDS = 50
 
 Order = Callable[[torch.Tensor], torch.Tensor]
 """Token windows (n, length) to the order in which they are taken (n,)."""
@@ -38,8 +39,7 @@ def by_prototype(table: torch.Tensor, how: str, seed: int) -> Order:
 def distances(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Return how far each row (n, width) is from its centre under k-means (n,).
 
-    The first centre is drawn, each further one is the row that lies farthest from all so far;
-    then rows and centres are assigned in turn until nothing moves.
+    The first centre is drawn, each further one is the row that lies farthest from all so far.
     """
     draws = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(rows), (1,), generator=draws))
@@ -47,12 +47,5 @@ def distances(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     for _ in range(count - 1):
         far = torch.cdist(rows, centres).amin(1).argmax()
         centres = torch.cat([centres, rows[far : far + 1]])
-    owner = torch.full((len(rows),), -1)
-    for _ in range(ROUNDS):
-        now = torch.cdist(rows, centres).argmin(1)
-        if torch.equal(now, owner):
-            break
-        owner = now
-        centres = torch.stack([rows[owner == i].mean(0) if bool((owner == i).any()) else c
-                               for i, c in enumerate(centres)])
+    centres, owner = lloyd(rows, centres)
     return (rows - centres[owner]).norm(dim=1)

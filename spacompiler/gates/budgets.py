@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from random import Random
 from typing import ClassVar
 
 import torch
@@ -45,6 +46,22 @@ class Projection(Budget):
         return _ramped(target, at, self.ramp)
 
 
+class Sandwich(Projection):
+    """Masks of all slices, of the target, and of shares drawn between them, in turn.
+
+    The sandwich rule (Yu and Huang, ICCV 2019): weights that train beside serve all sizes.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(trade=False)
+        self._draws, self._turn = Random(seed), -1
+
+    def now(self, target: float, at: float) -> float:
+        """Return the share of the cost that the next mask meets."""
+        self._turn = (self._turn + 1) % 4
+        return (1.0, target)[self._turn] if self._turn < 2 else self._draws.uniform(target, 1.0)
+
+
 class Lagrangian(Budget):
     """l1 (c - t) + l2 (c - t)^2, multipliers by gradient ascent; t ramps over a share `ramp`.
 
@@ -84,7 +101,7 @@ def _ramped(target: float, at: float, ramp: float) -> float:
 
 
 BUDGETS: Mapping[str, type[Budget]] = {
-    "projection": Projection, "lagrangian": Lagrangian, "penalty": Penalty}
+    "projection": Projection, "sandwich": Sandwich, "lagrangian": Lagrangian, "penalty": Penalty}
 
 
 def budget(text: str) -> Budget:

@@ -108,14 +108,12 @@ class Gating:
         made = self._learner(task, gated, problems[0][0], context, scores)
         made.run(endless(self._pieces(task), task.seed), task.tell)
         order = made.order()
-        counts, stock, notes = _met(problems, order)
-        task.notes.extend(notes)
         few = max(1, self.steps // 10)
         task.notes.append(
             f"{self.name}: {self.steps} steps on {task.calibration.origin}, objective "
             f"{np.mean(made.losses[:few]):.3f} at first, {np.mean(made.losses[-few:]):.3f} at the "
             "end")
-        self._fold(task, gated, made, tables(list(gated.groups), order, counts))
+        counts, stock = self._settled(task, gated, made, problems)
         return Scored(importance, tuple(gated.groups), dict(order), counts, stock, context)
 
     def after(self, task: Scheduling, chosen: Choices) -> None:
@@ -130,6 +128,15 @@ class Gating:
         learn_scales(gated, chosen, self._aim(task, gated, _dense(task)),
                      endless(self._pieces(task), task.seed + 1), task,
                      steps=self.scales, lr=self.scale_lr, trains=trains)
+
+    def _settled(self, task: Scheduling, gated: Gated, made: Learner,
+                 problems: Sequence[tuple[Problem, str]]) -> tuple[dict[str, int], str]:
+        """Find counts that meet the target, and put what was learned into the program."""
+        order = made.order()
+        counts, stock, notes = _met(problems, order)
+        task.notes.extend(notes)
+        self._fold(task, gated, made, tables(list(gated.groups), order, counts))
+        return counts, stock
 
     # --- parts --------------------------------------------------------------------------------
 

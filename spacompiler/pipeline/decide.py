@@ -15,8 +15,15 @@ from ..errors import TargetError
 from ..groups.cost import Cost, cost
 from ..groups.solution import Solution
 from ..plan.plan import costs, make_plan
-from ..plan.problem import MISS, Measured, Problem, Unit, check_met
-from ..request.targets import METRICS, Target, is_nearest, parse_target, parse_targets
+from ..plan.problem import MISS, Limit, Measured, Problem, Unit, check_met
+from ..request.targets import (
+    METRICS,
+    Target,
+    is_nearest,
+    parse_shares,
+    parse_target,
+    parse_targets,
+)
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..system.group import here
 from ..torch_backend import unreached
@@ -71,14 +78,16 @@ def is_met(ask: Request, subject: Subject, solution: Solution) -> bool:
     """
     if not subject.reduced:
         return False
-    metric, share = parse_target(ask.recipe.target)
-    dense, left = subject.whole[metric], cost(solution, metric).total
-    if left < (share - MISS) * dense and not is_nearest(ask.recipe.target):
+    over = {t.metric: cost(solution, t.metric).total / subject.whole[t.metric] - t.amount
+            for t in parse_shares(ask.recipe.target)}
+    if max(over.values()) < -MISS and not is_nearest(ask.recipe.target):
+        left = ", ".join(f"{t.amount + over[t.metric]:.1%} of {t.metric}"
+                         for t in parse_shares(ask.recipe.target))
         raise TargetError(
             f"target {ask.recipe.target} is out of reach", where=ask.name,
-            why=f"without what went before widths {left / dense:.1%} of {metric} remain",
+            why=f"without what went before widths {left} remain",
             fix="drop fewer blocks, or let more stay of layers: --drop-blocks, --low-rank")
-    return left <= (share + MISS) * dense
+    return max(over.values()) <= MISS
 
 
 Counts = tuple[dict[str, int], str]
@@ -97,15 +106,16 @@ def allocate_counts(ask: Request, subject: Subject, traced: Traced, scored: Scor
     return _within_all(targets, ask, subject, traced, scored)
 
 
-def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Counts:
-    """Meet one limit."""
+def _by(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
+        others: Sequence[Target] = ()) -> Counts:
+    """Meet one limit; passes that look at `others` hold them too."""
     if target.metric == "latency":
         def at(share: float, notes: list[str]) -> Counts:
             return meet(replace(target, metric="macs", amount=share, absolute=False, nearest=True),
-                        replace(ask, notes=notes), subject, traced, scored)
+                        replace(ask, notes=notes), subject, traced, scored, others)
 
         return timing.meet(target, at, ask, subject, traced, scored)
-    return meet(target, ask, subject, traced, scored)
+    return meet(target, ask, subject, traced, scored, others)
 
 
 def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, traced: Traced,
@@ -115,16 +125,20 @@ def _within_all(targets: Sequence[Target], ask: Request, subject: Subject, trace
     for target in targets:
         notes: list[str] = []
         try:
-            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored)
+            counts, layout = _by(target, replace(ask, notes=notes), subject, traced, scored,
+                                 [other for other in targets if other is not target])
         except TargetError as problem:
             why[target.metric] = problem.why
             continue
         broken = [other.metric for other in targets if other is not target
                   and not _holds(other, ask, subject, traced, scored, counts)]
         if not broken:
-            others = ", ".join(o.metric for o in targets if o is not target)
-            ask.notes.extend([*notes, f"of the limits {ask.recipe.target}, {target.metric} binds: "
-                              f"{others} hold under it"])
+            bind = [t.metric for t in targets
+                    if _binds(t, subject, traced, scored, counts)] or [target.metric]
+            loose = ", ".join(t.metric for t in targets if t.metric not in bind)
+            ask.notes.extend([*notes, f"of the limits {ask.recipe.target}, {' and '.join(bind)} "
+                              f"bind{'s' * (len(bind) == 1)}"
+                              + (f": {loose} hold under it" if loose else "")])
             return counts, layout
         why[target.metric] = f"where it is met, {', '.join(broken)} is not"
     raise TargetError(f"target {ask.recipe.target} cannot be met", where=ask.name,
@@ -137,20 +151,33 @@ def _holds(limit: Target, ask: Request, subject: Subject, traced: Traced, scored
     """Whether a limit holds under counts."""
     if limit.metric == "latency":
         return timing.holds(limit, ask, subject, traced, scored, counts)
+    return _over(limit, subject, traced, scored, counts) <= MISS
+
+
+def _binds(limit: Target, subject: Subject, traced: Traced, scored: Scored,
+           counts: Mapping[str, int]) -> bool:
+    """Whether a limit that can be counted leaves no more than counts take."""
+    return limit.metric != "latency" and abs(_over(limit, subject, traced, scored, counts)) <= MISS
+
+
+def _over(limit: Target, subject: Subject, traced: Traced, scored: Scored,
+          counts: Mapping[str, int]) -> float:
+    """By what share of the dense cost counts go beyond a limit."""
     price = cost(traced.solution, limit.metric, limit.batch * limit.length)
     dense = subject.whole.get(limit.metric, price.total)
     left = price.set({g.atom: counts[g.name] for g in scored.candidates})
-    return left <= limit.of(dense) + MISS * dense
+    return float(left - limit.of(dense)) / dense
 
 
-def meet(target: Target, ask: Request, subject: Subject, traced: Traced,
-         scored: Scored) -> Counts:
+def meet(target: Target, ask: Request, subject: Subject, traced: Traced, scored: Scored,
+         others: Sequence[Target] = ()) -> Counts:
     """Allocate under one limit of what can be counted; raises TargetError if it is missed."""
     price = cost(traced.solution, target.metric, target.batch * target.length)
     measure = _measure(ask, subject, traced, scored)
 
     def problem(layout: Layout) -> Problem:
-        return _problem(ask, target, subject, traced, scored, layout, price, measure)
+        made = _problem(ask, target, subject, traced, scored, layout, price, measure)
+        return replace(made, limits=_limits(others, subject, traced, scored))
 
     tried: list[Allocated] = []
     for layout in layouts(ask, subject, traced, scored):
@@ -177,8 +204,7 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
     go by themselves is the schedule's to say.
     """
     measure = _measure(ask, subject, traced, scored)
-    parse_target(ask.recipe.target)  # a schedule goes by one share
-    target, = parse_targets(ask.recipe.target)
+    target = _of_schedule(ask)
     found = []
     for layout in layouts(replace(ask, allocation=ask.schedule), subject, traced, scored):
         problem = _problem(ask, target, subject, traced, scored, layout,
@@ -186,6 +212,16 @@ def problems_of(ask: Request, subject: Subject, traced: Traced,
         problem.notes.extend(layout.notes)
         found.append((problem, layout.stock))
     return [one for one in found if one[0].price(one[0].least()) <= one[0].target] or found[-1:]
+
+
+def _of_schedule(ask: Request) -> Target:
+    """The limit that a schedule goes by: one share. Of those that ask for counts at the end, as
+    the allocation finds them under all limits, the first share that can be counted."""
+    targets = parse_targets(ask.recipe.target)
+    shares = [t for t in targets if t.metric in METRICS and not t.absolute]
+    if not (shares and getattr(ask.schedule, "allocates", False)):
+        parse_target(ask.recipe.target)
+    return shares[0]
 
 
 def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, scored: Scored,
@@ -200,6 +236,20 @@ def _problem(ask: Request, target: Target, subject: Subject, traced: Traced, sco
     return Problem(layout.units, price, target.of(dense), dense, target.metric, measure=measure,
                    closest=target.nearest, shapes=shapes, losses=losses,
                    criterion=getattr(by, "name", ""), on_data=ask.calibration.real)
+
+
+def _limits(others: Sequence[Target], subject: Subject, traced: Traced,
+            scored: Scored) -> tuple[Limit, ...]:
+    """Limits beside the target that can be counted."""
+    found = []
+    for other in others:
+        if other.metric == "latency":
+            continue
+        price = cost(traced.solution, other.metric, other.batch * other.length)
+        price.set({g.atom: g.size for g in scored.candidates})
+        dense = subject.whole.get(other.metric, price.total)
+        found.append(Limit(other.metric, price, other.of(dense), dense))
+    return tuple(found)
 
 
 def _tell(ask: Request, taken: Allocated) -> None:

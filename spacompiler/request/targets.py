@@ -100,8 +100,23 @@ def parse_target(text: str) -> tuple[str, float]:
 
     Raises UsageError for anything else.
     """
-    found = parse_targets(text)
-    if len(found) > 1 or found[0].absolute or found[0].metric not in METRICS:
-        raise UsageError(f"target {text!r} is not one share of {', '.join(METRICS)}",
-                         why="this way of pruning goes by one of them", fix="write params=70%")
+    found = parse_shares(text)
+    if len(found) > 1:
+        raise _no_share(text, "one share", "one of them")
     return found[0].metric, found[0].amount
+
+
+def parse_shares(text: str) -> tuple[Target, ...]:
+    """Return the limits of a target, each a share of what reports count.
+
+    Raises UsageError for anything else.
+    """
+    found = parse_targets(text)
+    if any(t.absolute or t.metric not in METRICS for t in found):
+        raise _no_share(text, "one share" if len(found) == 1 else "made of shares", "these")
+    return found
+
+
+def _no_share(text: str, what: str, which: str) -> UsageError:
+    return UsageError(f"target {text!r} is not {what} of {', '.join(METRICS)}",
+                      why=f"this way of pruning goes by {which}", fix="write params=70%")

@@ -23,6 +23,8 @@ from ..plan.problem import Problem, Unit
 from ..system.group import here
 
 Arrays = Mapping[str, torch.Tensor]
+HELD = 1 << 30
+"""Bytes of the dense network's results that are kept for measurements that come again."""
 Slopes = dict[str, tuple[float, int, tuple[str, ...]]]
 """By block: its slope, the size of its matrices, and the units in it."""
 
@@ -76,6 +78,11 @@ class Compared(ABC):
                 self._lost[plan, at] = float(distance(pruned, self._dense(self.batches[at])))
         return sum(self._lost[plan, at] for at in some) / max(len(some), 1)
 
+    def diverges(self, problem: Problem, kept: Mapping[str, int], batches: int,
+                 skip: int = 0) -> float:
+        """Return what `lost` does: nothing is repaired here."""
+        return self.lost(problem, kept, batches, skip)
+
     @torch.no_grad()
     def few(self, most: int, positions: int) -> int:
         """Return how many batches hold so many positions (examples, or tokens), or `most`."""
@@ -127,11 +134,15 @@ class Compared(ABC):
         return sum(here().each(batches, distant, "a trial")) / max(len(batches), 1)
 
     def _dense(self, batch: Batch) -> torch.Tensor:
-        """The dense network's first result, computed once."""
+        """The dense network's first result, computed once while there is room for it."""
         key = id(batch[0]), id(batch[1])
-        if key not in self._answers:
-            self._answers[key] = first_floating(self.results(batch))
-        return self._answers[key]
+        found = self._answers.get(key)
+        if found is None:
+            found = first_floating(self.results(batch))
+            held = sum(x.numel() * x.element_size() for x in self._answers.values())
+            if held + found.numel() * found.element_size() <= HELD:
+                self._answers[key] = found
+        return found
 
     @torch.no_grad()
     def slopes(self, problem: Problem, *, step: float, examples: int, seed: int = 0) -> Slopes:

@@ -21,7 +21,7 @@ from ..evidence.labels import inputs_only
 from ..evidence.losses import distance, first_floating
 from ..plan.problem import MISS
 from ..request.blocks import parse_blocks
-from ..request.targets import parse_target
+from ..request.targets import parse_shares
 from ..stages.records import Emitted, Request, Subject
 from ..torch_backend.weights import results
 from . import blocks
@@ -164,7 +164,7 @@ def _doubling(most: int) -> Iterator[int]:
 
 def _most(ask: Request, module: nn.Module, known: Sequence[str]) -> int:
     """How many blocks may go before less than the target is left (by parameters)."""
-    share = parse_target(ask.recipe.target)[1]
+    share = min(limit.amount for limit in parse_shares(ask.recipe.target))
     sizes = [sum(p.numel() for p in module.get_submodule(path).parameters())
              for path in known]
     total = sum(p.numel() for p in module.parameters())

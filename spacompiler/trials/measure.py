@@ -143,6 +143,18 @@ class Measure(Compared):
             total += float(self.loss(made, *self.called(batch)))
         return total / len(some)
 
+    def diverges(self, problem: Problem, kept: Mapping[str, int], batches: int,
+                 skip: int = 0) -> float:
+        """Return the divergence of the network as it is repaired, as `lost` does without.
+
+        One forward pass a batch: results of the dense network, and what the repair found for the
+        same counts of a consumer's features, are kept. Every other batch is the model's own text
+        where it wrote some.
+        """
+        if self.compensation is None or not getattr(self.compensation, "weights", True):
+            return self.lost(problem, kept, batches, skip)
+        return self._sensible(problem).changes(problem, kept, {}, self._mixed(batches)[skip:])[1]
+
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]],
                 batches: int) -> tuple[dict[tuple[str, int], Change], float]:
@@ -151,12 +163,19 @@ class Measure(Compared):
 
         `batches` is how many count: half of them are the model's own text where it wrote some.
         """
+        return self._sensible(problem).changes(problem, kept, moves, self._mixed(batches))
+
+    def _mixed(self, count: int) -> list[Batch]:
+        """So many batches, every other one of the model's own text while there is some."""
+        own = self.beside[: count // 2]
+        found = [batch for pair in zip(self.batches, own, strict=False) for batch in pair]
+        return [*found, *self.batches[len(own): count - len(own)]]
+
+    def _sensible(self, problem: Problem) -> Sensitivity:
         if self._sensitivity is None:
             self._sensitivity = Sensitivity(self.trace, self.solution, self._covariances(problem),
-                                            draft(self.compensation), self.plan)
-        own = self.beside[: batches // 2]
-        some = [*self.batches[: batches - len(own)], *own]
-        return self._sensitivity.changes(problem, kept, moves, some)
+                                            draft(self.compensation), self.plan, self._dense)
+        return self._sensitivity
 
     def _covariances(self, problem: Problem) -> Scores:
         groups = [g for u in problem.units for g in u.groups]

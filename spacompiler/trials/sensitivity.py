@@ -30,10 +30,12 @@ from ..repair.repairer import Repairer
 from ..repair.sites import Site, sites
 from ..torch_backend.run.masks import masks
 from ..torch_backend.run.observe import ProgramNetwork
-from ..torch_backend.run.runner import Override, OverridingRunner, Reads, Runner
+from ..torch_backend.run.runner import Override, OverridingRunner, Reads
 from ..torch_backend.trace import Trace
 
 Arrays = tuple[torch.Tensor, torch.Tensor | None]
+HELD = 1 << 29
+"""Bytes of solved arrays that are kept for measurements that come again."""
 
 
 class Change(NamedTuple):
@@ -75,16 +77,20 @@ class Seen:
 class Sensitivity:
     """Measures moves from one plan after another; `plan(problem, kept)` turns counts to choices.
 
-    `context` holds the covariance of what every consumer reads in the dense network.
+    `context` holds the covariance of what every consumer reads in the dense network, `answer` gives
+    the dense network's result on a batch.
     """
 
     def __init__(self, trace: Trace, solution: Solution, context: Scores,
                  compensation: Compensation | None,
-                 plan: Callable[[Problem, Mapping[str, int]], Choices]) -> None:
+                 plan: Callable[[Problem, Mapping[str, int]], Choices],
+                 answer: Callable[[Batch], torch.Tensor]) -> None:
         self._trace, self._solution, self._context = trace, solution, context
-        self._compensation, self._plan = compensation, plan
+        self._compensation, self._plan, self._answer = compensation, plan, answer
         self._dense = Repairer(ProgramNetwork(trace), solution, {}, None)
         self._evidence: dict[str, list[Evidence]] = {}
+        self._solved: dict[tuple[str, bytes], Arrays] = {}
+        self._bytes = 0
         self._nodes = {node.name: node for node in trace.program.graph_module.graph.nodes}
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
@@ -122,8 +128,20 @@ class Sensitivity:
             name = site.consumer.node.name
             if name not in self._evidence and self._compensation is not None:
                 self._evidence[name] = self._dense.of_dense(self._context, site)
-        return {s.consumer.node.name: worker.weights(s, self._evidence.get(
-            s.consumer.node.name, ())) for s in found}
+        return {s.consumer.node.name: self._known(worker, s) for s in found}
+
+    def _known(self, worker: Repairer, site: Site) -> Arrays:
+        """Arrays of a consumer, solved once for what it keeps while there is room for them."""
+        name = site.consumer.node.name
+        key = name, site.kept.numpy().tobytes()
+        found = self._solved.get(key)
+        if found is None:
+            found = worker.weights(site, self._evidence.get(name, ()))
+            self._bytes += found[0].numel() * found[0].element_size()
+            if self._bytes > HELD:
+                self._solved, self._bytes = {}, 0
+            self._solved[key] = found
+        return found
 
     def _stored(self, site: Site) -> Arrays:
         stored = self._dense.stored
@@ -140,7 +158,7 @@ class Sensitivity:
         override = {name: self._override(site, made.get(name), reads)
                     for name, site in places.items()}
         with torch.no_grad():
-            dense = first_floating(Runner(self._trace.program, where=self._trace.where).call(*call))
+            dense = self._answer((args, kwargs))
         runner = OverridingRunner(self._trace.program, reads=masked, override=override,
                                   where=self._trace.where)
         with torch.set_grad_enabled(bool(seen)):

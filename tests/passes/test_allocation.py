@@ -408,7 +408,7 @@ def test_measured_is_never_worse_than_what_the_curves_foresee(network: Any, roun
 def test_measured_tries_plans_until_the_next_is_no_better(
         lost: Any, plan: Any, bold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is (moves to choose from, caution) here; u cannot go down without leaving reach."""
-    monkeypatch.setattr("spacompiler.passes.measured._moved", lambda problem, kept, changes,
+    monkeypatch.setattr("spacompiler.passes.measured.moved", lambda problem, kept, changes,
                         caution: {"plan": (len(changes), caution)})
     p: Any = SimpleNamespace(units=[SimpleNamespace(name="u", size=3),
                                     SimpleNamespace(name="v", size=100)])
