@@ -88,6 +88,7 @@ METHODS: dict[str, Method] = {
     "ours, by layers": Method("curvature", "cfsp-layers", "refit", floor=0.02),
     "ours, not measured": Method("curvature", "global", "refit", (), 0.02),
     "ours, measured": Method("curvature", "measured", "refit", (), 0.02),
+    "ours, searched": Method("curvature", "search(generations=4, offspring=8)", "refit", (), 0.02),
     "ours, in sequence": Method("curvature", "measured",
                                 "refit(sequential=True, residual=True, every=True)", (), 0.02),
     "ours": Method("curvature", "measured",

@@ -57,7 +57,7 @@ DATA: Any = [(x,) for x in IMAGES.split(16)]
 
 def compiled(net: Any, target: str, allocation: Any, **more: Any) -> Any:
     return spacompiler.compile(net, (DATA[0][0][:4],), target=target, allocation=allocation,
-                               calibration=DATA, **{**OPTIONS, **more})
+                               **{**OPTIONS, "calibration": DATA, **more})
 
 
 def shares(result: Any) -> dict[str, float]:
@@ -76,7 +76,7 @@ def found(result: Any) -> list[float]:
 @pytest.fixture
 def problem(net: nn.Module) -> Problem:
     """Half of the parameters and 40% of the multiplications may stay."""
-    trace, solution = TORCH.trace(net, (DATA[0][0][:4],))
+    _, solution = TORCH.trace(net, (DATA[0][0][:4],))
     groups = legal.candidates(solution, roles=("channel",))
     draws = torch.Generator().manual_seed(1)
     scores = {g.name: torch.rand(g.shape, generator=draws).double().numpy() for g in groups}
