@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spacompiler.errors import SpaError
 from spacompiler.passes.dynamic import Dynamic
@@ -17,8 +17,10 @@ from spacompiler.passes.uniform import Uniform
 from spacompiler.plan.fitting import fitted, mixes, priced
 from spacompiler.plan.problem import Measured, Problem, Unit
 from spacompiler.plan.settling import refine
+from spacompiler.trials.sensitivity import Change
 
 Kept = dict[str, int]
+Changes = dict[tuple[str, int], Change]
 REACH = (1 / 24, 1 / 8)
 """How far single moves go that are foreseen, as shares of a unit's size."""
 CAUTION = (0.5, 16.0)
@@ -67,6 +69,8 @@ class Search:
         if measure is None or not measure.batches:
             raise SpaError("search goes by what networks do to calibration data, and there is none",
                            fix="give --calibration, or use --allocation dynamic")
+        if not problem.on_data:
+            problem.notes.append("search: divergences are measured on made-up inputs")
         if problem.closest:
             problem = replace(problem, tolerance=max(problem.tolerance, _nearest(problem)))
         starts = dict(_starts(problem))
@@ -75,7 +79,7 @@ class Search:
         judge = _Judge(problem, measure, self.batches, self.repaired)
         pool = judge.best(starts.values(), self.parents)
         first, begun = judge.known[_key(pool[0])], pool[0]
-        draws, changes, about = Random(self.seed), dict[tuple[str, int], Any](), Kept()
+        draws, about, changes = Random(self.seed), Kept(), Changes()
         for _ in range(self.generations):
             if pool[0] != about:
                 about, changes = pool[0], self._foreseen(problem, measure, pool[0])
@@ -89,18 +93,17 @@ class Search:
         problem.price(pool[0])
         return pool[0]
 
-    def _foreseen(self, problem: Problem, measure: Measured, kept: Kept) -> Mapping[
-            tuple[str, int], Any]:
+    def _foreseen(self, problem: Problem, measure: Measured, kept: Kept) -> Changes:
         """What other counts of single units are foreseen to do; nothing where it cannot be said."""
         changes = getattr(measure, "changes", None)
         if not self.led or changes is None:
             return {}
         moves = {u.name: near(u, kept[u.name], REACH) for u in problem.units}
-        found: Mapping[tuple[str, int], Any] = changes(problem, kept, moves, self.batches)[0]
+        found: Changes = changes(problem, kept, moves, self.batches)[0]
         return found
 
-    def _offspring(self, problem: Problem, pool: list[Kept],
-                   changes: Mapping[tuple[str, int], Any], draws: Random) -> Iterator[Kept]:
+    def _offspring(self, problem: Problem, pool: list[Kept], changes: Changes,
+                   draws: Random) -> Iterator[Kept]:
         """Counts that meet all limits, made of the best so far."""
         for i in range(self.offspring):
             kept = _led(problem, pool[0], changes, draws) if changes and i % 2 else \
@@ -198,8 +201,7 @@ def _nearest(problem: Problem) -> float:
     return abs(problem.price(kept) - problem.target) / problem.dense
 
 
-def _led(problem: Problem, kept: Kept, changes: Mapping[tuple[str, int], Any],
-         draws: Random) -> Kept:
+def _led(problem: Problem, kept: Kept, changes: Changes, draws: Random) -> Kept:
     """The best moves of some units, as foreseen, with a caution that is drawn."""
     some = {u.name for u in problem.units if draws.random() < 0.75}
     caution = CAUTION[0] * (CAUTION[1] / CAUTION[0]) ** draws.random()

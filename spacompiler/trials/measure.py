@@ -153,7 +153,10 @@ class Measure(Compared):
         """
         if self.compensation is None or not getattr(self.compensation, "weights", True):
             return self.lost(problem, kept, batches, skip)
-        return self._sensible(problem).changes(problem, kept, {}, self._mixed(batches)[skip:])[1]
+        own = self.beside[: batches // 2]
+        some = [batch for pair in zip(self.batches, own, strict=False) for batch in pair]
+        some += self.batches[len(own): batches - len(own)]
+        return self._sensible(problem).changes(problem, kept, {}, some[skip:])[1]
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]],
@@ -163,13 +166,9 @@ class Measure(Compared):
 
         `batches` is how many count: half of them are the model's own text where it wrote some.
         """
-        return self._sensible(problem).changes(problem, kept, moves, self._mixed(batches))
-
-    def _mixed(self, count: int) -> list[Batch]:
-        """So many batches, every other one of the model's own text while there is some."""
-        own = self.beside[: count // 2]
-        found = [batch for pair in zip(self.batches, own, strict=False) for batch in pair]
-        return [*found, *self.batches[len(own): count - len(own)]]
+        own = self.beside[: batches // 2]
+        some = [*self.batches[: batches - len(own)], *own]
+        return self._sensible(problem).changes(problem, kept, moves, some)
 
     def _sensible(self, problem: Problem) -> Sensitivity:
         if self._sensitivity is None:
