@@ -70,7 +70,7 @@ class Search:
             raise SpaError("search goes by what networks do to calibration data, and there is none",
                            fix="give --calibration, or use --allocation dynamic")
         if not problem.on_data:
-            problem.notes.append("search: divergences are measured on made-up inputs")
+            problem.notes.append("search: divergences are measured on example inputs alone")
         if problem.closest:
             problem = replace(problem, tolerance=max(problem.tolerance, _nearest(problem)))
         starts = dict(_starts(problem))

@@ -155,11 +155,11 @@ def test_limits_that_no_plan_holds_are_an_error_that_names_them(net: nn.Module) 
     assert "params: " in problem.value.why and "macs: " in problem.value.why
 
 
-def test_what_is_searched_on_made_up_data_says_so(net: nn.Module, problem: Problem) -> None:
+def test_what_is_searched_without_data_says_so(net: nn.Module, problem: Problem) -> None:
     with pytest.raises(SpaError, match="calibration"):
         QUICK.allocate(problem)
-    made = compiled(net, "params=50%", Search(1, 2, batches=1), calibration="sampled")
-    assert any("made-up inputs" in note for note in made.job.notes)
+    made = compiled(net, "params=50%", Search(1, 2, batches=1), calibration=None)
+    assert any("example inputs" in note for note in made.job.notes)
 
 
 def test_a_file_is_searched_too(tmp_path: Any) -> None:
