@@ -44,7 +44,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "Whisper": {**SOUND, "num_mel_bins": 8, "max_source_positions": 10,
                 "max_target_positions": 24},
     "Speech2Text": {**SOUND, "input_feat_per_channel": 8, "max_source_positions": 64,
-                    "max_target_positions": 24, "conv_channels": 16, "conv_kernel_sizes": (3, 3)}}
+                    "max_target_positions": 24, "conv_channels": 16, "conv_kernel_sizes": (3, 3)},
+    "Moonshine": {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 20,
+                  "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 2,
+                  "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2,
+                  "max_position_embeddings": 64, "pad_token_id": 2, "decoder_start_token_id": 1}}
 NAMES = {"Marian": "MarianMTModel"}
 
 
@@ -58,7 +62,8 @@ def built(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
             p.normal_(0, 0.3)
     return model.eval(), {"input_ids": torch.ones(2, 5, dtype=torch.long),
                           "input_features": torch.randn(
-                              (1, 20, 8) if name == "Speech2Text" else (1, 8, 20))}
+                              (1, 20, 8) if name == "Speech2Text" else (1, 8, 20)),
+                          "input_values": torch.randn(1, 6000)}
 
 
 def main() -> None:

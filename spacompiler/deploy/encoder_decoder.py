@@ -1,6 +1,6 @@
 """An encoder-decoder as two ONNX files: what is read once, and what writes on with its cache.
 
-    encoder.onnx   input_ids or input_features, attention_mask (of text)
+    encoder.onnx   input_ids, input_features or input_values, attention_mask (of text)
                 -> cross.N.key, cross.N.value  (batch, heads, encoded, dim)
     decoder.onnx   input_ids (batch, sequence), encoder_attention_mask (batch, encoded), cross.N.…,
                    past_key_values.N.key, .N.value (batch, heads, past, dim)
@@ -111,7 +111,7 @@ def _joint(past: list[Tensor], cross: list[Tensor]) -> EncoderDecoderCache:
 def check_encoder_decoder(module: PreTrainedModel) -> None:
     """Raise SpaError unless a model reads text or sound and writes text."""
     name = module.main_input_name
-    reads = name in ("input_ids", "input_features")
+    reads = name in ("input_ids", "input_features", "input_values")
     if not reads or not writes_text(module):
         raise SpaError("this model cannot be exported as an encoder and a decoder",
                        where=type(module).__name__, why=NO_HEAD if reads else f"it reads {name}",
@@ -188,7 +188,8 @@ def _programs(model: PreTrainedModel,
 
 
 _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"},
-         "encoder_attention_mask": {0: "batch", 1: "encoded"}, "input_features": {0: "batch"}}
+         "encoder_attention_mask": {0: "batch", 1: "encoded"}, "input_features": {0: "batch"},
+         "input_values": {0: "batch"}}
 
 
 def export_pair(model: PreTrainedModel, example: Mapping[str, Any], folder: Path, *,
