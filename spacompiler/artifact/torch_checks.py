@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ..plan.plan import Plan
 from ..stages.comparison import compare
 from ..stages.tolerances import ONNX, RECORDED
 from ..store.folder import read_json, read_slices
+from ..system.staging import Scratch
 from ..torch_backend.kinds import is_encoder_decoder
 from ..torch_backend.own_layers import FILE, OwnSizes, modelling_file
 from . import recorded
@@ -170,6 +172,24 @@ def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iter
             (asked and recipe.get("decoder") and is_encoder_decoder(module)):
         yield tried("encoder and decoder", lambda: _pair(place, check_inputs(folder, structure),
                                                          module))
+    if (folder / "model.gguf").exists() or recipe.get("gguf"):
+        yield tried("gguf", lambda: _gguf(folder, recipe["gguf"], module))
+
+
+def _gguf(folder: Path, kind: str, module: Any) -> Check:
+    """The file for llama.cpp against one that is written anew of the reloaded model."""
+    from ..deploy.gguf_file import differing, write_gguf
+
+    file = folder / "model.gguf"
+    if not file.exists():
+        return Check("gguf", False, f"the recipe asks for {file.name}, and there is none")
+    if find_spec("gguf") is None:
+        return Check("gguf", None, "skipped: the gguf package is not installed")
+    with Scratch() as place:
+        write_gguf(module, place / file.name, kind, folder=folder)
+        odd = differing(file, place / file.name)
+    return Check("gguf", not odd, f"{odd} is not what the reloaded model has" if odd else
+                 f"{file.name} holds the reloaded model as {kind}, bit by bit")
 
 
 def _onnx(folder: Path, structure: dict[str, Any], module: nn.Module) -> Check:

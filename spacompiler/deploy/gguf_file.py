@@ -305,6 +305,19 @@ def _typed(gguf: ModuleType, name: str, array: np.ndarray, kind: str) -> tuple[n
     return gguf.quants.quantize(np.ascontiguousarray(array), found), found
 
 
+def differing(one: Path, other: Path) -> str:
+    """Return which array, or entry that both have, is not the same in two files, or ""."""
+    gguf = _package()
+    files = [gguf.GGUFReader(path) for path in (one, other)]
+    arrays = [{t.name: (int(t.tensor_type), t.data.tobytes()) for t in f.tensors} for f in files]
+    entries = [{k: v.contents() for k, v in f.fields.items() if not k.startswith("GGUF.")}
+               for f in files]
+    names = sorted(arrays[0].keys() | arrays[1].keys())
+    odd = [n for n in names if arrays[0].get(n) != arrays[1].get(n)]
+    return next(iter(odd), "") or next(
+        (k for k in entries[0] if k in entries[1] and entries[0][k] != entries[1][k]), "")
+
+
 def _read_back(gguf: ModuleType, path: Path, made: Mapping[str, tuple[np.ndarray, Any]]) -> None:
     """Raise ProofError unless the file holds exactly these arrays, bit by bit."""
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}

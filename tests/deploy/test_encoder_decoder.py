@@ -5,6 +5,7 @@ Other types, those that hear among them: `python benchmarks/pairs.py`.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from spacompiler.artifact.torch_checks import exported
+from spacompiler.deploy import encoder_decoder
 from spacompiler.deploy.decoder import check_causal_lm
 from spacompiler.deploy.encoder_decoder import check_encoder_decoder, export_pair, pair_parity
 from spacompiler.errors import SpaError, UsageError
@@ -95,6 +97,22 @@ def test_what_was_encoded_is_read_once(written: Any) -> None:
     made = model.generate(**{name: value[:1] for name, value in example.items()},
                           decoder_input_ids=start, max_new_tokens=4, do_sample=False)[0].tolist()
     assert [0, *runner.generate([[0]], 4)[0].tolist()][:len(made)] == made
+
+
+def test_places_end_where_the_configuration_says() -> None:
+    """Tables of places that grow when they are too short are traced where they are long enough."""
+    model, _ = t5()
+    assert encoder_decoder._places(model) is None
+    model.config.max_target_positions = 448
+    assert encoder_decoder._places(model) == 448
+    model.config.max_position_embeddings = 4  # shorter than what is traced
+    assert encoder_decoder._places(model) == 16
+
+
+def test_what_an_encoder_may_give_besides_is_none() -> None:
+    given = encoder_decoder._encoded_kind()(torch.ones(1))
+    assert given.router_logits is None and given[0] is given.last_hidden_state
+    assert copy.deepcopy(given).last_hidden_state == 1
 
 
 def test_a_model_without_a_head_is_refused_before_it_is_traced() -> None:

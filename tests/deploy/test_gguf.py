@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM
 
 import spacompiler
+from spacompiler.artifact.torch_checks import exported
 from spacompiler.deploy.gguf_checks import check_gguf
 from spacompiler.deploy.gguf_early import for_gguf
 from spacompiler.deploy.gguf_file import paired, write_gguf
@@ -203,6 +204,13 @@ def test_a_compile_for_a_runtime_takes_its_widths_and_writes_its_file(tmp_path):
     assert result.report["gguf"]["type"] == "q8_0"
     assert not (tmp_path / "o" / "model.onnx").exists()
     assert fields(tmp_path / "o" / "model.gguf")["tokenizer.ggml.model"] == "no_vocab"
+    found = {c.name: c for c in exported(tmp_path / "o", {}, result.module)}
+    assert found.keys() == {"gguf"} and found["gguf"].passed
+    result.module.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1
+    found = {c.name: c for c in exported(tmp_path / "o", {}, result.module)}
+    assert found["gguf"].passed is False and "blk.1.ffn_up.weight" in found["gguf"].detail
+    (tmp_path / "o" / "model.gguf").unlink()
+    assert [c.passed for c in exported(tmp_path / "o", {}, result.module)] == [False]
 
 
 @pytest.mark.parametrize("kind, given, made", [
