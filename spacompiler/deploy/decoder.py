@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 _BATCH, _SEQUENCE, _PAST_LENGTH = 2, 3, 5
+_ENDS = ("max_position_embeddings", "max_target_positions")
+_FEWEST = 16
+"""No length is bound below what is traced."""
 _AXES = {"input_ids": {0: "batch", 1: "sequence"}, "position_ids": {0: "batch", 1: "sequence"},
          "attention_mask": {0: "batch", 1: "total"}}
 
@@ -127,15 +130,9 @@ def trace_decoder(model: PreTrainedModel) -> Traced:
               "attention_mask": torch.ones(_BATCH, total, dtype=torch.long)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = torch.arange(_PAST_LENGTH, total).repeat(_BATCH, 1)
-    batch, sequence, length = Dim("batch"), Dim("sequence"), Dim("past")
-    free = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence},
-            "attention_mask": {0: batch, 1: Dim.AUTO}}
-    shapes = [{0: batch, 2: length} for _ in past], [free[name] for name in inputs]
     try:
         with quiet(), torch.no_grad(), plain_kernels(model):
-            program = torch.export.export(
-                CachedDecoder(model, list(inputs)), (past, list(inputs.values())),
-                dynamic_shapes=shapes, strict=False)
+            program = _program(model, past, inputs)
     except Exception as problem:  # the tracer raises many kinds
         raise SpaError("the decoder cannot be traced with its cache", where=type(model).__name__,
                        why=(str(problem).strip().splitlines() or [repr(problem)])[0],
@@ -147,6 +144,36 @@ def trace_decoder(model: PreTrainedModel) -> Traced:
     parts = [(i, part) for i in range(len(past) // 2) for part in ("key", "value")]
     return Traced(program, [*(PAST.format(*p) for p in parts), *inputs],
                   ["logits", *(PRESENT.format(*p) for p in parts)])
+
+
+def places(model: PreTrainedModel) -> int | None:
+    """How many tokens have places, where a table of them may end there; None where none is said.
+
+    Where a cache and what is new each stay below half of that, code that asks whether its table is
+    long enough is traced without asking. The files themselves are not bounded.
+    """
+    sizes = (getattr(model.config.get_text_config(decoder=True), n, None) for n in _ENDS)
+    return next((max(n, _FEWEST) for n in sizes if isinstance(n, int) and n > 1), None)
+
+
+def _program(model: PreTrainedModel, past: list[Tensor],
+             inputs: dict[str, Tensor]) -> ExportedProgram:
+    """Trace with every length free, or else below the end of a table of places."""
+    def traced(most: int | None) -> ExportedProgram:
+        batch, half = Dim("batch"), most and most // 2
+        sequence, length = Dim("sequence", max=half), Dim("past", max=half)
+        free = {"input_ids": {0: batch, 1: sequence}, "position_ids": {0: batch, 1: sequence},
+                "attention_mask": {0: batch, 1: Dim.AUTO}}
+        return torch.export.export(
+            CachedDecoder(model, list(inputs)), (past, list(inputs.values())), strict=False,
+            dynamic_shapes=([{0: batch, 2: length} for _ in past], [free[n] for n in inputs]))
+
+    try:
+        return traced(None)
+    except Exception:  # the tracer raises many kinds
+        if (most := places(model)) is None:
+            raise
+        return traced(most)
 
 
 def read_sizes_of_ids(graph: fx.Graph) -> None:

@@ -30,7 +30,7 @@ from ..stages.comparison import compare
 from ..system.process import quiet
 from ..torch_backend.kinds import writes_text
 from ..torch_backend.read.export import drop_asserts
-from .decoder import NO_HEAD, Traced, as_cache, flat, plain_kernels, read_sizes_of_ids
+from .decoder import NO_HEAD, Traced, as_cache, flat, places, plain_kernels, read_sizes_of_ids
 from .decoder_parity import DecoderParity
 from .export import FORM, Form, export_onnx
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import EncoderDecoderCache, PreTrainedModel
 
 _ENCODED, _PAST, _SEQUENCE, _STEPS = 7, 5, 3, 16
-_ENDS = ("max_position_embeddings", "max_target_positions")
 
 
 class EncoderSide(nn.Module):
@@ -157,20 +156,10 @@ def trace_pair(model: PreTrainedModel, example: Mapping[str, Any]) -> tuple[Trac
         ["logits", *(PRESENT.format(*p) for p in parts)])
 
 
-def _places(model: PreTrainedModel) -> int | None:
-    """How many tokens have places, where a table of them ends there; None where there is none.
-
-    A cache and what is new of half of that each stay below it: code that asks whether they do, to
-    make a longer table, is then traced without asking. The files themselves are not bounded.
-    """
-    sizes = (getattr(model.config, name, None) for name in _ENDS)
-    return next((max(n, 2 * (_ENCODED + 1)) for n in sizes if isinstance(n, int) and n > 1), None)
-
-
 def _programs(model: PreTrainedModel,
               inputs: Mapping[str, Tensor]) -> tuple[ExportedProgram, ExportedProgram]:
     text = "attention_mask" in inputs
-    most = _places(model)
+    most = places(model)
     batch, encoded = Dim("batch"), Dim("encoded", max=most)
     past_size, sequence = (Dim(n, max=most and most // 2) for n in ("past", "sequence"))
     first, values = EncoderSide(model, list(inputs)), list(inputs.values())

@@ -25,7 +25,7 @@ from transformers import (
 
 from spacompiler.artifact.torch_checks import exported
 from spacompiler.deploy import encoder_decoder
-from spacompiler.deploy.decoder import check_causal_lm
+from spacompiler.deploy.decoder import check_causal_lm, places
 from spacompiler.deploy.encoder_decoder import check_encoder_decoder, export_pair, pair_parity
 from spacompiler.errors import SpaError, UsageError
 from spacompiler.runtime import EncoderDecoder
@@ -102,11 +102,11 @@ def test_what_was_encoded_is_read_once(written: Any) -> None:
 def test_places_end_where_the_configuration_says() -> None:
     """Tables of places that grow when they are too short are traced where they are long enough."""
     model, _ = t5()
-    assert encoder_decoder._places(model) is None
+    assert places(model) is None
     model.config.max_target_positions = 448
-    assert encoder_decoder._places(model) == 448
+    assert places(model) == 448
     model.config.max_position_embeddings = 4  # shorter than what is traced
-    assert encoder_decoder._places(model) == 16
+    assert places(model) == 16
 
 
 def test_what_an_encoder_may_give_besides_is_none() -> None:
