@@ -35,7 +35,8 @@ WAYS = {
     "lora-gradient": "lora-gradient",
 }
 LEAN = tuple(WAYS)[2:]
-FROZEN, GATES = "frozen weights (plain pass)", "grasp-gates"
+FROZEN = "frozen weights (plain pass)"
+GATES = {"grasp-gates": False, "grasp-gates(lean=True)": True}
 PEFT = "LoRA of peft's, a plain loop"
 GATES_BAR, SPEED_BAR, STEPS = 1.25, 0.7, 5
 
@@ -103,8 +104,8 @@ def measure(way: str, synthetic: bool, batch: int, length: int) -> dict[str, flo
         module, example, Recipe(target="body=70%"), Given(
             owned=True, importance=WAYS.get(way) or "taylor-element", calibration=[call],
             progress=seen,
-            schedule=GraspGates(criterion="magnitude", steps=STEPS, scales=0) if way == GATES
-            else None)))
+            schedule=GraspGates(criterion="magnitude", steps=STEPS, scales=0, lean=GATES[way])
+            if way in GATES else None)))
 
     def plain() -> None:
         default_loss([module(**call).logits], (), call).backward()
@@ -158,11 +159,14 @@ def table(ways: Sequence[str], sizes: Sequence[str], lean: Sequence[str], bar: f
 
 def _fast(rates: Mapping[str, Mapping[str, float]]) -> bool:
     """Say how fast gates learn as a share of a plain loop; True if the bar is met."""
-    shares = {size: of[GATES] / of[PEFT] for size, of in rates.items() if PEFT in of}
-    if shares:
-        print("\nTokens a CPU second, as a share of the plain loop's: " + ", ".join(
-            f"{share:.2f} ({size})" for size, share in shares.items()) + f"; bar {SPEED_BAR}")
-    return all(share >= SPEED_BAR for share in shares.values())
+    met = True
+    for way in GATES:
+        shares = {size: of[way] / of[PEFT] for size, of in rates.items() if PEFT in of}
+        if shares:
+            print(f"\nTokens a CPU second of {way}, as a share of the plain loop's: " + ", ".join(
+                f"{share:.2f} ({size})" for size, share in shares.items()) + f"; bar {SPEED_BAR}")
+        met &= all(share >= SPEED_BAR for share in shares.values())
+    return met
 
 
 def main() -> int:
@@ -177,8 +181,8 @@ def main() -> int:
         print(json.dumps(measure(way, args.synthetic, *map(int, size.split("x")))))
         return 0
     bar = GATES_BAR if args.gates else BAR
-    met = table([FROZEN, GATES, PEFT] if args.gates else list(WAYS), args.size or SIZES,
-                (GATES,) if args.gates else LEAN, bar)
+    met = table([FROZEN, *GATES, PEFT] if args.gates else list(WAYS), args.size or SIZES,
+                tuple(GATES) if args.gates else LEAN, bar)
     print(f"\nThe bar, {bar}, is {'met by all lean ways' if met else 'MISSED'}.")
     return not met
 
