@@ -70,7 +70,7 @@ class Gating:
     scales: int = 0
     scale_lr: float = 0.01
     streams: bool = False
-    lean: bool = False
+    lean: bool = True
     name: ClassVar[str] = ""
     by_layer: ClassVar[bool] = True
     learner: ClassVar[type[Learner]] = Learner

@@ -14,7 +14,7 @@ from spacompiler.artifact.recorded import claims
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calibration import Calibration
 from spacompiler.evidence.losses import labelled
-from spacompiler.gates import gating, scaling
+from spacompiler.gates import gating, network, scaling
 from spacompiler.gates.beside import beside
 from spacompiler.gates.network import Gated, ones
 from spacompiler.gates.projection import Projection, choices, tables
@@ -39,6 +39,7 @@ from spacompiler.stages.proof import relative_error
 from spacompiler.stages.records import Scheduling
 from spacompiler.torch_backend.backend import TORCH
 from spacompiler.torch_backend.prove import masked_dense
+from spacompiler.torch_backend.run.recompute import Budget
 
 
 class Images(nn.Module):
@@ -295,6 +296,18 @@ def test_a_budget_comes_down_step_by_step(traced, monkeypatch):
     Progressive(steps=12, every=2).run(task)
     assert shares[0] == 1.0 and all(a >= b - 0.02 for a, b in pairwise(shares))
     assert len({round(s, 2) for s in shares}) > 3 and abs(shares[-1] - 0.6) <= 0.01
+
+
+@pytest.mark.parametrize("row", [few(Gates(), criterion="taylor", scales=0), few(Compresso())],
+                         ids=["gates", "compresso"])
+def test_what_is_not_held_for_the_step_back_changes_nothing(row, traced, monkeypatch):
+    asked = []
+    monkeypatch.setattr(network, "budget", lambda *call: asked.append(Budget(0)) or asked[-1])
+    plain = replace(row, lean=False).run(task_on(traced["text"])).scores
+    assert not asked
+    lean = row.run(task_on(traced["text"])).scores
+    assert len(asked) >= row.steps
+    assert plain and all((plain[name] == lean[name]).all() for name in plain)
 
 
 def test_gates_know_how_weights_answer_to_them(traced):
