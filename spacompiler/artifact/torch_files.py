@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..axes.choices import kept_size
 from ..deploy.cases import LENGTH
 from ..deploy.inputs import axis_names, feed, latency_inputs, other_inputs
 from ..errors import ProofError, SpaError
+from ..plan.effects import edits, gather_indices
 from ..request.amounts import parse_size
 from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
@@ -218,18 +221,50 @@ def _served(job: Compiled) -> list[Call]:
 
 
 def _latency(job: Compiled, path: Path) -> dict[str, Any]:
-    from ..deploy.export import export_onnx
-    from ..runtime.latency import compare_latency
+    from ..runtime.latency import Latency, compare_latency
 
     job.progress("measuring latency", 3, 4)
-    with Scratch() as temporary:
-        dense = temporary / "dense.onnx"
-        whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
-        export_onnx(whole.exported, dense, input_names=whole.graph.inputs)
-        args, kwargs = latency_inputs(job.trace, min(LENGTH, positions(job.reference) or LENGTH))
-        times = compare_latency({"dense": dense, "pruned": path}, feed(job.trace, args, kwargs),
-                                steady=STEADY)
-    shapes = {n: list(a.shape) for n, a in feed(job.trace, args, kwargs).items()}
+    args, kwargs = latency_inputs(job.trace, min(LENGTH, positions(job.reference) or LENGTH))
+    given = feed(job.trace, args, kwargs)
+
+    def timed(changed: Mapping[str, torch.Tensor]) -> dict[str, Latency]:
+        with _dense_file(job, path, changed) as dense:
+            return compare_latency({"dense": dense, "pruned": path}, given, steady=STEADY)
+
+    changed = _changed(job)
+    try:
+        times = timed(changed)
+    except SpaError:
+        if not changed:
+            raise
+        times = timed({})  # a size stands in the file that the plan did not change
     return {**{n: {"median_ms": t.median, "best_ms": t.best, "cpu_median_ms": t.cpu_median}
                for n, t in times.items()}, "threads": 1, "turns": times["pruned"].repeats,
-            "shapes": shapes}
+            "shapes": {n: list(a.shape) for n, a in given.items()}}
+
+
+@contextmanager
+def _dense_file(job: Compiled, pruned: Path,
+                changed: Mapping[str, torch.Tensor]) -> Iterator[Path]:
+    """Give the dense network as an ONNX file: the pruned one with other arrays, if it is no more
+    than that, else exported."""
+    from ..deploy.export import export_onnx
+    from ..deploy.twin import twin
+
+    with ExitStack() as stack:
+        found = stack.enter_context(twin(pruned, changed)) if changed else None
+        if found is None:
+            found = stack.enter_context(Scratch()) / "dense.onnx"
+            whole = job.trace if job.dense is None else job.backend.trace(job.dense, job.inputs)[0]
+            export_onnx(whole.exported, found, input_names=whole.graph.inputs)
+        yield found
+
+
+def _changed(job: Compiled) -> dict[str, torch.Tensor]:
+    """The dense arrays that a plan cuts, by name; none if it changes more than arrays."""
+    if job.dense is not None or any(edits(job.solution, job.choices)) \
+            or gather_indices(job.solution, job.choices):
+        return {}
+    arrays = {**job.trace.program.state_dict, **job.trace.program.constants}
+    return {name: arrays[name] for name, dims in job.solution.weights().items()
+            if name in arrays and any(kept_size(e, job.choices) != e.size for e in dims)}

@@ -121,6 +121,8 @@ class Graph:
     heads: frozenset[str] | None = None
     _makers: dict[str, Node] = field(default_factory=dict, init=False, repr=False, compare=False)
     _known: int = field(default=0, init=False, repr=False, compare=False)
+    _stored: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _counted: int = field(default=0, init=False, repr=False, compare=False)
 
     def maker(self, name: str) -> Node | None:
         """Return the node that makes a tensor, None for inputs and stored arrays."""
@@ -131,11 +133,19 @@ class Graph:
 
     def weights(self) -> dict[str, Tensor]:
         """Return one tensor for each stored array (parameters and buffers), by array name."""
-        found: dict[str, Tensor] = {}
-        for tensor in self.tensors.values():
-            if tensor.weight is not None:
-                found.setdefault(tensor.weight, tensor)
-        return found
+        return dict(self._arrays())
+
+    def array(self, name: str) -> Tensor:
+        """Return the tensor of a stored array; raises KeyError if there is none of that name."""
+        return self._arrays()[name]
+
+    def _arrays(self) -> dict[str, Tensor]:
+        if self._counted != len(self.tensors):  # tensors are only added
+            self._stored, self._counted = {}, len(self.tensors)
+            for tensor in self.tensors.values():
+                if tensor.weight is not None:
+                    self._stored.setdefault(tensor.weight, tensor)
+        return self._stored
 
     def to_networkx(self) -> nx.DiGraph:
         """Return operators and tensors as one bipartite graph (`kind`: op or tensor)."""

@@ -66,7 +66,7 @@ class Solution:
         """Return the axis expressions of a tensor (or of a stored array, by its name)."""
         if tensor in self.solver.dims:
             return self.solver.dims[tensor]
-        return self.solver.dims[self.graph.weights()[tensor].name]
+        return self.solver.dims[self.graph.array(tensor).name]
 
     def weights(self) -> dict[str, tuple[Expr, ...]]:
         """Return the axis expressions of every stored array."""

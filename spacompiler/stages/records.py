@@ -177,7 +177,8 @@ class Decided:
     """What stays of a traced program: a plan, and its choices by atom.
 
     `stock` says in which layout a configuration of transformers may express it ("uniform",
-    "per-layer", "" in none); `idle` that a repair was asked for and changed nothing.
+    "per-layer", "" in none); `idle` that a repair was asked for and changed nothing. `cut` are
+    arrays, by name, that one way of making the model cut: the next one need not.
     """
 
     trace: Any
@@ -186,6 +187,7 @@ class Decided:
     choices: Choices
     stock: str = ""
     idle: bool = False
+    cut: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
     """Take the first emitter whose result agrees with the proved program."""
     trace: Trace = decided.trace
     want = run_pruned(trace, decided.solution, decided.choices, double=False)
+    decided = replace(decided, cut={})
     problems: dict[str, str] = {}
     obstacles: tuple[str, ...] = ()
     for layout, emission, make in EMITTERS:
@@ -158,6 +159,7 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
             difference = runs_like(made.model, trace.args, trace.kwargs, want)
             if not difference:
                 problems.pop(f"layout {layout} by {emission}", None)
+                decided.cut.clear()  # they are the model's alone now
                 notes.extend(f"{k} is not possible: {why}" for k, why in problems.items())
                 return Emitted(made.model, made.layout or layout, emission, made.decided, subject,
                                made.program)
@@ -200,7 +202,9 @@ def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
     for name in module.state_dict():
         first = trace.tied.get(name, name)
         if first not in made:
-            made[first] = slicer.array(first).detach()
+            if first not in decided.cut:
+                decided.cut[first] = slicer.array(first)
+            made[first] = decided.cut[first].detach()
     return hf.build(module, config, {
         name: made[trace.tied.get(name, name)] for name in module.state_dict()},
         hf.frozen(module), cls)
@@ -208,7 +212,7 @@ def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
 
 def _surgery(subject: Subject, decided: Decided) -> _Made:
     return _Made(operate(decided.trace, subject.model, decided.solution, decided.choices,
-                         room=subject.room), decided)
+                         room=subject.room, cut=decided.cut), decided)
 
 
 def _watched(subject: Subject, decided: Decided, distinct: bool = False) -> _Made:
@@ -222,7 +226,7 @@ def _watched(subject: Subject, decided: Decided, distinct: bool = False) -> _Mad
     seen = watch(subject.model, args, kwargs, distinct=distinct)
     sizes = resized(seen.uses, trace, decided.solution, decided.choices)
     model = operate(trace, subject.model, decided.solution, decided.choices, sizes=sizes.changes,
-                    room=subject.room)
+                    room=subject.room, cut=decided.cut)
     for path, name, value in unmet(model, args, kwargs, seen):
         assign(model.get_submodule(path), name, value)
     return _Made(model, decided, obstacles=sizes.problems)

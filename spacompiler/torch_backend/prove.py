@@ -22,6 +22,7 @@ from ..stages.proof import CONTROLS, Proof, relative_error, swap
 from ..stages.tolerances import CONTROL, PROOF
 from .emit.program import run_pruned
 from .emit.slicer import kept
+from .run.aside import Aside
 from .run.draws import check_draws_nothing
 from .run.masks import masks, norms
 from .run.runner import OverridingRunner
@@ -53,8 +54,7 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
         raise ProofError("no result of the network is a finite number",
                          why="where all is NaN or infinite, nothing can be compared",
                          fix="give example inputs, and weights, that it computes numbers from")
-    error = _error(trace, solution, choices, want)
-    weight, control = _control(trace, solution, choices, want, seed)
+    error, weight, control = _both(trace, solution, choices, want, seed)
     approximate = None
     if any(g.approximate for g in solution.groups.values() if g.atom in choices):
         approximate = relative_error(
@@ -63,17 +63,26 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
     return proof if control >= CONTROL.value else _on_others(trace, solution, choices, proof, seed)
 
 
-def _control(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
-             seed: int) -> tuple[str, float]:
-    """Return the array that got a wrong index, and how far results are off by it."""
-    weight, control = "", 0.0
+def _both(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
+          seed: int) -> tuple[float, str, float]:
+    """Return the error of the pruned program, the array that got a wrong index, and how far
+    results are off by it."""
     stored = {**trace.program.state_dict, **trace.program.constants}
-    for attempt in range(CONTROLS):
-        weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt, attempt)
-        control = _error(trace, solution, choices, want, wrong)
+    try:
+        weight, wrong = swap(stored.__getitem__, solution, choices, seed)
+    except ValueError:  # nothing reads what goes: the plan itself is wrong
+        _error(trace, solution, choices, want)
+        raise
+    aside = Aside({name for name, first in trace.tied.items() if first in
+                   {trace.tied.get(one, one) for one in wrong}})
+    error = _error(trace, solution, choices, want, aside=aside)
+    control = _error(trace, solution, choices, want, wrong, aside)
+    for attempt in range(1, CONTROLS):
         if control >= CONTROL.value:  # a slice that these inputs do not excite shows nothing
             break
-    return weight, control
+        weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt, attempt)
+        control = _error(trace, solution, choices, want, wrong)
+    return error, weight, control
 
 
 def _on_others(trace: Trace, solution: Solution, choices: Choices, proof: Proof,
@@ -88,18 +97,18 @@ def _on_others(trace: Trace, solution: Solution, choices: Choices, proof: Proof,
     want = masked_dense(other, solution, choices)
     if not all(torch.isfinite(t).all() for t in tensors(want)):
         return proof
-    error = max(proof.error, _error(other, solution, choices, want))
-    weight, control = _control(other, solution, choices, want, seed)
-    return replace(proof, error=error, control=control, swapped=weight, redrawn=True) \
-        if control >= CONTROL.value else proof
+    error, weight, control = _both(other, solution, choices, want, seed)
+    return replace(proof, error=max(proof.error, error), control=control, swapped=weight,
+                   redrawn=True) if control >= CONTROL.value else proof
 
 
 def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
-           wrong: dict[str, Choices] | None = None) -> float:
+           wrong: dict[str, Choices] | None = None, aside: Aside | None = None) -> float:
     """Relative error of the pruned program; raises ProofError if it must hold and does not."""
     problem = ""
     try:
-        error = relative_error(run_pruned(trace, solution, choices, wrong=wrong), want)
+        error = relative_error(run_pruned(
+            trace, solution, choices, wrong=wrong, aside=aside), want)
     except (RuntimeError, ValueError, IndexError, TypeError) as raised:
         if runs_out(raised):
             raise

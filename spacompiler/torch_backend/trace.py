@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
@@ -161,8 +162,13 @@ def _drawn(old: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph module with the names of its nodes (fx renames those called like builtins)."""
-    made = copy.deepcopy(module)
+    """Copy a graph module with the names of its nodes (fx renames those called like builtins).
+
+    Its Python code, which few copies need, is made when it is called.
+    """
+    same = _LazyGraphModule.__new__(_LazyGraphModule)
+    object.__setattr__(same, "__dict__", module.__dict__)
+    made = copy.deepcopy(same)
     for old, new in zip(module.graph.nodes, made.graph.nodes, strict=True):
         new.name = old.name
     return made

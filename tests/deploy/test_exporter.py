@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import spacompiler
+from spacompiler.artifact import places, torch_files
 from spacompiler.axes.choices import Choices
-from spacompiler.deploy import exporter
-from spacompiler.deploy.export import export_onnx
+from spacompiler.deploy import export, exporter
+from spacompiler.deploy.export import Form, export_onnx
+from spacompiler.deploy.twin import twin
 from spacompiler.groups.solution import Solution, solve
 from spacompiler.plan.plan import make_plan
 from spacompiler.rows.aten_table import TABLE
+from spacompiler.runtime import latency
 from spacompiler.runtime.latency import LEAST_TURNS, compare_latency
+from spacompiler.runtime.session import open_session, run_session
 from spacompiler.torch_backend.emit import refresh
 from spacompiler.torch_backend.emit.program import rewrite
 from spacompiler.torch_backend.read import decompose
@@ -33,7 +40,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(40)
         self.qkv, self.out = nn.Linear(40, 120), nn.Linear(40, 40)
-        self.up, self.down = nn.Linear(40, 60), nn.Linear(60, 40)
+        self.up, self.down = nn.Linear(40, 120), nn.Linear(120, 40)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.view(*x.shape[:2], 2, 20).transpose(1, 2)
@@ -58,8 +65,8 @@ def pruned(traced: Trace, role: str) -> tuple[Solution, Choices]:
     return solution, make_plan(groups, scores, counts).choices(solution)
 
 
-def written(traced: Trace, path: Path, program: Any = None) -> bytes:
-    export_onnx(program or traced.exported, path, input_names=traced.graph.inputs)
+def written(traced: Trace, path: Path, program: Any = None, **options: Any) -> bytes:
+    export_onnx(program or traced.exported, path, input_names=traced.graph.inputs, **options)
     return path.read_bytes()
 
 
@@ -100,6 +107,48 @@ def test_values_that_a_plan_leaves_alone_are_not_computed_again(
         kinds = ([refresh._kind(v) for v in pytree.tree_leaves(node.meta.get("val"))]
                  for node in (one, other))
         assert next(kinds) == next(kinds), one
+
+
+def test_the_dense_file_is_the_pruned_one_with_its_own_arrays(
+        blocks: Trace, tmp_path: Path) -> None:
+    solution, choices = pruned(blocks, "channel")
+    arrays = {n: a for n, a in blocks.exported.state_dict.items() if "up." in n or "down.w" in n}
+    save_file(arrays, tmp_path / "w.safetensors")
+    # as if it were large
+    apart = {"beside": (tmp_path / "w.safetensors",), "form": Form(external=0)}
+    written(blocks, tmp_path / "dense.onnx")
+    written(blocks, tmp_path / "pruned.onnx", rewrite(blocks, solution, choices), **apart)
+    files = sorted(tmp_path.iterdir())
+    x = {blocks.graph.inputs[0]: np.ones((3, 5, 40), dtype=np.float32)}
+    want = run_session(open_session(tmp_path / "dense.onnx"), x)
+    with twin(tmp_path / "pruned.onnx", arrays) as path:
+        assert path is not None
+        found = run_session(open_session(path), x)
+        assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(want, found, strict=True))
+    with twin(tmp_path / "pruned.onnx", {**arrays, "nowhere": torch.ones(3)}) as path:
+        assert path is None
+    assert sorted(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("role, exports", [("channel", 1), ("head", 2)])
+def test_the_dense_network_is_exported_where_sizes_stand_in_the_program(
+        role: str, exports: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    plain = export.translated
+    monkeypatch.setattr(export, "translated", lambda *given: made.append(1) or plain(*given))
+    monkeypatch.setattr(torch_files, "_served", lambda job: [(job.trace.args, job.trace.kwargs)])
+    monkeypatch.setattr(latency, "_ask_child", in_process)
+    monkeypatch.setattr(places, "Form", partial(Form, external=0))
+    torch.manual_seed(0)
+    result = spacompiler.compile(Block().eval(), (torch.randn(2, 5, 40),), target="params~80%",
+                                 roles=(role,), align=1, importance="magnitude", repair="none",
+                                 out=tmp_path / "out", prove=False)
+    assert len(made) == exports
+    assert result.report["latency"]["turns"] >= LEAST_TURNS
+
+
+def in_process(paths: Any, cases: Any, options: dict[str, Any]) -> Any:
+    return latency.measure(paths, cases, **options)
 
 
 def test_no_further_turn_is_taken_once_the_ratio_is_known(blocks: Trace, tmp_path: Path) -> None:

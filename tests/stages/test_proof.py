@@ -26,6 +26,8 @@ from spacompiler.torch_backend import prove as proof
 from spacompiler.torch_backend.emit.program import run_pruned
 from spacompiler.torch_backend.prove import masked_dense, prove
 from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.run.aside import Aside
+from spacompiler.torch_backend.run.runner import Runner
 from spacompiler.torch_backend.trace import Trace
 
 REAL = {"smollm2-135m", "efficientnet-lite0"}
@@ -130,6 +132,18 @@ def test_a_wrong_index_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(proof, "run_pruned", pruned)
     with pytest.raises(ProofError, match="not the masked dense model"):
         prove(traced(name), solution, choices)
+
+
+def test_what_a_wrong_run_shares_with_the_right_one_is_run_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    solution, ran = solved("llama-gqa"), list[str]()
+    choices, step = half(solution), Runner.run_node
+    monkeypatch.setattr(Runner, "run_node", lambda self, n: ran.append(n.name) or step(self, n))
+    once = prove(traced("llama-gqa"), solution, choices)
+    few = len(ran)
+    monkeypatch.setattr(Aside, "call", lambda self, runner, *call: runner.call(*call))
+    assert prove(traced("llama-gqa"), solution, choices) == once
+    assert few < 0.9 * (len(ran) - few)
 
 
 class Branch(nn.Module):

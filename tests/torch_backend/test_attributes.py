@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
-from spacompiler.torch_backend.emit.attributes import assign, differing, held
+from spacompiler.torch_backend.emit.attributes import assign, differing, held, watch
 from spacompiler.torch_backend.emit.sized import Sized
 
 FAST = {"importance": "magnitude", "align": 1, "onnx": False, "latency": False}
@@ -320,3 +320,23 @@ def test_a_bare_assert_is_named_by_its_line():
     assert result.job.emission == "program"
     assert "AssertionError: raise AssertionError (torch_backend/test_attributes.py" \
         in result.job.notes[0]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_sizes_are_watched_without_data_where_code_asks_for_none(asks: bool) -> None:
+    ran = []
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.layer = 3, nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ran.append(x.device.type)
+            if asks and x.sum() > 1e9:
+                return x
+            return self.layer(x).view(len(x), self.heads, -1)
+
+    seen = watch(Heads().eval(), (torch.randn(2, 4),), {})
+    assert ran == (["meta", "cpu"] if asks else ["meta"])
+    assert ("", "heads") in {key for use in seen.uses for key in use.size.keys}

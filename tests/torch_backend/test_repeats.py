@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
+from spacompiler.torch_backend.read import export
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.read.record import record
 
@@ -78,11 +80,29 @@ def text(program: Any) -> str:
     return f"{places}\n{rows}"
 
 
+def unnamed(program: Any) -> str:
+    """The program's text without names of nodes, which count others that are dropped, too."""
+    at = {node: f"%{i}" for i, node in enumerate(program.graph.nodes)}
+    return str([(str(n.target), str(fx.map_arg((n.args, n.kwargs), at.__getitem__)),
+                 str(n.meta.get("nn_module_stack")), str(getattr(n.meta.get("val"), "shape", None)))
+                for n in program.graph.nodes if n.op != "placeholder"])
+
+
 def recorded(module: nn.Module, once: bool) -> tuple[str, list[int]]:
     CALLS.clear()
     program = record(module.eval(), (torch.zeros(3, 6),), {}, once=once)
     order = [id(part) for part in module.modules() if isinstance(part, Block)]
     return text(program), [order.index(call) for call in CALLS]
+
+
+def exported(module: nn.Module, once: bool) -> tuple[str, list[int]]:
+    CALLS.clear()
+    with pytest.MonkeyPatch.context() as patched:
+        if not once:
+            patched.setattr(export, "blocks_once", lambda module: nullcontext(lambda: False))
+        program = trace(module.eval(), (torch.zeros(3, 6),)).program
+    order = [id(part) for part in module.modules() if isinstance(part, Block)]
+    return unnamed(program), [order.index(call) for call in CALLS]
 
 
 def many(kind: type[Block], **options: Any) -> list[Block]:
@@ -115,6 +135,26 @@ def test_nothing_is_shared_where_values_are_written_into() -> None:
     found, ran = recorded(stack, True)
     assert ran == [0, 0, 1, 2, 3]
     assert found == recorded(stack, False)[0]
+
+
+@pytest.mark.parametrize(("blocks", "runs"), [
+    (lambda: many(Block), 1), (lambda: many(Pair), 1), (lambda: many(Indexed), 4),
+    (lambda: many(Told), 2)], ids=["alike", "several results", "index read", "told by parent"])
+def test_an_export_traces_blocks_that_are_alike_once(blocks: Any, runs: int) -> None:
+    found, ran = exported(Stack(*blocks()), True)
+    assert len(ran) == runs
+    assert found == exported(Stack(*blocks()), False)[0]
+
+
+def test_an_export_that_writes_into_values_traces_all_blocks() -> None:
+    class Writing(Block):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x).add_(1)
+
+    stack = Stack(*many(Writing))
+    found, ran = exported(stack, True)
+    assert len(ran) == 4
+    assert found == exported(stack, False)[0]
 
 
 def test_one_block_in_several_places_and_shared_parts_are_themselves() -> None:

@@ -33,7 +33,8 @@ from ...plan.effects import edits
 from ...rows.findings import Path
 from ..read.running import follow, innermost_forward
 from ..trace import Trace
-from .sized import Key, Sized, comparing
+from .sized import Key, Sized, comparing, sizes_in
+from .weightless import sharing, weightless
 
 Change = tuple[str, str, Any]
 Kinds = type | tuple[type, ...]
@@ -172,7 +173,7 @@ class Watch(TorchFunctionMode):
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         """Note the sizes among the arguments of a torch function, and call it."""
         kwargs = kwargs or {}
-        found = list(_sizes(args, kwargs))
+        found = list(sizes_in(args, kwargs))
         if found:
             line = _line(sys._getframe(1))
             self.uses.extend(Use(self.stack[-1], line, path, size) for path, size in found)
@@ -181,27 +182,6 @@ class Watch(TorchFunctionMode):
     def modules(self) -> AbstractContextManager[None]:
         """Follow which module is running."""
         return follow(self.names, self.stack)
-
-
-def _sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Sized]]:
-    """Sizes among the arguments; those given one by one (`x.view(2, 3)`) count as a list."""
-    first = 0 if args and isinstance(args[0], int) else 1
-    if len(args) > first + 1 and all(isinstance(a, int) for a in args[first:]):
-        args = (*args[:first], args[first:])
-    for i, value in enumerate(args):
-        yield from _inside(("args", i), value)
-    for key, value in kwargs.items():
-        yield from _inside(("kwargs", key), value)
-
-
-def _inside(path: Path, value: object) -> Iterator[tuple[Path, Sized]]:
-    if isinstance(value, Sized):
-        yield path, value
-    elif isinstance(value, (tuple, list)):
-        for i, part in enumerate(value):
-            yield from _inside((*path, i), part)
-    elif isinstance(value, slice):
-        yield from _inside(path, (value.start, value.stop))
 
 
 def _line(frame: FrameType | None) -> str:
@@ -246,8 +226,15 @@ def unmet(pruned: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _watched(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
              expected: frozenset[Place] = frozenset(),
              distinct: bool = False) -> tuple[Watch, Exception | None]:
-    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
-    marked = copy.deepcopy(module, memo).eval()
+    """Watch a run without data, which sizes do not need; with data where code asks for some."""
+    found = None if distinct else _run(*weightless(module, args, kwargs), expected, distinct)
+    if found is None or found[1] is not None:
+        found = _run(sharing(module), args, kwargs, expected, distinct)
+    return found
+
+
+def _run(marked: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+         expected: frozenset[Place], distinct: bool) -> tuple[Watch, Exception | None]:
     for path, part in marked.named_modules():
         for name, value in list(held(part)):
             assign(part, name, Sized.held(value, (path, name)))

@@ -80,11 +80,14 @@ EPS = ("eps", "variance_epsilon", "epsilon")
 
 
 def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choices, *,
-            sizes: Sequence[Change] = (), room: Room | None = None) -> nn.Module:
+            sizes: Sequence[Change] = (), room: Room | None = None,
+            cut: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Return a pruned copy of a module; `sizes` are attributes to change beyond the stock ones.
 
-    Large arrays lie in a `room` where there is one.
+    Large arrays lie in a `room` where there is one. What is `cut` already, by name, is taken as it
+    is, and what is cut is added.
     """
+    cut = {} if cut is None else cut
     slicer = Slicer(trace, solution, choices, room)
     memo: dict[int, Any] = {}
     made: dict[str, torch.Tensor] = {}
@@ -98,7 +101,9 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
             memo.setdefault(id(tensor), fresh(tensor))
             continue
         if first not in made:
-            made[first] = fresh(tensor, slicer.array(name))
+            if first not in cut:
+                cut[first] = slicer.array(name)
+            made[first] = fresh(tensor, cut[first])
         memo[id(tensor)] = made[first]
     pruned = copy.deepcopy(module, memo)
     for path, attribute, value in (*attribute_changes(pruned, trace, solution, choices), *sizes):

@@ -21,6 +21,7 @@ from ...evidence.where import HERE
 from ...groups.solution import Solution
 from ...plan.effects import edits, gather_indices
 from ...rows.findings import Path
+from ..run.aside import Aside
 from ..run.runner import Runner
 from ..trace import Trace, copied
 from .slicer import Slicer
@@ -120,10 +121,12 @@ def _scaled(size: fx.Node, user: fx.Node, value: int, old: int) -> fx.Node:
 
 def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
                wrong: dict[str, Choices] | None = None, double: bool = True,
-               watch: Callable[[str, Any], None] | None = None) -> list[Any]:
+               watch: Callable[[str, Any], None] | None = None,
+               aside: Aside | None = None) -> list[Any]:
     """Run the pruned program on the example inputs, slicing each array when it is read.
 
-    `wrong` gives some arrays another choice of slices: the proof's negative control.
+    `wrong` gives some arrays another choice of slices: the proof's negative control. What it and
+    the right run have in common is computed once where both are given one `aside`.
     """
     slicer = Slicer(trace, solution, choices)
     wrong = {trace.tied.get(k, k): v for k, v in (wrong or {}).items()}
@@ -135,6 +138,8 @@ def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
                     watch=watch,
                     where=trace.proving if double else HERE)
     with torch.no_grad():
+        if aside is not None:
+            return aside.call(runner, trace.args, trace.kwargs)
         return runner.call(trace.args, trace.kwargs)
 
 

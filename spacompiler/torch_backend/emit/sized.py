@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from ...rows.findings import Path
+
 Key = tuple[str, str]
 Heard = Callable[["Sized", int], bool]
 _HEARD: ContextVar[Heard | None] = ContextVar("_HEARD", default=None)
@@ -94,3 +96,24 @@ def _arithmetic(name: str, swapped: bool) -> Callable[[Sized, Any], Any]:
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Sized, f"__{_name}__", _arithmetic(_name, False))
     setattr(Sized, f"__r{_name}__", _arithmetic(_name, True))
+
+
+def sizes_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Sized]]:
+    """Sizes among the arguments; those given one by one (`x.view(2, 3)`) count as a list."""
+    first = 0 if args and isinstance(args[0], int) else 1
+    if len(args) > first + 1 and all(isinstance(a, int) for a in args[first:]):
+        args = (*args[:first], args[first:])
+    for i, value in enumerate(args):
+        yield from _inside(("args", i), value)
+    for key, value in kwargs.items():
+        yield from _inside(("kwargs", key), value)
+
+
+def _inside(path: Path, value: object) -> Iterator[tuple[Path, Sized]]:
+    if isinstance(value, Sized):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            yield from _inside((*path, i), part)
+    elif isinstance(value, slice):
+        yield from _inside(path, (value.start, value.stop))

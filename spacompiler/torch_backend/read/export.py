@@ -6,12 +6,14 @@ of its nodes, so that what the solver says about a tensor can be found in the pr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from ...errors import TraceError
@@ -29,6 +31,7 @@ from .folding import fold_weights
 from .functional import make_functional
 from .guards import settle
 from .lower import hint, lower
+from .once import blocks_once
 from .record import record
 
 _DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_scalar",
@@ -89,8 +92,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for shapes in (_dynamic(args, kwargs), None):
         try:
             with quiet(), torch.no_grad():
-                program = torch.export.export(
-                    module, args, kwargs, dynamic_shapes=shapes, strict=False)
+                program = _exported(module, args, kwargs, shapes)
                 return program if make_functional(program) else program.run_decompositions({})
         except Exception as problem:  # the tracer raises many kinds
             problems.append(problem)
@@ -107,6 +109,20 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         why=reason[0] if reason else type(problems[-1]).__name__,
         fix="compile a part of it: --module PATH of a sub-module that does not contain that line",
     ) from problems[-1]
+
+
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+              shapes: Any) -> ExportedProgram:
+    """Export, repeated blocks traced once; all of them, where that leads to no program."""
+    export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=shapes,
+                     strict=False)
+    with _use_lazy_graph_module(True), blocks_once(module) as used:  # no code between its passes
+        try:
+            return export()
+        except Exception:  # the tracer raises many kinds
+            if not used():
+                raise
+    return export()
 
 
 _BATCHED = ("BatchedTensor", "fake tensor in the exported program")

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..trace import Recorded
 from .known import Known, is_mutable, takes_device
 from .placed import called
-from .repeats import Repeats
+from .repeats import Repeats, Unlike
 from .running import follow, innermost_forward
 
 _META = torch.device("meta")
@@ -75,9 +75,15 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     given, named = pytree.tree_unflatten(
         [recorder.held(f"input_{i}", x, InputKind.USER_INPUT) if isinstance(x, torch.Tensor) else x
          for i, x in enumerate(leaves)], spec)
-    with torch.no_grad(), _exporting(), repeats.under_way(module) if once else nullcontext(), \
-            recorder.modules(), enable_python_dispatcher(), recorder:
-        result = called(module, held, given, named)
+    try:
+        with torch.no_grad(), _exporting(), \
+                repeats.under_way(module) if once else nullcontext(), \
+                recorder.modules(), enable_python_dispatcher(), recorder:
+            result = called(module, held, given, named)
+    except Exception:
+        if not repeats.watching:
+            raise
+        return record(module, args, kwargs, once=False)
     if repeats.used and recorder.wrote:  # what shares memory with what is not known of all blocks
         return record(module, args, kwargs, once=False)
     return recorder.finish(result)
@@ -245,6 +251,24 @@ class _Recorder(ProxyTorchDispatchMode):
             found.meta = {**whole.meta, "val": whole.meta["val"][index]}
             self._nodes[id(tensor)] = found
         return found
+
+    def kind(self, tensor: torch.Tensor) -> object:
+        """Return what is known of a tensor, to compare."""
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.is_meta:
+            raise Unlike
+        return tensor.shape, tensor.stride(), tensor.dtype
+
+    def array(self, part: nn.Module, name: str) -> fx.Node | None:
+        """Return the node of an array that a module holds."""
+        return self.places.get((id(part), name))
+
+    def place_of(self, part: nn.Module) -> str:
+        """Return where a module stands."""
+        return self.names[id(part)]
+
+    def copied(self, node: fx.Node) -> bool:
+        """Whether a node is to be noted again: all are."""
+        return True
 
     def note(self, result: object, node: object) -> None:
         """Let a node stand for a value, or for the parts of one."""

@@ -26,19 +26,33 @@ _OWN = {*vars(nn.Module()), "forward"}
 
 
 class Notes(Protocol):
-    """The graph under way, as a recorder holds it: `places` are the nodes of arrays by module and
-    name, `names` the paths of modules by their identities; `wrote` says that a value was written
-    into."""
+    """The graph under way, as whoever makes it holds it."""
 
-    graph: fx.Graph
-    places: dict[tuple[int, str], fx.Node]
-    names: dict[int, str]
-    wrote: bool
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph, to which nodes are added at its end."""
+
+    @property
+    def wrote(self) -> bool:
+        """Whether a value was written into."""
+
+    def kind(self, tensor: torch.Tensor) -> object:
+        """Return what is known of a tensor, to compare; raises Unlike for one that none is."""
+
+    def array(self, part: nn.Module, name: str) -> fx.Node | None:
+        """Return the node of an array that a module holds."""
+
+    def place_of(self, part: nn.Module) -> str:
+        """Return where a module stands, as nodes say it."""
+
+    def copied(self, node: fx.Node) -> bool:
+        """Whether a node is to be noted again, and not one for all blocks; raises Unlike for what
+        cannot be."""
 
     def node(self, tensor: torch.Tensor) -> fx.Node:
         """Return the node of a value."""
 
-    def note(self, result: object, node: object) -> None:
+    def note(self, result: torch.Tensor, node: fx.Node) -> None:
         """Let a node stand for a value."""
 
     def another(self, like: torch.Tensor) -> torch.Tensor:
@@ -46,7 +60,7 @@ class Notes(Protocol):
 
 
 @dataclass
-class _Kind:
+class Kind:
     """Blocks alike: `differing` are (part, attribute) that tell them apart, `refused` says that
     one is read; `seen` are the blocks that ran, by the kind of their inputs."""
 
@@ -71,16 +85,18 @@ class Unlike(Exception):
 
 @dataclass
 class Repeats:
-    """The repeated blocks of a model; `used` says that one was noted without being run."""
+    """The repeated blocks of a model; `used` says that one was noted without being run, `watching`
+    that one is run whose numbers are watched."""
 
     notes: Notes
     used: bool = False
+    watching: bool = False
 
     @contextmanager
     def under_way(self, module: nn.Module) -> Iterator[None]:
         """Let repeated blocks go through here while the module runs."""
         changed = []
-        for kind, blocks in _alike(module):
+        for kind, blocks in alike(module):
             for block in blocks:
                 changed.append(block)
                 vars(block)["forward"] = partial(self._forward, kind, block)
@@ -90,16 +106,21 @@ class Repeats:
             for block in changed:
                 vars(block).pop("forward", None)
 
-    def _forward(self, kind: _Kind, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = partial(type(block).forward, block, *args, **kwargs)
+    def _forward(self, kind: Kind, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.called(kind, block, partial(type(block).forward, block, *args, **kwargs),
+                           args, kwargs)
+
+    def called(self, kind: Kind, block: nn.Module, run: Callable[[], Any],
+               args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a block of a kind gives: by `run`, if none ran that does the same."""
         if kind.refused or self.notes.wrote:
             return run()
         found: list[torch.Tensor] = []
         try:
-            asked = _described((args, kwargs), found)
+            asked = self._described((args, kwargs), found)
+            inputs = tuple(map(self.notes.node, found))
         except Unlike:
             return run()
-        inputs = tuple(map(self.notes.node, found))
         outside = tuple(n if n.op == "placeholder" else inputs.index(n) for n in inputs)
         state = _signature(block, kind.differing)  # what its parent has just set, too
         key = (asked, outside, state)
@@ -107,23 +128,26 @@ class Repeats:
             return self._again(kind.seen[key], block, inputs)
         return self._first(kind, key, block, inputs, run)
 
-    def _first(self, kind: _Kind, key: tuple[object, ...], block: nn.Module,
+    def _first(self, kind: Kind, key: tuple[object, ...], block: nn.Module,
                inputs: tuple[fx.Node, ...], run: Callable[[], Any]) -> Any:
         """Run a block and keep what it did."""
         last = next(iter(reversed(self.notes.graph.nodes)))
+        self.watching = bool(kind.differing)  # code that sets what is watched fails
         with _watched(block, kind.differing) as read:
             result = run()
-        leaves: list[torch.Tensor] = []
+        self.watching = False
+        made = tuple(_after(last))
         try:
-            _described(result, leaves)
+            self._described(result, [])
+            copied = frozenset(filter(self.notes.copied, made))
+            said = _mapped(result, lambda x: (self.notes.node(x), x))
         except Unlike:
             kind.refused = True
         if kind.refused or read or self.notes.wrote or \
                 _signature(block, kind.differing) != key[-1]:
             kind.refused = True
             return result
-        said = _mapped(result, lambda x: (self.notes.node(x), x))
-        kind.seen[key] = _Seen(block, inputs, tuple(_after(last)), said)
+        kind.seen[key] = _Seen(block, inputs, tuple(n for n in made if n in copied), said)
         return result
 
     def _again(self, seen: _Seen, block: nn.Module, inputs: tuple[fx.Node, ...]) -> Any:
@@ -132,14 +156,16 @@ class Repeats:
         notes, now = self.notes, dict(zip(seen.inputs, inputs, strict=True))
         paths: dict[str, str] = {}
         for old, new in zip(_parts(seen.block), _parts(block), strict=True):
-            paths[notes.names[id(old)]] = notes.names[id(new)]
+            paths[notes.place_of(old)] = notes.place_of(new)
             for name in (*old._parameters, *old._buffers):
-                if (id(old), name) in notes.places:
-                    now[notes.places[id(old), name]] = notes.places[id(new), name]
+                here, there = notes.array(old, name), notes.array(new, name)
+                if here is not None and there is not None:
+                    now[here] = there
         for node in seen.nodes:
             made = now[node] = notes.graph.node_copy(node, lambda n: now.get(n, n))
-            ((where, rest),) = node.meta["nn_module_stack"].values()
-            made.meta["nn_module_stack"] = {"": (paths.get(where, where), rest)}
+            made.meta["nn_module_stack"] = {
+                paths.get(key, key): (paths.get(where, where), rest)
+                for key, (where, rest) in node.meta["nn_module_stack"].items()}
 
         def returned(pair: tuple[fx.Node, torch.Tensor]) -> torch.Tensor:
             node, old = pair
@@ -149,11 +175,25 @@ class Repeats:
 
         return _mapped(seen.result, returned)
 
+    def _described(self, value: object, found: list[torch.Tensor]) -> Any:
+        """The kind of a call's values, tensors by sizes; raises Unlike for what is none of these.
+        """
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+            return self.notes.kind(value)
+        if isinstance(value, _PLAIN):
+            return type(value), value
+        if type(value) is tuple:
+            return tuple([self._described(part, found) for part in value])
+        if type(value) is dict:
+            return tuple([(name, self._described(part, found)) for name, part in value.items()])
+        raise Unlike
+
 
 # --- what is alike --------------------------------------------------------------------------------
 
 
-def _alike(module: nn.Module) -> Iterator[tuple[_Kind, list[nn.Module]]]:
+def alike(module: nn.Module) -> Iterator[tuple[Kind, list[nn.Module]]]:
     """Yield kinds of blocks with those of each, where there are at least two."""
     for part in list(module.modules()):
         kinds: dict[Any, list[nn.Module]] = {}
@@ -166,7 +206,7 @@ def _alike(module: nn.Module) -> Iterator[tuple[_Kind, list[nn.Module]]]:
                     kinds.setdefault(signature, []).append(child)
         for blocks in kinds.values():
             if len(blocks) > 1:
-                yield _Kind(_differing(blocks)), blocks
+                yield Kind(_differing(blocks)), blocks
 
 
 def _signature(block: nn.Module,
@@ -220,50 +260,58 @@ def _differing(blocks: list[nn.Module]) -> dict[str, frozenset[str]]:
     return found
 
 
+class _Watched(dict[str, Any]):
+    """Buffers of a module, and `names` of others: which of these is asked for is noted in `read`.
+
+    They are found in `numbers`, or where a block around this one is watched.
+    """
+
+    def __init__(self, buffers: dict[str, Any], names: frozenset[str], numbers: Mapping[str, Any],
+                 read: set[str]) -> None:
+        super().__init__(buffers)
+        self._under, self._names, self._numbers, self._read = buffers, names, numbers, read
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            return super().__getitem__(name)
+        self._read.add(name)
+        return self._numbers[name] if name in self._numbers else self._under[name]
+
+
 @contextmanager
 def _watched(block: nn.Module, differing: Mapping[str, frozenset[str]]) -> Iterator[set[str]]:
-    """Collect which of the attributes are read meanwhile."""
+    """Collect which of the attributes are read meanwhile.
+
+    They are taken out of the modules and found where arrays are, whatever object stands for the
+    module: a tracer puts others in its place, which share its attributes.
+    """
     read: set[str] = set()
-    was: list[tuple[nn.Module, type]] = []
-    for path, names in differing.items():
+    was: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    parts: dict[nn.Module, frozenset[str]] = {}
+    for path, names in differing.items():  # a part may stand in several places
         part = block.get_submodule(path)
-        was.append((part, type(part)))
-        part.__class__ = _watching(type(part), names, read)
+        parts[part] = parts.get(part, frozenset()) | names
     try:
+        for part, names in parts.items():
+            own = vars(part)
+            was.append((own, dict(own)))
+            read.update(n for n in names if hasattr(type(part), n))  # it would be found there
+            held = {n: own.pop(n) for n in names if n in own}
+            own["_buffers"] = _Watched(own["_buffers"], names, held, read)
         yield read
     finally:
-        for part, kind in was:
-            part.__class__ = kind
-
-
-def _watching(kind: type[nn.Module], names: frozenset[str], read: set[str]) -> Any:
-    def get(self: nn.Module, name: str) -> Any:
-        if name in names:
-            read.add(name)
-        return kind.__getattribute__(self, name)
-
-    return type(kind.__name__, (kind,), {
-        "__getattribute__": get, "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__})
+        for own, before in was:
+            buffers, now = dict(own.pop("_buffers")), dict(own)
+            before["_buffers"].clear()
+            before["_buffers"].update(buffers)
+            own.clear()
+            own.update({**before, **now})  # in the order that they had
 
 
 # --- inputs, results and operators ----------------------------------------------------------------
-
-
-def _described(value: object, found: list[torch.Tensor]) -> Any:
-    """The kind of a call's values, tensors by sizes; raises Unlike for what is none of these."""
-    if isinstance(value, torch.Tensor):
-        if type(value) not in (torch.Tensor, nn.Parameter) or not value.is_meta:
-            raise Unlike
-        found.append(value)
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if type(value) is tuple:
-        return tuple([_described(part, found) for part in value])
-    if type(value) is dict:
-        return tuple([(name, _described(part, found)) for name, part in value.items()])
-    raise Unlike
 
 
 def _mapped(value: object, change: Callable[[Any], Any]) -> Any:

@@ -76,9 +76,19 @@ class Runner(fx.Interpreter):
         """Return the flat list of results of one call; what it writes back is none."""
         results = list(self.run(*self._values(args, kwargs))) if self._held is None else \
             self._in_segments(args, kwargs, self._held)
-        asked = sum(spec.kind.name == "USER_OUTPUT"
+        return self.asked(results)
+
+    def asked(self, results: list[Any]) -> list[Any]:
+        """Return those of a call's results that are not written back."""
+        count = sum(spec.kind.name == "USER_OUTPUT"
                     for spec in self._program.graph_signature.output_specs)
-        return results[len(results) - asked:]
+        return results[len(results) - count:]
+
+    def holding(self, names: Collection[str]) -> set[fx.Node]:
+        """Return the inputs of the graph that hold stored arrays of these names."""
+        specs = self._program.graph_signature.input_specs
+        return {node for node, spec in zip(self.graph.find_nodes(op="placeholder"), specs,
+                                           strict=True) if spec.target in names}
 
     def _in_segments(self, args: tuple[Any, ...], kwargs: dict[str, Any],
                      held: Budget) -> list[Any]:
