@@ -125,9 +125,9 @@ def blocks_once(module: nn.Module) -> Iterator[Callable[[], bool]]:
 def _called(plain: Callable[..., Any], repeats: Repeats, kinds: dict[int, Kind], module: nn.Module,
             forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take the place of the tracer's way to call a module."""
-    block: Any = module
-    if isinstance(module, proxy_tensor._AttrProxy):
-        block = module.get_base()  # type: ignore[attr-defined]
+    face: Any = module
+    is_face = isinstance(module, proxy_tensor._AttrProxy)
+    block = face.get_base() if is_face else module
     run = partial(plain, module, forward, args, kwargs)
     kind = kinds.get(id(block))
     return run() if kind is None else repeats.called(kind, block, run, args, kwargs)
