@@ -114,8 +114,10 @@ def _spread(rows: Sequence[tuple[str, int, int]]) -> str:
 
 def _scores(data: Mapping[str, Any]) -> str:
     found = data.get("scores") or ()
-    made = "".join(f"<div><h3>{_e(s['group'])}</h3>{pictures.distribution(s)}</div>"
-                   for s in found)
+    made = "".join(
+        f"<div><h3>{_e(s['group'])} <span class=\"soft\">{s['gone']:.0%} of the slices went, "
+        f"{s['lost']:.1%} of their scores</span></h3>{pictures.distribution(s)}</div>"
+        for s in found)
     return (f"<h2>Scores, and where they were cut</h2><details><summary>{len(found)} groups; what "
             f'lies left of the line went</summary><div class="small">{made}</div></details>'
             ) if made else ""

@@ -195,7 +195,8 @@ def _range(values: Sequence[Any]) -> str:
 
 
 def distributions(job: Compiled) -> list[dict[str, Any]]:
-    """Return a histogram of each shrunken group's scores by rank, the cut as a share of it."""
+    """Return a histogram of each shrunken group's scores by rank, the cut as a share of it, and
+    which shares of its slices and of all scores went."""
     found = []
     for g in job.scored.candidates:
         if g.atom not in job.decided.choices or g.name not in job.scores:
@@ -204,7 +205,8 @@ def distributions(job: Compiled) -> list[dict[str, Any]]:
         gone = g.size - job.decided.choices[g.atom].count
         low, high = float(scores[0]), float(scores[-1])
         cut = float(scores[gone]) if gone < g.size else high
-        found.append({"group": g.name,
+        found.append({"group": g.name, "gone": round(gone / g.size, 4), "lost": round(float(
+                          scores[:gone].clip(0).sum() / (scores.clip(0).sum() or 1)), 4),
                       "bins": np.histogram(scores, BINS, (low, high))[0].tolist()
                       if high > low else [g.size],
                       "cut": round((cut - low) / (high - low), 4) if high > low else 0.0})

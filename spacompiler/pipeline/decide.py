@@ -255,7 +255,8 @@ def _limits(others: Sequence[Target], subject: Subject, traced: Traced,
 def _tell(ask: Request, taken: Allocated) -> None:
     problem = taken.problem
     ask.notes.extend((*taken.layout.notes, *problem.notes))
-    if problem.closest and not problem.met(taken.kept):
+    asked = {t.metric for t in parse_targets(ask.recipe.target)}  # MACs stand in for times
+    if problem.closest and problem.metric in asked and not problem.met(taken.kept):
         ask.notes.append(f"target {ask.recipe.target}: the nearest that could be reached is "
                          f"{problem.price(taken.kept) / problem.dense:.1%}")
 

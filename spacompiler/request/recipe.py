@@ -123,14 +123,13 @@ class Recipe(Options):
         ("channel", "head"), GOES, "What may go: channel, head, 'head dim', hidden, expert. "
         "Repeatable. Default: channel and head.", flag="--role", check=one_of(ROLES, "role"))
     only: tuple[str, ...] = option(
-        (), GOES, "Pattern over names of parameters and groups (as `inspect --full` lists them; * "
-        "is any text, ? one letter, [0-3] one of these): nothing else goes. Repeatable.")
+        (), GOES, "Pattern over names that `inspect --full` lists (* is any text, ? a letter, "
+        "[0-3] one of these): nothing else goes. Repeatable.")
     ignore: tuple[str, ...] = option(
         (), GOES, "Pattern, as of --only: what it matches stays as it is. Repeatable.")
     keep: tuple[str, ...] = option(
-        (), GOES, "What groups keep, by pattern: '*.layers.0.*=100%', '*mlp*=50%', '*attn*>=30%' "
-        "(at least), '*=x8' (multiples of 8). Repeatable.", metavar="PATTERN=SHARE",
-        check=check_wishes)
+        (), GOES, "What groups keep: '*.layers.0.*=100%', '*mlp*=50%', '*attn*>=30%' (at least), "
+        "'*=x8' (multiples of 8). Repeatable.", metavar="PATTERN=SHARE", check=check_wishes)
     modules: tuple[str, ...] = option(
         (), GOES, "Path of a sub-module to compile in place of the whole. Repeatable.",
         flag="--module")

@@ -101,6 +101,9 @@ def test_a_decoder_is_timed_by_cases(out):
 def test_scores_are_counted_about_the_cut(out):
     (found,) = json.loads((out / "report.json").read_text())["scores"]
     assert sum(found["bins"]) == 40 and 0 < found["cut"] < 1
+    assert 0 < found["lost"] < found["gone"] < 1  # what went scored least
+    said = read((out / "report.html").read_text(encoding="utf-8"))[1]
+    assert f"{found['gone']:.0%} of the slices went, {found['lost']:.1%} of their scores" in said
 
 
 def test_the_text_is_short_and_names_no_internals(out):

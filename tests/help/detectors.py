@@ -73,7 +73,7 @@ class Yolo(nn.Module):
                           2)
         classes = torch.cat([head(x).flatten(2) for head, x in zip(self.classes, scales,
                                                                    strict=True)], 2)
-        bins = boxes.view(len(image), 4, BINS, -1).softmax(2)
+        bins = boxes.view(image.shape[0], 4, BINS, -1).softmax(2)
         distances = (bins * torch.arange(BINS).view(1, 1, -1, 1)).sum(2)
         return torch.cat([distances, classes.sigmoid()], 1)
 
