@@ -148,9 +148,10 @@ LOADERS = {
 def loading(data: Mapping[str, Any]) -> str:
     """Return the lines of Python that load what was written."""
     kind = (data.get("source") or {}).get("kind", "module")
-    given = "" if kind in ("zoo", "hub", "directory") else ", model=dense_module"
-    return LOADERS.get(data["layout"], "").format(class_=data.get("class") or "AutoModel",
+    given = "" if kind in ("zoo", "hub", "directory") else ", model=dense"
+    said = LOADERS.get(data["layout"], "").format(class_=data.get("class") or "AutoModel",
                                                   model=given)
+    return said + "  # dense: the module that was compiled" * ("dense" in said)
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -195,8 +196,7 @@ def _range(values: Sequence[Any]) -> str:
 
 
 def distributions(job: Compiled) -> list[dict[str, Any]]:
-    """Return a histogram of each shrunken group's scores by rank, the cut as a share of it, and
-    which shares of its slices and of all scores went."""
+    """Return a histogram of each shrunken group's scores, the cut, and which shares went."""
     found = []
     for g in job.scored.candidates:
         if g.atom not in job.decided.choices or g.name not in job.scores:

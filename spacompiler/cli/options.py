@@ -29,7 +29,7 @@ def _models(incomplete: str) -> list[str]:
 _MODEL = typer.Argument(
     metavar="MODEL", autocompletion=_models,
     help="zoo:NAME, a transformers directory or hub id, an .onnx file, or package.module:factory "
-         "(returns module, example inputs)")
+         "or file.py:factory (returns module, example inputs)")
 Model = Annotated[str, _MODEL]
 ModelOrNone = Annotated[str | None, _MODEL]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..request.code import imported
 from ..request.options import DANGEROUS, MAIN, Options, option
 from ..request.recipe import Recipe, Trusting
 from ..system.launched import launched
@@ -103,16 +101,11 @@ def _shares(text: str) -> list[float]:
 def _evaluate(place: str) -> Callable[[Any], float]:
     """Load the user's function; raises UsageError where there is none."""
     module, _, name = place.rpartition(":")
-    path = str(Path(module).parent) if module.endswith(".py") else os.getcwd()
-    sys.path.insert(0, path)
     try:
-        found = getattr(importlib.import_module(Path(module).stem if module.endswith(".py")
-                                                else module), name)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise UsageError(f"cannot load {place!r}", why=str(problem),
+        found = getattr(imported(module), name)
+    except Exception as problem:  # any code may run here
+        raise UsageError(f"cannot load {place!r}", why=str(problem) or type(problem).__name__,
                          fix="give module:function or file.py:function") from problem
-    finally:
-        sys.path.remove(path)
     if not callable(found):
         raise UsageError(f"{place} is no function", fix="give one that takes a module")
     return found  # type: ignore[no-any-return]

@@ -8,17 +8,13 @@ imported before it is asked for.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from ..errors import UsageError, did_you_mean
+from .code import imported
 
 Row = TypeVar("Row")
 KINDS = ("importance", "allocation", "schedule", "compensation", "recovery")
@@ -120,8 +116,7 @@ def _load(kind: str, name: str) -> Any:
     if ":" in name:
         place, _, attribute = _checked_place(kind, name)
         try:
-            return getattr(_from_file(place) if place.endswith(".py")
-                           else importlib.import_module(place), attribute)
+            return getattr(imported(place), attribute)
         except Exception as problem:  # any code may run here
             raise UsageError(f"cannot load {kind} pass {name!r}",
                              why=str(problem) or type(problem).__name__) from problem
@@ -134,23 +129,6 @@ def _load(kind: str, name: str) -> Any:
     except (ImportError, AttributeError) as problem:
         raise UsageError(f"cannot load {kind} pass {name!r} ({entries[name].value})",
                          why=str(problem)) from problem
-
-
-def _from_file(path: str) -> ModuleType:
-    """Run a Python file that the user named, once, as a module of its own."""
-    name = f"_passes_of_{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ImportError(f"there is no file {path!r}")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def construct(found: object, options: Mapping[str, Any], text: str) -> Any:

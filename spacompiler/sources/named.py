@@ -1,8 +1,8 @@
-"""What MODEL may be: `zoo:NAME`, a transformers directory or hub id, `package.module:factory`."""
+"""What MODEL may be: `zoo:NAME`, a transformers directory or hub id, `package.module:factory`, or
+`file.py:factory`."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import SpaError, UsageError, did_you_mean
+from ..request.code import imported
 from ..store import weight_files
 from . import hub
 from .checkpoints import from_transformers
@@ -116,18 +117,13 @@ def _fetched(text: str, make: Callable[[], Any]) -> Any:
 
 
 def _factory(text: str) -> Source:
-    import sys
-
-    module_name, _, attribute = text.partition(":")
-    sys.path.insert(0, os.getcwd())
+    place, _, attribute = text.rpartition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise UsageError(f"cannot load model {text!r}", why=str(problem),
+        factory = getattr(imported(place), attribute)
+    except Exception as problem:  # any code may run here
+        raise UsageError(f"cannot load model {text!r}", why=str(problem) or type(problem).__name__,
                          fix="give zoo:NAME, a transformers directory or hub id, or "
-                             "package.module:factory") from problem
-    finally:
-        sys.path.remove(os.getcwd())
+                             "package.module:factory or file.py:factory") from problem
     made = factory()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise SpaError(f"{text} is no model factory",

@@ -118,7 +118,7 @@ def test_the_card_has_front_matter_and_the_loader_loads(out):
     front = yaml.safe_load(head)
     assert front["library_name"] == "spacompiler" and "base_model" not in front
     code = body.split("```python\n")[1].split("```")[0].replace("DIR", str(out))
-    scope = {"dense_module": net()}
+    scope = {"dense": net()}
     exec(code, scope)
     assert isinstance(scope["model"], nn.Module)
     assert yaml.safe_load(card.card(json.loads((out / "report.json").read_text()), "a/b").split(

@@ -102,6 +102,13 @@ def test_compile_a_saved_checkpoint_and_a_factory(tmp_path, checkpoint, monkeypa
     assert done.exit_code == 0, done.stderr
     for words, code in (((), 3), (("--strict",), 1), (("--source", "mynet:make"), 0)):
         assert spa("verify", tmp_path / "b", *words).exit_code == code
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "net.py").write_text("from beside import make\n")
+    (tmp_path / "code" / "beside.py").write_text("from mynet import make\n")
+    done = spa("compile", "code/net.py:make", *QUICK, "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    done = spa("compile", "code/no.py:make", *QUICK, "--dry-run")
+    assert done.exit_code == 2 and "there is no file 'code/no.py'" in done.stderr
 
 
 def test_inspect_lists_groups():
