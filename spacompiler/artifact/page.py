@@ -33,12 +33,15 @@ pre{background:var(--box);border-radius:8px;padding:12px;overflow-x:auto;font-si
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 td,th{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid var(--line);vertical-align:top;
 overflow-wrap:anywhere}td:first-child{min-width:9rem}
-th,td:last-child:not(:first-child){overflow-wrap:normal}.bars svg{max-width:560px}
+th{overflow-wrap:normal}.n{white-space:nowrap}.bars svg{max-width:560px}
 svg{display:block;max-width:100%;height:auto}svg.wide{width:100%}svg text{font:12px system-ui,
 sans-serif;fill:var(--ink)}.d{fill:var(--d)}.p{fill:var(--p)}.c{stroke:var(--c);stroke-width:2}
 summary{cursor:pointer}ul{padding-left:1.2rem}.key i{display:inline-block;width:.8em;height:.8em}
 .key .d{background:var(--d)}.key .p{background:var(--p)}
 """
+
+SHORT = 14
+"""Characters that are not worth a second line."""
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -157,9 +160,14 @@ def _environment(data: Mapping[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: Iterable[Iterable[object]]) -> str:
     top = "".join(f"<th>{_e(h)}</th>" for h in head) if any(head) else ""
-    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>"
-                   for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _cell(what: object) -> str:
+    """A cell of a table; numbers and the like stay on one line."""
+    short = ' class="n"' * (len(str(what)) <= SHORT)
+    return f"<td{short}>{_e(what)}</td>"
 
 
 def _e(what: object) -> str:
