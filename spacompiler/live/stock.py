@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from spacompiler.errors import SpaError
 from spacompiler.live.shrinking import Shrinking
 from spacompiler.plan.problem import Unit
 from spacompiler.plan.stock_units import expressible as expressible_units
+from spacompiler.system.process import warn_user
 from spacompiler.torch_backend.emit import stock as hf
 from spacompiler.torch_backend.emit.unsaved import described, refuse_to_save
 from spacompiler.torch_backend.kinds import is_hf
@@ -65,7 +65,7 @@ UNFINISHED = (
 
 def save_unfinished(model: Any, *args: object, **kwargs: object) -> object:
     """Stand in for `save_pretrained` while a model shrinks: write, and warn of what is written."""
-    warnings.warn(UNFINISHED, stacklevel=2)
+    warn_user(UNFINISHED)
     return type(model).save_pretrained(model, *args, **kwargs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -26,6 +25,7 @@ from ..request.targets import (
 )
 from ..stages.records import Decided, Request, Scored, Subject, Traced
 from ..system.group import here
+from ..system.process import warn_user
 from ..torch_backend import unreached
 from ..torch_backend.kinds import is_hf
 from . import keep, timing
@@ -68,7 +68,7 @@ def _tell_of_unreached(ask: Request, subject: Subject, traced: Traced, choices: 
         ask.notes.extend(found)
         for note in found:
             if "does not fit" in note:
-                warnings.warn(note, stacklevel=2)
+                warn_user(note)
 
 
 def is_met(ask: Request, subject: Subject, solution: Solution) -> bool:

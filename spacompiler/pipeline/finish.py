@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from ..repair.repairer import repair as repaired
 from ..stages.proof import Proof
 from ..stages.records import Decided, Emitted, Request, Scored, Subject
 from ..stages.tolerances import CONTROL
+from ..system.process import warn_user
 from ..torch_backend.emit.unsaved import NOT_STOCK, refusing
 from ..torch_backend.kinds import is_hf
 from ..torch_backend.own_layers import OwnSizes, loads
@@ -81,7 +81,7 @@ def emit(ask: Request, subject: Subject, decided: Decided) -> Emitted:
         refusing(made.model)
         if ask.recipe.layout == "auto" and is_hf(made.subject.reference):
             ask.notes.append(NOT_STOCK)
-            warnings.warn(NOT_STOCK, stacklevel=2)
+            warn_user(NOT_STOCK)
     return made
 
 

@@ -111,6 +111,10 @@ def _set_levels(was: list[tuple[logging.Logger, int, bool]]) -> None:
         logger.disabled = disabled
 
 
+_OURS = ("spacompiler", "contextlib")
+"""Packages whose lines are not what a user is to be pointed to."""
+
+
 @contextmanager
 def no_warnings() -> Iterator[None]:
     """Let no warning be seen."""
@@ -152,3 +156,11 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if was:
             shown.enable_progress_bar()
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line of the user's code that led here, not at one of this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -96,10 +96,11 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     out = tmp_path_factory.mktemp("any") / "out"
     with pytest.MonkeyPatch.context() as patch, \
-            pytest.warns(UserWarning, match="stock transformers does not load"):
+            pytest.warns(UserWarning, match="stock transformers does not load") as seen:
         patch.setattr(layouts, "per_layer", cannot)
         result = compiled("body=80%", llama(), IDS, only=("*layers.0.mlp*",), floor=0.01, out=out)
     assert result.job.layout == "any"
+    assert {w.filename for w in seen if "stock" in str(w.message)} == {__file__}  # the user's line
     return result, out
 
 
