@@ -23,6 +23,7 @@ max-width:1080px;padding:16px}
 h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:1rem}
 h3{font-size:.95rem;margin:1rem 0 .25rem;font-weight:600;overflow-wrap:anywhere}
+h3 .soft{font-weight:400}
 p,li{max-width:46rem}.soft{color:var(--soft);font-size:.9rem}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1rem 0}
 .tile{background:var(--box);border-radius:10px;padding:12px}
