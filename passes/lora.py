@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from spacompiler.adapters.merging import fold, library
+from spacompiler.adapters.folding import fold
+from spacompiler.adapters.merging import library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.evidence.labels import inputs_only
 from spacompiler.system.process import no_warnings

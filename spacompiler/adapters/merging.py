@@ -7,7 +7,7 @@ ignore or invent, and compares the merged network with the adapted one on a prob
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import ProofError, SpaError
+from ..errors import SpaError
 from ..evidence.calls import Inputs, as_call
 from ..evidence.watching import watched
-from ..stages.proof import relative_error
-from ..stages.tolerances import MERGED, MERGED_ROUNDING, OF_EFFECT
 from ..system.process import no_warnings
 from ..torch_backend import weights
 from ..torch_backend.emit.biases import add_bias
 from . import combining, tying
 from .files import ORIGIN, PREFIX, Adapter, check_keys, check_type
+from .folding import fold, said
 from .kinds import KINDS, LAYER_TRAPS
 
 if TYPE_CHECKING:
@@ -122,30 +121,6 @@ def _plain(config: PeftConfig) -> dict[str, Any]:
     return {**found, "peft_type": str(getattr(config.peft_type, "value", config.peft_type))}
 
 
-def fold(tuned: PeftModel, probe: Callable[[nn.Module], list[Any]], before: Sequence[Any], *,
-         where: str) -> tuple[nn.Module, list[str]]:
-    """Merge and unload a PeftModel; raises ProofError if its results on the probe change."""
-    adapted = probe(tuned.eval())
-    try:
-        with no_warnings():
-            merged = tuned.merge_and_unload(safe_merge=True)
-    except Exception as problem:  # each adapter type refuses in its own way
-        raise SpaError("the adapter cannot be merged", where=where, why=_line(problem),
-                       fix="merge it with peft, save the model, and prune that") from problem
-    effect = relative_error(adapted, list(before))
-    error = relative_error(probe(merged), adapted)
-    if error > min(MERGED.value, max(OF_EFFECT.value * effect, MERGED_ROUNDING.value)):
-        raise ProofError(
-            "the merged model is not the adapted one", where=where,
-            why=f"results differ by {error:.1e} where the adapter changes them by {effect:.1e}",
-            fix="prune the base without this adapter, and please report it")
-    merged.eval()
-    if not effect:
-        return merged, [f"{where}: the adapter changes no result on the example inputs"]
-    return merged, [f"{where}: merged; adapter = merged to {error:.1e} "
-                    f"(it changes results by {effect:.1e})"]
-
-
 # --- the base ---------------------------------------------------------------------------------
 
 
@@ -211,7 +186,7 @@ def attach(module: nn.Module, adapters: Sequence[Adapter]) -> Any:
             raise
         except Exception as problem:  # peft and torch raise many kinds here
             raise SpaError("the adapter does not fit this model", where=str(adapter.path),
-                           why=_line(problem), fix=_base(adapter)) from problem
+                           why=said(problem), fix=_base(adapter)) from problem
     _check_layers(tuned)
     return tuned.eval()
 
@@ -230,7 +205,7 @@ def _config(peft: ModuleType, adapter: Adapter) -> Any:
             config = found(**{k: v for k, v in adapter.config.items() if k in known})
     except Exception as problem:
         raise SpaError("adapter_config.json cannot be used", where=str(adapter.path),
-                       why=_line(problem)) from problem
+                       why=said(problem)) from problem
     config.task_type, config.inference_mode = None, True
     if hasattr(config, "progressbar"):
         config.progressbar = False
@@ -311,13 +286,6 @@ def _seen(module: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, 
         raise SpaError("the example inputs do not reach a layer of the adapter", where=missing,
                        why="q='auto' is measured there", fix="give q as a number")
     return found
-
-
-def _line(problem: Exception) -> str:
-    """The first line of an exception that says something."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return next((line for line in lines if not line.endswith(":")),
-                type(problem).__name__)
 
 
 def facts(adapters: Sequence[Adapter]) -> list[Mapping[str, Any]]:

@@ -97,6 +97,9 @@ MERGED_ROUNDING = Tolerance(
 OF_EFFECT = Tolerance(
     1e-2, "differences of merged results, as a share of what the adapter changes",
     "a merge that loses part of a small adapter would pass a bound on results alone")
+MERGED_NOISE = Tolerance(
+    1e-2, "the most that rounding may be granted where layers are merged right, one by one",
+    "as ONNX_NOISE; more would hide a layer that shares an array with a merged one")
 KEPT_ADAPTER = Tolerance(
     1e-4, "a pruned base with its cut adapter against the pruned merged model",
     "as MERGED, in a network that is pruned")
