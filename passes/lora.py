@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import nn
 from spacompiler.adapters.folding import fold
 from spacompiler.adapters.merging import library
 from spacompiler.errors import SpaError, UsageError, did_you_mean
+from spacompiler.evidence.calls import Batch, examples, singles
 from spacompiler.evidence.labels import inputs_only
 from spacompiler.system.process import no_warnings
 from spacompiler.train.hooks import Hooks
@@ -97,10 +99,7 @@ class Lora(Schedule):
         ranks = self.ranks(task, paths)
         paths = [path for path in paths if ranks.get(path, self.rank)]
 
-        def probe(module: nn.Module) -> list[torch.Tensor]:
-            with torch.no_grad():
-                return [x.clone() for x in call(module.eval(), *task.held_out[0])]
-
+        probe = _probe(task)
         before = probe(task.module)
         extra = {id(p) for _, p in vectors(task.module)} if self.norms else set()
         for path in paths if self.init not in KEEPING else ():  # these write into the weight
@@ -177,6 +176,21 @@ class Lora(Schedule):
                            why="only linear layers that the data reaches have one that peft "
                                f"takes ({len(without)} of {len(paths)} layers have none)",
                            fix="use init='eva' or another, or --recover norms or full")
+
+
+def _probe(task: Training) -> Callable[[nn.Module], list[torch.Tensor]]:
+    """What gives a module's results on a held-out example, or on a batch if it takes no less."""
+    def results(batch: Batch, module: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [x.clone() for x in call(module.eval(), *batch)]
+
+    whole = task.held_out[0]
+    one = next(singles(whole, examples(*whole)), whole)
+    try:
+        results(one, task.module)
+    except Exception:  # any code may run here
+        one = whole
+    return partial(results, one)
 
 
 # classes that peft adapts as they stand; a subclass may use its weight in a way of its own

@@ -7,6 +7,7 @@ network's graph, so layers are taken as they stand and every one is taken to be 
 
 from __future__ import annotations
 
+import fnmatch
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from ..errors import SpaError
 from ..evidence.calls import amount
 from ..evidence.room import LIMIT
 from ..evidence.statistics import forward_only
+from ..request.low_rank import parse_low_rank
 from ..request.targets import parse_targets
 from ..stages.records import Request, Subject
 from ..store.room import is_large
@@ -39,13 +41,15 @@ class Job:
     """What a compile's needs follow from: sizes in bytes, layers as (outputs, features).
 
     `share` is what stays, `tokens` are rows of a batch and of all; `held` says that covariances of
-    all layers are held at once, `repairs` that layers are solved.
+    all layers are held at once, `repairs` that layers are solved. `products` are those that are to
+    become products of two.
     """
 
     dense: int
     values: int
     share: float
     layers: tuple[tuple[int, int], ...] = ()
+    products: tuple[tuple[int, int], ...] = ()
     tokens: tuple[int, int] = (0, 0)
     backward: bool = False
     covariance: bool = False
@@ -77,7 +81,16 @@ class Job:
         making = 0.0 if self.large and not self.trains else self.made
         exporting = self.made * self.onnx + (self.dense if self.latency and self.onnx else 0)
         training = 4.0 * self.share * self.values * self.trains
-        return max(looking + sums_held, sums_held + solving, making + exporting, making + training)
+        return max(looking + sums_held, sums_held + solving, making + exporting, making + training,
+                   looking + self._met(), self._spectra())
+
+    def _met(self) -> float:
+        """Bytes of what layers that become products read: x x' in float32, of all at once."""
+        return sum(4.0 * features**2 for _, features in self.products) * bool(self.tokens[1])
+
+    def _spectra(self) -> float:
+        """Bytes of the weights and directions of these layers, in float64."""
+        return sum(8.0 * out * (features + min(out, features)) for out, features in self.products)
 
     def disk(self) -> float:
         """Bytes that are needed beside the output."""
@@ -111,10 +124,11 @@ def job(ask: Request, subject: Subject, *, writes: bool) -> Job:
         files = [model.path, *model.data]
         return replace(common, dense=sum(p.stat().st_size for p in files if p.exists()), onnx=False)
     arrays = list(model.parameters())
-    looks = bool(needs) or ask.compensation is not None
+    looks = bool(needs) or ask.compensation is not None or bool(recipe.low_rank)
     return replace(
         common, dense=sum(p.nbytes for p in arrays), values=sum(p.numel() for p in arrays),
         layers=tuple((len(p), prod(p.shape[1:])) for p in _layers(model)),
+        products=tuple(_named(model, [p for p, _ in map(parse_low_rank, recipe.low_rank)])),
         tokens=_tokens(ask) if looks else (0, 0), backward=not forward_only(needs),
         covariance="covariance" in needs or measured, held="curvature" in needs or measured,
         repairs=ask.compensation is not None and getattr(ask.compensation, "weights", True),
@@ -126,6 +140,13 @@ def _layers(model: nn.Module) -> Iterator[torch.Tensor]:
     seen = {id(m.weight): m.weight for m in model.modules()
             if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and m.weight is not None}
     yield from seen.values()
+
+
+def _named(model: nn.Module, patterns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Sizes (outputs, features) of the linear layers that any of some patterns names."""
+    for path, part in model.named_modules():
+        if type(part) is nn.Linear and any(fnmatch.fnmatchcase(path, p) for p in patterns):
+            yield part.out_features, part.in_features
 
 
 def _share(target: str) -> float:
@@ -188,12 +209,15 @@ def _others(wanted: Job) -> Iterator[tuple[str, Job]]:
     if wanted.held:
         yield "--importance taylor --allocation uniform", replace(
             wanted, covariance=False, held=False)
+    if wanted.products:
+        yield "no --low-rank", replace(wanted, products=())
     if wanted.tokens[0]:
         yield "--importance magnitude --repair none", blind
     if wanted.trains:
         yield "no --recover", replace(wanted, trains=False)
-    yield "--importance magnitude --repair none --no-onnx, and no --recover", replace(
-        _unexported(blind), trains=False)
+    yield "--importance magnitude --repair none --no-onnx, and no --recover" + (
+        " or --low-rank" if wanted.products else ""), replace(
+            _unexported(blind), trains=False, products=())
 
 
 def _unexported(wanted: Job) -> Job:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,16 @@ def working(ask: Request, subject: Subject, traced: Traced) -> Iterator[Request]
     work = Work(ask.place, _facts(ask, subject, traced))
     try:
         if ask.recovery is not None and ask.checkpoint is None:
-            ask = replace(ask, checkpoint=ask.place / "training")
+            ask = replace(ask, checkpoint=training(ask))
         yield replace(ask, work=work)
     finally:
         ask.notes.extend(work.notes)
         work.close()
+
+
+def training(ask: Request) -> Path | None:
+    """Where kept work has the checkpoint of its training."""
+    return ask.place and ask.place / "training"
 
 
 def _facts(ask: Request, subject: Subject, traced: Traced) -> dict[str, str]:

@@ -15,8 +15,11 @@ from ..stages.records import Emitted, Request, Subject
 from ..store.said import said
 from ..torch_backend.gather.heads import Fitting, fitting
 from ..torch_backend.trace import Trace
+from ..torch_backend.weights import weights_hash
 from ..train.loop import Training
 from ..train.there import there
+from . import keep
+from .resolved import digest_of
 
 HELD_OUT = 16  # one batch of so many is held out
 
@@ -53,7 +56,8 @@ def recover(ask: Request, emitted: Emitted) -> Emitted:
     if isinstance(loss, Fitting) and loss.parts_only:
         loss = fitting(emitted.subject.model, (trace.args, trace.kwargs))
     task = Training(model, emitted.subject.reference, calls[:-held_out], calls[-held_out:], loss,
-                    ask.recipe.seed, ask.tell, ask.checkpoint, _key(ask, emitted, calls))
+                    ask.recipe.seed, ask.tell, ask.checkpoint, _key(ask, emitted, calls),
+                    ask.notes.append if ask.checkpoint == keep.training(ask) else None)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     distils = any(getattr(ask.recovery, name, 0) for name in ("logits", "blocks"))
     with there(emitted.subject.reference, ask.where if distils else HERE), \
@@ -86,5 +90,7 @@ def _key(ask: Request, emitted: Emitted, calls: list[Batch]) -> str:
     shapes: Any = [tuple(x.shape) for args, kwargs in calls for x in (*args, *kwargs.values())
                    if isinstance(x, torch.Tensor)]
     plan = emitted.decided.plan
-    facts = (ask.recovery, plan.weights_hash, plan.kept, ask.recipe.seed, _origin(ask), shapes)
+    facts = (ask.recovery, plan.weights_hash, plan.kept, ask.recipe.seed, _origin(ask), shapes,
+             *((digest_of(ask.recover_data), weights_hash(emitted.model))
+               if ask.checkpoint and ask.recover_data else ()))
     return hashlib.sha256(said(facts).encode()).hexdigest()

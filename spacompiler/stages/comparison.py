@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 DEPTH = 100
 """Results that are nested deeper than this are not opened further: they hold themselves."""
+AT_A_TIME = 1 << 20
+"""Values that are compared at a time."""
 _NO_RESULTS = (str, bytes, type, nn.Module, torch.dtype, torch.device, torch.Generator)
 
 
@@ -149,18 +151,29 @@ def _gap(got: torch.Tensor, want: torch.Tensor) -> tuple[Comparison, bool]:
         return _apart(f"type {got.dtype} for {want.dtype}"), True
     if not want.numel():
         return Comparison(0.0, 0.0), True
-    whole, got, want = not want.is_floating_point(), got.double(), want.double()
-    if whole:
+    if not want.is_floating_point():
+        got, want = got.double(), want.double()
         return Comparison((got - want).abs().max().item(),
                           (got != want).double().mean().item()), True
-    finite = torch.isfinite(want)
-    if not _alike(got[~finite], want[~finite]) or not torch.isfinite(got[finite]).all():
-        return _apart("other values are not finite"), True
-    a, b = got[finite], want[finite]
-    if not b.numel():
-        return Comparison(0.0, 0.0), False
-    gap, scale = (a - b).abs().max().item(), b.abs().max().item()
-    return Comparison(gap, gap / scale if scale else gap), True
+    return _fractions(got.reshape(-1), want.reshape(-1))
+
+
+def _fractions(got: torch.Tensor, want: torch.Tensor) -> tuple[Comparison, bool]:
+    """The gap of two flat tensors in float64, a part at a time: results may be large."""
+    gap, scale, counted = 0.0, 0.0, False
+    for a, b in zip(got.split(AT_A_TIME), want.split(AT_A_TIME), strict=True):
+        a, b = a.double(), b.double()
+        finite = torch.isfinite(b)
+        if not finite.all():
+            if not _alike(a[~finite], b[~finite]):
+                return _apart("other values are not finite"), True
+            a, b = a[finite], b[finite]
+        if not torch.isfinite(a).all():
+            return _apart("other values are not finite"), True
+        if b.numel():
+            gap, scale = max(gap, (a - b).abs().max().item()), max(scale, b.abs().max().item())
+            counted = True
+    return Comparison(gap, gap / scale if scale else gap), counted
 
 
 def _apart(why: str) -> Comparison:

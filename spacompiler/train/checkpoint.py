@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,11 +17,6 @@ from safetensors.torch import save_file
 
 from ..errors import SpaError, UsageError
 from ..system.staging import sync
-
-if TYPE_CHECKING:
-    pass
-import math
-from dataclasses import dataclass, field
 
 
 @dataclass
@@ -38,10 +35,15 @@ FILE = "training.safetensors"
 
 
 class Checkpoint:
-    """Trained arrays, the best ones so far, Adam's moments, the random state and the history."""
+    """Trained arrays, the best ones so far, Adam's moments, the random state and the history.
 
-    def __init__(self, folder: Path | None, key: str) -> None:
-        self._folder, self._key = folder, key
+    The file says the sha256 of what it holds. One that is damaged is an error, or, with `damaged`,
+    counts as not there once that was told why.
+    """
+
+    def __init__(self, folder: Path | None, key: str,
+                 damaged: Callable[[str], None] | None = None) -> None:
+        self._folder, self._key, self._damaged = folder, key, damaged
 
     def save(self, run: Run, state: Mapping[str, torch.Tensor], best: Mapping[str, torch.Tensor],
              optimizer: torch.optim.Optimizer, parameters: Mapping[str, Any]) -> None:
@@ -53,12 +55,13 @@ class Checkpoint:
         tensors |= {f"adam.{key}.{n}": value for n, p in parameters.items()
                     for key, value in optimizer.state[p].items()}
         tensors["random"] = torch.get_rng_state()
+        tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         facts = json.dumps({"key": self._key, "run": asdict(run)})
         part = self._folder / f"{FILE}.part"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, part,
-                      metadata={"training": facts})
+            save_file(_apart(tensors), part,
+                      metadata={"training": facts, "sha256": _sha(facts, tensors)})
             sync(part)
             os.replace(part, self._folder / FILE)
             sync(self._folder)
@@ -72,15 +75,17 @@ class Checkpoint:
         if self._folder is None or not (self._folder / FILE).exists():
             return
         try:
-            with safe_open(self._folder / FILE, "pt") as file:
-                facts = json.loads((file.metadata() or {})["training"])
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            facts, tensors = _read(self._folder / FILE)
         except Exception as problem:  # safetensors raises its own kinds
+            if self._damaged is not None:
+                self._damaged(f"{FILE} of the kept work is damaged, and training began anew: "
+                              f"{str(problem).splitlines()[0]}")
+                return
             raise SpaError("the checkpoint cannot be read", where=str(self._folder),
                            why=str(problem), fix="delete it to start anew") from problem
         if facts["key"] != self._key:
             raise SpaError("the checkpoint is of another run", where=str(self._folder),
-                           why="the plan, the data or the options differ",
+                           why="the plan, the data, the weights or the options differ",
                            fix="give the same options again, or another --checkpoint directory")
         for name, value in facts["run"].items():
             setattr(run, name, value)
@@ -95,6 +100,34 @@ class Checkpoint:
             if held:  # none of what was frozen when it was saved
                 optimizer.state[p] = held
         torch.set_rng_state(tensors["random"])
+
+
+def _read(place: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return what a file says and its arrays; raises an error if its hash is another."""
+    with safe_open(place, "pt") as file:
+        about = file.metadata() or {}
+        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    if about.get("sha256") != _sha(about["training"], tensors):
+        raise ValueError("its hash is another")
+    return json.loads(about["training"]), tensors
+
+
+def _sha(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Arrays none of which shares memory with another: tied ones as copies."""
+    seen, found = set[int](), dict[str, torch.Tensor]()
+    for name, tensor in tensors.items():
+        start = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if start in seen else tensor
+        seen.add(start)
+    return found
 
 
 def _beside(p: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class Training:
     `module` is the pruned network, trained in place; `dense` the one it was cut from (never
     changed). `batches` and `held_out` are calls (args, kwargs); a keyword `labels` goes to the
     loss alone. `loss` takes (flat results, args, kwargs). `key` names the run, so that a checkpoint
-    of another one is refused.
+    of another one is refused; one that is damaged is, too, unless `damaged` takes word of it.
     """
 
     module: nn.Module
@@ -55,6 +55,7 @@ class Training:
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     checkpoint: Path | None = None
     key: str = ""
+    damaged: Callable[[str], None] | None = None
 
     @property
     def unit(self) -> str:
@@ -92,7 +93,7 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     optimizer = hooks.optimizer(masters.held, options)
     state = dict(masters.held) | {n: b for n, b in task.module.named_buffers()}
     run, best = Run(), _copied(state)
-    book = Checkpoint(task.checkpoint, task.key)
+    book = Checkpoint(task.checkpoint, task.key, task.damaged)
     book.load(run, state, best, optimizer, masters.held)
     masters.give()
     was = task.module.training
@@ -146,7 +147,7 @@ def _loop(task: Training, options: Schedule, machine: _Machine, run: Run,
           state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor],
           save: Callable[[], None]) -> None:
     steps = _steps(task, options)
-    every = max(1, steps // options.evaluations)
+    every = max(1, steps // _evaluations(task, options))
     started = time.monotonic() - run.seconds
     if not run.history:
         _evaluate(task, options, machine.objective, run, state, best)
@@ -160,8 +161,15 @@ def _loop(task: Training, options: Schedule, machine: _Machine, run: Run,
         _tell(task, run, steps, loss, time.monotonic() - started)
 
 
-LOOKS = 0.1
-"""Batches of held-out data that are looked at, for each that is trained on, in all evaluations."""
+LOOKS, MOST = 1 / 16, 8
+"""Batches of held-out data that are looked at, for each that is trained on, in all evaluations;
+and how many of these there are at most, if nobody says a number."""
+
+
+def _evaluations(task: Training, options: Schedule) -> int:
+    """How often held-out data is looked at after steps: at the end, at least."""
+    budget = int(LOOKS * options.epochs * len(task.batches))
+    return options.evaluations or min(MOST, max(1, budget - 1))  # one is before the first step
 
 
 def _looked_at(task: Training, options: Schedule) -> Sequence[Batch]:
@@ -169,7 +177,7 @@ def _looked_at(task: Training, options: Schedule) -> Sequence[Batch]:
 
     A forward pass costs half of a step: more would cost more than it says.
     """
-    share = LOOKS * options.epochs * len(task.batches) / (options.evaluations + 1)
+    share = LOOKS * options.epochs * len(task.batches) / (_evaluations(task, options) + 1)
     return task.held_out[:max(1, round(share))]
 
 

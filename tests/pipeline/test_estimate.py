@@ -27,6 +27,9 @@ JOB = Job(dense=16_000_000_000, values=8_000_000_000, share=0.5, layers=LLAMA, l
      32 * 8 * (3 * 4096**2 + 14336**2) - (1 << 30)),
     (Job(1000, 250, 0.5, trains=True), 1000, 500, 0),
     (Job(1000, 250, 0.5, writes=False), 500, 0, 0),
+    # layers as products of two: weights and directions; x x' of all that they read, with data
+    (Job(1000, 250, 0.5, products=((9, 4), (2, 6))), 8 * (9 * 8 + 2 * 8), 500, 0),
+    (Job(1000, 250, 0.5, products=((1, 40), (1, 40)), tokens=(2, 8)), 2 * 4 * 40**2, 500, 0),
 ])
 def test_needs_follow_from_shapes(job, memory, disk, scratch):
     assert (job.memory(), job.disk(), job.scratch()) == (memory, disk, scratch)
@@ -65,6 +68,11 @@ def test_too_little_is_one_error_with_what_would_fit(tmp_path, monkeypatch):
         compile(importance="magnitude")
     assert "memory: about 5 MB are needed, 3 MB are there" in problem.value.why
     assert "--no-latency" in problem.value.fix and not told
+    monkeypatch.setattr(available, "memory", lambda: 9_000_000)
+    with pytest.raises(SpaError, match="needs more than there is") as problem:
+        compile(importance="magnitude", repair="none", onnx=False, latency=False, layout="any",
+                low_rank=("*=50%",))
+    assert "no --low-rank" in problem.value.fix
     monkeypatch.setattr(available, "memory", lambda: None)
     monkeypatch.setattr(available, "disk", lambda place: 100_000)
     with pytest.raises(SpaError, match="needs more than there is") as problem:

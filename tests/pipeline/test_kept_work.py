@@ -14,6 +14,7 @@ from spacompiler.evidence.scores import Scores
 from spacompiler.pipeline import run
 from spacompiler.repair.repairer import Repairer
 from spacompiler.store.work import FACTS, Work
+from spacompiler.train.checkpoint import FILE
 
 BATCHES = [(torch.randn(4, 12, generator=torch.Generator().manual_seed(i)),) for i in range(3)]
 
@@ -135,3 +136,32 @@ def test_a_choice_of_windows_without_a_text_is_refused():
     with pytest.raises(UsageError, match="choice has nothing to act on"):
         spacompiler.compile("zoo:mlp", target="params=60%", importance="magnitude", choice="near",
                             onnx=False, latency=False)
+
+
+def test_a_checkpoint_that_is_damaged_is_made_again(tmp_path):
+    """One bit of it, which safetensors does not see."""
+    more = {"importance": "magnitude", "repair": "none", "recovery": "norms(accumulate=1)",
+            "calibration": None, "recover_data": BATCHES}
+    want = made(tmp_path / "first", tmp_path / "work", **more)
+    place = tmp_path / "work" / "training" / FILE
+    data = bytearray(place.read_bytes())
+    data[-1] ^= 1
+    place.write_bytes(data)
+    found = made(tmp_path / "out", tmp_path / "work", **more)
+    assert any("training began anew" in n for n in json.loads(found["report.json"])["notes"])
+    assert found["model.safetensors"] == want["model.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["data", "weights"])
+def test_a_checkpoint_belongs_to_its_data_and_weights(tmp_path, change):
+    """Of the same shapes, and from the same place."""
+    def trained(data, seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+        spacompiler.compile(net, BATCHES[0], target="params=60%", align=1, latency=False,
+                            onnx=False, prove=False, importance="magnitude", repair="none",
+                            recovery="norms", recover_data=data, checkpoint=tmp_path, quiet=True)
+
+    trained(BATCHES, 0)
+    with pytest.raises(SpaError, match="of another run"):
+        trained(BATCHES[::-1] if change == "data" else BATCHES, int(change == "weights"))
