@@ -64,10 +64,10 @@ class GradientSource(Protocol):
                 consumers: Iterable[Consumer] = ()) -> None:
         """Say what is to be gathered, for which groups and their consumers."""
 
-    def add(self, batch: Batch, loss: Loss, observe: Seen,
-            observed: Mapping[str, set[str]]) -> None:
-        """Take in one batch, telling `observe` what nodes read at the places in `observed`."""
+    def gather(self, batches: Sequence[Batch], loss: Loss, see: See,
+               observed: Mapping[str, set[str]], tick: Callable[[], None]) -> None:
+        """Take in batches, telling `see` what nodes read at the places in `observed`."""
 
-    def curve(self, batch: Batch, loss: Loss, observe: Seen,
+    def curve(self, batches: Sequence[Batch], loss: Loss, see: See,
               observed: Mapping[str, set[str]]) -> None:
-        """Add a batch to the curvature, and to nothing else that is gathered here."""
+        """Add batches to the curvature, and to nothing else that is gathered here."""

@@ -14,10 +14,13 @@ from math import prod
 
 import torch
 
+from ..store.mapped import let_go
 from ..system.staging import Scratch
 
 LIMIT = 1 << 30
 """Bytes that are held in memory."""
+FEW = 1 << 20
+"""Bytes of what is not worth a file."""
 
 
 @dataclass(eq=False)
@@ -32,25 +35,39 @@ class Room:
 
         Raises OSError where a file is needed and the disk is full.
         """
-        size = 8 * value.numel()
-        if self.held + size <= LIMIT:
-            made, kind = value.to(torch.float64, copy=True), "held"
-        else:
-            made, kind = _mapped(tuple(value.shape)).copy_(value), "filed"
-        self._count(kind, size)
-        weakref.finalize(made, self._count, kind, -size)
+        fits = self.held + 8 * value.numel() <= LIMIT
+        made = value.to(torch.float64, copy=True) if fits else \
+            _mapped(tuple(value.shape), torch.float64).copy_(value)
+        return self._counted(made, "held" if fits else "filed")
+
+    def lay(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a value as it is while there is room in memory, else a copy that lies in a file.
+
+        What is on another device stays there. Raises OSError where the disk is full.
+        """
+        if value.device.type != "cpu" or value.nbytes < FEW:
+            return value
+        if self.held + value.nbytes <= LIMIT:
+            return self._counted(value, "held")
+        made = _mapped(tuple(value.shape), value.dtype).copy_(value)
+        let_go([made])
+        return self._counted(made, "filed")
+
+    def _counted(self, made: torch.Tensor, kind: str) -> torch.Tensor:
+        self._count(kind, made.nbytes)
+        weakref.finalize(made, self._count, kind, -made.nbytes)
         return made
 
     def _count(self, kind: str, size: int) -> None:
         setattr(self, kind, getattr(self, kind) + size)
 
 
-def _mapped(shape: tuple[int, ...]) -> torch.Tensor:
-    """A float64 array in a file without a name: it is gone when nothing refers to it."""
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An array in a file without a name: it is gone when nothing refers to it."""
     with Scratch() as folder:
         file = folder / "sums"
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no signal later
             with open(file, "wb") as made:
-                os.posix_fallocate(made.fileno(), 0, 8 * prod(shape))
+                os.posix_fallocate(made.fileno(), 0, dtype.itemsize * prod(shape))
         return torch.from_file(str(file), shared=True, size=prod(shape),
-                               dtype=torch.float64).reshape(shape)
+                               dtype=dtype).reshape(shape)

@@ -186,11 +186,7 @@ class Scores:
         gradients, see = self._backward(wanted), self._look(watched)
         gradients.prepare(wanted, groups, (
             c for g in groups if "curvature" in wanted for c in self._consumers_of(g)))
-        for i, batch in enumerate(own):
-            gradients.add(batch, loss, partial(see, i), _by_node(watched))
-            self.turns.done()
-            tick()
-        self.turns.finish()
+        gradients.gather(own, loss, see, _by_node(watched), tick)
 
     def _observe(self, own: Sequence[Any], watched: Mapping[Place, Sequence[Consumer]], *,
                  together: bool = False, tick: Callable[[], None] = lambda: None,
@@ -215,11 +211,7 @@ class Scores:
                         for key, found in held.items()}
         own = self.turns.own(batches)
         if "curvature" in wanted:
-            see = self._look(watched)
-            for i, batch in enumerate(own):
-                self._backward(wanted).curve(batch, loss, partial(see, i), _by_node(watched))
-                self.turns.done()
-            self.turns.finish()
+            self._backward(wanted).curve(own, loss, self._look(watched), _by_node(watched))
         else:
             for _ in self._observe(own, watched):
                 pass

@@ -13,7 +13,8 @@ tensor([2., 2.])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakMethod
@@ -23,6 +24,8 @@ import torch
 from ..system.group import Team, here
 
 T = TypeVar("T")
+Given = tuple[tuple[str, Any], list[torch.Tensor]]
+"""(where it goes, under which key), arrays"""
 Take = Callable[..., None]
 """Takes in what a batch gives: (key, *arrays), or (*arrays) where there is one sum alone."""
 
@@ -36,9 +39,11 @@ class Turns:
 
     team: Team = field(default_factory=here)
     _homes: dict[str, WeakMethod[Take]] = field(default_factory=dict)
-    _held: list[tuple[Any, list[torch.Tensor]]] = field(default_factory=list)
+    _held: list[Given] = field(default_factory=list)
     _rounds: int = 0
     _done: int = 0
+    at: int = 0
+    _off: dict[str, dict[int, list[Given]]] = field(default_factory=dict)
 
     def home(self, name: str, take: Take) -> None:
         """Say which method takes in what is given under a name."""
@@ -52,7 +57,9 @@ class Turns:
 
     def give(self, home: str, key: Hashable, *parts: torch.Tensor) -> None:
         """Hand in what the batch under way adds to a sum."""
-        if self.team.size == 1:
+        if home in self._off:
+            self._off[home].setdefault(self.at, []).append(((home, key), list(parts)))
+        elif self.team.size == 1:
             self._into(home, key, parts)
         else:
             self._held.append(((home, key), list(parts)))
@@ -71,7 +78,24 @@ class Turns:
             self._take(None)
         self._done = 0
 
-    def _take(self, mine: list[tuple[Any, list[torch.Tensor]]] | None) -> None:
+    @contextmanager
+    def put_off(self, home: str, count: int) -> Iterator[None]:
+        """Where batches go side by side, a part of each at a time: take in what is given to a home
+        when all are through, in their order. `at` is the number of the one under way, of `count`.
+        """
+        self._off[home] = {}
+        try:
+            yield
+            held = self._off.pop(home)
+            for number in range(count):
+                for (_, key), parts in held.pop(number, ()):
+                    self.give(home, key, *parts)
+                self.done()
+            self.finish()
+        finally:
+            self._off.pop(home, None)
+
+    def _take(self, mine: list[Given] | None) -> None:
         for said in self.team.in_turn(mine, "a batch"):
             for (home, key), parts in said or ():
                 self._into(home, key, parts)

@@ -35,7 +35,7 @@ class Gates:
     turns: Turns = field(default_factory=Turns)
     totals: Sums = field(init=False)
     places: Places = field(default_factory=dict)
-    _apart: dict[str, torch.Tensor] = field(default_factory=dict)
+    _apart: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.totals = Sums("gates", self.turns)
@@ -84,14 +84,15 @@ class Gates:
                 self.totals.gather((kind, group.name), GATES[kind](each) * self.step.part)
             if "fisher" in self.step.kinds:
                 alone = _fold(each, self.step.count)
-                have = self._apart.get(group.name)
-                self._apart[group.name] = alone if have is None else have.add_(alone)
+                key = (self.turns.at, group.name)
+                have = self._apart.get(key)
+                self._apart[key] = alone if have is None else have.add_(alone)
 
     def settle(self) -> None:
         """fisher: square each example's own gradient, `count` times its part of the mean."""
-        for name, own in self._apart.items():
-            self.totals.gather(("fisher", name), (own * self.step.count).square().sum(0))
-        self._apart.clear()
+        for key in [key for key in self._apart if key[0] == self.turns.at]:
+            own = self._apart.pop(key)
+            self.totals.gather(("fisher", key[1]), (own * self.step.count).square().sum(0))
 
 
 def _fold(each: torch.Tensor, count: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ Losses are taken to be means over the examples of a batch, and batches to be of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...errors import SpaError
 from ...evidence.calls import Batch, examples, singles
 from ...evidence.consumers import Consumer
-from ...evidence.network import Loss, Place, Seen
+from ...evidence.network import Loss, Place, See, Seen
 from ...evidence.room import Room
 from ...evidence.turns import Turns
 from ...groups.solution import Group, Member, Solution
-from ..run.recompute import budget
+from ...store.room import LARGE
+from ..run.recompute import Budget, budget
 from ..run.runner import Override, OverridingRunner, Reads, widened
 from ..trace import Trace
 from .curvature import Curvature
 from .gates import OF_GATES, Gates
+from .in_order import Arrays, InOrder, several
 from .relevance import STARTS, rules
 from .step import Step, hand_on
 from .weight_sums import OF_SINGLE, OF_WEIGHTS, WeightSums
@@ -36,6 +38,16 @@ from .weight_sums import OF_SINGLE, OF_WEIGHTS, WeightSums
 KINDS = OF_GATES | OF_WEIGHTS | {"curvature"}
 ANSWERS = 1 << 27
 """Bytes of the network's results that are kept for whoever compares with them later."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch of `count` examples, who looks on, and the batch as it was `given`."""
+
+    batch: Batch
+    count: int
+    observe: Seen
+    given: Batch
 
 
 @dataclass
@@ -81,43 +93,91 @@ class Gradients:
         if self._kinds & OF_WEIGHTS:
             self._weights.prepare(groups)
 
-    def add(self, batch: Batch, loss: Loss, observe: Seen,
-            observed: Mapping[str, set[str]]) -> None:
-        """Take in one batch, telling `observe` what nodes read at the places in `observed`.
+    def gather(self, batches: Sequence[Batch], loss: Loss, see: See,
+               observed: Mapping[str, set[str]], tick: Callable[[], None]) -> None:
+        """Take in this process's batches, telling `see` what nodes read at places in `observed`.
 
-        Kinds that need single examples, second derivatives or relevance run by themselves.
+        Batches go through a model of `LARGE` arrays side by side, unless single examples are asked
+        for; kinds that need those, second derivatives or relevance run by themselves.
         """
-        given, batch = batch, self.trace.where.of(self.trace.labelled(*batch))
-        count = self._step.count = examples(*batch)
-        self.turns.give("examples", "", torch.tensor(count))
+        calls = [self._call(i, batch, see) for i, batch in enumerate(batches)]
         whole, parts = self._divide()
-        watch: dict[str, Any] = {"observe": observe, "observed": observed}
+        if parts or not self._is_large():
+            for _ in self._in_turn(calls):
+                self._add(calls[self.turns.at], loss, observed)
+                tick()
+            return
+        for i in self._in_turn(calls):
+            self._count_in(calls[i])
+        if whole or observed:
+            self._in_order(calls, loss, whole, observed, tick)
+        for i in self._in_turn(calls) if self._kinds & {"hessian", *STARTS} else ():
+            self._others(calls[i], loss)
+
+    def curve(self, batches: Sequence[Batch], loss: Loss, see: See,
+              observed: Mapping[str, set[str]]) -> None:
+        """Add batches to the curvature, and to nothing else that is gathered here."""
+        calls = [self._call(i, batch, see) for i, batch in enumerate(batches)]
+        if self._is_large():
+            self._in_order(calls, loss, {"curvature"}, observed, lambda: None)
+            return
+        for i in self._in_turn(calls):
+            self._run(calls[i], loss, {"curvature"}, observed=observed)
+
+    def _is_large(self) -> bool:
+        return sum(a.nbytes for a in self.trace.program.state_dict.values()) >= LARGE
+
+    def _call(self, number: int, batch: Batch, see: See) -> Call:
+        ready = self.trace.where.of(self.trace.labelled(*batch))
+        return Call(ready, examples(*ready), partial(see, number), batch)
+
+    def _in_turn(self, calls: Sequence[Call]) -> Iterator[int]:
+        """Go through calls, each time until its sums are taken in."""
+        for i, call in enumerate(calls):
+            self._step.count, self._step.part, self.turns.at = call.count, 1.0, i
+            yield i
+            self.turns.done()
+        self.turns.finish()
+        self.turns.at = 0
+
+    def _add(self, call: Call, loss: Loss, observed: Mapping[str, set[str]]) -> None:
+        """Take in one batch."""
+        self._count_in(call)
+        whole, parts = self._divide()
         if whole or (observed and not parts):
-            self._run(batch, self._answering(given, loss), whole, **watch)
+            self._run(call, self._answering(call, loss), whole, observed=observed)
             self._gates.settle()
-            watch = {}
-        if parts and count > 1 and not self._varies():
+            observed = {}
+        if parts and call.count > 1 and not self._varies():
             raise SpaError("this model cannot run single examples of a batch",
                            why="it could be traced for one batch size only",
                            fix="give calibration batches of one example, or use another criterion")
-        for one in singles(batch, count) if parts else ():
-            self._step.count, self._step.part = 1, 1 / count
-            self._run(one, loss, parts, **watch)
+        for one in singles(call.batch, call.count) if parts else ():
+            self._step.count, self._step.part = 1, 1 / call.count
+            self._run(replace(call, batch=one), loss, parts, observed=observed)
             self._gates.settle()
         self._step.part = 1.0
-        if "hessian" in self._kinds:
-            self._run(batch, loss, {"hessian"})
-        for kind in sorted(self._kinds & STARTS.keys()):
-            self._step.count = count
-            self._run(batch, STARTS[kind], {kind}, override=rules(self.solution.graph, kind))
+        self._others(call, loss)
 
-    def _answering(self, given: Batch, loss: Loss) -> Loss:
+    def _others(self, call: Call, loss: Loss) -> None:
+        """Take second derivatives and relevance of one batch."""
+        if "hessian" in self._kinds:
+            self._run(call, loss, {"hessian"})
+        for kind in sorted(self._kinds & STARTS.keys()):
+            self._step.count = call.count
+            self._run(call, STARTS[kind], {kind}, override=rules(self.solution.graph, kind))
+
+    def _count_in(self, call: Call) -> None:
+        self.turns.give("examples", "", torch.tensor(call.count))
+
+    def _answering(self, call: Call, loss: Loss) -> Loss:
         """The loss, which keeps what the network gave where that is little."""
         def kept(results: list[Any], *batch: Any) -> torch.Tensor:
             held = sum(known.nbytes for _, known in self.answers.values())
             for answer in (x for x in results[:1] if isinstance(x, torch.Tensor)):
                 if answer.is_floating_point() and held + answer.nbytes <= ANSWERS:
-                    self.answers[id(given[0]), id(given[1])] = given, answer.detach().cpu()
+                    key = id(call.given[0]), id(call.given[1])
+                    self.answers[key] = call.given, answer.detach().cpu()
             return loss(results, *batch)
 
         return kept
@@ -125,13 +185,6 @@ class Gradients:
     def _count(self, key: str, count: torch.Tensor) -> None:
         self.batches += 1
         self.examples += int(count)
-
-    def curve(self, batch: Batch, loss: Loss, observe: Seen,
-              observed: Mapping[str, set[str]]) -> None:
-        """Add a batch to the curvature, and to nothing else that is gathered here."""
-        batch = self.trace.where.of(self.trace.labelled(*batch))
-        self._step.count = examples(*batch)
-        self._run(batch, loss, {"curvature"}, observe=observe, observed=observed)
 
     def _varies(self) -> bool:
         graph = self.solution.graph
@@ -148,38 +201,63 @@ class Gradients:
         whole = {"elements", "vectors", "curvature"}
         return own & whole, own - whole
 
-    def _run(self, batch: Batch, loss: Loss, kinds: set[str], *,
-             override: Mapping[str, Override] | None = None, observe: Seen | None = None,
+    def _run(self, call: Call, loss: Loss, kinds: set[str], *,
+             override: Mapping[str, Override] | None = None,
              observed: Mapping[str, set[str]] | None = None) -> None:
         """Run one batch forward and backward, gathering some kinds."""
         self._step.kinds = kinds
-        observed = observed or {}
         second = "hessian" in kinds
-        gated: Container[Place] = self._gates.places if kinds & OF_GATES else ()
-        probed = self._curves.probes(self.trace.program) if "curvature" in kinds else {}
-        routes = self._curves.routes if probed else set()
         learned, leaves = self._learned(kinds), dict[str, torch.Tensor]()
-
-        def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
-            at = (node.name, name)
-            if observe and name in observed.get(node.name, ()) and not runner.again:
-                observe(node.name, name, value, self._step.count)
-            if at in routes:
-                self._curves.route(at, value)
-            return value * self._gates.gate(at, value) if at in gated else value
-
-        places = {*routes, *(self._gates.places if gated else ())}
+        traced = (self.trace.args, self.trace.kwargs)
+        lean = not second and not kinds & STARTS.keys()
         runner = self._runner(
-            batch, Reads(_touched(observed, places), touch), {**probed, **(override or {})},
-            partial(self._leaf, leaves, learned, not second),
-            lean=not second and not kinds & STARTS.keys())
+            call, observed or {}, override or {}, partial(self._leaf, leaves, learned, not second),
+            budget(self.solution.graph, traced, call.batch) if lean else None)
         with torch.enable_grad(), sdpa_kernel(_ATTENTION[second]):
-            value = loss(runner.call(*batch), *batch)
+            value = loss(runner.call(*call.batch), *call.batch)
             if second:
                 self._weights.take_second({n: a for n, a in leaves.items() if n in learned}, value)
-            elif gated or learned or probed:
+            elif self._differentiates(kinds):
                 value.backward()
         runner.close()
+
+    def _in_order(self, calls: Sequence[Call], loss: Loss, kinds: set[str],
+                  observed: Mapping[str, set[str]], tick: Callable[[], None]) -> None:
+        """Run calls side by side, forward and backward, gathering some kinds."""
+        self._step.kinds = kinds
+        where, signature = self.trace.where, self.trace.program.graph_signature
+        arrays = Arrays(lambda name: self.trace.tied.get(name, name), self.stored,
+                        lambda a: widened(where.dtype, where.of(a)), self._learned(kinds),
+                        self._weights.take, Room())
+        runners = [self._runner(call, observed, {}, arrays) for call in calls]
+        for call, runner in zip(calls, runners, strict=True):
+            runner.start(*call.batch)
+        graph = self.trace.program.graph_module.graph
+        order = InOrder(graph, runners, arrays, partial(self._in_turn, calls))
+        arrays.several = several(order.parts, {
+            node: arrays.first(str(spec.target)) for node, spec in zip(
+                graph.find_nodes(op="placeholder"), signature.input_specs, strict=True)
+            if spec.target is not None})
+
+        def ended(i: int, found: list[Any]) -> torch.Tensor:
+            return self._answering(calls[i], loss)(found, *calls[i].batch)
+
+        results, told = sum(s.kind.name == "USER_OUTPUT" for s in signature.output_specs), 0
+        with torch.enable_grad(), sdpa_kernel(_ATTENTION[False]), \
+                self.turns.put_off("gates", len(calls)):
+            for share in order.run(ended, results, backward=self._differentiates(kinds)):
+                for _ in range(told, int(share * len(calls))):
+                    tick()
+                told = int(share * len(calls))
+            for _ in self._in_turn(calls):
+                self._gates.settle()
+        for runner in runners:
+            runner.close()
+
+    def _differentiates(self, kinds: set[str]) -> bool:
+        """Whether some kinds take a gradient of anything."""
+        return bool((kinds & OF_GATES and self._gates.places) or self._learned(kinds)
+                    or ("curvature" in kinds and self._curves.probes(self.trace.program)))
 
     def _learned(self, kinds: set[str]) -> set[str]:
         """Arrays whose gradients some kinds need."""
@@ -187,13 +265,28 @@ class Gradients:
             return {n for n, t in self.solution.graph.weights().items() if t.kind == "parameter"}
         return set(self._weights.members) if kinds & OF_WEIGHTS else set()
 
-    def _runner(self, batch: Batch, reads: Reads, override: Mapping[str, Override],
-                weights: Callable[[str], torch.Tensor], *, lean: bool) -> OverridingRunner:
-        """A runner of the program; a lean one holds no more than is cheap for backward."""
-        traced = (self.trace.args, self.trace.kwargs)
-        return OverridingRunner(
-            self.trace.program, weights, reads=reads, override=override, where=self.trace.where,
-            held=budget(self.solution.graph, traced, batch) if lean else None)
+    def _runner(self, call: Call, observed: Mapping[str, set[str]],
+                override: Mapping[str, Override], weights: Callable[[str], torch.Tensor],
+                held: Budget | None = None) -> OverridingRunner:
+        """A runner of the program, with gates and probes for the kinds that are under way."""
+        kinds = self._step.kinds
+        gated: Container[Place] = self._gates.places if kinds & OF_GATES else ()
+        probed = self._curves.probes(self.trace.program) if "curvature" in kinds else {}
+        routes = self._curves.routes if probed else set()
+
+        def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
+            at = (node.name, name)
+            if name in observed.get(node.name, ()) and not runner.again:
+                call.observe(node.name, name, value, self._step.count)
+            if at in routes:
+                self._curves.route(at, value)
+            return value * self._gates.gate(at, value) if at in gated else value
+
+        places = {*routes, *(self._gates.places if gated else ())}
+        runner = OverridingRunner(
+            self.trace.program, weights, reads=Reads(_touched(observed, places), touch),
+            override={**probed, **override}, where=self.trace.where, held=held)
+        return runner
 
     def _leaf(self, leaves: dict[str, torch.Tensor], learned: Container[str], reduced: bool,
               name: str) -> torch.Tensor:
