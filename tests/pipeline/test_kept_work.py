@@ -150,3 +150,20 @@ def test_a_checkpoint_that_is_damaged_is_made_again(tmp_path):
     found = made(tmp_path / "out", tmp_path / "work", **more)
     assert any("training began anew" in n for n in json.loads(found["report.json"])["notes"])
     assert found["model.safetensors"] == want["model.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["data", "weights"])
+def test_a_checkpoint_belongs_to_its_data_and_weights(tmp_path, change):
+    """Of the same shapes, and from the same place."""
+    def trained(data, repair):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+        spacompiler.compile(net, BATCHES[0], target="params~60%", align=1, latency=False,
+                            onnx=False, prove=False, importance="magnitude", repair=repair,
+                            calibration=BATCHES, recovery="norms", recover_data=data,
+                            checkpoint=tmp_path, quiet=True)
+
+    trained(BATCHES, "bias")
+    with pytest.raises(SpaError, match="of another run"):
+        trained(BATCHES[::-1] if change == "data" else BATCHES,
+                "none" if change == "weights" else "bias")
