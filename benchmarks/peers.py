@@ -38,7 +38,6 @@ from typing import TypeVar
 import torch
 from peer_models import MODELS, heads, mended, output
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from spacompiler.groups.solution import solve
 from spacompiler.pipeline.request import Given, make_request
@@ -50,7 +49,7 @@ from spacompiler.rows.aten_table import TABLE
 from spacompiler.stages.records import Decided, Request, Subject, Traced
 from spacompiler.torch_backend.backend import EMITTERS
 from spacompiler.torch_backend.read.export import trace
-from spacompiler.torch_backend.read.placed import called
+from spacompiler.torch_backend.read.record import record
 
 SHARE = 0.5
 REPEATS = 3
@@ -141,10 +140,7 @@ def _smaller(ask: Request, subject: Subject, traced: Traced) -> nn.Module:
 
 def _runs(module: nn.Module, inputs: object) -> bool:
     """Whether a module takes its inputs: without data, which sizes do not need, or with them."""
-    arrays = {name: array.to("meta") for found in (module.named_parameters, module.named_buffers)
-              for name, array in found(remove_duplicate=False)}
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), _given(inputs))
-    for call in (lambda: called(module, arrays, args, kwargs), lambda: _call(module, inputs)):
+    for call in (lambda: record(module, *_given(inputs)), lambda: _call(module, inputs)):
         with suppress(Exception), torch.no_grad():
             call()
             return True
