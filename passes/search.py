@@ -21,8 +21,10 @@ from spacompiler.trials.sensitivity import Change
 
 Kept = dict[str, int]
 Changes = dict[tuple[str, int], Change]
-REACH = (1 / 24, 1 / 8)
+REACH = (1 / 64, 1 / 24, 1 / 8)
 """How far single moves go that are foreseen, as shares of a unit's size."""
+SCALES = 6
+"""How often the steps of single units are halved, at most: large and small ones are as likely."""
 CAUTION = (0.5, 16.0)
 """What curvature is weighted by where several such moves are taken: drawn between these."""
 POSITIONS = 512
@@ -36,12 +38,13 @@ class Search:
     It starts from uniform counts, from one ranking of all units, from standardised scores, from the
     exact optimum on curves of scores (dynamic programming) and from those of the relaxed integer
     program, at several mixes of prices where there are several limits. In each generation,
-    `offspring` are made: some cross two of the `parents` best and move `moves` pairs of units, one
-    down, one up, by up to `reach` of their size; with `led`, every other one takes moves that two
-    backward passes of the best network foresee to be good (see `measured`), of some units drawn
-    anew. Each is fitted to all limits, meets the first of `batches`, and, if it is one of the
-    best there, the others: a passage forward of the network as it would be repaired, or masked
-    without `repaired`. As Once-for-All (ICLR 2020) and Puzzle (2024) search, without training.
+    `offspring` are made: some cross two of the `parents` best and move up to `moves` pairs of
+    units, one down, one up, by up to `reach` of their size, small steps as often as large ones;
+    with `led`, every other one takes moves that two backward passes of the best network foresee to
+    be good (see `measured`), of some units drawn anew. Each is fitted to all limits, meets the
+    first of `batches`, and, if it is one of the best there, the others: a passage forward of the
+    network as it would be repaired, or masked without `repaired`. As Once-for-All (ICLR 2020) and
+    Puzzle (2024) search, without training.
     """
 
     name: ClassVar[str] = "search"
@@ -116,10 +119,11 @@ class Search:
         """Counts of two crossed; then one unit less and another more, so many times."""
         free = [u for u in problem.units if len(u.legal) > 1]
         kept = {name: draws.choice((one[name], other[name])) for name in one}
-        for _ in range(self.moves):
+        for _ in range(draws.randint(1, self.moves)):
             down, up = (draws.choice(free) for _ in range(2))
-            kept[down.name] = _beside(down, kept[down.name], -draws.random() * self.reach)
-            kept[up.name] = _beside(up, kept[up.name], draws.random() * self.reach)
+            far = self.reach * 2 ** (-SCALES * draws.random())
+            kept[down.name] = _beside(down, kept[down.name], -far)
+            kept[up.name] = _beside(up, kept[up.name], far)
         return kept
 
 
