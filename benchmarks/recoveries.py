@@ -75,7 +75,8 @@ def main() -> None:
     found = [start(seed, given.windows) for seed in seeds]
     dense = [perplexity(model, held) for model, _, held in found]
     print(f"seeds {', '.join(map(str, seeds))}; dense {mean(dense):.2f}\n\n"
-          "| row | perplexity | spread | CPU s | trained | ranks |\n" + "|---" * 6 + "|", flush=True)
+          "| row | perplexity | spread | CPU s | trained | ranks |\n" + "|---" * 6 + "|",
+          flush=True)
     for name, recovery in {"no recovery": "", **ROWS}.items():
         if given.only and not any(fnmatch.fnmatch(name, p) for p in given.only):
             continue
