@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import SpaError, UsageError
 from ..request.profiles import profile
 from ..request.recipe import Recipe
 from ..torch_backend.kinds import is_encoder_decoder, writes_text
@@ -29,9 +29,14 @@ def with_cache(recipe: Recipe, model: Any) -> Recipe:
                              "encoder.onnx and decoder.onnx have",
                          fix="give --decoder without --for, and run them with "
                              "spacompiler.runtime.EncoderDecoder")
-    writes = isinstance(model, nn.Module) and writes_text(model)
-    if row.cached and recipe.onnx and writes:
-        recipe = replace(recipe, decoder=True)
     if recipe.decoder:
         (check_encoder_decoder if both else check_causal_lm)(model)
+    elif row.cached and recipe.onnx and isinstance(model, nn.Module) and writes_text(model):
+        try:
+            check_causal_lm(model)
+        except SpaError as problem:
+            raise SpaError(f"--for {recipe.runtime} wants a cache, and there can be none",
+                           where=problem.where, why=problem.why,
+                           fix="compile without --for") from problem
+        recipe = replace(recipe, decoder=True)
     return recipe

@@ -56,7 +56,13 @@ def check_causal_lm(module: PreTrainedModel) -> None:
             "it has an encoder as well" if is_encoder_decoder(module) else NO_HEAD
         raise SpaError(what, where=type(module).__name__, why=why,
                        fix="leave --decoder out, or give a causal language model of transformers")
-    cache = _fresh_cache(module)
+    try:
+        cache = _fresh_cache(module)
+    except Exception as problem:  # a state of its own is looked for in many ways
+        raise SpaError(what, where=type(module).__name__,
+                       why="it does not run with keys and values alone between tokens "
+                           f"({type(problem).__name__}: {problem})".splitlines()[0],
+                       fix="leave --decoder out") from problem
     kinds = sorted({type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"})
     if kinds or not cache.layers or not all(layer.is_initialized for layer in cache.layers):
         raise SpaError(what, where=type(module).__name__,

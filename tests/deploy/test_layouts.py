@@ -9,11 +9,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5Model
+from transformers import Lfm2Config, Lfm2ForCausalLM, T5Config, T5Model
 
 import spacompiler
 from spacompiler.artifact.load import load
 from spacompiler.deploy import runs
+from spacompiler.deploy.cached import with_cache
 from spacompiler.deploy.export import Form, export_onnx
 from spacompiler.errors import ProofError, SpaError, UsageError
 from spacompiler.request.recipe import Recipe
@@ -123,8 +124,6 @@ def test_a_runtime_that_fails_is_an_error_of_one_line(there, tmp_path):
 
 
 def test_language_models_have_their_cache_where_a_runtime_wants_one():
-    from spacompiler.deploy.cached import with_cache
-
     recipe = Recipe("body=60%", runtime="optimum")
     assert with_cache(recipe, nn.Linear(2, 2)) == recipe
     t5 = T5Model(T5Config(vocab_size=4, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2))
@@ -132,3 +131,13 @@ def test_language_models_have_their_cache_where_a_runtime_wants_one():
         with pytest.raises(UsageError, match="cannot hold an encoder-decoder"):
             with_cache(Recipe("body=60%", runtime=name), t5)
     assert not with_cache(Recipe("body=60%", runtime="vllm"), t5).decoder
+
+
+def test_models_that_keep_a_state_of_their_own_are_refused_in_words():
+    hybrid = Lfm2ForCausalLM(Lfm2Config(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
+    for given, words in (({"decoder": True}, "leave --decoder out"),
+                         ({"runtime": "optimum"}, "wants a cache.*compile without --for")):
+        with pytest.raises(SpaError, match=f"(?s){words}"):
+            with_cache(Recipe("body=60%", **given), hybrid)
