@@ -99,8 +99,7 @@ class Lora(Schedule):
         ranks = self.ranks(task, paths)
         paths = [path for path in paths if ranks.get(path, self.rank)]
 
-        probe = _probe(task)
-        before = probe(task.module)
+        probe, before = _probed(task)
         extra = {id(p) for _, p in vectors(task.module)} if self.norms else set()
         for path in paths if self.init not in KEEPING else ():  # these write into the weight
             weight = task.module.get_parameter(f"{path}.weight")
@@ -178,19 +177,22 @@ class Lora(Schedule):
                            fix="use init='eva' or another, or --recover norms or full")
 
 
-def _probe(task: Training) -> Callable[[nn.Module], list[torch.Tensor]]:
-    """What gives a module's results on a held-out example, or on a batch if it takes no less."""
+Probe = Callable[[nn.Module], list[torch.Tensor]]
+
+
+def _probed(task: Training) -> tuple[Probe, list[torch.Tensor]]:
+    """What gives a module's results on a held-out example (on a batch if it takes no less), and
+    those of the network as it is."""
     def results(batch: Batch, module: nn.Module) -> list[torch.Tensor]:
         with torch.no_grad():
             return [x.clone() for x in call(module.eval(), *batch)]
 
     whole = task.held_out[0]
-    one = next(singles(whole, examples(*whole)), whole)
+    one = partial(results, next(singles(whole, examples(*whole)), whole))
     try:
-        results(one, task.module)
+        return one, one(task.module)
     except Exception:  # any code may run here
-        one = whole
-    return partial(results, one)
+        return partial(results, whole), results(whole, task.module)
 
 
 # classes that peft adapts as they stand; a subclass may use its weight in a way of its own

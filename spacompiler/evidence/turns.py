@@ -34,13 +34,14 @@ Take = Callable[..., None]
 class Turns:
     """What batches give to sums, taken in by their order, whichever process ran them.
 
-    It holds none of the sums: who does says so by `home`, and is forgotten with them.
+    It holds none of the sums: who does says so by `home`, and is forgotten with them. In a round
+    each process runs one batch at most.
     """
 
     team: Team = field(default_factory=here)
     _homes: dict[str, WeakMethod[Take]] = field(default_factory=dict)
     _held: list[Given] = field(default_factory=list)
-    _rounds: int = 0
+    rounds: int = 0
     _done: int = 0
     at: int = 0
     _off: dict[str, dict[int, list[Given]]] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Turns:
     def own(self, batches: Iterable[T]) -> list[T]:
         """Return which of some batches this process runs, one in each round at most."""
         everything = list(batches)
-        self._rounds = -(-len(everything) // self.team.size)
+        self.rounds = -(-len(everything) // self.team.size)
         return list(self.team.share(everything))
 
     def give(self, home: str, key: Hashable, *parts: torch.Tensor) -> None:
@@ -73,10 +74,19 @@ class Turns:
 
     def finish(self) -> None:
         """No batch is left: hear the last round even where this process had none in it."""
-        while self.team.size > 1 and self._done < self._rounds:
+        while self.team.size > 1 and self._done < self.rounds:
             self._done += 1
             self._take(None)
         self._done = 0
+
+    @contextmanager
+    def some(self, rounds: int) -> Iterator[None]:
+        """Go through so many rounds alone for a while."""
+        was, self.rounds = self.rounds, rounds
+        try:
+            yield
+        finally:
+            self.rounds = was
 
     @contextmanager
     def put_off(self, home: str, count: int) -> Iterator[None]:

@@ -77,14 +77,15 @@ def _same(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("make, without", [(_llama, {"hessian"}), (_shuffled, set())],
-                         ids=["llama", "shuffled"])
+@pytest.mark.parametrize("make, without, abreast", [
+    (_llama, {"hessian"}, 1 << 29), (_shuffled, set(), 5000)], ids=["llama", "some at a time"])
 def test_gradients_side_by_side_are_equal_to_the_bit(
-        make: Callable[[], tuple[nn.Module, list[Any]]], without: set[str],
+        make: Callable[[], tuple[nn.Module, list[Any]]], without: set[str], abreast: int,
         monkeypatch: pytest.MonkeyPatch) -> None:
     kinds, found = KINDS - without, solved(make)
     here = gathered(*found, kinds)
     monkeypatch.setattr(gradients, "LARGE", 0)
+    monkeypatch.setattr(gradients, "ABREAST", abreast)
     monkeypatch.setattr(room, "LIMIT", 0)
     monkeypatch.setattr(room, "FEW", 0)
     there = gathered(*found, kinds)

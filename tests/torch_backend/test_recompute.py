@@ -171,3 +171,18 @@ def test_the_heap_is_given_back_once_the_last_block_has_run(
         done.append("first")
         second(torch.ones(1, 4, requires_grad=True))
     assert done == ["first", "given back"]
+
+
+def test_blocks_let_go_of_their_arrays_forward_and_backward(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's pages need not stay until all of backward is done."""
+    left: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(recompute, "let_go", lambda arrays: left.append(list(arrays)))
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    with recompute.lean_blocks([first, second], Budget(0)):
+        result = second(first(torch.ones(1, 4, requires_grad=True)))
+        assert [[*first.parameters()], [*second.parameters()]] == left
+        left.clear()
+        result.sum().backward()
+    assert [*second.parameters()] in left
+    assert left[-1] == [*first.parameters(), *second.parameters()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from ...evidence.room import Room
 from ...evidence.turns import Turns
 from ...groups.solution import Group, Member, Solution
 from ...store.room import LARGE
-from ..run.recompute import Budget, budget
+from ..run.recompute import Budget, budget, elements
 from ..run.runner import Override, OverridingRunner, Reads, widened
 from ..trace import Trace
 from .curvature import Curvature
 from .gates import OF_GATES, Gates
-from .in_order import Arrays, InOrder, several
+from .in_order import Arrays, InOrder, handed_on, several
 from .relevance import STARTS, rules
 from .step import Step, hand_on
 from .weight_sums import OF_SINGLE, OF_WEIGHTS, WeightSums
@@ -38,6 +39,9 @@ from .weight_sums import OF_SINGLE, OF_WEIGHTS, WeightSums
 KINDS = OF_GATES | OF_WEIGHTS | {"curvature"}
 ANSWERS = 1 << 27
 """Bytes of the network's results that are kept for whoever compares with them later."""
+
+ABREAST = 1 << 29
+"""Bytes of what enters the segments of a program that batches may hold side by side."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,25 @@ class Gradients:
             return
         for i in self._in_turn(calls):
             self._run(calls[i], loss, {"curvature"}, observed=observed)
+
+    def _in_order(self, calls: Sequence[Call], loss: Loss, kinds: set[str],
+                  observed: Mapping[str, set[str]], tick: Callable[[], None]) -> None:
+        """Run calls side by side, as many as fit, forward and backward, gathering some kinds."""
+        rounds, many = self.turns.rounds, self._abreast(calls)
+        for at in range(0, rounds, many):
+            with self.turns.some(min(many, rounds - at)):
+                self._side_by_side(calls[at:at + many], loss, kinds, observed, tick)
+
+    def _abreast(self, calls: Sequence[Call]) -> int:
+        """How many calls may hold what enters their segments: as many in every process."""
+        tensors = self.solution.graph.tensors
+        traced = (self.trace.args, self.trace.kwargs)
+        entering = sum(prod(tensors[n.name].shape) for n in handed_on(
+            self.trace.program.graph_module.graph) if n.name in tensors)
+        most = max((elements(call.batch) for call in calls), default=1)
+        size = 4 * entering * most / max(1, elements(traced))
+        return self.turns.team.of_first(lambda: max(1, int(ABREAST / max(1.0, size))),
+                                        "how many batches go side by side")
 
     def _is_large(self) -> bool:
         return sum(a.nbytes for a in self.trace.program.state_dict.values()) >= LARGE
@@ -221,9 +244,9 @@ class Gradients:
                 value.backward()
         runner.close()
 
-    def _in_order(self, calls: Sequence[Call], loss: Loss, kinds: set[str],
-                  observed: Mapping[str, set[str]], tick: Callable[[], None]) -> None:
-        """Run calls side by side, forward and backward, gathering some kinds."""
+    def _side_by_side(self, calls: Sequence[Call], loss: Loss, kinds: set[str],
+                      observed: Mapping[str, set[str]], tick: Callable[[], None]) -> None:
+        """Run calls through the program, all in one segment, then in the next, and back."""
         self._step.kinds = kinds
         where, signature = self.trace.where, self.trace.program.graph_signature
         arrays = Arrays(lambda name: self.trace.tied.get(name, name), self.stored,

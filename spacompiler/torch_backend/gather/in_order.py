@@ -116,6 +116,11 @@ def _whole(parts: Sequence[Segment]) -> list[Segment]:
     return made
 
 
+def handed_on(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes whose values leave a segment of a program."""
+    return [node for part in _whole(segments(graph)) for node in borders(part)[1]]
+
+
 class InOrder:
     """Calls that runners carry out side by side; `turns` goes through their numbers."""
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import (
 )
 
 from ...graph.ir import Graph
+from ...store.mapped import let_go
 
 FEW, LEAST, WHOLE = 1 << 26, 1 << 28, 3 << 27
 """Bytes: of values that are held, however few weights there are; of dear ones; of the values of the
@@ -113,11 +114,12 @@ def budget(graph: Graph, traced: object, batch: object) -> Budget | None:
     allowed = max(LEAST, share // 2)  # an eighth of four bytes each
     made = sum(prod(t.shape) for t in graph.tensors.values()
                if t.kind == "value" and not t.static)
-    every = 4 * made * _elements(batch) / max(1, _elements(traced))
+    every = 4 * made * elements(batch) / max(1, elements(traced))
     return Budget(allowed, min(1.0, WHOLE / every)) if every > FEW else None
 
 
-def _elements(call: object) -> int:
+def elements(call: object) -> int:
+    """Return how many numbers the tensors of a call hold."""
     return sum(v.numel() for v in pytree.tree_leaves(call) if isinstance(v, torch.Tensor))
 
 
@@ -138,26 +140,35 @@ def recomputed(run: Callable[..., Any], *values: object, held: Budget,
 
 @contextmanager
 def lean_blocks(blocks: Iterable[nn.Module], held: Budget | None) -> Iterator[None]:
-    """Let modules hold less while they run as they are (not as a program), without dropout."""
-    def lean(forward: Callable[..., Any], last: bool, *args: object, **kwargs: object) -> Any:
+    """Let modules hold less while they run as they are (not as a program), without dropout.
+
+    Arrays that are shown out of a file are let go once a module has run, forward and backward.
+    """
+    def lean(forward: Callable[..., Any], at: int, *args: object, **kwargs: object) -> Any:
         plain = all(x is None or isinstance(x, (torch.Tensor, bool, int, float, str))
                     for x in pytree.tree_leaves((args, kwargs)))  # no cache that would grow twice
         if not plain or held is None:
             return forward(*args, **kwargs)
-        results = recomputed(forward, *args, held=held, named=kwargs)
-        if last:
+        results = recomputed(forward, *args, held=held, named=kwargs, again=partial(leave, at))
+        let_go(wrapped[at].parameters())
+        if at == len(wrapped) - 1:
             give_back()
         return results
 
+    def leave(at: int, now: bool) -> None:
+        """Where a block is computed again, backward is through with the one after it."""
+        let_go(p for block in wrapped[at + 1:at + 2] for p in block.parameters() if now)
+
     wrapped = list(blocks) if held is not None else []
-    for block in wrapped:
-        run = partial(lean, block.forward, block is wrapped[-1])
+    for at, block in enumerate(wrapped):
+        run = partial(lean, block.forward, at)
         block.forward = run  # type: ignore[method-assign]
     try:
         yield
     finally:
         for block in wrapped:
             del block.forward
+        let_go(p for block in wrapped for p in block.parameters())
 
 
 @contextmanager
