@@ -96,13 +96,15 @@ class Layer:
     plain: torch.Tensor
 
     @classmethod
-    def of(cls, layer: Any) -> Layer | None:
+    def of(cls, layer: nn.Module) -> Layer | None:
         """Look at an adapted layer; None if it is not known what it reads."""
-        x = _inputs(layer.get_base_layer())
+        base: Callable[[], nn.Module] = layer.get_base_layer  # type: ignore[assignment]
+        plain: nn.Module = layer.base_layer  # type: ignore[assignment]
+        x = _inputs(base())
         if x is None:
             return None
         with torch.no_grad(), no_warnings():
-            return cls(x, layer(x), layer.base_layer(x))
+            return cls(x, layer(x), plain(x))
 
     def missed(self, merged: nn.Module) -> float:
         """How far the merged layer is from the adapted one, in multiples of what is allowed."""
@@ -134,7 +136,7 @@ def _last_bits(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Change the last bit of all that layers give, up or down at random."""
     draws = torch.Generator().manual_seed(0)
 
-    def change(layer: nn.Module, args: object, result: Any) -> Any:
+    def change(layer: nn.Module, args: object, result: torch.Tensor) -> torch.Tensor:
         signs = torch.randint(2, result.shape, generator=draws).to(result) * 2 - 1
         return result * (1 + signs * torch.finfo(result.dtype).eps)
 

@@ -32,12 +32,14 @@ def lean(module: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _plain(layer: Any) -> bool:
+def _plain(layer: nn.Module) -> bool:
     """Whether an adapted layer is a linear one, with one adapter of LoRA in the base's type."""
-    base, ups = layer.get_base_layer(), layer.lora_B
+    within: Callable[[], nn.Module] = layer.get_base_layer  # type: ignore[assignment]
+    base, ups, downs = within(), layer.lora_B, layer.lora_A
+    assert isinstance(ups, nn.ModuleDict) and isinstance(downs, nn.ModuleDict)
     if type(base) is not nn.Linear or len(ups) != 1 or getattr(layer, "lora_variant", None):
         return False
-    (up,), (down,) = ups.values(), layer.lora_A.values()
+    (up,), (down,) = ups.values(), downs.values()
     return type(up) is nn.Linear and up.bias is None \
         and base.weight.dtype == up.weight.dtype == down.weight.dtype
 
