@@ -7,7 +7,7 @@ ONNX file of a network. `latency`: the share of the dense network's time that is
 latency=60%, timed anew after the compile, turn by turn. `limits`: params and latency together, and
 which one binds. `align`: the time of a network at 60% of its multiplications, widths as a compile
 takes them, over the best of three that round the same unaligned widths down, to the nearest and up,
-each brought to the same number of multiplications first.
+each brought to the same number of multiplications as near as steps allow.
 """
 
 from __future__ import annotations
@@ -156,21 +156,32 @@ ROUNDINGS: Mapping[str, Callable[[float], int]] = {"down": math.floor, "nearest"
                                                    "up": math.ceil}
 
 
-def _rounded(job: Any, fine: Mapping[str, int], how: Callable[[float], int]) -> dict[str, int]:
-    """Unaligned counts, scaled so that they come to the target once they are rounded."""
+def _rounded(job: Any, fine: Mapping[str, int], how: Callable[[float], int],
+             wanted: float) -> dict[str, int]:
+    """Unaligned counts, scaled so that they come to the target once they are rounded.
+
+    What is still missing or too much is made up by single steps of single groups.
+    """
     price = cost(job.solution, "macs")
-    wanted = SHARE * price.total
+    steps = {g.name: step(job.solution, g, None, lanes()) for g in job.candidates}
+    sizes = {g.name: g.size for g in job.candidates}
+
+    def within(name: str, count: int) -> int:
+        return min(sizes[name], max(steps[name], count))
 
     def counts(scale: float) -> dict[str, int]:
-        found = {}
-        for g in job.candidates:
-            multiple = step(job.solution, g, None, lanes())
-            found[g.name] = min(g.size, max(multiple, how(scale * fine[g.name] / multiple)
-                                            * multiple))
-        return found
+        return {n: within(n, how(scale * fine[n] / m) * m) for n, m in steps.items()}
 
-    return min(map(counts, np.linspace(0.6, 1.5, 361)), key=lambda c: abs(
-        price.set({g.atom: c[g.name] for g in job.candidates}) - wanted))
+    def miss(found: Mapping[str, int]) -> float:
+        return abs(price.set({g.atom: found[g.name] for g in job.candidates}) - wanted)
+
+    best = min(map(counts, np.linspace(0.6, 1.5, 361)), key=miss)
+    while True:
+        nearer = min(({**best, n: within(n, best[n] + sign * m)} for n, m in steps.items()
+                      for sign in (1, -1)), key=miss)
+        if miss(nearer) >= miss(best):
+            return best
+        best = nearer
 
 
 def align(name: str) -> None:
@@ -184,9 +195,10 @@ def align(name: str) -> None:
         return {g.name: job.choices[g.atom].count if g.atom in job.choices else g.size
                 for g in job.candidates}
 
-    plans = {"as compiled": kept(ours), "unaligned": kept(fine),
-             **{word: _rounded(ours, kept(fine), how) for word, how in ROUNDINGS.items()}}
     price, trace = cost(ours.solution, "macs"), ours.trace
+    reached = price.set({g.atom: kept(ours)[g.name] for g in ours.candidates})
+    plans = {"as compiled": kept(ours), "unaligned": kept(fine), **{
+        word: _rounded(ours, kept(fine), how, reached) for word, how in ROUNDINGS.items()}}
     shares, paths = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for word, counts in plans.items():

@@ -8,7 +8,10 @@ imported before it is asked for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,15 +36,35 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 def available() -> Iterator[tuple[str, EntryPoint]]:
     """Yield (kind, entry point) of every installed pass, by kind and name."""
     for kind in KINDS:
-        for entry in sorted(entry_points(group=f"spacompiler.{kind}"), key=lambda e: e.name):
+        for entry in _installed(kind):
             yield kind, entry
+
+
+def _installed(kind: str) -> Sequence[EntryPoint]:
+    """Entry points of a kind, by name: read anew once a place of packages has changed."""
+    return _read(tuple((place, _changed(place)) for place in sys.path))[kind]
+
+
+def _changed(place: str) -> int:
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _read(places: tuple[tuple[str, int], ...]) -> Mapping[str, Sequence[EntryPoint]]:
+    """The entry points of all kinds: reading those of every package takes some milliseconds."""
+    del places
+    return {kind: sorted(entry_points(group=f"spacompiler.{kind}"), key=lambda e: e.name)
+            for kind in KINDS}
 
 
 def check_name(kind: str, text: str) -> None:
     """Raise UsageError for a misspelt name, without importing anything."""
     name, _ = parse(text)
     known = [*WORDS.get(kind, ()),
-             *(entry.name for entry in entry_points(group=f"spacompiler.{kind}"))]
+             *(entry.name for entry in _installed(kind))]
     if ":" in name:
         _checked_place(kind, name)
     elif name not in known:
@@ -120,7 +143,7 @@ def _load(kind: str, name: str) -> Any:
         except Exception as problem:  # any code may run here
             raise UsageError(f"cannot load {kind} pass {name!r}",
                              why=str(problem) or type(problem).__name__) from problem
-    entries = {entry.name: entry for entry in entry_points(group=f"spacompiler.{kind}")}
+    entries = {entry.name: entry for entry in _installed(kind)}
     if name not in entries:
         raise UsageError(f"unknown {kind} pass {name!r}",
                          fix=did_you_mean(name, [*entries, *WORDS.get(kind, ())]))
