@@ -19,11 +19,11 @@ from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
 from ..system.staging import Scratch
 from . import finish, prepare, timing
 from .analyse import analyse
-from .decide import decide
+from .decide import decide, statistics_of
 from .quality import judge
 from .resolved import resolved
 from .run import STAGES, Walk
-from .score import score
+from .score import HELD, score
 
 Evaluate = Callable[[Any], float]
 """What the user goes by: a module in, a number out, more is better."""
@@ -73,6 +73,7 @@ def sweep(ask: Request, subject: Subject, targets: Sequence[str], evaluate: Eval
     ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
     do.knowing(ask, traced)
     scored = do("scoring", score, ask, subject, traced)
+    scored = _with_covariances(ask, subject, traced, scored)
     dense = None if evaluate is None else _evaluated(evaluate, subject, subject.model)
     points = []
     for target in targets:
@@ -80,6 +81,20 @@ def sweep(ask: Request, subject: Subject, targets: Sequence[str], evaluate: Eval
         points.append(do("allocating", _point, at, subject, traced, scored,
                          evaluate, dense, timed))
     return points, dense
+
+
+def _with_covariances(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> Scored:
+    """Gather once what the repair of each size reads of the dense network, where it can be held."""
+    once = getattr(ask.compensation, "weights", True) \
+        and not getattr(ask.compensation, "sequential", False)
+    if ask.compensation is None or not once:
+        return scored
+    context = statistics_of(ask, subject, traced, scored)
+    missing = [g for g in scored.candidates if context.measurable(g)
+               and not all("covariance" in view.found for view in context.consumers(g))]
+    if missing and context.covariance_bytes(scored.candidates) <= HELD:
+        context.calibrate({"covariance"}, ask.calibration.for_repair, ask.loss, groups=missing)
+    return replace(scored, context=context)
 
 
 def winner(points: Sequence[Point], allow: float) -> Point | None:
@@ -117,7 +132,7 @@ def _point(ask: Request, subject: Subject, traced: Traced, scored: Scored,
         return Point(ask.recipe.target, {}, recipe, why=f"{problem.what}: {problem.why}")
 
 
-def _evaluated(evaluate: Evaluate, subject: Subject, model: Any) -> float:
+def _evaluated(evaluate: Evaluate, subject: Subject, model: object) -> float:
     """What the user's function says of a model."""
     with Scratch() as folder:
         return float(evaluate(subject.backend.module(model, folder)))
