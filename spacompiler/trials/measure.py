@@ -49,7 +49,7 @@ class Measure(Compared):
     beside: Sequence[Batch] = ()
     _blocks: dict[frozenset[tuple[str, int]], dict[str, tuple[float, float]]] = field(
         default_factory=dict)
-    _sensitivity: Sensitivity | None = None
+    _sensible: dict[bool, Sensitivity] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take the dense network's results from calibration, which ran the same program."""
@@ -154,16 +154,16 @@ class Measure(Compared):
                  skip: int = 0) -> float:
         """Return the divergence of the network as it is repaired, as `lost` does without.
 
-        One forward pass a batch: results of the dense network, and what the repair found for the
-        same counts of a consumer's features, are kept. Every other batch is the model's own text
-        where it wrote some.
+        It is no stand-in of the repair: a ridge that it seeks is sought. One forward pass a batch:
+        results of the dense network, and what the repair found for the same counts of a consumer's
+        features, are kept. Every other batch is the model's own text where it wrote some.
         """
         if self.compensation is None or not getattr(self.compensation, "weights", True):
             return self.lost(problem, kept, batches, skip)
         own = self.beside[: batches // 2]
         some = [batch for pair in zip(self.batches, own, strict=False) for batch in pair]
         some += self.batches[len(own): batches - len(own)]
-        return self._sensible(problem).changes(problem, kept, {}, some[skip:])[1]
+        return self._sensitivity(problem, quick=False).changes(problem, kept, {}, some[skip:])[1]
 
     def changes(self, problem: Problem, kept: Mapping[str, int],
                 moves: Mapping[str, Sequence[int]],
@@ -175,13 +175,15 @@ class Measure(Compared):
         """
         own = self.beside[: batches // 2]
         some = [*self.batches[: batches - len(own)], *own]
-        return self._sensible(problem).changes(problem, kept, moves, some)
+        return self._sensitivity(problem, quick=True).changes(problem, kept, moves, some)
 
-    def _sensible(self, problem: Problem) -> Sensitivity:
-        if self._sensitivity is None:
-            self._sensitivity = Sensitivity(self.trace, self.solution, self._covariances(problem),
-                                            draft(self.compensation), self.plan, self._dense)
-        return self._sensitivity
+    def _sensitivity(self, problem: Problem, *, quick: bool) -> Sensitivity:
+        """What measures the network as the repair makes it, or as its quick stand-in does."""
+        if quick not in self._sensible:
+            how = draft(self.compensation) if quick else self.compensation
+            self._sensible[quick] = Sensitivity(
+                self.trace, self.solution, self._covariances(problem), how, self.plan, self._dense)
+        return self._sensible[quick]
 
     def _covariances(self, problem: Problem) -> Scores:
         groups = [g for u in problem.units for g in u.groups]

@@ -234,6 +234,7 @@ def test_densities_are_those_of_erdos_renyi_kernels(small: Any) -> None:
     shapes = {"one.weight:0": (8, 3, 3, 3), "two.weight:0": (16, 8, 3, 3),
               "three.weight:0": (12, 16, 1, 1)}
     raw = {n: sum(s) / np.prod(s) for n, s in shapes.items()}
+    assert {u.name: Erk._density(p, u) for u in p.units} == pytest.approx(raw)
     best = min((abs(p.price(c) - p.target), i, c) for i, c in enumerate(
         {n: max(1, min(GROUPS[n], round(min(1.0, scale * raw[n]) * GROUPS[n]))) for n in GROUPS}
         for scale in np.linspace(0, 60, 4000)))[2]
