@@ -275,7 +275,11 @@ def test_candidates_are_chosen_by_their_loss_with_norms_taken_anew(small: Any) -
             return sum(float(default_loss([lame(x)], (x,), {})) for x in data[:2]) / 2
 
     assert p.measure.renewed(p, kept, 2) == pytest.approx(loss(kept), rel=1e-4)
-    assert loss(kept) <= loss(Uniform().allocate(p))
+    draws, count = np.random.default_rng(0), len(p.units)
+    plans = [Candidates._drawn(p, logs) for logs in (
+        np.zeros(count), *(0.25 * draws.standard_normal(count) for _ in range(4)))]
+    assert plans[0] == Uniform().allocate(p) and kept == min(plans, key=loss)
+    assert len({tuple(plan.values()) for plan in plans}) > 2
 
 
 @pytest.mark.parametrize("name", ["threshold", "distortion", "erk", "pq-index", "candidates"])
