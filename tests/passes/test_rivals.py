@@ -278,7 +278,7 @@ def test_candidates_are_chosen_by_their_loss_with_norms_taken_anew(small: Any) -
     draws, count = np.random.default_rng(0), len(p.units)
     plans = [Candidates._drawn(p, logs) for logs in (
         np.zeros(count), *(0.25 * draws.standard_normal(count) for _ in range(4)))]
-    assert plans[0] == Uniform().allocate(p) and kept == min(plans, key=loss)
+    assert kept == min(plans, key=loss) and loss(kept) <= loss(Uniform().allocate(p))
     assert len({tuple(plan.values()) for plan in plans}) > 2
 
 
