@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .stock_code import SourceNeeded
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+    from transformers import PreTrainedModel
 
     from ..deploy.decoder_parity import DecoderParity
 
@@ -170,13 +171,14 @@ def exported(folder: Path, structure: dict[str, Any], module: nn.Module) -> Iter
     place = pair_folder(folder)
     if any((place / name).exists() for name in (ENCODER, DECODER)) or \
             (asked and recipe.get("decoder") and is_encoder_decoder(module)):
-        yield tried("encoder and decoder", lambda: _pair(place, check_inputs(folder, structure),
-                                                         module))
+        yield tried("encoder and decoder", lambda: _pair(
+            place, check_inputs(folder, structure), cast("PreTrainedModel", module)))
     if (folder / "model.gguf").exists() or recipe.get("gguf"):
-        yield tried("gguf", lambda: _gguf(folder, recipe["gguf"], module))
+        yield tried("gguf", lambda: _gguf(
+            folder, recipe["gguf"], cast("PreTrainedModel", module)))
 
 
-def _gguf(folder: Path, kind: str, module: Any) -> Check:
+def _gguf(folder: Path, kind: str, module: PreTrainedModel) -> Check:
     """The file for llama.cpp against one that is written anew of the reloaded model."""
     from ..deploy.gguf_file import differing, write_gguf
 
@@ -223,7 +225,7 @@ def _decoder(path: Path, module: nn.Module) -> Check:
     return _agreeing("onnx", decoder_parity(module, path))
 
 
-def _pair(place: Path, inputs: Inputs, module: Any) -> Check:
+def _pair(place: Path, inputs: Inputs, module: PreTrainedModel) -> Check:
     """Both files of an encoder-decoder against the reloaded model, token by token."""
     from ..deploy.encoder_decoder import pair_parity
 

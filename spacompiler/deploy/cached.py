@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -14,8 +14,11 @@ from ..torch_backend.kinds import is_encoder_decoder, writes_text
 from .decoder import check_causal_lm
 from .encoder_decoder import check_encoder_decoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def with_cache(recipe: Recipe, model: Any) -> Recipe:
+
+def with_cache(recipe: Recipe, model: nn.Module) -> Recipe:
     """Return the recipe, with a cache where the runtime asked for wants one of a language model.
 
     Raises UsageError for a runtime that loads other files of an encoder-decoder than are written,
@@ -30,10 +33,10 @@ def with_cache(recipe: Recipe, model: Any) -> Recipe:
                          fix="give --decoder without --for, and run them with "
                              "spacompiler.runtime.EncoderDecoder")
     if recipe.decoder:
-        (check_encoder_decoder if both else check_causal_lm)(model)
+        (check_encoder_decoder if both else check_causal_lm)(cast("PreTrainedModel", model))
     elif row.cached and recipe.onnx and isinstance(model, nn.Module) and writes_text(model):
         try:
-            check_causal_lm(model)
+            check_causal_lm(cast("PreTrainedModel", model))
         except SpaError as problem:
             raise SpaError(f"--for {recipe.runtime} wants a cache, and there can be none",
                            where=problem.where, why=problem.why,
