@@ -34,11 +34,12 @@ ROWS: Mapping[str, str] = {
     "lora, LoRA+": f"lora({ADAPTED}, plus=4.0)",
     "lora, DoRA": f"lora({ADAPTED}, dora=True)",
     **{name: f"{name}({ADAPTED})" for name in (
-        "allora", "ggpo", "gs-lora", "sora", "dylora", "increlora", "lora-sb", "nlora", "triadapt",
+        "allora", "ggpo", "gs-lora", "sora", "dylora", "increlora", "lora-sb", "triadapt",
         "cfsp-lora", "flexora", "diffora", "norms")},
+    "nlora": f"nlora(lr=4e-4, {PACE})",  # its factors are a weight's own rows and columns
     **{name: f"{name}({WHOLE})" for name in ("full", "lisa", "owlore")},
 }
-"""Row -> recovery; rates are one for all that train adapters, one for those that train weights."""
+"""Row -> recovery; one rate for all that train adapters, but for one, and one for weights."""
 
 
 def start(seed: int, windows: int) -> tuple[Any, list[dict[str, Any]], torch.Tensor]:
