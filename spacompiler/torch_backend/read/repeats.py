@@ -18,11 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from .signature import PLAIN, Once, differing, modes, signature
+
 PARTS = 4
 """Modules of fewer parts (themselves counted) are run: noting their operators is all the work."""
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
-_OWN = {*vars(nn.Module()), "forward"}
 
 
 class Notes(Protocol):
@@ -77,6 +76,8 @@ class _Seen:
     inputs: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     result: Any
+    attributes: object
+    """What its parts held, kept so that nothing else takes the place that it is known by."""
 
 
 class Unlike(Exception):
@@ -99,7 +100,7 @@ class Repeats:
         for kind, blocks in alike(module):
             for block in blocks:
                 changed.append(block)
-                vars(block)["forward"] = partial(self._forward, kind, block)
+                vars(block)["forward"] = Once(self._forward, kind, block)
         try:
             yield
         finally:
@@ -121,9 +122,11 @@ class Repeats:
             inputs = tuple(map(self.notes.node, found))
         except Unlike:
             return run()
+        if not self._arrays(block).isdisjoint(inputs):  # which of the two an operator reads?
+            return run()
         outside = tuple(n if n.op == "placeholder" else inputs.index(n) for n in inputs)
-        state = _signature(block, kind.differing)  # what its parent has just set, too
-        key = (asked, outside, state)
+        state = signature(block, kind.differing)  # what its parent has just set, too
+        key = (asked, outside, modes(), state)
         if key in kind.seen:
             return self._again(kind.seen[key], block, inputs)
         return self._first(kind, key, block, inputs, run)
@@ -132,6 +135,7 @@ class Repeats:
                inputs: tuple[fx.Node, ...], run: Callable[[], Any]) -> Any:
         """Run a block and keep what it did."""
         last = next(iter(reversed(self.notes.graph.nodes)))
+        held = [dict(vars(part)) for part in _parts(block)]
         self.watching = bool(kind.differing)  # code that sets what is watched fails
         with _watched(block, kind.differing) as read:
             result = run()
@@ -144,11 +148,17 @@ class Repeats:
         except Unlike:
             kind.refused = True
         if kind.refused or read or self.notes.wrote or \
-                _signature(block, kind.differing) != key[-1]:
+                signature(block, kind.differing) != key[-1]:
             kind.refused = True
             return result
-        kind.seen[key] = _Seen(block, inputs, tuple(n for n in made if n in copied), said)
+        kind.seen[key] = _Seen(block, inputs, tuple(n for n in made if n in copied), said,
+                               held)
         return result
+
+    def _arrays(self, block: nn.Module) -> set[fx.Node | None]:
+        """The nodes of the arrays of a block."""
+        return {self.notes.array(part, name) for part in _parts(block)
+                for name in (*part._parameters, *part._buffers)}
 
     def _again(self, seen: _Seen, block: nn.Module, inputs: tuple[fx.Node, ...]) -> Any:
         """Note the operators of a block that ran for one that does the same."""
@@ -181,7 +191,7 @@ class Repeats:
         if isinstance(value, torch.Tensor):
             found.append(value)
             return self.notes.kind(value)
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value), value
         if type(value) is tuple:
             return tuple([self._described(part, found) for part in value])
@@ -201,63 +211,12 @@ def alike(module: nn.Module) -> Iterator[tuple[Kind, list[nn.Module]]]:
         types = Counter(map(type, children))
         for child in children:
             if types[type(child)] > 1 and "forward" not in vars(child):
-                signature = _signature(child)
-                if len(signature) >= PARTS:
-                    kinds.setdefault(signature, []).append(child)
+                kind = signature(child)
+                if len(kind) >= PARTS:
+                    kinds.setdefault(kind, []).append(child)
         for blocks in kinds.values():
             if len(blocks) > 1:
-                yield Kind(_differing(blocks)), blocks
-
-
-def _signature(block: nn.Module,
-               differing: Mapping[str, frozenset[str]] | None = None) -> tuple[Any, ...]:
-    """What two blocks have in common that do the same, for each of their parts.
-
-    Numbers count by their values only where it is known which of them `differing` ones are.
-    """
-    return tuple([(name, type(part), _arrays(part), _attributes(
-        part, None if differing is None else differing.get(name, frozenset())))
-        for name, part in block.named_modules(remove_duplicate=False)])
-
-
-def _arrays(part: nn.Module) -> tuple[Any, ...]:
-    return tuple((name, None if x is None else (x.shape, x.stride(), x.dtype))
-                 for arrays in (part._parameters, part._buffers) for name, x in arrays.items())
-
-
-def _attributes(part: nn.Module, but: frozenset[str] | None) -> tuple[Any, ...]:
-    """Attributes by value where that is plain (numbers in `but`, or all, by type), else by
-    identity."""
-    if any(vars(part).get(name) for name in _HOOKS):
-        return (id(part),)
-    return (part.training, *[
-        (name, type(x) if _is_number(x) and (but is None or name in but) else _valued(x))
-        for name, x in vars(part).items() if name not in _OWN])
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float, bool)
-
-
-def _valued(value: object) -> Any:
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, tuple):
-        return tuple(map(_valued, value))
-    return type(value) if type(value) in (list, dict, set) and not value else id(value)
-
-
-def _differing(blocks: list[nn.Module]) -> dict[str, frozenset[str]]:
-    """The numbers that differ among blocks, by part."""
-    found: dict[str, frozenset[str]] = {}
-    for parts in zip(*[block.named_modules(remove_duplicate=False) for block in blocks],
-                     strict=True):
-        first = vars(parts[0][1])
-        names = frozenset(name for name, x in first.items() if name not in _OWN and _is_number(x)
-                          and any(vars(part)[name] != x for _, part in parts))
-        if names:
-            found[parts[0][0]] = names
-    return found
+                yield Kind(differing(blocks)), blocks
 
 
 class _Watched(dict[str, Any]):

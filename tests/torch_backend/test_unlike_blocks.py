@@ -1,0 +1,113 @@
+"""Blocks that look alike and do not do the same are all run: the program gives what they do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from spacompiler.torch_backend.read.export import trace
+from spacompiler.torch_backend.run.runner import Runner
+
+
+class Block(nn.Module):
+    """A residual block, which multiplies by what its config says."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)
+        self.config = config or SimpleNamespace(scale=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.up(x))) * self.config.scale + x
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: type[Block] = Block, config: Any = None) -> None:
+        super().__init__()
+        shared = config or SimpleNamespace(scale=1.0, taps=[])
+        self.config, self.first = shared, nn.Linear(6, 6)
+        self.blocks = nn.ModuleList([kind(shared) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Tapped(Block):
+    """Appends what it gives to a list of all blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.config.taps.append(super().forward(x))
+        return self.config.taps[-1]  # type: ignore[no-any-return]
+
+
+class Tapping(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.config.taps.clear()
+        super().forward(x)
+        return sum(self.config.taps, torch.zeros(()))
+
+
+class Telling(Stack):
+    """Says in the config, before each block, what to multiply by."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            self.config.scale = 1.0 + i
+            x = block(x)
+        return x
+
+
+class Times(Block):
+    def forward(self, x: torch.Tensor,  # type: ignore[override]
+                weight: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ weight
+
+
+class Lending(Stack):
+    """Gives all blocks an array of the first one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, self.blocks[0].up.weight)  # type: ignore[union-attr,index]
+        return x
+
+
+def tied() -> Stack:
+    stack = Stack()
+    stack.blocks[0].down.weight = stack.blocks[0].up.weight  # type: ignore[union-attr]
+    return stack
+
+
+def one_part_twice() -> Stack:
+    stack = Stack()
+    stack.blocks[0].down = stack.blocks[0].up
+    return stack
+
+
+def another_forward() -> Stack:
+    stack = Stack()
+    stack.blocks[1].act.forward = torch.relu  # type: ignore[union-attr,assignment]
+    return stack
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["exported", "recorded"])
+@pytest.mark.parametrize("make", [
+    tied, one_part_twice, another_forward, lambda: Tapping(Tapped), Telling,
+    lambda: Lending(Times)], ids=["tied in one", "one part twice", "another forward",
+                                  "a list of all", "told by a config", "an array given"])
+def test_the_program_gives_what_the_blocks_do(make: Any, quick: bool) -> None:
+    torch.manual_seed(0)
+    stack, x = make().eval(), torch.randn(3, 6)
+    with torch.no_grad():
+        want = stack(x)
+        got = Runner(trace(stack, (x,), quick=quick).program).call((x,), {})[-1]
+    assert torch.allclose(got, want, atol=1e-5)
