@@ -163,7 +163,7 @@ class Sensitivity:
                                   where=self._trace.where)
         with torch.set_grad_enabled(bool(seen)):
             pruned = first_floating(runner.call(*call))
-            lost = distance(pruned, dense)
+            lost = distance(pruned, dense.to(pruned.device))
         if seen:
             given = [y for _, y in reads.values()]
             slopes = torch.autograd.grad(lost, given, retain_graph=True)

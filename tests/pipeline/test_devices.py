@@ -37,6 +37,7 @@ WAYS = {
     "curvature": dict(importance="curvature", allocation="measured", repair="batch-norm",
                       recovery="full(epochs=1, logits=1.0)"),
     "forward": dict(importance="fluctuation", repair="bias", dtype="float32"),
+    "compared": dict(importance="taylor", allocation="distortion"),
 }
 
 def made(way, device):
