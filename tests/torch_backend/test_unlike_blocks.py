@@ -99,11 +99,18 @@ def another_forward() -> Stack:
     return stack
 
 
+def hooked() -> Stack:
+    stack = Stack()
+    stack.blocks[2].act.register_forward_hook(  # type: ignore[union-attr]
+        lambda part, args, result: 2 * result)
+    return stack
+
+
 @pytest.mark.parametrize("quick", [False, True], ids=["exported", "recorded"])
 @pytest.mark.parametrize("make", [
-    tied, one_part_twice, another_forward, lambda: Tapping(Tapped), Telling,
+    tied, one_part_twice, another_forward, hooked, lambda: Tapping(Tapped), Telling,
     lambda: Lending(Times)], ids=["tied in one", "one part twice", "another forward",
-                                  "a list of all", "told by a config", "an array given"])
+                                  "a hook", "a list of all", "told by a config", "an array given"])
 def test_the_program_gives_what_the_blocks_do(make: Any, quick: bool) -> None:
     torch.manual_seed(0)
     stack, x = make().eval(), torch.randn(3, 6)
