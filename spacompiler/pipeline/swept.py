@@ -34,7 +34,8 @@ class Sweep:
         what = "the score" if self.dense is not None else \
             "perplexity" if any((p.quality or {}).get("loss") for p in self.points) else \
             "the likeliest answers"
-        return f"the smallest size that loses no more than {self.allow:.0%} of {what}"
+        on = next((f" on {p.quality['data']}" for p in self.points if p.quality), "")
+        return f"the smallest size that loses no more than {self.allow:.0%} of {what}{on}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the points as plain data: shares that stay, quality, and which one wins."""
