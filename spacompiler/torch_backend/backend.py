@@ -43,14 +43,14 @@ def _check_module(module: nn.Module, where: str) -> None:
 def _trace_module(module: nn.Module, inputs: Inputs, quick: bool = False,
                   checked: bool = False) -> tuple[Trace, Solution]:
     traced = trace(module, inputs, quick=quick)
-    if checked and isinstance(traced.program, Recorded):
+    if checked and (traced.shared or isinstance(traced.program, Recorded)):
         traced.faithful = _is_faithful(module, traced)
-        traced = traced if traced.faithful else trace(module, inputs)
+        traced = traced if traced.faithful else trace(module, inputs, once=False)
     return traced, solve(traced.graph, TABLE, rewire=True)
 
 
 def _is_faithful(module: nn.Module, trace: Trace) -> bool:
-    """True if a program that was recorded without data computes what its module does."""
+    """True if a program that is not of a run of all its code computes what its module does."""
     try:
         with torch.no_grad():
             found = Runner(trace.program).call(trace.args, trace.kwargs)

@@ -46,7 +46,8 @@ class Trace:
     `repaired` names the stored arrays that are no longer the module's own, `folded` those that the
     program does not hold any more, as only statistics of them are read;
     `computed` are the arrays that it holds instead, as they were at first. `faithful` says that
-    the program was seen to compute what the module does, `asked` where it is to be computed.
+    the program was seen to compute what the module does, `asked` where it is to be computed,
+    `shared` that one of several blocks was traced for all.
     """
 
     program: Program
@@ -59,6 +60,7 @@ class Trace:
     computed: dict[str, torch.Tensor] = field(default_factory=dict)
     faithful: bool = False
     asked: Where = HERE
+    shared: bool = False
 
     @property
     def homes(self) -> list[dict[str, Any]]:

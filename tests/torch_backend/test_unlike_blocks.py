@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from spacompiler.torch_backend.backend import TORCH
 from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.run.runner import Runner
 
@@ -23,6 +24,17 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.act(self.up(x))) * self.config.scale + x
+
+
+CALLS: list[int] = []
+
+
+class CountingOutside(Block):
+    """Multiplies by how often a block has run, which nothing that it holds says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CALLS.append(0)
+        return super().forward(x) * len(CALLS)
 
 
 class Stack(nn.Module):
@@ -52,6 +64,26 @@ class Tapping(Stack):
         self.config.taps.clear()
         super().forward(x)
         return sum(self.config.taps, torch.zeros(()))
+
+
+class Starting(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CALLS.clear()
+        return super().forward(x)
+
+
+class NumberedByVars(Block):
+    """Reads its number where nothing watches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * vars(self).get("number", 7)
+
+
+def numbered() -> Stack:
+    stack = Stack(NumberedByVars)
+    for i, block in enumerate(stack.blocks):
+        block.number = i  # type: ignore[assignment]
+    return stack
 
 
 class Telling(Stack):
@@ -118,3 +150,15 @@ def test_the_program_gives_what_the_blocks_do(make: Any, quick: bool) -> None:
         want = stack(x)
         got = Runner(trace(stack, (x,), quick=quick).program).call((x,), {})[-1]
     assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["exported", "recorded"])
+@pytest.mark.parametrize("make", [lambda: Starting(CountingOutside), numbered],
+                         ids=["counted outside", "numbers by vars"])
+def test_what_nothing_shows_is_seen_by_the_check_and_all_blocks_run(make: Any,
+                                                                    quick: bool) -> None:
+    torch.manual_seed(0)
+    stack, x = make().eval(), torch.randn(3, 6)
+    program = TORCH.trace(stack, (x,), quick, True)[0].program
+    with torch.no_grad():
+        assert torch.allclose(Runner(program).call((x,), {})[-1], stack(x), atol=1e-5)

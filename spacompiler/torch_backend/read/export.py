@@ -38,13 +38,14 @@ _DROPPED = ("aten._assert_tensor_metadata", "aten.sym_constrain", "aten._assert_
             "aten._assert_async")
 
 
-def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
+def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False, once: bool = True) -> Trace:
     """Export a module in eval mode with dynamic batch (and, for integer inputs, length).
 
     `quick` asks for groups, slicing and the proof only: the program then has the sizes of the
-    example inputs where it could be recorded without data, and serves no other call. The module is
-    left as it was; one whose first call changes its parameters is called first. Raises TraceError,
-    with the place in the user's code, where it cannot be traced.
+    example inputs where it could be recorded without data, and serves no other call. Of blocks that
+    do the same one is run, if `once`. The module is left as it was; one whose first call changes
+    its parameters is called first. Raises TraceError, with the place in the user's code, where it
+    cannot be traced.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(f"{type(module).__name__} is TorchScript, which cannot be traced",
@@ -53,12 +54,12 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     kwargs = cacheless(module, kwargs)
     with untouched(module), experts_in_groups(module):
         program = _record(module, args, kwargs) if quick else None
-        program = program or _export(module, args, kwargs)
+        program = program or _export(module, args, kwargs, once)
     if any(spec.kind is OutputKind.PARAMETER_MUTATION
            for spec in program.graph_signature.output_specs):
         with untouched(module), experts_in_groups(module), torch.no_grad():
             module(*args, **kwargs)
-            program = _export(module, args, kwargs)
+            program = _export(module, args, kwargs, once)
     drop_asserts(program.graph)
     spell_out(program.graph, lambda op: TABLE.get(op) is not None)
     _canonicalise(program.graph)
@@ -69,7 +70,8 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False) -> Trace:
     graph.sources = sources
     settle(graph, program, module, args, kwargs)
     return Trace(program, graph, args, kwargs, tied, folded=folded,
-                 computed={name: program.state_dict[name] for name in sources})
+                 computed={name: program.state_dict[name] for name in sources},
+                 shared=bool(program.graph_module.meta.get(_SHARED)))
 
 
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
@@ -82,7 +84,8 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return program if make_functional(program) else None
 
 
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+            once: bool) -> ExportedProgram:
     """Export, with dynamic sizes if that can be.
 
     What runs batched by itself (`torch.vmap`, flex_attention) shows no operators before they are
@@ -92,8 +95,8 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for shapes in (_dynamic(args, kwargs), None):
         try:
             with quiet(), torch.no_grad():
-                program = _exported(module, args, kwargs, shapes)
-                return program if make_functional(program) else program.run_decompositions({})
+                program = _exported(module, args, kwargs, shapes, once)
+                return program if make_functional(program) else _decomposed(program)
         except Exception as problem:  # the tracer raises many kinds
             problems.append(problem)
     if any(word in str(problems[-1]) for word in _BATCHED):
@@ -112,19 +115,30 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-              shapes: Any) -> ExportedProgram:
+              shapes: Any, once: bool) -> ExportedProgram:
     """Export, repeated blocks traced once; all of them, where that leads to no program."""
     export = partial(torch.export.export, module, args, kwargs, dynamic_shapes=shapes,
                      strict=False)
-    with _use_lazy_graph_module(True), blocks_once(module) as used:  # no code between its passes
-        try:
-            return export()
-        except Exception:  # the tracer raises many kinds
-            if not used():
-                raise
+    if once:
+        with _use_lazy_graph_module(True), blocks_once(module) as used:  # no code between passes
+            try:
+                program = export()
+                program.graph_module.meta[_SHARED] = used()
+                return program
+            except Exception:  # the tracer raises many kinds
+                if not used():
+                    raise
     return export()
 
 
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """The program of operators that others are made of, which write into nothing."""
+    made = program.run_decompositions({})
+    made.graph_module.meta[_SHARED] = program.graph_module.meta.get(_SHARED)
+    return made
+
+
+_SHARED = "blocks_once"
 _BATCHED = ("BatchedTensor", "fake tensor in the exported program")
 
 
