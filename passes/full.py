@@ -14,6 +14,7 @@ class Full(Schedule):
     """Train all floating-point parameters; Adam then holds two more arrays a weight."""
 
     name: ClassVar[str] = "full"
+    shares: ClassVar[bool] = True
     lr: float = 1e-4
 
     def run(self, task: Training) -> dict[str, Any]:

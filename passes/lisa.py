@@ -25,6 +25,7 @@ class Lisa(Schedule):
     """
 
     name: ClassVar[str] = "lisa"
+    shares: ClassVar[bool] = True
     lr: float = 1e-4
     layers: int = 2
     every: int = 5

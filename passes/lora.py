@@ -71,6 +71,7 @@ class Lora(Schedule):
     """
 
     name: ClassVar[str] = "lora"
+    shares: ClassVar[bool] = True
 
     rank: int = 8
     alpha: int = 16

@@ -14,6 +14,7 @@ class Norms(Schedule):
     """Train gains of norms and biases only (PERP, Zimmer et al. 2023)."""
 
     name: ClassVar[str] = "norms"
+    shares: ClassVar[bool] = True
 
     def run(self, task: Training) -> dict[str, Any]:
         """Train in place; raises SpaError if the network has neither norms nor biases."""

@@ -196,10 +196,6 @@ def _compiled(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
     """Compile here, or with others: then one process writes, and the others wait for it."""
     team = here()
     out = None if errand.dry_run else errand.out
-    if team.size > 1 and out is None and given.asked(recipe, "recovery") \
-            and (errand.checkpoint or errand.work):
-        raise UsageError("several processes keep no training without an output",
-                         why="each of them trains, and would write it", fix="give out")
     if errand.out is not None:
         check_out(errand.out, work=errand.work, checkpoint=errand.checkpoint)
     ask, subject = _prepared(model, inputs, recipe, given, errand, writes=out is not None)

@@ -13,10 +13,12 @@ from ..evidence.calls import Batch
 from ..evidence.where import HERE
 from ..stages.records import Emitted, Request, Subject
 from ..store.said import said
+from ..system.group import Team
 from ..torch_backend.gather.heads import Fitting, fitting
 from ..torch_backend.trace import Trace
 from ..torch_backend.weights import weights_hash
 from ..train.loop import Training
+from ..train.shared import changing
 from ..train.there import there
 from . import keep
 from .resolved import digest_of
@@ -42,22 +44,33 @@ def check(ask: Request, subject: Subject) -> None:
                          fix="give more with --recover-data or --recover-samples")
 
 
-def recover(ask: Request, emitted: Emitted) -> Emitted:
-    """Train the pruned module; the dense one stays as it is.
+def alone(ask: Request) -> str:
+    """Say why several processes cannot share a training, as far as the request says, or ""."""
+    if not getattr(ask.recovery, "shares", False):
+        return f"{ask.recovery.name} does not say that its steps can be (shares = True)"
+    if getattr(ask.recovery, "accumulate", 1) < 2:
+        return "a step has one batch, and a batch is not split; accumulate=N deals out N of them"
+    return ""
 
-    The proof is of the plan, before training; the reload and ONNX are checked after it.
+
+def recover(ask: Request, emitted: Emitted, team: Team, *, helps: bool = False) -> Emitted:
+    """Train the pruned module, with others where they can share it; the dense one stays as it is.
+
+    The proof is of the plan, before training; the reload and ONNX are checked after it. A process
+    that `helps` where nothing can be shared does nothing.
 
     Raises SpaError if there is too little data or nothing to train.
     """
-    model, trace = emitted.model, emitted.decided.trace
-    calls: list[Batch] = ask.where.of(_calls(ask, trace))
-    held_out = max(1, len(calls) // HELD_OUT)
-    loss = ask.loss
-    if isinstance(loss, Fitting) and loss.parts_only:
-        loss = fitting(emitted.subject.model, (trace.args, trace.kwargs))
-    task = Training(model, emitted.subject.reference, calls[:-held_out], calls[-held_out:], loss,
-                    ask.recipe.seed, ask.tell, ask.checkpoint, _key(ask, emitted, calls),
-                    ask.notes.append if ask.checkpoint == keep.training(ask) else None)
+    model, calls = emitted.model, _calls(ask, emitted.decided.trace)
+    why = _alone(ask, emitted, calls[0]) if team.size > 1 else ""
+    if why:
+        ask.notes.append("nothing of the training was shared out over the processes of this run: "
+                         + why)
+        if helps:
+            return emitted
+    task = _task(ask, emitted, ask.where.of(calls), team)
+    if why:
+        task.team = Team()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     distils = any(getattr(ask.recovery, name, 0) for name in ("logits", "blocks"))
     with there(emitted.subject.reference, ask.where if distils else HERE), \
@@ -72,6 +85,25 @@ def recover(ask: Request, emitted: Emitted) -> Emitted:
                   **dict(body.named_buffers(remove_duplicate=False))}
         held.update({name: arrays[name] for name in held.keys() & arrays.keys()})
     return replace(emitted, trained=trained)
+
+
+def _task(ask: Request, emitted: Emitted, calls: list[Batch], team: Team) -> Training:
+    """What the recovery works on; the first process alone keeps a checkpoint."""
+    trace, loss, held_out = emitted.decided.trace, ask.loss, max(1, len(calls) // HELD_OUT)
+    if isinstance(loss, Fitting) and loss.parts_only:
+        loss = fitting(emitted.subject.model, (trace.args, trace.kwargs))
+    return Training(emitted.model, emitted.subject.reference, calls[:-held_out], calls[-held_out:],
+                    loss, ask.recipe.seed, ask.tell, ask.checkpoint if team.first else None,
+                    _key(ask, emitted, calls),
+                    ask.notes.append if ask.checkpoint == keep.training(ask) else None, team)
+
+
+def _alone(ask: Request, emitted: Emitted, batch: Batch) -> str:
+    """Say why several processes cannot share the training of a model, or ""."""
+    why = alone(ask)
+    if not why and (names := changing(emitted.model, batch)):
+        why = f"{names[0]} follows from one batch after the other ({len(names)} arrays do)"
+    return why
 
 
 def _calls(ask: Request, trace: Trace) -> list[Batch]:

@@ -16,7 +16,7 @@ from ..errors import SpaError
 from ..evidence.where import enough_memory, runs_out
 from ..stages.compiled import Compiled
 from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
-from ..system.group import apart
+from ..system.group import Team, apart
 from ..trials import depth, low_rank
 from . import finish, prepare, recover
 from .analyse import analyse
@@ -34,6 +34,8 @@ STAGES = ("merging adapters", "checking weights", "continuing text", "dropping b
 DRY_STAGES = STAGES[:STAGES.index("repairing")]
 HELPING = STAGES[:STAGES.index("proving")]
 """What a process does that helps another one, which proves and writes."""
+TRAINING = (*HELPING, "emitting", "setting the result apart", "recovering")
+"""The same, where training is shared out."""
 IN_MEMORY = (*HELPING[HELPING.index("factorising layers"):], "emitting")
 ASKED: Mapping[str, Callable[[Request, Subject], bool]] = {
     "merging adapters": lambda ask, subject: bool(ask.recipe.adapters) or is_adapted(subject.model),
@@ -57,7 +59,7 @@ def run(ask: Request, subject: Subject, *, dry_run: bool = False,
 
     Raises SpaError (TargetError, ProofError, ...) where the request cannot be carried out.
     """
-    do = Walk(ask, subject, DRY_STAGES if dry_run else HELPING if helps else STAGES)
+    do = Walk(ask, subject, DRY_STAGES if dry_run else _helping(ask) if helps else STAGES)
     subject = do("merging adapters", prepare.merge_adapters, ask, subject)
     subject = do("checking weights", prepare.check_weights, ask, subject)
     if "continuing text" in do.stages:
@@ -68,6 +70,12 @@ def run(ask: Request, subject: Subject, *, dry_run: bool = False,
     ask, subject, traced = do("tracing and solving axes", analyse, ask, subject)
     with working(ask, subject, traced) as ask:
         return carry_on(do.knowing(ask, traced), subject, traced, dry_run=dry_run)
+
+
+def _helping(ask: Request) -> tuple[str, ...]:
+    """The stages of a process that helps another one."""
+    trains = ask.recovery is not None and not recover.alone(ask)
+    return TRAINING if trains else HELPING
 
 
 def _factorised(do: Walk, ask: Request, subject: Subject) -> tuple[Request, Subject]:
@@ -93,12 +101,12 @@ def carry_on(do: Walk, subject: Subject, traced: Traced, *, dry_run: bool = Fals
     scored = replace(scored, context=None)  # statistics are large, and nobody asks for them now
     if "emitting" not in do.stages:
         return Compiled(ask, subject, traced, scored, decided)
-    with apart():  # nothing is left to share
-        return _made(do, subject, traced, scored, decided)
+    with apart() as team:  # nothing is left to share but training
+        return _made(do, subject, traced, scored, decided, team)
 
 
-def _made(do: Walk, subject: Subject, traced: Traced, scored: Scored,
-          decided: Decided) -> Compiled:
+def _made(do: Walk, subject: Subject, traced: Traced, scored: Scored, decided: Decided,
+          team: Team) -> Compiled:
     """The steps after the plan and the repair: prove, emit, train."""
     ask, proof = do.ask, None
     if "proving" in do.stages:
@@ -109,7 +117,8 @@ def _made(do: Walk, subject: Subject, traced: Traced, scored: Scored,
     if "keeping the adapter" in do.stages:
         emitted = do("keeping the adapter", keeping.keep, ask, emitted)
     if "recovering" in do.stages:
-        emitted = do("recovering", recover.recover, ask, emitted)
+        emitted = do("recovering", recover.recover, ask, emitted, team,
+                     helps="proving" not in do.stages)
     if "comparing" in do.stages:
         emitted = do("comparing", finish.compare, ask, emitted)
     return Compiled(ask, subject, traced, scored, decided, proof, emitted)

@@ -29,6 +29,7 @@ from .launched import launched
 from .messages import Message, decoded, encoded
 
 T = TypeVar("T")
+R = TypeVar("R")
 MEETING, LAST_WORDS, BEAT = 300.0, 20.0, 5.0
 """Seconds that processes wait for each other to come, that a failing one waits to be heard, and
 between two signs of life."""
@@ -70,10 +71,12 @@ class Team:
         made: T = json.loads(found[0][0][0])
         return made
 
-    def each(self, things: Sequence[T], work: Callable[[T], float], what: str) -> list[float]:
-        """Return the number that some work gives of each thing, every one done by one process."""
+    def each(self, things: Sequence[T], work: Callable[[T], R], what: str) -> list[R]:
+        """Return what some work gives of each thing, every one done by one process: numbers, or
+        tuples of them.
+        """
         own = [work(thing) for thing in self.share(things)]
-        made = [0.0] * len(things)
+        made: list[Any] = [None] * len(things)
         for rank, said in enumerate(self.in_turn([(own, [])], what)):
             made[rank::self.size] = (said or [((), [])])[0][0]
         return made
@@ -97,12 +100,15 @@ def here() -> Team:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Work by oneself for a while: what the others do meanwhile is their own affair."""
+def apart() -> Iterator[Team]:
+    """Work by oneself for a while: what the others do meanwhile is their own affair.
+
+    Gives those that it worked with.
+    """
     global _here
     was, _here = _here, Team()
     try:
-        yield
+        yield was
     finally:
         _here = was
 

@@ -69,24 +69,36 @@ class Checkpoint:
             raise UsageError("the checkpoint cannot be written", where=str(self._folder),
                              why=str(problem)) from problem
 
-    def load(self, run: Run, state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor],
-             optimizer: torch.optim.Optimizer, parameters: Mapping[str, Any]) -> None:
-        """Continue a run if there is a file; raises SpaError if it is damaged or of another."""
+    def found(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Return what the file holds, if there is one: facts and arrays.
+
+        Raises SpaError if it is damaged or of another run.
+        """
         if self._folder is None or not (self._folder / FILE).exists():
-            return
+            return None
         try:
             facts, tensors = _read(self._folder / FILE)
         except Exception as problem:  # safetensors raises its own kinds
             if self._damaged is not None:
                 self._damaged(f"{FILE} of the kept work is damaged, and training began anew: "
                               f"{str(problem).splitlines()[0]}")
-                return
+                return None
             raise SpaError("the checkpoint cannot be read", where=str(self._folder),
                            why=str(problem), fix="delete it to start anew") from problem
         if facts["key"] != self._key:
             raise SpaError("the checkpoint is of another run", where=str(self._folder),
                            why="the plan, the data, the weights or the options differ",
                            fix="give the same options again, or another --checkpoint directory")
+        return facts, tensors
+
+    @staticmethod
+    def put(found: tuple[dict[str, Any], dict[str, torch.Tensor]] | None, run: Run,
+            state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor],
+            optimizer: torch.optim.Optimizer, parameters: Mapping[str, Any]) -> None:
+        """Continue a run, if one was found."""
+        if found is None:
+            return
+        facts, tensors = found
         for name, value in facts["run"].items():
             setattr(run, name, value)
         with torch.no_grad():
@@ -99,7 +111,7 @@ class Checkpoint:
                     if f"adam.{key}.{name}" in tensors}
             if held:  # none of what was frozen when it was saved
                 optimizer.state[p] = held
-        torch.set_rng_state(tensors["random"])
+        torch.set_rng_state(tensors["random"].clone())  # torch reads a part from the whole's start
 
 
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -20,11 +20,13 @@ from torch import nn
 
 from ..errors import SpaError
 from ..evidence.calls import Batch
+from ..system.group import Team
 from .checkpoint import Checkpoint, Run
 from .hooks import Hooks
 from .masters import Masters
 from .objective import Objective
 from .options import Schedule
+from .shared import alike, heard, summed
 
 
 class Recovery(Protocol):
@@ -43,7 +45,8 @@ class Training:
     `module` is the pruned network, trained in place; `dense` the one it was cut from (never
     changed). `batches` and `held_out` are calls (args, kwargs); a keyword `labels` goes to the
     loss alone. `loss` takes (flat results, args, kwargs). `key` names the run, so that a checkpoint
-    of another one is refused; one that is damaged is, too, unless `damaged` takes word of it.
+    of another one is refused; one that is damaged is, too, unless `damaged` takes word of it. The
+    batches of a step are dealt out over `team`, whose first process alone keeps a checkpoint.
     """
 
     module: nn.Module
@@ -56,6 +59,7 @@ class Training:
     checkpoint: Path | None = None
     key: str = ""
     damaged: Callable[[str], None] | None = None
+    team: Team = field(default_factory=Team)
 
     @property
     def unit(self) -> str:
@@ -93,8 +97,8 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     optimizer = hooks.optimizer(masters.held, options)
     state = dict(masters.held) | {n: b for n, b in task.module.named_buffers()}
     run, best = Run(), _copied(state)
-    book = Checkpoint(task.checkpoint, task.key, task.damaged)
-    book.load(run, state, best, optimizer, masters.held)
+    book = Checkpoint(task.checkpoint if task.team.first else None, task.key, task.damaged)
+    book.put(heard(task.team, book.found()), run, state, best, optimizer, masters.held)
     masters.give()
     was = task.module.training
     try:
@@ -191,8 +195,9 @@ def _step(task: Training, options: Schedule, machine: _Machine, step: int, steps
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("times", 1.0)
     task.module.train()
+    _seed(task, step, 0)
     hooks.begin(step, optimizer)
-    total = _graded(task, machine, _chosen(task, options, step))
+    total = _graded(task, machine, step, _chosen(task, options, step))
     if not math.isfinite(total):
         raise SpaError("training diverged", where=f"step {step + 1}",
                        why="the loss is not finite", fix=f"use a smaller lr than {options.lr}")
@@ -207,18 +212,26 @@ def _step(task: Training, options: Schedule, machine: _Machine, step: int, steps
     return total
 
 
-def _graded(task: Training, machine: _Machine, batches: Sequence[Batch]) -> float:
+def _graded(task: Training, machine: _Machine, step: int, batches: Sequence[Batch]) -> float:
     """Add up gradients of the mean objective of batches, and of the hooks' loss; returns it."""
-    total = 0.0
-    for batch in batches:
-        value = machine.objective(batch).total / len(batches)
+    def run(number: int) -> float:
+        _seed(task, step, number + 1)
+        value = machine.objective(batches[number]).total / len(batches)
         value.backward()
-        total += value.item()
+        return value.item()
+
+    total = summed(task.team, len(batches), run, machine.masters.parameters)
+    _seed(task, step, len(batches) + 1)
     more = machine.hooks.loss()
     if more is not None:
         more.backward()  # type: ignore[no-untyped-call]
         total += more.item()
     return total
+
+
+def _seed(task: Training, step: int, number: int) -> None:
+    """What a batch draws (dropout) follows from its number, whichever process runs it."""
+    torch.manual_seed(((task.seed * 1_000_003 + step) * 10_007 + number) % 2 ** 63)
 
 
 def _chosen(task: Training, options: Schedule, step: int) -> list[Batch]:
@@ -235,13 +248,18 @@ def _evaluate(task: Training, options: Schedule, objective: Objective, run: Run,
               state: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor]) -> None:
     """Look at the held-out batches; a better state than any before is kept."""
     task.module.eval()
+    alike(task.team, state)
     totals, losses = 0.0, 0.0
     batches = _looked_at(task, options)
+
+    def look(batch: Batch) -> tuple[float, float]:
+        found = objective(batch)
+        return found.total.item(), found.loss.item()
+
     with torch.no_grad():
-        for batch in batches:
-            found = objective(batch)
-            totals += found.total.item() / len(batches)
-            losses += found.loss.item() / len(batches)
+        for total, loss in task.team.each(batches, look, "held-out batches"):
+            totals += total / len(batches)
+            losses += loss / len(batches)
     run.history.append({"step": run.step, "objective": totals, "loss": losses})
     if totals < run.best:
         run.best, run.best_step, run.worse = totals, run.step, 0

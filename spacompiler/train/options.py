@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,12 @@ class Schedule:
         evaluations: how often the held-out batches are looked at while it trains (0: as often as
             takes a sixteenth as many batches as are trained on, once to 8 times). `patience`: stop
             after so many evaluations without a better one.
+
+    A pass that `shares` lets several processes each run some batches of a step: it calls `train` on
+    `task` itself, the same in each of them, and looks at no single batch but through its gradients.
     """
+
+    shares: ClassVar[bool] = False
 
     lr: float = 1e-3
     epochs: int = 1

@@ -18,7 +18,8 @@ from spacompiler.errors import SpaError
 from spacompiler.torch_backend.gather import gradients
 
 torch.manual_seed(0)
-net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 3))
+net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 24), nn.ReLU(),
+                    nn.Linear(24, 3))
 batches = [(torch.randn(4, 12),) for _ in range(5)]
 spacompiler.compile(net, batches[0], target="params=60%", importance="magnitude", align=1,
                     latency=False, onnx=False)  # what is imported now, is in all forks
@@ -47,6 +48,10 @@ assert compile("gradients", repair="refit").path.is_dir()
 compile("covariances", importance="obs", repair="refit")
 gradients.LARGE = 0  # batches go through the program side by side
 compile("in order", importance="curvature", repair="none")
+quick = dict(importance="magnitude", repair="none", recover_data=batches)
+compile("trained", **quick, recovery="full(accumulate=3, epochs=2)")
+made = spacompiler.compile(net, batches[0], **{**asked, **quick}, recovery="norms(accumulate=1)")
+assert any("not split" in note for note in made.job.ask.notes) == (together == "together")
 if together == "together":
     def loss(results, args, kwargs):
         if rank == 1:

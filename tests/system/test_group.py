@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
+from threads import in_threads
 from typer.testing import CliRunner
 
 from spacompiler.cli.main import app
@@ -54,35 +53,6 @@ def test_messages_come_out_as_they_went_in():
     (found, got), (other, none) = decoded(encoded([(key, arrays), (7, [])]))
     assert (found, other, none) == (key, 7, [])
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(arrays, got, strict=True))
-
-
-class Threads(Team):
-    """Threads in place of processes."""
-
-    def __init__(self, rank, size, board, gate):
-        self.rank, self.size, self.board, self.gate = rank, size, board, gate
-
-    def in_turn(self, said, what):
-        self.board[self.rank] = None if said is None else decoded(encoded(said))
-        self.gate.wait()
-        heard = list(self.board)
-        self.gate.wait()
-        yield from heard
-
-
-def in_threads(size, work):
-    """What `work(team)` gives in each of so many processes."""
-    board, gate, made = [None] * size, threading.Barrier(size, timeout=20), [None] * size
-
-    def run(rank):
-        made[rank] = work(Threads(rank, size, board, gate))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    return made
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 9])
