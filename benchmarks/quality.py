@@ -51,7 +51,7 @@ SHARES = ("80%", "65%", "50%")
 LENGTH = 512
 MLP = ("*.mlp.*",)
 KV_GROUPS = "*.q_proj.weight:0.0"
-SUMS = ("count", "seen", "total", "gram")
+SUMS = ("count", "seen", "total", "upper")
 
 
 @dataclass(frozen=True)

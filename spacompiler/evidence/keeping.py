@@ -65,7 +65,7 @@ def _state(statistic: Moments | Covariance | Fluctuation) -> list[torch.Tensor]:
 def _again(context: Scores, kind: str, tensors: list[torch.Tensor] | Any) -> Any:
     """A statistic with these numbers."""
     made = context._statistic(kind)
-    take: dict[str, Callable[[torch.Tensor], Any]] = {"count": int, "gram": context.room.take}
+    take: dict[str, Callable[[torch.Tensor], Any]] = {"count": int, "upper": context.room.take}
     for field, value in zip((f for f in fields(made) if f.name != "room"), tensors, strict=True):
         setattr(made, field.name, take.get(field.name, torch.clone)(value))
     return made

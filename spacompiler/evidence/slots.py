@@ -98,7 +98,8 @@ def onto(values: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> 
     slices = prod(group.shape)
     even = np.repeat(np.arange(slices), slot.size // slices)
     if np.array_equal(slot.reshape(-1), even):  # the usual case: slices side by side, all alike
-        return flat.reshape(len(flat), slices, -1).sum(-1, dtype=torch.float64)
+        return flat.double() if slices == slot.size else \
+            flat.reshape(len(flat), slices, -1).sum(-1, dtype=torch.float64)
     index = torch.from_numpy(slot.reshape(-1))
     total = torch.zeros(flat.shape[0], slices, dtype=torch.float64)
     return total.index_add_(1, index[index >= 0], flat[:, index >= 0].double())

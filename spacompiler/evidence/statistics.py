@@ -23,6 +23,10 @@ from .room import Room
 from .where import able, exact
 
 
+BLOCK, ROWS = 256, 64
+"""Rows of X^T X that are multiplied at a time, and of these, that are added."""
+
+
 class Accumulator(Protocol):
     """A statistic of X under way."""
 
@@ -91,31 +95,51 @@ class Moments(_Added):
 class Covariance(_Added):
     """Count, sums (shared, features) and X^T X (shared, features, features).
 
-    `seen` (shared,) is the count without the samples that are dealt out to other indices, `room`
-    where X^T X lies.
+    `seen` (shared,) is the count without the samples that are dealt out to other indices, `upper`
+    X^T X as far as it was summed up: on and above a diagonal of blocks, for the rest says the same;
+    `room` is where it lies.
     """
 
     count: int = 0
     seen: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
     total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    gram: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    upper: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     room: Room = field(default_factory=Room)
+
+    def __post_init__(self) -> None:
+        self._whole = False
 
     def of(self, x: torch.Tensor, examples: int,
            seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Return how many samples a batch has, in all and by index, its sums and X^T X."""
+        """Return how many samples a batch has, in all and by index, its sums and X^T X.
+
+        Of that, `BLOCK` rows at a time from the diagonal on.
+        """
         x = x if x.dtype == torch.float64 else x.float()
         each = torch.full((len(x),), x.shape[1]) if seen is None else seen.cpu()
-        return (_samples(x, seen), each, able(x).sum(1, dtype=torch.float64).cpu(),
-                (x.mT @ x).cpu())
+        return (_samples(x, seen), each, able(x).sum(1, dtype=torch.float64).cpu(), *(
+            (x[..., at:at + BLOCK].mT @ x[..., at:]).cpu() for at in range(0, x.shape[-1], BLOCK)))
 
     def take(self, *parts: torch.Tensor) -> None:
         """Add what `of` gives."""
-        samples, seen, total, product = parts
+        samples, seen, total, *products = parts
         self.count += int(samples)
         self.seen = self.seen + seen
         self.total = self.total + total
-        self.gram = self.room.take(product) if self.gram.ndim == 0 else self.gram.add_(product)
+        if self.upper.ndim == 0:
+            self.upper = self.room.take(total.new_zeros(()).expand(*total.shape, total.shape[-1]))
+        for at, product in zip(range(0, total.shape[-1], BLOCK), products, strict=True):
+            for row, some in enumerate(product.split(ROWS, 1)):  # widened where it is still near
+                self.upper[:, at + row * ROWS:, at:][:, :ROWS].add_(some)
+        self._whole = False
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """X^T X."""
+        for at in range(BLOCK, 0 if self._whole else self.upper.shape[-1], BLOCK):
+            self.upper[:, at:at + BLOCK, :at] = self.upper[:, :at, at:at + BLOCK].mT
+        self._whole = True
+        return self.upper
 
     @property
     def mean(self) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
+from typing import Protocol
 
 import torch
 
@@ -13,7 +15,7 @@ from ...evidence.slots import onto
 from ...evidence.turns import Sums, Turns
 from ...groups.solution import Group, Solution
 from .gate_places import Places, check_apart, read_places
-from .step import Change, Step, hand_on
+from .step import Change, Step
 
 # kinds of gates: what is added up over examples and positions (fisher: see `settle`)
 GATES: dict[str, Change] = {
@@ -24,6 +26,33 @@ GATES: dict[str, Change] = {
 }
 OF_GATES = frozenset({*GATES, "fisher"})
 OF_RELEVANCE = frozenset({"relevance", "relevance_positive"})
+
+
+class _Kept(Protocol):
+    """What a gate keeps for the step back."""
+
+    shape: Sequence[int]
+    take: Callable[[torch.Tensor], None]
+    saved_tensors: tuple[torch.Tensor]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
+
+
+class _Gate(torch.autograd.Function):
+    """A factor of one: what is read passes as it is, forward and back, and is multiplied once."""
+
+    @staticmethod
+    def forward(ctx: _Kept, value: torch.Tensor, felt: torch.Tensor, shape: Sequence[int],
+                take: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """`felt` takes a gradient, where the value need not."""
+        ctx.save_for_backward(value)
+        ctx.shape, ctx.take = shape, take
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: _Kept, slope: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        ctx.take((slope * ctx.saved_tensors[0]).sum_to_size(ctx.shape))
+        return slope, None, None, None
 
 
 @dataclass
@@ -49,8 +78,16 @@ class Gates:
             self.places = read_places(self.solution, groups)
             check_apart(self.solution.graph, kinds, groups, self.places)
 
-    def gate(self, at: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
-        """Return a gate for what is read at a place: one factor per removable slice.
+    def through(self, at: tuple[str, str], value: torch.Tensor) -> torch.Tensor:
+        """Return what is read at a place through a gate, which is what is read.
+
+        The gate's gradient is taken in when backward gets there.
+        """
+        return _Gate.apply(value, torch.zeros((), requires_grad=True),  # type: ignore[no-any-return]
+                           self._shape(at, value), partial(self._open, at))
+
+    def _shape(self, at: tuple[str, str], value: torch.Tensor) -> list[int]:
+        """The shape of a gate at a place: one factor per removable slice.
 
         There is one per example and position too if those are told apart, and one per number for
         relevance; it broadcasts to the value's shape.
@@ -58,25 +95,19 @@ class Gates:
         apart = self.step.kinds & (OF_GATES - {"gates"})
         tensor = self.solution.graph.tensors[at[1]]
         if apart & OF_RELEVANCE:  # |R| of every number
-            return self._leaf(at, value, list(value.shape))
+            return list(value.shape)
         if tensor.static:  # of an array there is but one, whatever the examples
             own = {dim for _, dim in self.places[at]}
-            return self._leaf(at, value, [
-                n if d in own else 1 for d, n in enumerate(value.shape)])
+            return [n if d in own else 1 for d, n in enumerate(value.shape)]
         dynamic = set(tensor.dynamic) if apart else set()
         if apart and not dynamic and len(value) == self.step.count:
             dynamic = {0}
         dims = self.solution.solver.dims[at[1]]
-        shape = [n if d in dynamic or not is_frozen(e) else 1
-                 for d, (n, e) in enumerate(zip(value.shape, dims, strict=True))]
-        return self._leaf(at, value, shape)
-
-    def _leaf(self, at: tuple[str, str], value: torch.Tensor, shape: list[int]) -> torch.Tensor:
-        gate = value.new_ones(()).expand(shape).requires_grad_()
-        hand_on(gate, lambda gradient: self._open(at, gradient.cpu()))
-        return gate
+        return [n if d in dynamic or not is_frozen(e) else 1
+                for d, (n, e) in enumerate(zip(value.shape, dims, strict=True))]
 
     def _open(self, at: tuple[str, str], gradient: torch.Tensor) -> None:
+        gradient = gradient.cpu()
         for group, dim in self.places[at]:
             own = gradient.abs() if self.step.kinds & OF_RELEVANCE else gradient
             each = onto(own, self.solution.solver.dims[at[1]], dim, group)

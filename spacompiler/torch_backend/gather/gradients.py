@@ -25,7 +25,6 @@ from ...evidence.network import Loss, Place, See, Seen
 from ...evidence.room import Room
 from ...evidence.turns import Turns
 from ...groups.solution import Group, Member, Solution
-from ...store.room import LARGE
 from ..run.recompute import Budget, budget, elements
 from ..run.runner import Override, OverridingRunner, Reads, widened
 from ..trace import Trace
@@ -39,6 +38,13 @@ from .weight_sums import OF_SINGLE, OF_WEIGHTS, WeightSums
 KINDS = OF_GATES | OF_WEIGHTS | {"curvature"}
 ANSWERS = 1 << 27
 """Bytes of the network's results that are kept for whoever compares with them later."""
+
+LARGE = 3 << 28
+"""Bytes of arrays from which on batches go through a program side by side."""
+
+WHOLE = 1 << 30
+"""Bytes of a smaller program's values (views counted, too: half of it is held) that are held for
+the backward pass of a batch."""
 
 ABREAST = 1 << 29
 """Bytes of what enters the segments of a program that batches may hold side by side."""
@@ -235,7 +241,7 @@ class Gradients:
         lean = not second and not kinds & STARTS.keys()
         runner = self._runner(
             call, observed or {}, override or {}, partial(self._leaf, leaves, learned, not second),
-            budget(self.solution.graph, traced, call.batch) if lean else None)
+            budget(self.solution.graph, traced, call.batch, WHOLE) if lean else None)
         with torch.enable_grad(), sdpa_kernel(_ATTENTION[second]):
             value = loss(runner.call(*call.batch), *call.batch)
             if second:
@@ -303,7 +309,7 @@ class Gradients:
                 call.observe(node.name, name, value, self._step.count)
             if at in routes:
                 self._curves.route(at, value)
-            return value * self._gates.gate(at, value) if at in gated else value
+            return self._gates.through(at, value) if at in gated else value
 
         places = {*routes, *(self._gates.places if gated else ())}
         runner = OverridingRunner(

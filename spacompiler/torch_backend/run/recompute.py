@@ -103,8 +103,10 @@ class Budget:
         return CheckpointPolicy.MUST_SAVE
 
 
-def budget(graph: Graph, traced: object, batch: object) -> Budget | None:
+def budget(graph: Graph, traced: object, batch: object, whole: int = WHOLE) -> Budget | None:
     """Return what may be held for a batch, or None if its activations are `FEW`.
+
+    Of the last segments `whole` bytes of values are.
 
     What may be held is an eighth of what the weights take, and at least `LEAST`: while products fit
     into that, the rest costs little to compute again. Activations are estimated by the
@@ -115,7 +117,7 @@ def budget(graph: Graph, traced: object, batch: object) -> Budget | None:
     made = sum(prod(t.shape) for t in graph.tensors.values()
                if t.kind == "value" and not t.static)
     every = 4 * made * elements(batch) / max(1, elements(traced))
-    return Budget(allowed, min(1.0, WHOLE / every)) if every > FEW else None
+    return Budget(allowed, min(1.0, whole / every)) if every > FEW else None
 
 
 def elements(call: object) -> int:
