@@ -33,14 +33,17 @@ def examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def singles(batch: Batch, count: int) -> Iterator[Batch]:
     """Yield the examples of a batch as batches of one."""
+    yield from (some(batch, count, slice(i, i + 1)) for i in range(count))
 
-    def one(i: int, value: object) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-            return value[i : i + 1]
-        return value
 
-    for i in range(count):
-        yield pytree.tree_map(lambda v, i=i: one(i, v), batch)
+def some(batch: Batch, count: int, which: slice) -> Batch:
+    """Return a batch of some examples of one that has `count`."""
+    def own(value: object) -> Any:
+        each = isinstance(value, torch.Tensor) and value.ndim and len(value) == count
+        return value[which] if each else value  # type: ignore[index]
+
+    found: Batch = pytree.tree_map(own, batch)
+    return found
 
 
 def first(batch: Batch) -> torch.Tensor:

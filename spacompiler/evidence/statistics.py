@@ -22,7 +22,6 @@ from .consumers import Consumer
 from .room import Room
 from .where import able, exact
 
-
 BLOCK, ROWS = 256, 64
 """Rows of X^T X that are multiplied at a time, and of these, that are added."""
 
@@ -130,7 +129,7 @@ class Covariance(_Added):
             self.upper = self.room.take(total.new_zeros(()).expand(*total.shape, total.shape[-1]))
         for at, product in zip(range(0, total.shape[-1], BLOCK), products, strict=True):
             for row, some in enumerate(product.split(ROWS, 1)):  # widened where it is still near
-                self.upper[:, at + row * ROWS:, at:][:, :ROWS].add_(some)
+                self.upper[:, at + row * ROWS:, at:][:, :some.shape[1]].add_(some)
         self._whole = False
 
     @property

@@ -15,7 +15,7 @@ import torch
 
 from ..axes.choices import Choices
 from ..axes.expressions import Atom
-from ..evidence.calls import Batch, examples, singles
+from ..evidence.calls import Batch, examples, singles, some
 from ..evidence.losses import distance, first_floating
 from ..groups.repeats import block
 from ..groups.solution import Solution
@@ -23,6 +23,10 @@ from ..plan.problem import Problem, Unit
 from ..system.group import here
 
 Arrays = Mapping[str, torch.Tensor]
+Key = frozenset[tuple[Atom, bytes]]
+ONE, OTHERS = slice(0, 1), slice(1, None)
+TELLING = 64
+"""Positions of one example that say enough for a glance."""
 HELD = 1 << 30
 """Bytes of the dense network's results that are kept for measurements that come again."""
 Slopes = dict[str, tuple[float, int, tuple[str, ...]]]
@@ -38,8 +42,8 @@ class Compared(ABC):
     loss: Callable[..., torch.Tensor]
     plan: Callable[[Problem, Mapping[str, int]], Choices]
     _answers: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, init=False)
-    _lost: dict[tuple[frozenset[tuple[Atom, bytes]], int], float] = field(
-        default_factory=dict, init=False)
+    _lost: dict[tuple[Key, int], float] = field(default_factory=dict, init=False)
+    _glances: dict[Key, float] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def results(self, batch: Batch, choices: Choices | None = None,
@@ -70,13 +74,41 @@ class Compared(ABC):
         Each plan meets each batch once, whichever allocation asks.
         """
         choices = self.plan(problem, kept)
-        plan = frozenset((atom, choice.table.tobytes()) for atom, choice in choices.items())
-        some = range(skip, min(batches, len(self.batches)))
-        for at in some:
-            if (plan, at) not in self._lost:
-                pruned = first_floating(self.results(self.batches[at], choices))
-                self._lost[plan, at] = float(distance(pruned, self._dense(self.batches[at])))
-        return sum(self._lost[plan, at] for at in some) / max(len(some), 1)
+        asked = range(skip, min(batches, len(self.batches)))
+        return sum(self._lost_on(at, choices) for at in asked) / max(len(asked), 1)
+
+    @torch.no_grad()
+    def glance(self, problem: Problem, kept: Mapping[str, int]) -> float:
+        """Return what `lost` does on the first example alone, which it then need not run again.
+
+        Nan where that says little, or is all of the batch, or cannot be run by itself.
+        """
+        first = self.batches[0]
+        held, dense = examples(*first), self._dense(first)
+        if held < 2 or len(dense) != held or _positions(dense) < TELLING * held \
+                or not self.divisible:
+            return float("nan")
+        choices = self.plan(problem, kept)
+        key = _key(choices)
+        if key not in self._glances:
+            self._glances[key] = self._apart_on(some(first, held, ONE), choices, dense[ONE])
+        return self._glances[key]
+
+    def _lost_on(self, at: int, choices: Choices) -> float:
+        """The divergence on one batch, of which the first example may be known."""
+        key, batch = (_key(choices), at), self.batches[at]
+        if key not in self._lost:
+            seen, dense = self._glances.get(key[0]) if at == 0 else None, self._dense(batch)
+            if seen is None:
+                self._lost[key] = self._apart_on(batch, choices, dense)
+            else:
+                rest = some(batch, len(dense), OTHERS)
+                found = self._apart_on(rest, choices, dense[OTHERS])
+                self._lost[key] = (seen + found * (len(dense) - 1)) / len(dense)
+        return self._lost[key]
+
+    def _apart_on(self, batch: Batch, choices: Choices, dense: torch.Tensor) -> float:
+        return float(distance(first_floating(self.results(batch, choices)), dense))
 
     def diverges(self, problem: Problem, kept: Mapping[str, int], batches: int,
                  skip: int = 0) -> float:
@@ -86,8 +118,7 @@ class Compared(ABC):
     @torch.no_grad()
     def few(self, most: int, positions: int) -> int:
         """Return how many batches hold so many positions (examples, or tokens), or `most`."""
-        found = self._dense(self.batches[0])
-        held = found.numel() // max(1, found.shape[1 if found.ndim == 4 else -1])
+        held = _positions(self._dense(self.batches[0]))
         return min(most, len(self.batches), -(-positions // max(1, held)))
 
     @torch.no_grad()
@@ -196,3 +227,13 @@ class Compared(ABC):
         inside = [name for name in held if name.startswith(f"{path}.")] or sorted(own)
         return [name for name in inside if len(held[name].shape) > 1
                 and held[name].kind == "parameter"]
+
+
+def _key(choices: Choices) -> Key:
+    """What tells choices apart."""
+    return frozenset((atom, choice.table.tobytes()) for atom, choice in choices.items())
+
+
+def _positions(result: torch.Tensor) -> int:
+    """How many predictions a result holds: tokens, examples, or places of a map."""
+    return result.numel() // max(1, result.shape[1 if result.ndim == 4 else -1])

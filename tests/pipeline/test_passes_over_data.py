@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isnan
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import spacompiler
 from spacompiler.passes.tried import Tried
 from spacompiler.pipeline import score
 from spacompiler.torch_backend.run.observe import ProgramNetwork
+from spacompiler.trials import compared
 from spacompiler.trials.measure import Measure
 
 
@@ -51,11 +53,15 @@ class Asked:
 
     says: dict[int, float]
     batches: tuple[int, ...] = (0, 1, 2)
+    first: dict[int, float] = field(default_factory=dict)
     asked: list[tuple[int, int, int]] = field(default_factory=list)
 
     def lost(self, problem: object, kept: dict[str, int], batches: int, skip: int = 0) -> float:
         self.asked.append((kept["a"], batches, skip))
         return self.says[kept["a"]]
+
+    def glance(self, problem: object, kept: dict[str, int]) -> float:
+        return self.first.get(kept["a"], float("nan"))
 
     def few(self, most: int, positions: int) -> int:
         return min(most, len(self.batches), positions)
@@ -77,6 +83,14 @@ def test_what_lost_much_is_not_looked_at_further(says, taken, asked) -> None:
     assert all(skip == batches - 1 for _, batches, skip in measure.asked)
 
 
+def test_what_is_far_behind_on_one_text_meets_no_batch() -> None:
+    measure = Asked({1: 1.0, 2: 1.1, 3: 1.0}, first={1: 1.0, 2: 1.4, 3: 1.6})
+    lost, close = Tried()._lost(  # type: ignore[arg-type]
+        SimpleNamespace(bound=float("inf")), measure, PLANS)
+    assert {plan for plan, *_ in measure.asked} == {1, 2}
+    assert lost == pytest.approx({"one": 1.0, "two": 1.1, "three": 1.6}) and close == ["one"]
+
+
 def test_no_further_batch_is_run_where_nothing_can_be_won_or_enough_was_seen() -> None:
     near = {1: 1.0, 2: 1.01, 3: 1.02}
     for bound, positions, each in ((0.9, 512, 1), (1.1, 2, 2), (1.1, 512, 3)):
@@ -95,8 +109,11 @@ def test_a_plan_meets_a_batch_once_whichever_layout_asks(monkeypatch: pytest.Mon
         runs.append(self)
         return results(self, *given)
 
+    plan: list[Any] = []
+
     def ask(self: Measure, problem: Any, kept: Any, batches: int, skip: int = 0) -> float:
         asked.append(batches - skip)
+        plan[:] = problem, kept
         return lost(self, problem, kept, batches, skip)
 
     monkeypatch.setattr(Measure, "results", run)
@@ -113,3 +130,19 @@ def test_a_plan_meets_a_batch_once_whichever_layout_asks(monkeypatch: pytest.Mon
     for batch in runs[0].batches:
         with torch.no_grad():
             assert torch.equal(runs[0]._dense(batch), results(runs[0], batch)[0])
+    _look_at_one_text_first(runs[0], plan, monkeypatch)
+
+
+def _look_at_one_text_first(measure: Measure, plan: list[Any],
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A glance is of the first text, and no text is run again by who looks at the batch."""
+    assert isnan(measure.glance(*plan)), "eight tokens say little"
+    monkeypatch.setattr(compared, "TELLING", 8)
+    whole, rows = measure.lost(*plan, 1), list[int]()
+    measure._lost.clear()
+    run = measure.results
+    monkeypatch.setattr(Measure, "results", lambda self, batch, *given: (
+        rows.append(len(batch[1]["input_ids"])), run(batch, *given))[1])
+    one = measure.glance(*plan)
+    assert measure.lost(*plan, 1) == pytest.approx(whole, rel=1e-4) and one != whole
+    assert measure.glance(*plan) == one and rows == [1, 1]

@@ -1,0 +1,28 @@
+"""Covariances are summed up above a diagonal of blocks, and say the whole product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spacompiler.evidence import statistics
+from spacompiler.evidence.statistics import Covariance
+
+
+@pytest.mark.parametrize("features", [4, 11, 12])
+def test_blocks_say_the_whole_product_after_each_batch(
+        features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "BLOCK", 4)
+    monkeypatch.setattr(statistics, "ROWS", 3)
+    torch.manual_seed(0)
+    found, batches = Covariance(), torch.randn(3, 2, 9, features)
+    for seen, batch in enumerate(batches, 1):
+        found.add(batch, 1)
+        x = batches[:seen].transpose(0, 1).flatten(1, 2).double()
+        torch.testing.assert_close(found.gram, x.mT @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_below_the_diagonal_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "BLOCK", 4)
+    _, _, _, *products = Covariance().of(torch.randn(1, 9, 12), 1, None)
+    assert [tuple(p.shape) for p in products] == [(1, 4, 12), (1, 4, 8), (1, 4, 4)]
