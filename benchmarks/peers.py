@@ -6,11 +6,12 @@
 Same work on both sides: each has a process of its own per model, the same module and inputs, half
 of each width by magnitude, no proof. Finding groups counts from the module to the groups, tracing
 with it; the whole job from the module to a smaller one. The other tool is told how many heads
-there are, where it has to be, and which layer gives the classes. Both results are executed; one
-that does not run counts as none. CPU seconds of the process count, the median of three times for
-finding; no garbage is collected meanwhile. Each tool has handled one small network before, so that
-neither pays for what it only does once in a process. Ours takes the first of its ways to make the
-smaller network that runs, and that counts. Whether the other tool's result computes what the masked
+there are, where it has to be, and which layer gives the classes. Both results are executed after
+the clock has stopped; one that does not run counts as none. Ours has several ways to make the
+smaller network, and takes the first whose result runs: what those before it took counts, their
+failing runs with it. CPU seconds of the process count, the median of three times for finding; no
+garbage is collected meanwhile. Each tool has pruned one small network before, so that neither pays
+for what it only does once in a process. Whether the other tool's result computes what the masked
 dense model does is not checked here: only that it runs and is smaller.
 """
 
@@ -27,7 +28,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,7 @@ from spacompiler.plan.plan import make_plan
 from spacompiler.request.recipe import ROLES, Recipe
 from spacompiler.rows.aten_table import TABLE
 from spacompiler.stages.records import Decided, Request, Subject, Traced
-from spacompiler.torch_backend.backend import EMITTERS
+from spacompiler.torch_backend.backend import emitters
 from spacompiler.torch_backend.read.export import trace
 
 SHARE = 0.5
@@ -120,19 +121,15 @@ def _call(module: nn.Module, inputs: object) -> None:
         module(*args, **kwargs)
 
 
-def _smaller(ask: Request, subject: Subject, traced: Traced) -> nn.Module:
-    """Score, plan and slice, by the first way of slicing whose result runs."""
+def _smaller(ask: Request, subject: Subject, traced: Traced) -> Iterator[nn.Module]:
+    """Score, plan and slice, by one way of slicing after the other."""
     scored = score(ask, subject, traced)
     plan = make_plan(traced.candidates, scored.scores, {
         g.name: max(1, int(g.size * SHARE)) for g in traced.candidates})
     decided = Decided(traced.trace, traced.solution, plan, plan.choices(traced.solution), False)
-    for layout, emission, make in EMITTERS:
-        if layout != "any":  # those that a configuration says
-            continue
-        made = make(subject, decided).model
-        if emission == "program" or _runs(made, subject.inputs):
-            return made  # else there are sizes in its code: the next way looks for them
-    raise AssertionError("the last way runs or raises")
+    for layout, _, make in emitters(subject, decided):
+        if layout == "any":  # the others are those that a configuration says
+            yield make(subject, decided).model
 
 
 def _runs(module: nn.Module, inputs: object) -> bool:
@@ -148,26 +145,33 @@ def _given(inputs: object) -> tuple[tuple[object, ...], dict[str, object]]:
     return (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)  # type: ignore[return-value]
 
 
+def _find(module: nn.Module, inputs: object) -> Traced:
+    program = trace(module, inputs, quick=True)
+    return Traced(program, solve(program.graph, TABLE))
+
+
+def _pruned(module: nn.Module, inputs: object, model: str) -> tuple[nn.Module, float]:
+    """The first smaller network that runs, and the CPU seconds until it was made."""
+    start = time.process_time()
+    recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
+                    layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
+                    approximate=True)
+    ask, subject = make_request(module, inputs, recipe, Given(calibration="none", name=model))
+    traced = _find(module, inputs)
+    candidates = tuple(allocation.candidates(traced.solution, roles=ROLES, approximate=True))
+    for made in _smaller(ask, subject, replace(traced, candidates=candidates)):
+        spent = time.process_time() - start
+        if _runs(made, inputs):
+            return made, spent
+    raise AssertionError("no way leads to a network that runs")
+
+
 def ours(suite: str, model: str) -> Timing:
     """Trace, solve, score, plan and slice; no proof."""
     def run(timing: Timing, module: nn.Module, inputs: object) -> str:
-        def find(of: nn.Module, example: object) -> Traced:
-            program = trace(of, example, quick=True)
-            return Traced(program, solve(program.graph, TABLE))
-
-        find(*_small())
-        _found(timing, lambda: find(module, inputs))
-        start = time.process_time()
-        recipe = Recipe("params=50%", importance="magnitude", allocation="uniform", align=1,
-                        layout="any", prove=False, onnx=False, latency=False, roles=ROLES,
-                        approximate=True)
-        ask, subject = make_request(module, inputs, recipe,
-                                    Given(calibration="none", name=model))
-        traced = find(module, inputs)
-        candidates = tuple(allocation.candidates(traced.solution, roles=ROLES, approximate=True))
-        made = _smaller(ask, subject, replace(traced, candidates=candidates))
-        timing.total_s = time.process_time() - start
-        _call(made, inputs)
+        _pruned(*_small(), "small")
+        _found(timing, lambda: _find(module, inputs))
+        made, timing.total_s = _pruned(module, inputs, model)
         return _judged(made, module)
     return _timed(model, suite, run)
 
@@ -180,14 +184,9 @@ def _judged(made: nn.Module, dense: nn.Module | int) -> str:
 
 def torch_pruning(suite: str, model: str) -> Timing:
     """Torch-Pruning, told what it has to be: half of every width by magnitude."""
-    def run(timing: Timing, module: nn.Module, inputs: object) -> str:
+    def pruned(module: nn.Module, inputs: object) -> float:
         import torch_pruning as tp
 
-        small, example = _small()
-        tp.DependencyGraph().build_dependency(small, example_inputs=example)
-        _found(timing, lambda: tp.DependencyGraph().build_dependency(
-            module, example_inputs=inputs))
-        before = sum(p.numel() for p in module.parameters())
         told = heads(module)
         start = time.process_time()
         pruner = tp.pruner.MagnitudePruner(
@@ -195,7 +194,16 @@ def torch_pruning(suite: str, model: str) -> Timing:
             pruning_ratio=SHARE, ignored_layers=output(module), num_heads=told,
             prune_num_heads=bool(told), prune_head_dims=not told, head_pruning_ratio=SHARE)
         pruner.step()
-        timing.total_s = time.process_time() - start
+        return time.process_time() - start
+
+    def run(timing: Timing, module: nn.Module, inputs: object) -> str:
+        import torch_pruning as tp
+
+        pruned(*_small())
+        _found(timing, lambda: tp.DependencyGraph().build_dependency(
+            module, example_inputs=inputs))
+        before = sum(p.numel() for p in module.parameters())
+        timing.total_s = pruned(module, inputs)
         mended(module)
         _call(module, inputs)
         return _judged(module, before)

@@ -9,7 +9,6 @@ import torch
 
 from spacompiler.evidence.members import REDUCTIONS, reduced
 from spacompiler.evidence.protocol import Context
-from spacompiler.evidence.slots import powers
 from spacompiler.groups.solution import Group, Member
 
 
@@ -41,8 +40,7 @@ class Magnitude:
             return reduced([self._norms(m, group, ctx) for m in members], self.reduce)
         total, count = torch.zeros(group.shape, dtype=torch.float64), 0.0
         for member in members:
-            dims = ctx.solution.dims(member.weight)
-            sums, each = powers(ctx.stored(member.weight), dims, member.dim, group, self.norm)
+            sums, each = ctx.powers(member, group, self.norm)
             total, count = total + sums, count + each
         return total / max(count, 1)
 

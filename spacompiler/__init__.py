@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-_HOMES = {"compile": "api", "inspect": "api", "Result": "api", "sweep": "api",
+_HOMES = {"compile": "api", "inspect": "pipeline.inspected", "Result": "api", "sweep": "api",
           "diagnose": "pipeline.diagnosed",
           "load": "artifact.load", "lift": "adapters.lifting",
           "verify": "artifact.verify", "SpaError": "errors", "UsageError": "errors",
@@ -24,12 +24,13 @@ __all__ = ["ProofError", "Pruner", "Recipe", "Result", "SpaError", "TargetError"
 
 if TYPE_CHECKING:
     from .adapters.lifting import lift
-    from .api import Result, compile, inspect, sweep
+    from .api import Result, compile, sweep
     from .artifact.load import load
     from .artifact.verify import verify
     from .errors import ProofError, SpaError, TargetError, UsageError
     from .live.pruner import Pruner
     from .pipeline.diagnosed import diagnose
+    from .pipeline.inspected import inspect
     from .request.recipe import Recipe
     from .torch_backend.registered import register
 

@@ -15,6 +15,7 @@ from .evidence.calls import Inputs
 from .groups.solution import Solution
 from .pipeline import estimate
 from .pipeline.inputs import named_inputs
+from .pipeline.inspected import opened
 from .pipeline.request import Data, Given, example_of, make_request
 from .pipeline.resolved import check_hashes
 from .pipeline.run import STAGES, run
@@ -27,9 +28,6 @@ from .request.options import listing, spoken
 from .request.recipe import Errand, Recipe
 from .request.targets import parse_targets
 from .sources import named as source
-from .sources.backends import backend_of
-from .sources.checkpoints import example_inputs
-from .sources.source import Source
 from .stages.compiled import Compiled
 from .stages.records import Progress, Request, Subject
 from .store.place import check_out
@@ -37,8 +35,7 @@ from .store.room import Room, is_large
 from .system.group import here, joined
 from .system.process import alone
 from .system.shown import shown
-from .torch_backend.kinds import is_hf
-from .torch_backend.read.readable import check_exportable, check_readable
+from .torch_backend.read.readable import check_exportable
 
 
 @dataclass(repr=False)
@@ -227,8 +224,10 @@ def _prepared(model: str | nn.Module, inputs: Inputs | None, recipe: Recipe, giv
     """Find the model, its inputs and the data: what a compile starts from."""
     check_needs({"recovery": given.asked(recipe, "recovery"), "recover_data": given.recover_data,
                  "checkpoint": errand.checkpoint}, {})
-    found = _source(model, inputs, given.tokenizer, errand.trust_remote_code, recipe,
-                    given.progress)
+    if isinstance(model, str) and given.progress is not None:
+        given.progress(f"loading {model}", 0, len(STAGES))
+    found = opened(model, inputs, given.tokenizer, trust=errand.trust_remote_code,
+                   unused=recipe.unused, values=True)
     if found.adapter and found.adapter not in recipe.adapters:
         recipe = replace(recipe, adapters=(found.adapter, *recipe.adapters))
     if inputs is None:
@@ -292,43 +291,7 @@ def sweep(model: str | nn.Module | Recipe, example_inputs: Inputs | None = None,
     return Sweep(ask.name, points, allow, dense)
 
 
-@alone()
-def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
-            modules: Sequence[str] = (), trust_remote_code: bool = False) -> Solution:
-    """Trace a model and return its solved axes and groups (print it for the whole text).
-
-    `modules` are paths of sub-modules to look at in place of the whole.
-    """
-    found = _source(model, example_inputs, None, trust_remote_code, None, None)
-    module, inputs = found.module, found.inputs
-    if modules:
-        from .torch_backend import parts
-
-        module, inputs = parts.of(module, modules, inputs)
-    return backend_of(module).trace(module, inputs, quick=True)[1]
-
-
 def _kind(name: str) -> str:
     """Where the code of a user's module is found again: what its given name says, if it does."""
     kind = source.kind_of(name) if name else "module"
     return kind if kind in ("zoo", "factory", "directory") else "module"
-
-
-def _source(model: str | nn.Module, inputs: Inputs | None, tokenizer: Callable[..., Any] | None,
-            trust: bool, recipe: Recipe | None, progress: Progress | None) -> Source:
-    if isinstance(model, str):
-        if progress is not None:
-            progress(f"loading {model}", 0, len(STAGES))
-        found = source.load(model, trust_remote_code=trust,
-                            unused=("*",) if recipe is None else recipe.unused)
-        if inputs is not None:
-            found.inputs = inputs
-        return found
-    if inputs is None and not is_hf(model):
-        raise UsageError(f"there are no example inputs for {type(model).__name__}",
-                         why="a module of your own does not say what it takes",
-                         fix="give them: a tuple, or a dict of keywords, of two or more examples")
-    check_readable(model, values=recipe is not None)
-    if inputs is None:
-        inputs = example_inputs(model)
-    return Source(type(model).__name__, model, inputs, tokenizer)

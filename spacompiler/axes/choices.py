@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
 
@@ -23,39 +23,43 @@ class Choice:
     """Which slices of an atom stay: `table[outer coordinates..., own index]` is True if kept.
 
     Without `outers` the table is one-dimensional. A *fibred* atom may keep other indices inside
-    each slice of its outer atoms, so long as the counts agree.
+    each slice of its outer atoms, so long as the counts agree: `count` slices (inside each outer
+    one).
     """
 
     table: Array
     outers: tuple[Atom, ...] = ()
+    count: int = field(init=False, compare=False)
 
-    @property
-    def count(self) -> int:
-        """Slices kept (inside each outer slice)."""
-        return int(self.table.sum(-1).max())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", int(self.table.sum(-1).max()))
 
 
 Choices = Mapping[Atom, Choice]
 
 
-def coordinates(e: Expr) -> list[tuple[Atom, Array]]:
-    """Return, for each mention of an atom, its coordinate at every position (-1: not there)."""
+def coordinates(e: Expr, only: Collection[Atom] | None = None) -> list[tuple[Atom, Array]]:
+    """Return, for each mention of an atom, its coordinate at every position (-1: not there).
+
+    With `only`, those of other atoms are left out.
+    """
     e = resolve(e)
     if isinstance(e, Atom):
-        return [(e, np.arange(e.size))]
+        return [(e, np.arange(e.size))] if only is None or e in only else []
     found: list[tuple[Atom, Array]] = []
     offset, inner = 0, e.size
     for part in e.parts:
         if isinstance(e, Sum):
-            for atom, at in coordinates(part):
+            for atom, at in coordinates(part, only):
                 full = np.full(e.size, -1)
                 full[offset : offset + part.size] = at
                 found.append((atom, full))
             offset += part.size
         else:
             inner //= part.size
-            index = np.arange(e.size) // inner % part.size
-            found.extend((atom, at[index]) for atom, at in coordinates(part))
+            if own := coordinates(part, only):
+                index = np.arange(e.size) // inner % part.size
+                found.extend((atom, at[index]) for atom, at in own)
     if isinstance(e, Sum) and e.order is not None:
         found = [(atom, at[e.order]) for atom, at in found]
     return found
@@ -114,13 +118,28 @@ def take(array: Array, dims: Sequence[Expr], choices: Choices) -> Array:
     return array
 
 
-def indices(dims: Sequence[Expr], choices: Choices) -> list[Array | None] | None:
-    """Return kept positions per dimension (None: all), or None if dimensions depend jointly."""
-    result: list[Array | None] = []
+JOINT = -np.ones(1, dtype=int)
+"""In place of a dimension's positions: which stay depends on other dimensions, too."""
+
+
+def indices(dims: Sequence[Expr], choices: Choices,
+            known: dict[Expr, Array | None] | None = None) -> list[Array | None] | None:
+    """Return kept positions per dimension (None: all), or None if dimensions depend jointly.
+
+    `known` holds what was said of dimensions under the same choices before, and is added to.
+    """
+    known = {} if known is None else known
     for e in dims:
-        mentioned = set(atoms(e))
-        mine = mentioned & choices.keys()
-        if any(o not in mentioned for a in mine for o in choices[a].outers):
-            return None
-        result.append(np.flatnonzero(keep_mask([e], choices)) if mine else None)
-    return result
+        if e not in known:
+            known[e] = _positions(e, choices)
+    found = [known[e] for e in dims]
+    return None if any(at is JOINT for at in found) else found
+
+
+def _positions(e: Expr, choices: Choices) -> Array | None:
+    """The positions of a dimension that stay: None for all, JOINT where they depend on others."""
+    mentioned = set(atoms(e))
+    mine = mentioned & choices.keys()
+    if any(o not in mentioned for a in mine for o in choices[a].outers):
+        return JOINT
+    return np.flatnonzero(keep_mask([e], choices)) if mine else None

@@ -35,6 +35,9 @@ class Context(Protocol):
     def rows(self, member: Member, group: Group) -> torch.Tensor:
         """Return a stored array with the group's axes first: (*group.shape, rest)."""
 
+    def powers(self, member: Member, group: Group, p: int) -> tuple[torch.Tensor, float]:
+        """Return sum |w|^p of a member: `group.shape`, and how many weights a slice has."""
+
     def onto(self, values: torch.Tensor, member: Member, group: Group,
              then: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Sum values of a stored array's shape onto the group: `group.shape`.

@@ -21,6 +21,7 @@ from ..groups.solution import Group, Member, Solution
 from .consumers import Consumer, consumer
 from .forward import no_gradients
 from .network import GradientSource, Loss, Network, Place, See
+from .powers import Powers
 from .room import Room
 from .slots import by_channel, onto, rows, slots
 from .statistics import OF_INPUTS, Covariance, View, forward_only
@@ -51,12 +52,21 @@ class Scores:
         if self.gradients is not None:
             self.turns = self.gradients.turns
         self.turns.home("inputs", self._take)
+        self._powers = Powers(self.stored, self.solution.dims)
 
     # --- stored arrays ------------------------------------------------------------------------
 
     def stored(self, name: str) -> torch.Tensor:
         """Return a stored array by its name in the graph; integers (quantised ones) as floats."""
         return self.network.stored(name)
+
+    def expect(self, groups: Sequence[Group]) -> None:
+        """Say which groups will be scored: what is alike of them is then taken once."""
+        self._powers.expect(groups)
+
+    def powers(self, member: Member, group: Group, p: int) -> tuple[torch.Tensor, float]:
+        """Return sum |w|^p of a member: `group.shape`, and how many weights a slice has."""
+        return self._powers.of(member, group, p)
 
     def done(self, group: Group) -> None:
         """Say that a group is scored: its arrays need not stay in memory."""

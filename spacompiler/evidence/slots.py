@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..axes.choices import coordinates
-from ..axes.expressions import Expr
+from ..axes.expressions import Expr, atoms, resolve
 from ..groups.solution import Group
 
 
@@ -24,7 +24,7 @@ def slots(dims: Sequence[Expr], dim: int, group: Group) -> tuple[list[int], np.n
     wanted = (*group.outers, group.atom)
     places: dict[int, list[tuple[int, np.ndarray]]] = {}
     for axis, e in enumerate(dims):
-        for atom, at in coordinates(e):
+        for atom, at in coordinates(e, wanted):
             for k, target in enumerate(wanted):
                 if atom is target and (axis == dim or k < len(wanted) - 1):
                     places.setdefault(axis, []).append((k, at))
@@ -59,30 +59,69 @@ BLOCK = 1 << 18
 """Entries of an array that are taken in at a time: what is made of them stays near the core."""
 
 
-def _summed(tensor: torch.Tensor, dims: Sequence[int], p: int) -> torch.Tensor:
-    """Return sum |w|^p over some dimensions in float64, block after block of the first one."""
+def deciding(dims: Sequence[Expr], dim: int, group: Group) -> tuple[int, ...]:
+    """Return the dimensions that decide a position's slice: those of `slots`."""
+    outer = set(group.outers)
+    return tuple(axis for axis, e in enumerate(dims) if any(
+        atom in outer or (axis == dim and atom is group.atom) for atom in atoms(e)))
+
+
+def sums_of(tensor: torch.Tensor, several: Sequence[tuple[int, ...]],
+            p: int) -> list[torch.Tensor]:
+    """Return sum |w|^p over all dimensions but some, in float64, for each of several sets of such.
+
+    The array is read once, where it lies: nothing of its size is allocated.
+    """
+    tensor = tensor.detach()
+    if any(len(axes) == tensor.ndim for axes in several):  # nothing to sum over
+        return [_over(tensor.double().abs().pow(p), axes) for axes in several]
     wide = torch.promote_types(tensor.dtype, torch.float32)
     lengths = max(1, BLOCK * len(tensor) // max(1, tensor.numel()))
-    parts = ((block.square() if p == 2 else block.abs().pow(p)).sum(dims).double()
-             for block in (part.to(wide) for part in tensor.split(lengths)))
-    return sum(parts, torch.zeros(())) if 0 in dims else torch.cat(list(parts))
+    found: list[list[torch.Tensor]] = [[] for _ in several]
+    room = tensor.new_empty((min(lengths, len(tensor)), *tensor.shape[1:]), dtype=wide)
+    for part in tensor.split(lengths):
+        powered = room[:len(part)]
+        if p == 2 and part.dtype == wide:
+            torch.square(part, out=powered)
+        else:
+            powered.copy_(part)
+            powered.square_() if p == 2 else powered.abs_().pow_(p)
+        for parts, axes in zip(found, several, strict=True):
+            parts.append(_over(powered, axes).double())
+    return [torch.cat(parts) if 0 in axes else sum(parts, torch.zeros(()))
+            for parts, axes in zip(found, several, strict=True)]
 
 
-def powers(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group,
-           p: int) -> tuple[torch.Tensor, float]:
-    """Return sum |w|^p onto the group (`group.shape`) and how many weights a slice has.
+def _over(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """Sum over all dimensions but some, over the first one first: the others lie side by side."""
+    rest = [d for d in range(values.ndim) if d not in axes]
+    if rest[:1] == [0] and len(rest) > 1:
+        values = values.sum(0, keepdim=True)
+    return values.sum(rest) if rest else values
 
-    The array is read where it lies: nothing of its size is allocated.
+
+def onto_group(sums: torch.Tensor, dims: Sequence[Expr], dim: int,
+               group: Group) -> tuple[torch.Tensor, float]:
+    """Add sums over all but the deciding dimensions up onto the group: `group.shape`.
+
+    Returns them and of how many entries of the array each is.
     """
+    if not group.outers and resolve(dims[dim]) is group.atom:
+        return sums, prod(e.size for e in dims) / group.size
     axes, slot = slots(dims, dim, group)
-    rest = [d for d in range(tensor.ndim) if d not in axes]
-    sums = _summed(tensor.detach(), rest, p) if rest else tensor.detach().double().abs().pow(p)
     index = torch.from_numpy(slot.reshape(-1))
     here = index >= 0
     total = torch.zeros(prod(group.shape), dtype=torch.float64)
     total.index_add_(0, index[here], sums.reshape(-1)[here])
-    count = int(here.sum()) * prod(tensor.shape[d] for d in rest) / prod(group.shape)
-    return total.reshape(group.shape), count
+    rest = prod(e.size for d, e in enumerate(dims) if d not in axes)
+    return total.reshape(group.shape), int(here.sum()) * rest / prod(group.shape)
+
+
+def powers(tensor: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group,
+           p: int) -> tuple[torch.Tensor, float]:
+    """Return sum |w|^p onto the group (`group.shape`) and how many weights a slice has."""
+    (sums,) = sums_of(tensor, [deciding(dims, dim, group)], p)
+    return onto_group(sums, dims, dim, group)
 
 
 def onto(values: torch.Tensor, dims: Sequence[Expr], dim: int, group: Group) -> torch.Tensor:

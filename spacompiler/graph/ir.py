@@ -1,6 +1,6 @@
 """The IR: a DAG of operators over named tensors, with no framework in it.
 
-Front ends lower to it, the solver reads it, and `Graph.nx` shows it to NetworkX: operators and
+Front ends lower to it, the solver reads it, and `to_networkx` shows it to NetworkX: operators and
 tensors are nodes of one directed graph, so a path in it is a chain of operators.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ class Graph:
 
     def to_networkx(self) -> nx.DiGraph:
         """Return operators and tensors as one bipartite graph (`kind`: op or tensor)."""
+        import networkx as nx
+
         graph = nx.DiGraph()
         for tensor in self.tensors.values():
             graph.add_node(tensor.name, kind="tensor", shape=tensor.shape, weight=tensor.weight)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import networkx as nx
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..axes.expressions import Atom, Expr, atoms, is_frozen, reasons, show, walk
 from ..graph.idioms import choosing, deals, rms_norms
@@ -18,6 +16,9 @@ from ..graph.ir import Graph, Tensor
 from ..rows.findings import Read
 from ..rows.solver import Row, Solver
 from .fibres import Once, beside, find_fibres
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class Member(NamedTuple):
@@ -83,6 +84,8 @@ class Solution:
 
     def network(self) -> nx.Graph:
         """Return groups and array dimensions as one bipartite graph."""
+        import networkx as nx
+
         graph = nx.Graph()
         for group in self.groups.values():
             name = f"group {group.name}"

@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import UsageError, did_you_mean
 from ..evidence.calibration import from_arrays
 from ..evidence.calls import Inputs, as_call
-from ..onnx_backend.read import examples
 from ..request.recipe import Recipe
 
 FORM = "write NAME=2x3x224x224, or the shape alone where there is one input"
@@ -31,6 +30,8 @@ def named_inputs(model: object, made: Inputs, recipe: Recipe) -> Inputs:
         return made
     if isinstance(model, nn.Module):
         return _resized(made, recipe.input_shape, recipe.seed)
+    from ..onnx_backend.read import examples
+
     file: Any = model
     sizes: dict[str, Any] = dict(examples.guess(file, 0))
     return dict(examples.example(file, sizes | shapes(recipe.input_shape, list(sizes)),

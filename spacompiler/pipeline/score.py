@@ -39,6 +39,7 @@ def score(ask: Request, subject: Subject, traced: Traced) -> Scored:
     if "adapter_steps" in importance.needs:
         _note_local(ask, importance.name)
     context = _context(importance, subject, traced, ask.recipe.seed)
+    context.expect(traced.candidates)
     scored = Scored(importance, traced.candidates, context=context)
 
     def look() -> dict[str, np.ndarray]:

@@ -140,7 +140,14 @@ def at_level(names: tuple[str, ...], level: int) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's warnings, log lines and printed graphs off the user's terminal."""
-    with at_level(_LOGGERS, logging.CRITICAL), no_warnings(), redirect_stderr(io.StringIO()):
+    with at_level(_LOGGERS, logging.CRITICAL), unheard():
+        yield
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Keep the warnings of a module's code, and what it writes to stderr, off the terminal."""
+    with no_warnings(), redirect_stderr(io.StringIO()):
         yield
 
 

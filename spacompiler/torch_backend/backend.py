@@ -23,7 +23,7 @@ from .emit import per_layer
 from .emit import stock as hf
 from .emit.attributes import assign, resized, unmet, watch
 from .emit.biases import unbiased, with_biases
-from .emit.module import operate
+from .emit.module import held_in_code, operate
 from .emit.program import Rewritten, rewrite, run_pruned
 from .emit.slicer import Slicer
 from .gather.context import fresh_context
@@ -145,7 +145,7 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
     decided = replace(decided, cut={})
     problems: dict[str, str] = {}
     obstacles: tuple[str, ...] = ()
-    for layout, emission, make in EMITTERS:
+    for layout, emission, make in emitters(subject, decided):
         if not _wanted(layout, decided, asked):
             continue
         try:
@@ -245,6 +245,17 @@ EMITTERS: tuple[tuple[str, str, Emitter], ...] = (
     ("any", "module", partial(_watched, distinct=True)),
     ("any", "program", _rewritten),
 )
+
+
+def emitters(subject: Subject, decided: Decided) -> list[tuple[str, str, Emitter]]:
+    """The ways of making a model, the likeliest to be right first in each layout.
+
+    Where the module's code holds sizes that change, surgery alone is seldom enough.
+    """
+    later = held_in_code(subject.model, decided.solution, decided.choices)
+    order = {way: at + (1.5 if later and way[2] is _surgery else 0)
+             for at, way in enumerate(EMITTERS)}
+    return sorted(EMITTERS, key=order.__getitem__)
 
 
 def _program(subject: Subject, decided: Decided,

@@ -47,10 +47,14 @@ def _version(array: torch.Tensor) -> int:
     return 0 if array.is_inference() else array._version
 
 
-def _entries(value: object) -> Any:
-    if isinstance(value, (dict, list, set)) and type(value) in (dict, OrderedDict, list, set):
-        return value.copy()
-    return None
+_TABLES = frozenset((dict, OrderedDict, list, set))
+
+
+def _entries(value: Any) -> Any:
+    """What a table holds, itself without any; None of what is no table."""
+    if type(value) not in _TABLES:
+        return None
+    return value.copy() if value else ()
 
 
 def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],
@@ -59,6 +63,6 @@ def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],
         del have[name]
     for name, (value, entries) in attributes.items():
         have[name] = value
-        if entries is not None:
+        if entries is not None and (entries or value):
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(entries)

@@ -8,7 +8,6 @@ stock modules stand in one table; those that a module's own code reads are found
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import edits, norm_changes
 from ...store.room import Room
+from ..copying import copied
 from ..trace import Trace
 from ..weights import named_arrays
 from .apart import fresh
@@ -105,7 +105,7 @@ def operate(trace: Trace, module: nn.Module, solution: Solution, choices: Choice
                 cut[first] = slicer.array(name)
             made[first] = fresh(tensor, cut[first])
         memo[id(tensor)] = made[first]
-    pruned = copy.deepcopy(module, memo)
+    pruned = copied(module, memo)
     for path, attribute, value in (*attribute_changes(pruned, trace, solution, choices), *sizes):
         assign(pruned.get_submodule(path), attribute, value)
     narrow(pruned)
@@ -135,6 +135,16 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
             if value is not None and have != value:
                 changes.append((path, name, value))
     return changes
+
+
+def held_in_code(module: nn.Module, solution: Solution, choices: Choices) -> bool:
+    """Whether a plan changes sizes that modules of no stock class hand to operators: their own code
+    holds them, or reads them off arrays."""
+    where = {node.name: node.where for node in solution.graph.nodes}
+    kinds = {path: type(part).__name__ for path, part in
+             module.named_modules(remove_duplicate=False)}
+    return any(isinstance(value, int) and kinds.get(where[name]) not in ATTRIBUTES
+               for name, _, value, _ in edits(solution, choices))
 
 
 def _call_changes(module: nn.Module, solution: Solution,
@@ -175,7 +185,7 @@ def resize(dense: nn.Module, attributes: Sequence[Sequence[Any]],
         raise SpaError(f"the network has no array {unknown[0]!r}",
                        why="the artifact was made from another network",
                        fix="pass the dense module it was made from")
-    pruned = copy.deepcopy(dense, memo)
+    pruned = copied(dense, memo)
     for path, attribute, value in attributes:
         assign(pruned.get_submodule(path), attribute, value)
     narrow(pruned)

@@ -29,20 +29,19 @@ from ..kinds import Config, StockModel, Tokenizer
 from ..own_layers import FILE, OwnSizes
 from . import stock_search as search
 from .stock_search import Key
-from .stock_shapes import UNSAVED, Built, Shapes, made_shapes
+from .stock_shapes import UNSAVED, Shapes, built, made_shapes
 
 LIMIT = search.LIMIT
 
 
-def uniform_config(module: StockModel, solution: Solution, choices: Choices, shapes: Shapes,
-                   built: Built | None = None) -> Config | None:
+def uniform_config(module: StockModel, solution: Solution, choices: Choices,
+                   shapes: Shapes) -> Config | None:
     """Return the config of the pruned model.
 
-    `shapes` are the pruned arrays' shapes by state-dict name, `built` knows those of configs that
-    were asked for before. Raises SpaError where no stock config describes them (layers of unequal
-    width, or a size that the config can't express).
+    `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock config
+    describes them (layers of unequal width, or a size that the config can't express).
     """
-    problems, known = [], built or Built(module)
+    problems, known = [], built(module)
     buffers = unsaved(module)
 
     def wrong(changes: Mapping[Key, Any]) -> list[str]:
@@ -91,12 +90,10 @@ def changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
 def fits(module: StockModel, tied: Mapping[str, str],
          solution: Solution) -> Callable[[Choices], bool]:
     """Return a function that says whether some stock config describes the model under choices."""
-    built = Built(module)
-
     def fit(choices: Choices) -> bool:
         try:
             uniform_config(module, solution, choices,
-                           pruned_shapes(module, tied, solution, choices), built)
+                           pruned_shapes(module, tied, solution, choices))
         except SpaError:
             return False
         return True

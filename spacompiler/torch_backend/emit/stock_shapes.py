@@ -11,7 +11,9 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -36,11 +38,21 @@ def made_shapes(cls: Callable[..., nn.Module], config: Config) -> Shapes | str:
 
 
 def _shapes(cls: Callable[..., nn.Module], config: Config) -> Shapes:
-    with torch.device("meta"):
+    with torch.device("meta"), _as_they_come():
         made = cls(config)
     saved = {n: tuple(t.shape) for n, t in made.state_dict().items()}
     return saved | {UNSAVED + n: tuple(t.shape) for n, t in made.named_buffers()
                     if n not in saved}
+
+
+def _as_they_come() -> AbstractContextManager[None]:
+    """Let models of transformers be made without a thought of what their arrays would hold."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # another version: it takes longer
+        return nullcontext()
+    without: AbstractContextManager[None] = no_init_weights()
+    return without
 
 
 class Built:
@@ -81,6 +93,18 @@ class Built:
             if name not in few and last in few:
                 found[name] = few[last]
         return found
+
+
+_BUILT: WeakKeyDictionary[nn.Module, tuple[str, Built]] = WeakKeyDictionary()
+
+
+def built(module: StockModel) -> Built:
+    """Return what is known of the shapes that a module's class makes: who decides on a layout, and
+    who makes the model of it, ask the same."""
+    said = repr((module.config.to_dict(), list(module.state_dict())))
+    if module not in _BUILT or _BUILT[module][0] != said:
+        _BUILT[module] = said, Built(module)
+    return _BUILT[module][1]
 
 
 def shortened(config: Config) -> Config:

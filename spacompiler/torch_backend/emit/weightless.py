@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from ..copying import copied
 
 _META = torch.device("meta")
 
@@ -15,7 +16,7 @@ _META = torch.device("meta")
 def sharing(module: nn.Module) -> nn.Module:
     """Return a copy in eval mode that shares the parameters."""
     memo: dict[int, Any] = {id(p): p for p in module.parameters()}
-    return copy.deepcopy(module, memo).eval()
+    return copied(module, memo).eval()
 
 
 def weightless(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
@@ -25,4 +26,4 @@ def weightless(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(p.detach().to(_META), requires_grad=False)
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(_META), (args, kwargs))
-    return copy.deepcopy(module, memo).eval(), args, kwargs
+    return copied(module, memo).eval(), args, kwargs

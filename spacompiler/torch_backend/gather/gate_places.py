@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import networkx as nx
-
 from ...errors import SpaError
 from ...evidence.consumers import consumer
 from ...graph.idioms import base
@@ -38,6 +36,8 @@ def _last_choices(graph: Graph, group: Group) -> set[str]:
 
     An expert whose last arrays are zero gives nothing.
     """
+    import networkx as nx
+
     chosen = {r.node for r in group.reads
               if r.how == "chosen" and graph.tensors[r.tensor].static}
     meet = {node.name: _meet(graph, node) for node in graph.nodes if node.name in chosen}

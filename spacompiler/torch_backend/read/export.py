@@ -20,7 +20,7 @@ from ...errors import TraceError
 from ...evidence.calls import Inputs, as_call
 from ...evidence.labels import as_example
 from ...rows.aten_table import TABLE
-from ...system.process import quiet
+from ...system.process import quiet, unheard
 from ..caches import cacheless
 from ..experts import experts_in_groups
 from ..run.runner import Runner
@@ -77,7 +77,7 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False, once: bool 
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
     """The program of one call without data; None where only the exporter can follow."""
     try:
-        with quiet():
+        with unheard():
             program = record(module, args, kwargs)
     except Exception:  # any code may run here, and without its data
         return None

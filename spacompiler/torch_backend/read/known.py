@@ -7,7 +7,7 @@ blocks ask the same again and again, and of the commonest operators the answer i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -86,21 +86,73 @@ def _is_apart(result: object, *given: object) -> bool:
 # --- answers of one line ------------------------------------------------------------------------
 
 
-def _plain(values: Sequence[object]) -> torch.dtype | None:
-    """The one type of contiguous operands with floats in them, if they are that."""
+def _plain(values: Sequence[object], *, whole: bool = False) -> torch.dtype | None:
+    """The one type of contiguous operands, if they are that: floats, or, with `whole`, integers
+    beside which no number is a float."""
     found = [x for x in values if isinstance(x, torch.Tensor)]
-    rest = all(isinstance(x, (torch.Tensor, int, float, type(None))) for x in values)
     types = {x.dtype for x in found}
-    simple = all(x.ndim and x.dtype.is_floating_point and x.is_contiguous() for x in found)
-    return types.pop() if rest and simple and len(types) == 1 else None
+    if len(types) != 1 or not all(x.ndim and x.is_contiguous() for x in found):
+        return None
+    (dtype,) = types
+    floats = dtype.is_floating_point
+    numbers = (int, float) if floats else int
+    rest = all(x is None or isinstance(x, (torch.Tensor, numbers)) for x in values)
+    return dtype if rest and (floats or (whole and not dtype.is_complex)) else None
 
 
-def _pointwise(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    dtype = None if kwargs else _plain(args)
+def _pointwise(args: tuple[Any, ...], kwargs: dict[str, Any], *,
+               whole: bool = False, gives: torch.dtype | None = None) -> torch.Tensor | None:
+    dtype = None if kwargs else _plain(args, whole=whole)
     if dtype is None:
         return None
     shapes = [x.shape for x in args if isinstance(x, torch.Tensor)]
-    return torch.empty(torch.broadcast_shapes(*shapes), dtype=dtype, device=_META)
+    return torch.empty(torch.broadcast_shapes(*shapes), dtype=gives or dtype, device=_META)
+
+
+def _arithmetic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """As of floats, so of integers; those of truth values are of other types."""
+    values = (x for x in args if isinstance(x, (bool, torch.Tensor)))
+    if any(x is True or x is False or x.dtype == torch.bool for x in values):
+        return None
+    return _pointwise(args, kwargs, whole=True)
+
+
+def _compared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    return _pointwise(args, kwargs, whole=True, gives=torch.bool)
+
+
+def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    x, dims, keep = (*args, None, False)[:3]
+    if kwargs or _plain((x,)) is None or not isinstance(dims, (list, tuple)) or not dims:
+        return None
+    over = {d % x.ndim for d in dims}
+    sizes = [1 if d in over else n for d, n in enumerate(x.shape) if keep or d not in over]
+    return torch.empty(sizes, dtype=x.dtype, device=_META)
+
+
+def _cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    parts, dim = (*args, 0)[:2]
+    dtype = None if kwargs else _plain(parts, whole=True)
+    shapes = [list(x.shape) for x in parts]
+    if dtype is None or len({len(shape) for shape in shapes}) != 1:
+        return None
+    lengths = [shape.pop(dim) for shape in shapes]
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    sizes = list(parts[0].shape)
+    sizes[dim] = sum(lengths)
+    return torch.empty(sizes, dtype=dtype, device=_META)
+
+
+def _attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Of as many heads in keys and values as in queries: one result for each query."""
+    q, k, v = args[:3]
+    dtype = next(iter({x.dtype for x in (q, k, v)}))
+    if len({x.dtype for x in (q, k, v)}) != 1 or not dtype.is_floating_point or q.ndim != 4 \
+            or not q.shape[:2] == k.shape[:2] == v.shape[:2] or q.shape[3] != k.shape[3] \
+            or k.shape[2] != v.shape[2]:
+        return None
+    return torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=_META)
 
 
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -128,10 +180,17 @@ def _conv2d(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | Non
 
 _AT_ONCE: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor | None]] = {
     **dict.fromkeys((
-        _ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.div.Tensor,
-        _ATEN.silu.default, _ATEN.relu.default, _ATEN.gelu.default, _ATEN.sigmoid.default,
-        _ATEN.tanh.default, _ATEN.neg.default, _ATEN.cos.default, _ATEN.sin.default,
-        _ATEN.rsqrt.default, _ATEN.hardswish.default, _ATEN.hardsigmoid.default,
-        _ATEN.pow.Tensor_Scalar), _pointwise),
-    _ATEN.linear.default: _linear, _ATEN.conv2d.default: _conv2d,
+        _ATEN.div.Tensor, _ATEN.silu.default, _ATEN.relu.default, _ATEN.gelu.default,
+        _ATEN.sigmoid.default, _ATEN.tanh.default, _ATEN.neg.default, _ATEN.cos.default,
+        _ATEN.sin.default, _ATEN.rsqrt.default, _ATEN.hardswish.default,
+        _ATEN.hardsigmoid.default, _ATEN.pow.Tensor_Scalar), _pointwise),
+    **dict.fromkeys((_ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.sub.Tensor), _arithmetic),
+    **dict.fromkeys((_ATEN.eq.Tensor, _ATEN.ne.Tensor, _ATEN.le.Tensor, _ATEN.lt.Tensor,
+                     _ATEN.ge.Tensor, _ATEN.gt.Tensor, _ATEN.eq.Scalar, _ATEN.ne.Scalar,
+                     _ATEN.le.Scalar, _ATEN.lt.Scalar, _ATEN.ge.Scalar, _ATEN.gt.Scalar),
+                    _compared),
+    **dict.fromkeys((_ATEN.bitwise_and.Tensor, _ATEN.bitwise_or.Tensor, _ATEN.__and__.Tensor,
+                     _ATEN.__or__.Tensor), partial(_pointwise, whole=True)),
+    _ATEN.linear.default: _linear, _ATEN.conv2d.default: _conv2d, _ATEN.mean.dim: _mean,
+    _ATEN.cat.default: _cat, _ATEN.scaled_dot_product_attention.default: _attention,
 }

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from .nodes import again
 from .signature import PLAIN, Once, differing, modes, signature
 
 PARTS = 4
@@ -172,7 +173,7 @@ class Repeats:
                 if here is not None and there is not None:
                     now[here] = there
         for node in seen.nodes:
-            made = now[node] = notes.graph.node_copy(node, lambda n: now.get(n, n))
+            made = now[node] = again(notes.graph, node, lambda n: now.get(n, n))
             made.meta["nn_module_stack"] = {
                 paths.get(key, key): (paths.get(where, where), rest)
                 for key, (where, rest) in node.meta["nn_module_stack"].items()}
