@@ -35,8 +35,12 @@ def modules() -> dict[str, Path]:
 
 def imports(name: str, path: Path) -> Iterator[tuple[str, str]]:
     """Yield (module, name or "") of every import statement of a file, wherever it stands."""
+    return imports_of(ast.parse(path.read_text(encoding="utf-8")), name, path)
+
+
+def imports_of(tree: ast.Module, name: str, path: Path) -> Iterator[tuple[str, str]]:
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -78,6 +82,27 @@ def test_the_core_names_no_framework():
     wrong = [(name, module) for name, path in modules().items() for module, _ in imports(name, path)
              if name.split(".")[1:2] and name.split(".")[1] in CORE
              and module.split(".")[0] in FRAMEWORKS]
+    assert wrong == []
+
+
+_FILES = {"onnx_backend", "deploy", "runtime", "artifact.onnx_files", "artifact.onnx_checks"}
+SELDOM = {"networkx": {"cli.inspection", "groups.why"}, "onnx": _FILES, "onnx_ir": _FILES,
+          "onnxruntime": _FILES, "spacompiler.onnx_backend": {*_FILES, "trials.file_measure"}}
+"""What few compiles need, and the rooms or files that may import it before it is asked for."""
+
+
+def at_once(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (module, name or "") of what importing a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return imports_of(tree, name, path)
+
+
+def test_what_few_need_is_imported_when_it_is_asked_for():
+    wrong = [(name, module) for name, path in modules().items()
+             for module, _ in at_once(name, path) for seldom, homes in SELDOM.items()
+             if f"{module}.".startswith(f"{seldom}.") and not any(
+                 f"{name}.".startswith(f"spacompiler.{home}.") for home in homes)]
     assert wrong == []
 
 

@@ -12,7 +12,7 @@ import spacompiler
 from spacompiler.store import room
 from spacompiler.system import pages
 from spacompiler.torch_backend.emit import slicer
-from spacompiler.torch_backend.emit.stock_shapes import Built
+from spacompiler.torch_backend.emit.stock_shapes import Built, built
 
 GIVEN = {"target": "body=50%", "importance": "magnitude", "calibration": "none", "onnx": False,
          "latency": False, "align": 1}
@@ -89,3 +89,11 @@ def test_two_layers_say_what_all_layers_hold(checkpoint):
         assert few.shapes(asked) == whole.shapes(asked), changes
         few.shapes(asked)
     assert counted == [2, 2, 2, 3, 2]
+
+
+def test_what_a_class_makes_of_configurations_is_known_to_all_that_ask(checkpoint):
+    module = LlamaForCausalLM(LlamaConfig.from_pretrained(checkpoint))
+    known = built(module)
+    assert built(module) is known
+    module.config.intermediate_size *= 2
+    assert built(module) is not known

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import spacompiler
+from spacompiler.torch_backend import backend
 from spacompiler.torch_backend.emit.attributes import assign, differing, held, watch
 from spacompiler.torch_backend.emit.sized import Sized
 
@@ -340,3 +341,15 @@ def test_sizes_are_watched_without_data_where_code_asks_for_none(asks: bool) -> 
     seen = watch(Heads().eval(), (torch.randn(2, 4),), {})
     assert ran == (["meta", "cpu"] if asks else ["meta"])
     assert ("", "heads") in {key for use in seen.uses for key in use.size.keys}
+
+
+@pytest.mark.parametrize(("net", "first"), [
+    (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)), "_surgery"),
+    (Plain(), "_watched")], ids=["stock classes", "code"])
+def test_where_code_holds_sizes_it_is_watched_before_anything_is_tried(net, first):
+    x = torch.randn(2, 3, 9, 9) if first == "_surgery" else torch.randn(2, 5, 24)
+    made = spacompiler.compile(net.eval(), (x,), target="params=60%", dry_run=True, **FAST).job
+    ways = [make for layout, _, make in backend.emitters(made.subject, made.decided)
+            if layout == "any"]
+    assert ways[0].__name__ == first
+    assert sorted(map(repr, ways)) == sorted(repr(m) for w, _, m in backend.EMITTERS if w == "any")

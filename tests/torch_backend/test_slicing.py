@@ -10,11 +10,12 @@ from networks import network
 from torch import nn
 
 import spacompiler
-from spacompiler.axes.choices import Choice
+from spacompiler.axes import choices
+from spacompiler.axes.choices import Choice, keep_mask
 from spacompiler.groups.solution import solve
 from spacompiler.plan.effects import gather_indices, norm_changes
 from spacompiler.rows.aten_table import TABLE
-from spacompiler.torch_backend.emit.slicer import Slicer
+from spacompiler.torch_backend.emit.slicer import Slicer, _select
 
 
 class Normed(nn.Module):
@@ -38,8 +39,7 @@ def sliced(**kept: np.ndarray) -> Slicer:
     found = quick_trace(Normed(), torch.rand(4, 5))
     solution = solve(found.graph, TABLE)
     (hidden,) = [g for g in solution.groups.values() if g.size == 6]
-    choices = {hidden.atom: Choice(kept["hidden"])} if kept else {}
-    return Slicer(found, solution, choices)
+    return Slicer(found, solution, {hidden.atom: Choice(kept["hidden"])} if kept else {})
 
 
 def test_which_arrays_stay() -> None:
@@ -116,3 +116,24 @@ def test_a_parameter_that_a_list_holds_too_is_written_as_one() -> None:
         align=1, latency=False, onnx=False)
     assert made.job.emission == "program"
     assert isinstance(dict(made.module.named_parameters())["body.shift"], nn.Parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int16])
+def test_numbers_of_two_bytes_are_cut_as_others_are(dtype):
+    w = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    at = torch.tensor([0, 2])
+    for axis in range(3):
+        have = _select(w, {axis: at[:len(at) - (axis == 0)]})
+        assert torch.equal(have, w.index_select(axis, at[:len(at) - (axis == 0)]))
+    assert have.dtype == dtype and have.is_contiguous()
+
+
+def test_positions_that_stay_are_found_once_for_an_axis(monkeypatch):
+    made, asked = sliced(hidden=KEPT), []
+    monkeypatch.setattr(choices, "keep_mask", lambda dims, *rest: asked.append(dims) or
+                        keep_mask(dims, *rest))
+    first = [made.array(name) for name in made.names()]
+    assert len(asked) == 1
+    other = {atom: Choice(~choice.table) for atom, choice in made.choices.items()}
+    assert not torch.equal(made.array("down.weight", choices=other), made.array("down.weight"))
+    assert all(torch.equal(made.array(n), a) for n, a in zip(made.names(), first, strict=True))
