@@ -27,7 +27,7 @@ def copied(module: M, memo: dict[int, Any] | None = None) -> M:
     return made
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: object, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -37,7 +37,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind in _TABLES and not value:
         memo[id(value)] = made = kind()
         return made
-    if kind is dict:
+    if kind is dict and isinstance(value, dict):
         memo[id(value)] = made = {}
         for key, part in value.items():
             made[_copied(key, memo)] = _copied(part, memo)

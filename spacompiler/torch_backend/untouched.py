@@ -50,11 +50,11 @@ def _version(array: torch.Tensor) -> int:
 _TABLES = frozenset((dict, OrderedDict, list, set))
 
 
-def _entries(value: Any) -> Any:
-    """What a table holds, itself without any; None of what is no table."""
-    if type(value) not in _TABLES:
-        return None
-    return value.copy() if value else ()
+def _entries(value: object) -> Any:
+    """What a table holds; None of what is no table."""
+    if type(value) in _TABLES and isinstance(value, (dict, list, set)):
+        return value.copy() if value else ()
+    return None
 
 
 def _restore(have: dict[str, Any], attributes: dict[str, tuple[Any, Any]],

@@ -24,10 +24,12 @@ def again(graph: fx.Graph, node: fx.Node, change: Callable[[fx.Node], fx.Node]) 
     """Return a new node that does what another does, of other arguments."""
     made = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
     made.meta.update(node.meta)
-    return _filled(made, fx.map_arg(node.args, change), fx.map_arg(node.kwargs, change))
+    args: Any = fx.map_arg(node.args, change)
+    kwargs: Any = fx.map_arg(node.kwargs, change)
+    return _filled(made, args, kwargs)
 
 
-def _filled(node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+def _filled(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
     node.args = args
     if kwargs:
         node.kwargs = kwargs
