@@ -27,6 +27,7 @@ SAID = [
     (A.cat.default, ([made(2, 3), made(2, 5)], -1)), (A.cat.default, ([made(2, 3), made(4, 3)],)),
     (A.linear.default, (made(2, 7, 3), made(5, 3), made(5))),
     (A.conv2d.default, (made(2, 4, 9, 9), made(6, 2, 3, 3), None, [2, 2], [1, 1], [1, 1], 2)),
+    (A.add_.Tensor, (made(2, 3), made(2, 3))), (A.mul_.Tensor, (made(4, of=INT), made(4, of=INT))),
     (A.scaled_dot_product_attention.default,
      (made(2, 4, 9, 8), made(2, 4, 7, 8), made(2, 4, 7, 6))),
 ]
@@ -35,7 +36,9 @@ LEFT = [
     (A.add.Tensor, (made(2, 3, of=BOOL), made(2, 3, of=BOOL))),
     (A.add.Tensor, (made(2, 3, of=INT), 0.5)), (A.mul.Tensor, (made(2, 3, of=INT), True)),
     (A.add.Tensor, (made(2, 3), made(2, 3, of=INT))), (A.add.Tensor, (made(3, 2).t(), made(2, 3))),
-    (A.neg.default, (made(2, 3, of=INT),)), (A.mean.dim, (made(2, 3), [])),
+    (A.neg.default, (made(2, 3, of=INT),)), (A.add_.Tensor, (made(2, 3), made(3))),
+    (A.add_.Tensor, (made(2, 3), 2)), (A.mul_.Tensor, (made(2, 3), made(2, 3, of=INT))),
+    (A.mean.dim, (made(2, 3), [])),
     (A.cat.default, ([made(2, 3), made(0)], 0)),
     (A.cat.default, ([made(2, 3), made(2, 3, of=INT)], 0)),
     (A.scaled_dot_product_attention.default,
@@ -48,6 +51,7 @@ def test_results_are_of_the_sizes_strides_and_types_that_torch_gives_them(operat
     have, want = _AT_ONCE[operator](args, {}), _asked(operator, args, {})
     assert (have.shape, have.stride(), have.dtype, have.device) == (
         want.shape, want.stride(), want.dtype, want.device)
+    assert (have is args[0]) == operator._schema.is_mutable
 
 
 @pytest.mark.parametrize(("operator", "args"), LEFT, ids=str)

@@ -55,6 +55,12 @@ def _asked(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str,
             return func(*args, **kwargs)
 
 
+def like(x: torch.Tensor) -> torch.Tensor:
+    """Return another tensor of the kind of one, as operators give it that lay it out alike."""
+    return torch.empty(x.shape, dtype=x.dtype, device=_META) if x.is_contiguous() and x.is_meta \
+        else torch.empty_like(x)
+
+
 @cache
 def _is_fresh(func: torch._ops.OpOverload) -> bool:
     """Whether an operator gives one tensor that is no view and writes into none."""
@@ -105,8 +111,9 @@ def _pointwise(args: tuple[Any, ...], kwargs: dict[str, Any], *,
     dtype = None if kwargs else _plain(args, whole=whole)
     if dtype is None:
         return None
-    shapes = [x.shape for x in args if isinstance(x, torch.Tensor)]
-    return torch.empty(torch.broadcast_shapes(*shapes), dtype=gives or dtype, device=_META)
+    shapes = {x.shape for x in args if isinstance(x, torch.Tensor)}
+    shape = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+    return torch.empty(shape, dtype=gives or dtype, device=_META)
 
 
 def _arithmetic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -115,6 +122,13 @@ def _arithmetic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor |
     if any(x is True or x is False or x.dtype == torch.bool for x in values):
         return None
     return _pointwise(args, kwargs, whole=True)
+
+
+def _added(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What is added to in place, by as much of the same type."""
+    x, other = args
+    same = not kwargs and isinstance(other, torch.Tensor) and _plain(args, whole=True) is not None
+    return x if same and x.shape == other.shape else None
 
 
 def _compared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -191,6 +205,7 @@ _AT_ONCE: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor | N
                     _compared),
     **dict.fromkeys((_ATEN.bitwise_and.Tensor, _ATEN.bitwise_or.Tensor, _ATEN.__and__.Tensor,
                      _ATEN.__or__.Tensor), partial(_pointwise, whole=True)),
+    **dict.fromkeys((_ATEN.add_.Tensor, _ATEN.mul_.Tensor, _ATEN.sub_.Tensor), _added),
     _ATEN.linear.default: _linear, _ATEN.conv2d.default: _conv2d, _ATEN.mean.dim: _mean,
     _ATEN.cat.default: _cat, _ATEN.scaled_dot_product_attention.default: _attention,
 }

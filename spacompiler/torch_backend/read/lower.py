@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ _KINDS = {
     InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant", InputKind.USER_INPUT: "input",
 }
+_NUMBERS = frozenset((int, float, bool, str, type(None)))
 _WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
@@ -110,7 +111,13 @@ def _op_name(target: object) -> str:
 
 
 def _source(node: fx.Node) -> str:
-    rows = [r.strip() for r in (node.meta.get("stack_trace") or "").splitlines() if "File" in r]
+    return _line(node.meta.get("stack_trace") or "")
+
+
+@lru_cache(1 << 12)
+def _line(trace: str) -> str:
+    """The innermost place of a stack, as folder/file:line."""
+    rows = [r.strip() for r in trace.splitlines() if "File" in r]
     if not rows:
         return ""
     parts = rows[-1].split('"')
@@ -120,6 +127,8 @@ def _source(node: fx.Node) -> str:
 
 
 def _lower_value(graph: Graph, value: object) -> Any:
+    if type(value) in _NUMBERS:
+        return value
     if isinstance(value, fx.Node):
         if value.name in graph.tensors:
             return Ref(value.name)

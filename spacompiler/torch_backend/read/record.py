@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..trace import Recorded
-from .known import Known, is_mutable, takes_device
+from .known import Known, is_mutable, like, takes_device
 from .nodes import call
 from .placed import called
 from .repeats import Repeats, Unlike
@@ -45,8 +45,9 @@ _ATEN = torch.ops.aten
 # operators whose result is like their operand, and for which torch takes long to say so
 _LIKE_OPERAND: dict[Any, Callable[..., torch.Tensor]] = {
     **dict.fromkeys((_ATEN.batch_norm.default, _ATEN.layer_norm.default),
-                    lambda x, *rest: torch.empty_like(x)),
-    **dict.fromkeys((_ATEN.silu_.default, _ATEN.hardswish_.default, _ATEN.hardtanh_.default),
+                    lambda x, *rest: like(x)),
+    **dict.fromkeys((_ATEN.silu_.default, _ATEN.hardswish_.default, _ATEN.hardtanh_.default,
+                     _ATEN.relu_.default, _ATEN.sigmoid_.default, _ATEN.hardsigmoid_.default),
                     lambda x, *rest: x),
 }
 _PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_",
@@ -157,7 +158,8 @@ class _Recorder(ProxyTorchDispatchMode):
             raise NotRecorded(f"{name} is a {type(tensor).__name__}")
         if self._device is None:
             self._device = tensor.device
-        stand_in = torch.empty_like(tensor, device=_META, requires_grad=False)
+        stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype,
+                                       device=_META)
         node = self.graph.placeholder(_PREFIX[kind] + name.replace(".", "_"))
         target = None if kind is InputKind.USER_INPUT else name
         self.specs.append(InputSpec(
@@ -205,8 +207,8 @@ class _Recorder(ProxyTorchDispatchMode):
         if is_mutable(func):
             self.wrote = True
             self._keep_sizes(args, kwargs)
-        like = _LIKE_OPERAND.get(func)
-        result = like(*given, **named) if like else self._known(func, given, named, key)
+        alike = _LIKE_OPERAND.get(func)
+        result = alike(*given, **named) if alike else self._known(func, given, named, key)
         node = call(self.graph, func, node_args, node_kwargs)
         node.meta.update(val=_snapshot(result), stack_trace=_place(),
                          nn_module_stack={"": (self.path[-1], "")})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -211,10 +212,9 @@ def alike(module: nn.Module) -> Iterator[tuple[Kind, list[nn.Module]]]:
         children = dict.fromkeys(child for child in part._modules.values() if child is not None)
         types = Counter(map(type, children))
         for child in children:
-            if types[type(child)] > 1 and "forward" not in vars(child):
-                kind = signature(child)
-                if len(kind) >= PARTS:
-                    kinds.setdefault(kind, []).append(child)
+            if types[type(child)] > 1 and "forward" not in vars(child) and \
+                    len(list(islice(child.named_modules(remove_duplicate=False), PARTS))) == PARTS:
+                kinds.setdefault(signature(child), []).append(child)
         for blocks in kinds.values():
             if len(blocks) > 1:
                 yield Kind(differing(blocks)), blocks
