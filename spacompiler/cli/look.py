@@ -80,7 +80,7 @@ def inspect(
 ) -> None:
     """Show the coupled groups of MODEL."""
     with errors(as_json):
-        from .. import api
+        from ..pipeline import inspected
         from . import inspection
 
         if _diagnosed(model, as_json, asked(Looking, given), {
@@ -92,7 +92,8 @@ def inspect(
             inspection.check_graph(place)
         with progress() as tick:
             tick(f"tracing {model}", 0, 1)
-            solution = api.inspect(model, modules=tuple(module or ()), **asked(Trusting, given))
+            solution = inspected.inspect(model, modules=tuple(module or ()),
+                                         **asked(Trusting, given))
         if graph is not None:
             inspection.write_graph(solution, graph)
         if page is not None:

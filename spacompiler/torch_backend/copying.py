@@ -20,6 +20,11 @@ M = TypeVar("M", bound=nn.Module)
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 _TABLES = frozenset((dict, OrderedDict, set, list))
 
+_STOCK = {"__reduce_ex__": object, "__reduce__": object, "__getstate__": object, "__new__": object,
+          "__setstate__": nn.Module}
+"""What says how a module is copied, and the class that it is of in stock modules."""
+_SAID = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+
 
 def copied(module: M, memo: dict[int, Any] | None = None) -> M:
     """Return a deep copy of a module; `memo` says what takes the place of which object, by id."""
@@ -42,19 +47,18 @@ def _copied(value: object, memo: dict[int, Any]) -> Any:
         for key, part in value.items():
             made[_copied(key, memo)] = _copied(part, memo)
         return made
-    if not issubclass(kind, nn.Module) or not _is_stock(kind) or "__deepcopy__" in vars(value):
+    if not _is_stock(kind) or "__deepcopy__" in vars(value):
         return copy.deepcopy(value, memo)
-    memo[id(value)] = made = kind.__new__(kind)
-    made.__setstate__({name: _copied(part, memo) for name, part in vars(value).items()})
-    return made
+    part: Any = kind.__new__(kind)
+    memo[id(value)] = part
+    part.__setstate__({name: _copied(held, memo) for name, held in vars(value).items()})
+    return part
 
 
 @cache
 def _is_stock(kind: type) -> bool:
-    """Whether nothing but `nn.Module` says how a class of modules is copied."""
-    return not hasattr(kind, "__deepcopy__") and kind not in copyreg.dispatch_table \
-        and kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__ \
-        and getattr(kind, "__getstate__", None) is getattr(object, "__getstate__", None) \
-        and kind.__setstate__ is nn.Module.__setstate__ and kind.__new__ is object.__new__ \
-        and not any(hasattr(kind, name) for name in ("__getnewargs__", "__getnewargs_ex__")) \
-        and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
+    """Whether a class is one of modules, and nothing but `nn.Module` says how they are copied."""
+    return issubclass(kind, nn.Module) and kind not in copyreg.dispatch_table \
+        and not copyreg._slotnames(kind) \
+        and all(getattr(kind, name) is getattr(home, name) for name, home in _STOCK.items()) \
+        and not any(hasattr(kind, name) for name in _SAID)

@@ -348,7 +348,7 @@ def test_sizes_are_watched_without_data_where_code_asks_for_none(asks: bool) -> 
     (Plain(), "_watched")], ids=["stock classes", "code"])
 def test_where_code_holds_sizes_it_is_watched_before_anything_is_tried(net, first):
     x = torch.randn(2, 3, 9, 9) if first == "_surgery" else torch.randn(2, 5, 24)
-    made = spacompiler.compile(net.eval(), (x,), target="params=60%", dry_run=True, **FAST).job
+    made = spacompiler.compile(net.eval(), (x,), target="params~60%", dry_run=True, **FAST).job
     ways = [make for layout, _, make in backend.emitters(made.subject, made.decided)
             if layout == "any"]
     assert ways[0].__name__ == first
