@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -40,7 +40,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the text of plan.json, keys in order."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        said = {each.name: getattr(self, each.name) for each in fields(self)}
+        return json.dumps(said, indent=1, sort_keys=True) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Plan:

@@ -29,7 +29,7 @@ from .emit.slicer import Slicer
 from .gather.context import fresh_context
 from .prove import prove
 from .read.export import trace
-from .run.runner import Runner
+from .run.runner import Runner, Weights
 from .trace import Recorded, Trace
 from .weights import runs_like, weights_hash
 
@@ -141,8 +141,9 @@ Emitter = Callable[[Subject, Decided], _Made]
 def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str]) -> Emitted:
     """Take the first emitter whose result agrees with the proved program."""
     trace: Trace = decided.trace
-    want = run_pruned(trace, decided.solution, decided.choices, double=False)
     decided = replace(decided, cut={})
+    want = run_pruned(trace, decided.solution, decided.choices, double=False,
+                      cut=_cutting(subject, decided))
     problems: dict[str, str] = {}
     obstacles: tuple[str, ...] = ()
     for layout, emission, make in emitters(subject, decided):
@@ -171,6 +172,20 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
                      why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
+def _cutting(subject: Subject, decided: Decided) -> Weights:
+    """Return what gives pruned arrays by name: each is cut once, and the emitters take it."""
+    tied = decided.trace.tied
+    slicer = Slicer(decided.trace, decided.solution, decided.choices, subject.room)
+
+    def array(name: str) -> torch.Tensor:
+        first = tied.get(name, name)
+        if first not in decided.cut:
+            decided.cut[first] = slicer.array(name)
+        return decided.cut[first]
+
+    return array
+
+
 def _wanted(layout: str, decided: Decided, asked: str) -> bool:
     """Whether a layout is to be tried: those of stock configurations where one may say the plan."""
     return layout == "any" or (layout in STOCK[decided.stock] and asked in ("auto", layout))
@@ -197,14 +212,11 @@ def _per_layer(subject: Subject, decided: Decided) -> _Made:
 def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
     """The class built from a configuration, with the arrays cut."""
     module, trace = subject.model, decided.trace
-    slicer = Slicer(trace, decided.solution, decided.choices, subject.room)
-    made: dict[str, torch.Tensor] = {}
+    cut, made = _cutting(subject, decided), dict[str, torch.Tensor]()
     for name in module.state_dict():
         first = trace.tied.get(name, name)
         if first not in made:
-            if first not in decided.cut:
-                decided.cut[first] = slicer.array(first)
-            made[first] = decided.cut[first].detach()
+            made[first] = cut(first).detach()
     return hf.build(module, config, {
         name: made[trace.tied.get(name, name)] for name in module.state_dict()},
         hf.frozen(module), cls)

@@ -22,7 +22,7 @@ from ...groups.solution import Solution
 from ...plan.effects import edits, gather_indices
 from ...rows.findings import Path
 from ..run.aside import Aside
-from ..run.runner import Runner
+from ..run.runner import Runner, Weights
 from ..trace import Trace, copied
 from .slicer import Slicer
 
@@ -122,11 +122,12 @@ def _scaled(size: fx.Node, user: fx.Node, value: int, old: int) -> fx.Node:
 def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
                wrong: dict[str, Choices] | None = None, double: bool = True,
                watch: Callable[[str, Any], None] | None = None,
-               aside: Aside | None = None) -> list[Any]:
+               aside: Aside | None = None, cut: Weights | None = None) -> list[Any]:
     """Run the pruned program on the example inputs, slicing each array when it is read.
 
     `wrong` gives some arrays another choice of slices: the proof's negative control. What it and
-    the right run have in common is computed once where both are given one `aside`.
+    the right run have in common is computed once where both are given one `aside`. Arrays that are
+    sliced elsewhere are what `cut` gives by name.
     """
     slicer = Slicer(trace, solution, choices)
     wrong = {trace.tied.get(k, k): v for k, v in (wrong or {}).items()}
@@ -134,7 +135,7 @@ def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
     def weights(name: str) -> torch.Tensor:
         return slicer.array(name, double=double, choices=wrong.get(trace.tied.get(name, name)))
 
-    runner = Runner(trace.program, weights, graph_module=edited(trace, solution, choices),
+    runner = Runner(trace.program, cut or weights, graph_module=edited(trace, solution, choices),
                     watch=watch,
                     where=trace.proving if double else HERE)
     with torch.no_grad():

@@ -41,19 +41,31 @@ def uniform_config(module: StockModel, solution: Solution, choices: Choices,
     `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock config
     describes them (layers of unequal width, or a size that the config can't express).
     """
-    problems, known = [], built(module)
-    buffers = unsaved(module)
+    said = _said(module, changed_sizes(solution, choices), _asking(module, shapes))
+    return changed(module.config, {**said, **besides(module, solution, choices)})
+
+
+Wrong = Callable[[Mapping[Key, Any]], list[str]]
+"""How what a config with changed entries makes differs from the shapes that are wanted."""
+
+
+def _asking(module: StockModel, shapes: Shapes) -> Wrong:
+    known, buffers = built(module), unsaved(module)
 
     def wrong(changes: Mapping[Key, Any]) -> list[str]:
         config = changed(module.config, changes)
         return differing(None if config is None else known.shapes(config), shapes, buffers)
 
-    for changes in search.candidates(module.config, changed_sizes(solution, choices),
-                                     lambda changes: len(wrong(changes))):
+    return wrong
+
+
+def _said(module: StockModel, sizes: Mapping[int, set[int]], wrong: Wrong) -> dict[Key, Any]:
+    """Return the entries that say new sizes, by the old ones; raises SpaError if none do."""
+    problems = []
+    for changes in search.candidates(module.config, sizes, lambda changes: len(wrong(changes))):
         problem = next(iter(wrong(changes)), "")
         if not problem:
-            least: dict[Key, Any] = search.least(changes, lambda some: not wrong(some))
-            return changed(module.config, {**least, **besides(module, solution, choices)})
+            return search.least(changes, lambda some: not wrong(some))
         problems.append(problem)
     raise SpaError(
         "no stock configuration describes the pruned shapes",
@@ -89,11 +101,20 @@ def changed(config: Config, changes: Mapping[Key, Any]) -> Config | None:
 
 def fits(module: StockModel, tied: Mapping[str, str],
          solution: Solution) -> Callable[[Choices], bool]:
-    """Return a function that says whether some stock config describes the model under choices."""
+    """Return a function that says whether some stock config describes the model under choices.
+
+    Entries that said other choices are tried first.
+    """
+    likely: list[dict[Key, Any]] = []
+
     def fit(choices: Choices) -> bool:
+        wrong = _asking(module, pruned_shapes(module, tied, solution, choices))
+        sizes = changed_sizes(solution, choices)
+        guesses = (search.alike(module.config, entries, sizes) for entries in likely)
+        if any(guess and not wrong(guess) for guess in guesses):
+            return True
         try:
-            uniform_config(module, solution, choices,
-                           pruned_shapes(module, tied, solution, choices))
+            likely.append(_said(module, sizes, wrong))
         except SpaError:
             return False
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..kinds import Config
@@ -49,6 +49,19 @@ def candidates(config: Config, sizes: Mapping[int, set[int]],
         every = [*options, *more]
         for start in ([option[0] for option in every], [None] * len(every)) if every else ():
             yield _descended(every, start, fixed, wrong)
+
+
+def alike(config: Config, entries: Iterable[Key],
+          sizes: Mapping[int, set[int]]) -> dict[Key, Any]:
+    """Return the same entries with the new sizes of these; none if that is not plain."""
+    old, fixed = dict(_entries(config)), pinned_head_dim(config)
+    made: dict[Key, Any] = {}
+    for key in entries:
+        new = {fixed[key]} if key in fixed else sizes.get(old.get(key, 0), set())
+        if len(new) != 1:
+            return {}
+        (made[key],) = new
+    return made
 
 
 def _descended(options: list[list[Any]], start: list[Any], fixed: dict[Key, Any],
