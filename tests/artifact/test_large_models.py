@@ -12,6 +12,7 @@ import spacompiler
 from spacompiler.store import room
 from spacompiler.system import pages
 from spacompiler.torch_backend.emit import slicer
+from spacompiler.torch_backend.emit.stock_search import alike
 from spacompiler.torch_backend.emit.stock_shapes import Built, built
 
 GIVEN = {"target": "body=50%", "importance": "magnitude", "calibration": "none", "onnx": False,
@@ -97,3 +98,15 @@ def test_what_a_class_makes_of_configurations_is_known_to_all_that_ask(checkpoin
     assert built(module) is known
     module.config.intermediate_size *= 2
     assert built(module) is not known
+
+
+@pytest.mark.parametrize(("entries", "sizes", "said"), [
+    (("intermediate_size",), {48: {24}, 7: {5}}, {"intermediate_size": 24}),
+    (("intermediate_size",), {48: {24, 16}}, {}), (("intermediate_size",), {7: {5}}, {}),
+    (("num_attention_heads", "head_dim"), {4: {3}}, {"num_attention_heads": 3, "head_dim": 8}),
+    (("no_entry",), {48: {24}}, {})])
+def test_entries_that_said_one_width_are_asked_first_of_another(entries, sizes, said):
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4,
+                         num_key_value_heads=2)
+    config.head_dim = None
+    assert alike(config, dict.fromkeys(entries), sizes) == said

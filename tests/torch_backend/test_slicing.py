@@ -15,7 +15,8 @@ from spacompiler.axes.choices import Choice, keep_mask
 from spacompiler.groups.solution import solve
 from spacompiler.plan.effects import gather_indices, norm_changes
 from spacompiler.rows.aten_table import TABLE
-from spacompiler.torch_backend.emit.slicer import Slicer, _select
+from spacompiler.torch_backend.emit import slicer as slicing
+from spacompiler.torch_backend.emit.slicer import Slicer, _select, cut
 
 
 class Normed(nn.Module):
@@ -137,3 +138,13 @@ def test_positions_that_stay_are_found_once_for_an_axis(monkeypatch):
     other = {atom: Choice(~choice.table) for atom, choice in made.choices.items()}
     assert not torch.equal(made.array("down.weight", choices=other), made.array("down.weight"))
     assert all(torch.equal(made.array(n), a) for n, a in zip(made.names(), first, strict=True))
+
+
+def test_each_array_is_cut_once_to_be_checked_and_to_be_in_the_model(monkeypatch):
+    counted = []
+    monkeypatch.setattr(slicing, "cut", lambda tensor, *rest: counted.append(1) or
+                        cut(tensor, *rest))
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    spacompiler.compile(net, (torch.randn(3, 6),), target="params~60%", importance="magnitude",
+                        prove=False, onnx=False, latency=False, align=1)
+    assert len(counted) == 3  # rows of the first layer, its biases, columns of the last
