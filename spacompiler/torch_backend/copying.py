@@ -33,7 +33,7 @@ def copied(module: M, memo: dict[int, Any] | None = None) -> M:
 
 
 def _copied(value: object, memo: dict[int, Any]) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _PLAIN:
         return value
     known = memo.get(id(value))
@@ -49,16 +49,16 @@ def _copied(value: object, memo: dict[int, Any]) -> Any:
         return made
     if not _is_stock(kind) or "__deepcopy__" in vars(value):
         return copy.deepcopy(value, memo)
-    part: Any = kind.__new__(kind)
-    memo[id(value)] = part
-    part.__setstate__({name: _copied(held, memo) for name, held in vars(value).items()})
-    return part
+    twin: Any = kind.__new__(kind)
+    memo[id(value)] = twin
+    twin.__setstate__({name: _copied(part, memo) for name, part in vars(value).items()})
+    return twin
 
 
 @cache
 def _is_stock(kind: type) -> bool:
     """Whether a class is one of modules, and nothing but `nn.Module` says how they are copied."""
     return issubclass(kind, nn.Module) and kind not in copyreg.dispatch_table \
-        and not copyreg._slotnames(kind) \
+        and not any(vars(base).get("__slots__") for base in kind.__mro__) \
         and all(getattr(kind, name) is getattr(home, name) for name, home in _STOCK.items()) \
         and not any(hasattr(kind, name) for name in _SAID)
