@@ -53,6 +53,8 @@ BASES: dict[str, dict[str, Any]] = {
              "repair": "refit(sequential=True, residual=True, every=True, create_biases=True)",
              "roles": ("channel", "head"), "samples": 128, "continued": True},
 }
+BASES["gates"] = {**BASES["ours"], "importance": "curvature", "allocation": "uniform",
+                  "schedule": "gates(streams=True)"}
 BASES["ours, given text"] = {**BASES["ours"], "continued": False}
 BASES["ours by layers"] = {**BASES["ours, given text"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
@@ -86,7 +88,7 @@ def pruned(base: str, args: argparse.Namespace) -> Any:
     if not folder.exists():
         result = spacompiler.compile(
             MODEL, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
-            out=folder, **{**COMMON, **CALIBRATION, **BASES[base]})
+            out=folder, work=args.work / f"{folder.name}.work", **{**COMMON, **CALIBRATION, **BASES[base]})
         print(base, result.plan.costs["body"], result.job.notes, flush=True)
     return spacompiler.load(folder)
 
