@@ -6,14 +6,16 @@
 held out) and wikitext2/test.raw, ptb/valid.txt (perplexity, windows of 512 tokens). All rows see
 the same tokens, in batches of equal size. Each row's learning rate is the one of `--rates` that
 does best on the held-out windows after a short run of `--sweep` tokens (rows that differ after a
-comma share it); the texts that are measured take no part in that. `--work` keeps the pruned models
-and the results, so that rows can be run one by one; `--show` prints what is there.
+comma share it); the texts that are measured take no part in that. Rows `+full` have one rate, 2e-4.
+`--work` keeps the pruned models and the results, so that rows can be run one by one, and a training
+that was stopped goes on; `--show` prints what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -55,12 +57,15 @@ BASES: dict[str, dict[str, Any]] = {
 }
 BASES["gates"] = {**BASES["ours"], "importance": "curvature", "allocation": "uniform",
                   "schedule": "gates(streams=True)"}
+# what training starts from where the dense network teaches: the same slices, not repaired
+BASES["curvature"] = {**BASES["channels"], "repair": "none", "roles": ("channel", "head")}
 BASES["ours, given text"] = {**BASES["ours"], "continued": False}
 BASES["ours by layers"] = {**BASES["ours, given text"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
 # rank 8, alpha 16, dropout 0.05 on every linear layer of a block, as LLM-Pruner released it
-RELEASED = f"lora(lr={{lr}}, dropout=0.05, norms=False, evaluations=4, {STEP})"
-OWN = f"lora(lr={{lr}}, evaluations=4, {STEP})"
+RELEASED = f"lora(lr={{lr}}, dropout=0.05, norms=False, logits=0.0, evaluations=4, {STEP})"
+OWN = f"lora(lr={{lr}}, logits=0.0, evaluations=4, {STEP})"
+FULL = f"full(lr=2e-4, evaluations=5, {STEP})"  # the own loss and the divergence
 # row -> (how it was pruned, pass that trains; "" for none). A base "lora-prune" is pruned by it.
 ROWS: dict[str, tuple[str, str]] = {
     "llm-pruner": ("llm-pruner", ""),
@@ -71,12 +76,15 @@ ROWS: dict[str, tuple[str, str]] = {
     "refit": ("refit", ""), "refit+lora": ("refit", OWN),
     "channels": ("channels", ""), "channels+lora": ("channels", OWN),
     "ours": ("ours", ""), "ours+lora": ("ours", OWN),
-    "ours+lora, KL": ("ours", OWN.replace("evaluations", "task=0.0, logits=1.0, evaluations")),
-    "ours+lora, both": ("ours", OWN.replace("evaluations", "logits=1.0, evaluations")),
+    "ours+lora, KL": ("ours", OWN.replace("logits=0.0", "task=0.0, logits=1.0")),
+    "ours+lora, both": ("ours", OWN.replace("logits=0.0", "logits=1.0")),
     "ours, given text": ("ours, given text", ""),
     "ours, given text+lora": ("ours, given text", OWN),
     "ours by layers+lora": ("ours by layers", OWN),
-    "ours+norms": ("ours", f"norms(lr={{lr}}, {STEP})"),
+    "ours+norms": ("ours", f"norms(lr={{lr}}, logits=0.0, {STEP})"),
+    "gates": ("gates", ""), "curvature": ("curvature", ""),
+    **{f"{base}+full": (base, FULL) for base in ("cfsp", "curvature", "ours", "gates")},
+    "gates+full, own loss": ("gates", FULL.replace("lr=2e-4", "lr=2e-4, logits=0.0")),
 }
 RIVALS = ("llm-pruner+lora", "lora-prune")
 RATES = (1e-3, 2e-3, 4e-3)
@@ -88,7 +96,8 @@ def pruned(base: str, args: argparse.Namespace) -> Any:
     if not folder.exists():
         result = spacompiler.compile(
             MODEL, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
-            out=folder, work=args.work / f"{folder.name}.work", **{**COMMON, **CALIBRATION, **BASES[base]})
+            out=folder, work=args.work / f"{folder.name}.work",
+            **{**COMMON, **CALIBRATION, **BASES[base]})
         print(base, result.plan.costs["body"], result.job.notes, flush=True)
     return spacompiler.load(folder)
 
@@ -113,9 +122,11 @@ def run(row: str, recipe: str, tokens: int, args: argparse.Namespace) -> tuple[d
                      length=args.length, batch=2, seed=1)
     calls = [((), {**kwargs, "use_cache": False}) for _, kwargs in data.batches]
     held_out = max(1, len(calls) // 16)
-    progress = partial(_tell, time.monotonic())
+    place = args.work / f"{row} {args.target} {tokens} {recipe}".replace("/", "")
+    before = json.loads(spent.read_text()) if (spent := place / "spent.json").exists() else 0.0
+    started = time.process_time() - before
+    progress = partial(_tell, time.monotonic(), spent, started)
     torch.manual_seed(0)
-    started = time.process_time()
     if base == "lora-prune":
         module = spacompiler.compile(
             MODEL, target=args.target, schedule=recipe, calibration=calls[:-held_out],
@@ -123,20 +134,25 @@ def run(row: str, recipe: str, tokens: int, args: argparse.Namespace) -> tuple[d
         seen = sum(k["input_ids"].numel() for _, k in calls[:-held_out])
     else:
         module = pruned(base, args)
-        if "logits" not in recipe:
+        if "logits=0.0" in recipe or not recipe:
             dense.module = torch.nn.Identity()  # it is not needed: give its memory back
-        started, seen = time.process_time(), 0
+        started, seen = time.process_time() - before, 0
+        progress = partial(_tell, time.monotonic(), spent, started)
         if recipe:
             seen = registry.find("recovery", recipe).run(Training(
                 module, dense.module, calls[:-held_out], calls[-held_out:], default_loss,
-                progress=progress))["amount"]
+                progress=progress, checkpoint=place, key=recipe))["amount"]
+            shutil.rmtree(place, ignore_errors=True)
     found = {"row": row, "recipe": recipe or "no training", "tokens": seen,
              "cpu_s": round(time.process_time() - started),
              "parameters": sum(p.numel() for p in module.parameters())}
     return found | {"held_out": held_out_loss(module.eval(), calls[-held_out:])}, module
 
 
-def _tell(started: float, stage: str, done: int, total: int) -> None:
+def _tell(started: float, spent: Path, cpu: float, stage: str, done: int, total: int) -> None:
+    """Say how far a training is, and keep what it took so far beside its checkpoint."""
+    if spent.parent.exists():
+        spent.write_text(json.dumps(time.process_time() - cpu))
     if total and done % max(1, total // 8) == 0:
         print(f"{time.monotonic() - started:6.0f} s", stage, f"{done}/{total}", flush=True)
 
@@ -164,7 +180,7 @@ def best_rate(row: str, args: argparse.Namespace, book: Path) -> float:
 def measure(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return one row of the table: tuned if it trains, then run and measured on both texts."""
     recipe = ROWS[row][1]
-    rate = best_rate(row, args, args.work / "rates.json") if recipe else 0.0
+    rate = best_rate(row, args, args.work / "rates.json") if "{lr}" in recipe else 0.0
     found, module = run(row, recipe.format(lr=rate), args.tokens, args)
     tokenizer = source.load(MODEL).tokenizer
     return {**found, "rate": rate, **scores(module, tokenizer, args.data, args.windows)}

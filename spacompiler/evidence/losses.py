@@ -89,6 +89,14 @@ def default_loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, An
     return cross_entropy(flat, flat.detach().argmax(-1))
 
 
+def compares_classes(loss: object) -> bool:
+    """True if a loss is known to be a cross-entropy of the first result's classes.
+
+    A loss that is found for a network says so by `classes`; of any other nothing is known.
+    """
+    return loss is default_loss or bool(getattr(loss, "classes", False))
+
+
 def first_floating(outputs: Sequence[Any]) -> torch.Tensor:
     """Return the first floating-point result (a model's logits)."""
     return next(x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point())

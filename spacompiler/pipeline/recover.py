@@ -18,6 +18,7 @@ from ..torch_backend.gather.heads import Fitting, fitting
 from ..torch_backend.trace import Trace
 from ..torch_backend.weights import weights_hash
 from ..train.loop import Training
+from ..train.options import Schedule as Options
 from ..train.shared import changing
 from ..train.there import there
 from . import keep
@@ -72,7 +73,7 @@ def recover(ask: Request, emitted: Emitted, team: Team, *, helps: bool = False) 
     if why:
         task.team = Team()
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    distils = any(getattr(ask.recovery, name, 0) for name in ("logits", "blocks"))
+    distils = _distils(ask.recovery, task)
     with there(emitted.subject.reference, ask.where if distils else HERE), \
             there(model, ask.where, trained=True):
         found = ask.recovery.run(task)
@@ -104,6 +105,13 @@ def _alone(ask: Request, emitted: Emitted, batch: Batch) -> str:
     if not why and (names := changing(emitted.model, batch)):
         why = f"{names[0]} follows from one batch after the other ({len(names)} arrays do)"
     return why
+
+
+def _distils(recovery: object, task: Training) -> bool:
+    """Whether the dense network is run beside the pruned one."""
+    asked = any(getattr(recovery, name, 0) for name in ("logits", "blocks"))
+    return asked or (isinstance(recovery, Options) and bool(
+        recovery.divergence(task.loss, task.dense)))
 
 
 def _calls(ask: Request, trace: Trace) -> list[Batch]:

@@ -39,7 +39,8 @@ class Objective:
     def __init__(self, module: nn.Module, dense: nn.Module | None,
                  loss: Callable[..., torch.Tensor], options: Schedule) -> None:
         self._module, self._dense, self._loss, self._options = module, dense, loss, options
-        if (options.logits or options.blocks) and dense is None:
+        self._logits = options.divergence(loss, dense)
+        if (self._logits or options.blocks) and dense is None:
             raise SpaError("distillation needs the dense network", fix="set logits=0 and blocks=0")
         self._pairs: dict[str, tuple[nn.Module, nn.Module]] | None = None
 
@@ -47,17 +48,24 @@ class Objective:
         args, kwargs = batch
         o = self._options
         calls: dict[str, Call] = {}
-        teacher = self._taught(args, kwargs, calls) if o.logits or o.blocks else None
+        logits = self._divergence(kwargs)
+        teacher = self._taught(args, kwargs, calls) if logits or o.blocks else None
         zero = torch.zeros(())
-        outputs = call(self._module, args, kwargs) if o.task or o.logits else []
+        outputs = call(self._module, args, kwargs) if o.task or logits else []
         wanted = o.task or not torch.is_grad_enabled()  # else only the divergence trains
         loss = self._own(outputs, args, kwargs) if outputs and wanted else zero
         total = o.task * loss if o.task else zero
-        if o.logits and teacher is not None:
-            total = total + o.logits * divergence(first_floating(outputs), teacher, o.temperature)
+        if logits and teacher is not None:
+            total = total + logits * divergence(first_floating(outputs), teacher, o.temperature)
         if o.blocks:
             total = total + o.blocks * self._blocks(calls)
         return Value(total, loss.detach())
+
+    def _divergence(self, kwargs: Mapping[str, Any]) -> float:
+        """Return its weight for one batch: none that nobody asked for where labels are values."""
+        labels = kwargs.get("labels")
+        values = isinstance(labels, torch.Tensor) and labels.is_floating_point()
+        return 0.0 if values and self._options.logits is None else self._logits
 
     def _own(self, outputs: list[Any], args: tuple[Any, ...],
              kwargs: Mapping[str, Any]) -> torch.Tensor:

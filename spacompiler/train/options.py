@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..evidence.losses import compares_classes
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -16,7 +18,8 @@ class Schedule:
         epochs: times that each batch is seen. `accumulate`: batches of one step.
         task, logits, blocks: weights of the network's own loss, of the divergence from the dense
             network's results (at `temperature`), and of the error of each block given the dense
-            network's inputs to it.
+            network's inputs to it. Where no weight `logits` is given it is 1 if those results are
+            known to be logits, and there is a dense network; else 0.
         evaluations: how often the held-out batches are looked at while it trains (0: as often as
             takes a sixteenth as many batches as are trained on, once to 8 times). `patience`: stop
             after so many evaluations without a better one.
@@ -34,7 +37,7 @@ class Schedule:
     clip: float = 1.0
     decay: float = 0.0
     task: float = 1.0
-    logits: float = 0.0
+    logits: float | None = None
     temperature: float = 1.0
     blocks: float = 0.0
     evaluations: int = 0
@@ -46,3 +49,9 @@ class Schedule:
         if step < warm:
             return self.lr * (step + 1) / warm
         return self.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+
+    def divergence(self, loss: object, dense: object) -> float:
+        """Return the weight of the divergence from a dense network, beside a loss."""
+        if self.logits is not None:
+            return self.logits
+        return float(dense is not None and self.task > 0 and compares_classes(loss))

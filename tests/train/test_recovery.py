@@ -16,6 +16,7 @@ from spacompiler.models_zoo import load
 from spacompiler.passes.full import Full
 from spacompiler.passes.lora import Lora
 from spacompiler.passes.norms import Norms
+from spacompiler.torch_backend.gather.heads import fitting
 from spacompiler.train.checkpoint import FILE
 from spacompiler.train.lean import lean
 from spacompiler.train.loop import Training
@@ -206,6 +207,31 @@ def test_divergence_and_labels():
     torch.testing.assert_close(
         labelled(p, labels),
         functional.cross_entropy(p[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1)))
+
+
+@pytest.mark.parametrize("options, loss, labels, taught", [
+    ({}, default_loss, None, True),
+    ({"logits": 0.0}, default_loss, None, False),
+    ({}, lambda results, *call: default_loss(results, *call), None, False),
+    ({}, "fitting", torch.int64, True),
+    ({}, "fitting", torch.float32, False),
+    ({"logits": 1.0}, "fitting", torch.float32, True),
+])
+def test_the_dense_network_teaches_where_results_are_classes(options, loss, labels, taught):
+    """Asked for nothing: of a loss that is somebody's own, and where labels are values, not."""
+    torch.manual_seed(0)
+    net, dense = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    x = torch.randn(5, 4)
+    kwargs = {} if labels is None else {"labels": torch.ones(
+        (5, 3) if labels.is_floating_point else 5, dtype=labels)}
+    loss = fitting(dense, (x,)) if loss == "fitting" else loss
+    own, apart = loss([net(x)], (x,), kwargs), divergence(net(x), dense(x), 1.0)
+    seen: list[int] = []
+    dense.register_forward_hook(lambda *args: seen.append(1))
+    value = Objective(net, dense, loss, Schedule(**options))(((x,), kwargs))
+    torch.testing.assert_close(value.total, own + taught * apart)
+    assert bool(seen) is taught, "the dense network ran for nothing"
+    assert Objective(net, None, loss, Schedule())(((x,), kwargs)).total == own
 
 
 def test_blocks_whose_stream_was_pruned_cannot_be_paired(pruned):

@@ -15,7 +15,7 @@ from spacompiler.passes.cores import LoraSb, Nlora
 from spacompiler.passes.full import Full
 from spacompiler.passes.ggpo import Ggpo
 from spacompiler.passes.gs_lora import GsLora
-from spacompiler.passes.lisa import Lisa, Owlore
+from spacompiler.passes.lisa import Lisa, Live, Owlore
 from spacompiler.passes.lora import Lora
 from spacompiler.passes.sora import Dylora, Increlora, Sora
 from spacompiler.passes.triangular import Triadapt
@@ -121,8 +121,9 @@ def test_rows_of_an_adapter_slow_down_as_they_grow():
         tuned(x).square().sum().backward()
         return up.weight.grad.clone()
 
-    plain, hooks = gradients(), row.hooks(t)
+    given, plain, hooks = tuned(x), gradients(), row.hooks(t)
     torch.testing.assert_close(gradients(), plain * by.unsqueeze(1))
+    torch.testing.assert_close(tuned(x), given)
     hooks.finish()
     torch.testing.assert_close(gradients(), plain)
 
@@ -181,6 +182,22 @@ def test_outliers_decide_which_blocks_are_drawn():
     t.module.blocks[2][0].weight.data[:, 3] *= 50
     weights = Owlore().weights(t, [f"blocks.{i}" for i in range(4)])
     assert weights.argmax() == 2 and Lisa().weights(t, range(4)).unique().numel() == 1
+    drawn = Owlore(**FAST, layers=1, every=1).run(t)["blocks drawn"]
+    assert len(drawn) == 16 and drawn.count([2]) > 10
+
+
+def test_a_block_that_rests_forgets_its_moments():
+    t = task()
+    parameters = dict(t.module.named_parameters())
+    hooks = Live(parameters, [f"blocks.{i}" for i in range(4)], torch.ones(4), 1, 1, 0)
+    optimizer = torch.optim.AdamW(parameters.values())
+    for p in parameters.values():
+        optimizer.state[p]["step"] = 1
+    hooks.begin(0, optimizer)
+    (live,), = hooks.drawn
+    own = [f"blocks.{i}." for i in range(4) if i != live]
+    assert {n for n, p in parameters.items() if p not in optimizer.state} == {
+        n for n in parameters if n.startswith(tuple(own))}
 
 
 def test_without_blocks_none_is_drawn():
@@ -221,6 +238,7 @@ def test_ranks_vanish_and_the_merged_weights_are_those_of_what_is_left():
     t = task()
     tuned = adapted(t, init_lora_weights=False)
     hooks = Sora(threshold=0.25).hooks(t)
+    assert all(isinstance(gate, nn.Parameter) for gate in hooks.ranks.gates()), "they do not train"
     hooks.ranks.gates()[0].data = torch.tensor([1.0, 0.3, -0.2, -0.6])
     hooks.done(0, 1e-3)
     torch.testing.assert_close(hooks.ranks.gates()[0].data, torch.tensor([0.75, 0.05, 0.0, -0.35]))
@@ -253,18 +271,57 @@ def test_the_first_step_follows_the_gradient():
     torch.testing.assert_close(added, u[:, :4] * s[:4] @ v[:4], atol=1e-5, rtol=1e-4)
 
 
+def test_adapters_start_from_the_first_directions_of_the_gradient():
+    """LoRA-GA: A and B are apart from each other, within the first 2 r singular vectors."""
+    t = task()
+    layer = t.module.head
+    for args, kwargs in t.batches[:8]:
+        t.loss([t.module(*args)], args, kwargs).backward()
+    u, _, v = torch.linalg.svd(layer.weight.grad, full_matrices=False)
+    t.module.zero_grad()
+    Lora(rank=2, init="lora_ga", logits=0.0).attach(peft(), t, {"head": 2})
+    _, down, up = next(pairs(t.module))
+    for found, first in ((down.weight.detach(), v[:4]), (up.weight.detach().T, u.T[:4])):
+        inside = found @ first.T @ first
+        torch.testing.assert_close(inside, found, atol=1e-4, rtol=1e-3)
+        assert found.norm() > 0 and torch.linalg.matrix_rank(found) == 2
+
+
 def test_adapters_from_the_weights_leave_the_network_as_it_was():
     t = task()
     tuned = adapted(t)
     x = torch.randn(3, 8)
     before = t.dense(x)
     hooks = Nlora(rank=4, alpha=4).hooks(t)
+    assert {n.rpartition(".")[2] for n, p in tuned.named_parameters() if p.requires_grad
+            and "lora" in n} == {"weight", "rank_core"}
     torch.testing.assert_close(tuned(x), before, atol=1e-4, rtol=1e-4)
     up = next(pairs(tuned))[2]
     assert up.weight.any() and not torch.equal(
         t.module.first.get_base_layer().weight, t.dense.first.weight)
     hooks.finish()
     torch.testing.assert_close(tuned(x), before, atol=1e-4, rtol=1e-4)
+    other = task()
+    tuned = adapted(other)
+    Nlora(rank=4, alpha=4, intermediate=True).hooks(other)
+    assert all("rank_core" in n for n, p in tuned.named_parameters()
+               if p.requires_grad and "lora" in n), "more than C trains"
+
+
+def test_ranks_grow_where_gradients_say_so():
+    """By |p dL/dp| and its deviation, and no more of them at a time than is said."""
+    t = task()
+    tuned = adapted(t, init_lora_weights=False)
+    hooks = Increlora(rank=4, start=1, every=2, top=1, more=2).hooks(t)
+    for slope in (1.0, 3.0):
+        for (_, down, up), much in zip(pairs(tuned), (1.0, 9.0), strict=True):
+            for part in (down, up):
+                part.weight.grad = torch.full_like(part.weight, much * slope)
+        hooks.graded(0)
+        hooks.done(0, 0.1)
+    assert [int(g.sum()) for g in hooks.ranks.gates()] == [1, 1]
+    hooks.done(1, 0.1)
+    assert [int(g.sum()) for g in hooks.ranks.gates()] == [1, 3]
 
 
 def test_ranks_grow_within_the_total():
@@ -388,6 +445,7 @@ def test_a_prefix_of_the_ranks_is_an_adapter_of_its_own():
         t = task()
         lost[row.name] = _prefix_loss(row, t)
     assert lost["dylora"] < lost["lora"]
+    assert set(Dylora(**FAST, prefix=2).run(task())["ranks"].values()) == {2}
 
 
 def _prefix_loss(row, t):

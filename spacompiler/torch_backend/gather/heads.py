@@ -68,13 +68,15 @@ class Head:
     """The loss of a network: the sum of those of its parts (flat results, args, kwargs).
 
     `names` are the arguments of `forward`; `decoder` says that tokens are those of a decoder;
-    `blank` is the class of no symbol in frames of sound.
+    `blank` is the class of no symbol in frames of sound. `first` is the place of the first result
+    in floating point.
     """
 
     parts: tuple[Part, ...]
     names: tuple[str, ...] = ()
     decoder: bool = False
     blank: int = 0
+    first: int = 0
 
     def __call__(self, outputs: Sequence[Any], args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> torch.Tensor:
@@ -133,6 +135,11 @@ class Fitting:
         held = next(self.module.parameters(), None)
         there = HERE if held is None else Where(held.device)  # it may be on a device meanwhile
         return head_of(self.module, *there.of(self.call), parts_only=self.parts_only)
+
+    @property
+    def classes(self) -> bool:
+        """True if the first floating-point result is compared with classes by cross-entropy."""
+        return any(p.at == self.head.first and p.kind != "values" for p in self.head.parts)
 
     def __call__(self, outputs: Sequence[Any], args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> torch.Tensor:
@@ -273,7 +280,8 @@ def head_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     fields = list(_fields(called(module, args, kwargs)))
     names = () if parts_only else tuple(inspect.signature(module.forward).parameters)
     made = partial(Head, names=names, decoder=is_encoder_decoder(module),
-                   blank=getattr(getattr(module, "config", None), "pad_token_id", None) or 0)
+                   blank=getattr(getattr(module, "config", None), "pad_token_id", None) or 0,
+                   first=fields[0][0] if fields else 0)
     if parts_only:
         return made(tuple(Part(at, "", "values") for at, _ in fields))
     kind, named = family(module), [(at, f) for at, f in fields if f]
