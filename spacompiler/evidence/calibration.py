@@ -47,11 +47,31 @@ class Calibration:
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:
-    """Return non-overlapping windows of a text's tokens (taken in one piece): (n, length)."""
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False,
-                    verbose=False).input_ids[0]
-    count = len(ids) // length
-    return ids[: count * length].reshape(count, length)
+    """Return non-overlapping windows of a text's tokens (taken in one piece): (n, length).
+
+    Each begins with what the tokenizer puts before a text (a start token, where it has one): some
+    networks are lost without it, and their first position is like no other.
+    """
+    ids = _tokens(tokenizer, text, special=False)
+    before = begins(tokenizer, text)
+    step = max(1, length - len(before))
+    rows = ids[: len(ids) // step * step].reshape(-1, step)
+    return torch.cat([before.expand(len(rows), -1), rows], 1)[:, :length]
+
+
+def _tokens(tokenizer: Tokenizer, text: str, *, special: bool) -> torch.Tensor:
+    found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=special,
+                                    verbose=False).input_ids[0]
+    return found
+
+
+def begins(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    """Return the tokens that a tokenizer puts before a text by itself: (n,), n mostly 0 or 1."""
+    plain, framed = (_tokens(tokenizer, text[:SOME], special=special) for special in (False, True))
+    for at in range(len(framed) - len(plain) + 1):
+        if torch.equal(framed[at:at + len(plain)], plain):
+            return framed[:at]
+    return framed[:0]
 
 
 def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: int, batch: int,
@@ -97,6 +117,7 @@ def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length:
                        if len(others) else [])
 
 
+SOME = 64  # characters, by which it is seen what a tokenizer puts before a text
 HELD_OUT = 8  # windows of a text beside those that are read
 PYTHON_TEXT = "pydoc_data.topics (text that Python carries)"
 ORIGINS = {"sampled": "sampled from the model itself", "own": "the model's own",

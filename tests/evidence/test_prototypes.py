@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spacompiler.errors import UsageError
-from spacompiler.evidence.calibration import from_string
+from spacompiler.evidence.calibration import begins, from_string
 from spacompiler.evidence.prototypes import by_prototype, distances
 from spacompiler.pipeline.request import Windows
 
@@ -57,3 +57,14 @@ def test_calibration_takes_windows_in_the_order_that_is_asked_for():
     assert (0, 1, 4, 2) in taken["far"] and (0, 1, 4, 2) not in taken["near"]
     with pytest.raises(UsageError, match="cannot be chosen by near"):
         Windows(choice="near").order(nn.Linear(2, 2))
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text():
+    def tokenizer(text, *, add_special_tokens, **options):
+        ids = [2] * add_special_tokens + [int(w) for w in text.split()] + [3] * add_special_tokens
+        return SimpleNamespace(input_ids=torch.tensor([ids]))
+
+    made = from_string("5 6 7 8 9 5 6", tokenizer, origin="text", samples=9, length=4, batch=9,
+                       seed=0)
+    assert begins(tokenizer, "5 6").tolist() == [2]
+    assert sorted(made.batches[0][1]["input_ids"].tolist()) == [[2, 5, 6, 7], [2, 8, 9, 5]]

@@ -373,6 +373,10 @@ def test_a_language_model_continues_calibration_windows(small_llama: Any) -> Non
         assert torch.equal(b["input_ids"], c["input_ids"])
     other = continued(module, given, seed=2)
     assert not torch.equal(other[0][1]["input_ids"], made[0][1]["input_ids"])
+    for _, kwargs in given:  # a start token
+        kwargs["input_ids"][:, 0] = 1
+    ids, begun = given[0][1]["input_ids"], continued(module, given, seed=1)[0][1]["input_ids"]
+    assert torch.equal(begun[:, :4], torch.cat([ids[:, :1], ids[:, -3:]], 1))
 
 
 @pytest.mark.parametrize(("importance", "repair"), [
@@ -396,7 +400,8 @@ def test_repair_is_fit_to_continued_text_as_to_text_that_is_given(
         torch.testing.assert_close(arrays[0], arrays[1], rtol=1e-4, atol=1e-6)
     else:
         assert not np.allclose(both.job.scores[name], wanted.job.scores[name], rtol=1e-3)
-    assert not torch.allclose(arrays[0], arrays[2], rtol=1e-2)
+    assert arrays[0].shape != arrays[2].shape or not torch.allclose(
+        arrays[0], arrays[2], rtol=1e-2)
 
 
 @pytest.mark.parametrize(("calibration", "repair", "says"), [

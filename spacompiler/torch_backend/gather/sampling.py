@@ -13,13 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from ...errors import UsageError
+from ...evidence.calibration import begins
 from ...evidence.calls import Batch, Inputs, as_call
 from ..kinds import StockModel, Tokenizer, is_encoder_decoder, writes_text
 from ..untouched import untouched
 
 Batches = list[tuple[tuple[Any, ...], dict[str, Any]]]
 PROMPT = 32
-AT_ONCE = 32
+AT_ONCE = 64
 
 
 def sampled(module: nn.Module, inputs: Inputs, tokenizer: Callable[..., Any] | None, *,
@@ -27,7 +28,8 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Callable[..., Any] | N
     """Return batches that the model itself, or a random generator, makes.
 
     A causal language model writes `samples` texts of `length` tokens from its start token, each
-    token drawn from its own predictions (LLM-QAT, 2023). Elsewhere every floating-point input is
+    token drawn from its own predictions (LLM-QAT, 2023); the start token stays where the tokenizer
+    puts one before every text. Elsewhere every floating-point input is
     drawn from a normal distribution of mean 0 and variance 1, in the shape of the example inputs:
     what a network that was trained on normalised images expects to first order. Where batch norms
     say what they met in training, these inputs are changed until they agree (see `agreeing`).
@@ -37,7 +39,8 @@ def sampled(module: nn.Module, inputs: Inputs, tokenizer: Callable[..., Any] | N
     """
     if tokenizer is not None and writes_text(module):
         start = torch.full((samples, 1), _start(module, cast(Tokenizer, tokenizer)))
-        ids = _written(module, start, length + 1, seed)[:, 1:]
+        framed = int(callable(tokenizer) and len(begins(tokenizer, "A text.")) > 0)
+        ids = _written(module, start, length + 1 - framed, seed)[:, 1 - framed:]
         return [((), {"input_ids": part}) for part in ids.split(batch)]
     args, kwargs = as_call(inputs)
     if not args and not kwargs:
@@ -143,8 +146,9 @@ def _together(parts: Sequence[Any]) -> Any:
 def continued(module: nn.Module, batches: Sequence[Batch], seed: int) -> Batches:
     """Return, for each batch of token windows, as many windows that go on where those end.
 
-    A window is as long as those given: their last tokens (32, a quarter of a short window), then
-    what a causal language model draws from its own predictions. Text that the model believes in,
+    A window is as long as those given: the start token that all of those begin with, if they do,
+    their last tokens (32, a quarter of a short window), then what a causal language model draws
+    from its own predictions. Text that the model believes in,
     on the subjects of the calibration's, keeps least squares from fitting the latter too closely.
 
     Raises UsageError if the module writes no text, or the batches are no windows of tokens.
@@ -160,7 +164,10 @@ def continued(module: nn.Module, batches: Sequence[Batch], seed: int) -> Batches
             or len(found) != len(batches) or is_encoder_decoder(module):
         raise refusal
     length = lengths.pop()
-    prompts = torch.cat(found)[:, -max(1, min(PROMPT, length // 4)):]
+    given = torch.cat(found)
+    prompts = given[:, -max(1, min(PROMPT, length // 4)):]
+    if len(given) > 1 and bool((given[:, 0] == given[0, 0]).all()):
+        prompts = torch.cat([given[:, :1], prompts[:, 1:]], 1)
     made = torch.cat([_written(module, part, length, seed + i)
                       for i, part in enumerate(prompts.split(AT_ONCE))])
     return [((), {"input_ids": part}) for part in made.split([len(ids) for ids in found])]
@@ -177,12 +184,19 @@ def _start(module: StockModel, tokenizer: Tokenizer) -> int:
 @torch.no_grad()
 def _written(module: StockModel, prompts: torch.Tensor, length: int, seed: int) -> torch.Tensor:
     """Return prompts (n, tokens) written on to `length` tokens."""
-    new = length - prompts.shape[1]
-    with untouched(module), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    new, draws = length - prompts.shape[1], torch.Generator().manual_seed(seed)
+
+    def drawn(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave one token of each row, drawn by its probability: one random number a row."""
+        sums = scores.float().softmax(-1).cumsum(-1)
+        at = torch.rand(len(sums), 1, generator=draws).to(sums) * sums[:, -1:]
+        token = torch.searchsorted(sums, at, right=True).clamp(max=sums.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    with untouched(module):
         made: torch.Tensor = module.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, top_p=1.0,
-            temperature=1.0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+            max_new_tokens=new, min_new_tokens=new, pad_token_id=0, logits_processor=[drawn])
     return made
 
 
