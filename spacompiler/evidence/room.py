@@ -25,8 +25,10 @@ FEW = 1 << 20
 
 @dataclass(eq=False)
 class Room:
-    """How much is `held` in memory, and how much lies in files, in bytes."""
+    """How much is `held` in memory, and how much lies in files, in bytes; `limit` is the most that
+    is held, `LIMIT` where none is given."""
 
+    limit: int | None = None
     held: int = 0
     filed: int = 0
 
@@ -35,7 +37,7 @@ class Room:
 
         Raises OSError where a file is needed and the disk is full.
         """
-        fits = self.held + 8 * value.numel() <= LIMIT
+        fits = self._fits(8 * value.numel())
         made = value.to(torch.float64, copy=True) if fits else \
             _mapped(tuple(value.shape), torch.float64).copy_(value)
         return self._counted(made, "held" if fits else "filed")
@@ -47,11 +49,14 @@ class Room:
         """
         if value.device.type != "cpu" or value.nbytes < FEW:
             return value
-        if self.held + value.nbytes <= LIMIT:
+        if self._fits(value.nbytes):
             return self._counted(value, "held")
         made = _mapped(tuple(value.shape), value.dtype).copy_(value)
         let_go([made])
         return self._counted(made, "filed")
+
+    def _fits(self, size: int) -> bool:
+        return self.held + size <= (LIMIT if self.limit is None else self.limit)
 
     def _counted(self, made: torch.Tensor, kind: str) -> torch.Tensor:
         self._count(kind, made.nbytes)

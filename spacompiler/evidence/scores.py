@@ -18,6 +18,7 @@ import torch
 from ..errors import SpaError, UsageError, did_you_mean
 from ..graph.ir import Node
 from ..groups.solution import Group, Member, Solution
+from ..system.heap import give_back
 from .consumers import Consumer, consumer
 from .forward import no_gradients
 from .network import GradientSource, Loss, Network, Place, See
@@ -254,6 +255,7 @@ class Scores:
         held = set().union(*waiting.values())
         for key in done - held:
             self._inputs.pop(key, None)
+        give_back()
 
     def _backward(self, wanted: Iterable[str] = ()) -> GradientSource:
         """Return who computes gradients. Raises UsageError where nobody does."""

@@ -153,8 +153,12 @@ class Covariance(_Added):
     @property
     def centred(self) -> torch.Tensor:
         """C = H - mean mean^T: what remains once a bias repairs the mean."""
-        mean = self.mean
-        return self.second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return torch.stack([self.moment(i, centred=True) for i in range(len(self.gram))])
+
+    def moment(self, index: int, *, centred: bool) -> torch.Tensor:
+        """C or H of one shared index, (features, features), in memory of its own."""
+        h, mean = self.gram[index] / self.count, self.mean[index]
+        return h.addr_(mean, mean, alpha=-1) if centred else h
 
 
 @dataclass

@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-from .statistics import View
+from .statistics import Covariance, View
 
 DAMPING = 0.01
 
@@ -55,8 +55,9 @@ class Block:
         solved = torch.linalg.solve(rows[:, out], torch.cat([columns.T, rows[:, kept]], dim=1))
         cost = (columns.T * solved[:, : len(columns)]).sum()
         change = solved[:, len(columns):]
-        self.weight = self.weight[:, kept] - columns @ change
-        self.inverse = self.inverse[kept][:, kept] - rows[:, kept].T @ change
+        self.weight = self.weight[:, kept].addmm_(columns, change, alpha=-1)
+        self.inverse = self.inverse[kept.unsqueeze(1), kept].addmm_(
+            rows[:, kept].T, change, alpha=-1)
         self.slot = self.slot[kept]
         return float(cost)
 
@@ -66,14 +67,17 @@ def blocks(views: Sequence[View], *, centred: bool, damping: float = DAMPING) ->
 
     With `centred` a bias is taken to repair the mean, so that only the covariance counts.
     """
-    made = []
-    for view in views:
-        moment = view.covariance.centred if centred else view.covariance.second
-        for h, weight, slot in zip(moment, view.weight.double(), view.slot, strict=True):
-            scale = damping * h.diagonal().mean().clamp(min=1e-12)
-            h = h + scale * torch.eye(len(h), dtype=h.dtype)
-            made.append(Block(torch.cholesky_inverse(torch.linalg.cholesky(h)), weight, slot))
-    return made
+    return [Block(_inverse(view.covariance, i, centred, damping), weight.double(), slot)
+            for view in views
+            for i, (weight, slot) in enumerate(zip(view.weight, view.slot, strict=True))]
+
+
+def _inverse(seen: Covariance, index: int, centred: bool, damping: float) -> torch.Tensor:
+    """The inverse of one damped moment, (f, f); no more than two of that size are held beside."""
+    h = seen.moment(index, centred=centred)
+    h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-12))
+    factor = torch.linalg.cholesky(h)
+    return torch.cholesky_inverse(factor, out=h)
 
 
 def removals(parts: Sequence[Block], shape: tuple[int, ...],

@@ -17,6 +17,7 @@ from ..evidence.where import enough_memory, runs_out
 from ..stages.compiled import Compiled
 from ..stages.records import Decided, Emitted, Request, Scored, Subject, Traced
 from ..system.group import Team, apart
+from ..system.heap import give_back
 from ..trials import depth, low_rank
 from . import finish, prepare, recover
 from .analyse import analyse
@@ -156,7 +157,9 @@ class Walk:
         if stage in self.stages:
             self.ask.tell(stage, self.stages.index(stage), len(self.stages))
         with _seeded(self.ask), enough_memory(self.ask.where), _fitting(self.ask, self.trace):
-            return partial(step, *args, **kwargs)()
+            result = partial(step, *args, **kwargs)()
+        give_back()
+        return result
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from math import isnan
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..evidence.where import exact
 from ..graph.ir import Ref
 from ..groups.solution import Group, Solution
 from ..system.group import here
+from ..system.heap import give_back
 from .evidence import Compensation, Evidence, Shared, Told, of_dense, of_pair
 from .network import Keeping, Lockstep, Repairable
 from .sites import Site, readings, sites
@@ -79,23 +81,30 @@ class Repairer:
         places = {(site.consumer.node.name, site.consumer.tensor) for site in found}
         groups = [g for g in self.solution.groups.values() if g.atom in self.choices
                   and any((r.node, r.tensor) in places for r in g.reads)]
-        waiting, number = list[_Job](), 0
+        waiting, number = list[_Job](), count(1)
         for group in _with_covariance(context, batches, groups):
-            shared: tuple[object, list[Shared]] = (None, [])
-            for view in context.consumers(group):
-                site = by_node.pop(view.consumer.node.name, None)
-                if shared[0] is not view.covariance:
-                    shared = view.covariance, [{} for _ in view.weight]
-                if site is not None:
-                    evidence = [of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)]
-                    for each, own in zip(evidence, shared[1], strict=True):
-                        each.shared = own
-                    waiting.append((site, view.weight, evidence))
-                    number += 1
-                    if len(waiting) == here().size or number % ROUND == 0:
-                        self._repair_all(waiting, last=number % ROUND == 0)
-                        waiting.clear()
+            self._of_group(context, group, by_node, waiting, number)
+            give_back()
         self._repair_all(waiting, last=True)
+
+    def _of_group(self, context: Scores, group: Group, by_node: dict[str, Site],
+                  waiting: list[_Job], number: Iterator[int]) -> None:
+        """Repair the sites that read a group, as soon as each process has one; nothing of their
+        statistics is held after it but by those that wait."""
+        shared: tuple[object, list[Shared]] = (None, [])
+        for view in context.consumers(group):
+            site = by_node.pop(view.consumer.node.name, None)
+            if shared[0] is not view.covariance:
+                shared = view.covariance, [{} for _ in view.weight]
+            if site is not None:
+                evidence = [of_dense(view.covariance, w, s) for s, w in enumerate(view.weight)]
+                for each, own in zip(evidence, shared[1], strict=True):
+                    each.shared = own
+                waiting.append((site, view.weight, evidence))
+                last = next(number) % ROUND == 0
+                if len(waiting) == here().size or last:
+                    self._repair_all(waiting, last=last)
+                    waiting.clear()
 
     def _repair_all(self, jobs: Sequence[_Job], *, last: bool) -> None:
         """Repair sites, one in each process, and hear the results in their order.
@@ -216,6 +225,7 @@ class Repairer:
     def _put(self, site: Site, *arrays: torch.Tensor) -> None:
         for name, array in zip((site.weight, site.bias), arrays, strict=False):
             assert name is not None
+            getattr(self.network, "done", lambda names: None)((name,))  # the old one was read
             self.network.put(name, array)
 
     def _solved(self, site: Site, weight: torch.Tensor,

@@ -20,6 +20,8 @@ from ..stages.tolerances import SOLVED
 SMALL = 256
 """Up to so many features eigenvectors cost nothing."""
 BLOCK, PROBES = 512, 128
+FACTORS = 4
+"""Factors that are held at once: the best ridge is among the last that were looked at."""
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Factors:
                 self._short = self.gram.float()
             damped = (self._short if dtype == torch.float32 else self.gram).clone()
             damped.diagonal().add_(ridge)
+            if len(self._made) == FACTORS:
+                del self._made[next(iter(self._made))]
             self._made[ridge, dtype] = cholesky(damped)
         return self._made[ridge, dtype]
 

@@ -16,9 +16,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import SpaError
 from ..evidence.labels import is_label, labels_of
+from ..evidence.room import Room
 from ..evidence.where import DOUBLE, HERE, Where, has_double
 from ..graph.ir import Graph
 from .machine import computing
+
+REPAIRED = 1 << 28
+"""Bytes of repaired arrays that are held in memory; others lie in files until they are written."""
 
 
 @dataclass
@@ -47,7 +51,8 @@ class Trace:
     program does not hold any more, as only statistics of them are read;
     `computed` are the arrays that it holds instead, as they were at first. `faithful` says that
     the program was seen to compute what the module does, `asked` where it is to be computed,
-    `shared` that one of several blocks was traced for all.
+    `shared` that one of several blocks was traced for all. What is put in place of stored arrays
+    is `laid` in `room`.
     """
 
     program: Program
@@ -61,6 +66,8 @@ class Trace:
     faithful: bool = False
     asked: Where = HERE
     shared: bool = False
+    room: Room = field(default_factory=lambda: Room(REPAIRED))
+    laid: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def homes(self) -> list[dict[str, Any]]:

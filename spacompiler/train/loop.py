@@ -20,7 +20,6 @@ from torch import nn
 
 from ..errors import SpaError
 from ..evidence.calls import Batch
-from ..evidence.reused import kept
 from ..system.group import Team
 from .checkpoint import Checkpoint, Run
 from .hooks import Hooks
@@ -103,9 +102,8 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     masters.give()
     was = task.module.training
     try:
-        with kept():
-            _loop(task, options, _Machine(objective, optimizer, hooks, masters), run, state, best,
-                  lambda: book.save(run, state, best, optimizer, masters.held))
+        _loop(task, options, _Machine(objective, optimizer, hooks, masters), run, state, best,
+              lambda: book.save(run, state, best, optimizer, masters.held))
     finally:
         task.module.train(was)
     _restore(state, best)

@@ -21,7 +21,8 @@ from torch import fx
 
 from ...evidence.room import Room
 from ...store.mapped import let_go
-from ..run.recompute import Segment, borders, give_back, segments
+from ...system.heap import give_back
+from ..run.recompute import Segment, borders, segments
 from ..run.runner import Runner
 from .step import hand_on
 

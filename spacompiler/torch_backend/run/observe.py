@@ -83,8 +83,9 @@ class ProgramNetwork:
         """Let the program have another value of a stored array; the module's own stays."""
         program = self.trace.program
         home = program.state_dict if name in program.state_dict else program.constants
-        home[name] = torch.nn.Parameter(value.contiguous(), requires_grad=False) \
-            if isinstance(home[name], torch.nn.Parameter) else value.contiguous()
+        array = self.trace.laid[name] = self.trace.room.lay(value.contiguous())
+        home[name] = torch.nn.Parameter(array, requires_grad=False) \
+            if isinstance(home[name], torch.nn.Parameter) else array
         self.trace.repaired.add(self.trace.tied.get(name, name))
 
     def lockstep(self, solution: Solution, choices: Choices,

@@ -9,7 +9,6 @@ layers: a segment ends where the fewest values are alive.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.utils.checkpoint import (
 
 from ...graph.ir import Graph
 from ...store.mapped import let_go
+from ...system.heap import give_back
 
 FEW, LEAST, WHOLE = 1 << 26, 1 << 28, 3 << 27
 """Bytes: of values that are held, however few weights there are; of dear ones; of the values of the
@@ -183,36 +183,3 @@ def _marked(inner: AbstractContextManager[None],
             yield
     finally:
         again(False)
-
-
-class _Info(ctypes.Structure):
-    """What glibc's mallinfo2 tells of the heap, in bytes; `fordblks` are free."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost").split()]
-
-
-def _heap() -> tuple[Callable[[int], Any], Callable[[], int]]:
-    """What gives the heap's free bytes back, and what counts them."""
-    try:
-        library = ctypes.CDLL(None)
-        info = library.mallinfo2
-        info.restype = _Info
-        return library.malloc_trim, lambda: int(info().fordblks)
-    except (AttributeError, OSError, TypeError):  # not glibc, or an old one
-        return lambda keep: None, lambda: 0
-
-
-_trim, _free = _heap()
-SPARE = 1 << 26
-"""Bytes of the heap that may lie free: the next segment takes them, without asking the system."""
-
-
-def give_back() -> None:
-    """Let the system have what the heap holds free, if that is more than `SPARE`.
-
-    Arrays of a segment, freed, leave holes between those still held; glibc seldom fits the next
-    aligned array into them, so that the heap grows throughout backward while less and less is held.
-    """
-    if _free() > SPARE:
-        _trim(0)

@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ...evidence.where import FLOATS, HERE, Where
 from ...store.mapped import let_go
+from ...system.heap import give_back
 from ..trace import Program
 from .held import IN_PARTS, LARGE, Held
-from .recompute import Budget, Segment, borders, give_back, recomputed, segments
+from .recompute import Budget, Segment, borders, recomputed, segments
 
 Weights = Callable[[str], torch.Tensor]
 Touch = Callable[[fx.Node, str, torch.Tensor], torch.Tensor]
