@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from .reused import again
 from .where import able
 
 IGNORED = -100
@@ -62,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # asked to be differentiable itself
             chosen = torch.zeros_like(logits).scatter_(1, index, 1.0)
             return (logits.softmax(-1) - chosen) * share.unsqueeze(1), None
-        made = torch.empty_like(logits)
+        made = again(logits)
         for part in _pieces(logits):
             torch.sub(logits[part], norms[part].unsqueeze(1), out=made[part])
             made[part].exp_().mul_(share[part].unsqueeze(1))

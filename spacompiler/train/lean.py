@@ -2,8 +2,8 @@
 
 peft computes W x, then B (A x), its product with the scale, and the sum: each of the last three
 makes an array as large as the layer's result, and backward goes through them again. Here the small
-product is added to the large one as it is made, with the scale as its factor. Gradients are those
-of the same sum.
+product is added to the large one as it is made, with the scale as its factor, forward and backward.
+Gradients are those of the same sum.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from .ranks import pairs
 
@@ -51,8 +53,38 @@ def _forward(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *args: obje
     if args or kwargs or layer.disable_adapters or layer.merged or not layer.active_adapters \
             or x.dtype != layer.get_base_layer().weight.dtype or layer.lora_B[name]._forward_hooks:
         return plain(x, *args, **kwargs)
-    flat = x.reshape(-1, x.shape[-1])
-    small = layer.lora_A[name](layer.lora_dropout[name](flat))
-    made = layer.base_layer(flat).addmm_(small, layer.lora_B[name].weight.T,
-                                         alpha=layer.scaling[name])
+    flat, scale = x.reshape(-1, x.shape[-1]), layer.scaling[name]
+    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name].weight
+    if _bare(base) and _bare(down) and type(layer.lora_dropout[name]) is nn.Identity:
+        made = _Sum.apply(flat, base.weight, base.bias, down.weight, up, scale)
+    else:
+        made = base(flat).addmm_(down(layer.lora_dropout[name](flat)), up.T, alpha=scale)
     return made.view(*x.shape[:-1], made.shape[-1])
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Whether nothing listens to what a layer takes and gives."""
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+
+
+class _Sum(torch.autograd.Function):
+    """W x + c + scale B (A x) of rows x (n, i), W (o, i), A (r, i), B (o, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        small = x @ down.T
+        ctx.save_for_backward(x, weight, down, up, small)
+        ctx.scale = scale
+        return functional.linear(x, weight, bias).addmm_(small, up.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, down, up, small = ctx.saved_tensors
+        to_x, to_weight, to_bias, to_down, to_up, _ = ctx.needs_input_grad
+        inner = (outer @ up).mul_(ctx.scale)
+        return ((outer @ weight).addmm_(inner, down) if to_x else None,
+                outer.T @ x if to_weight else None, outer.sum(0) if to_bias else None,
+                inner.T @ x if to_down else None,
+                (outer.T @ small).mul_(ctx.scale) if to_up else None, None)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import SpaError
 from ..evidence.calls import Batch
+from ..evidence.reused import kept
 from ..system.group import Team
 from .checkpoint import Checkpoint, Run
 from .hooks import Hooks
@@ -102,8 +103,9 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     masters.give()
     was = task.module.training
     try:
-        _loop(task, options, _Machine(objective, optimizer, hooks, masters), run, state, best,
-              lambda: book.save(run, state, best, optimizer, masters.held))
+        with kept():
+            _loop(task, options, _Machine(objective, optimizer, hooks, masters), run, state, best,
+                  lambda: book.save(run, state, best, optimizer, masters.held))
     finally:
         task.module.train(was)
     _restore(state, best)

@@ -304,14 +304,16 @@ def test_lean_adapters_compute_what_peft_does(options):
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3, bias=False))
     tuned = peft.get_peft_model(net, peft.LoraConfig(
         r=2, lora_alpha=3, target_modules=["0", "2"], init_lora_weights=False, **options))
-    x = torch.randn(4, 5, 6)
+    net[0].base_layer.bias.requires_grad_(True)  # as a recovery trains it beside
+    x = torch.randn(4, 5, 6, requires_grad=True)
 
     def seen():
         torch.manual_seed(1)
         made = tuned(x)
         made.square().sum().backward()
-        grads = [p.grad.clone() for p in tuned.parameters() if p.grad is not None]
+        grads = [p.grad.clone() for p in (x, *tuned.parameters()) if p.grad is not None]
         tuned.zero_grad()
+        x.grad = None
         return made, grads
 
     want = seen()
