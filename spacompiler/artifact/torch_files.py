@@ -170,6 +170,8 @@ def structure(job: Compiled) -> dict[str, Any]:
 
 STEADY = 0.015
 """How exactly the median ratio of times has to be known for no further turn to be taken."""
+ASIDE = 1 << 24
+"""Bytes of a network beyond which times are taken in a process of their own, as memory is."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -226,10 +228,12 @@ def _latency(job: Compiled, path: Path) -> dict[str, Any]:
     job.progress("measuring latency", 3, 4)
     args, kwargs = latency_inputs(job.trace, min(LENGTH, positions(job.reference) or LENGTH))
     given = feed(job.trace, args, kwargs)
+    size = sum(array.nbytes for array in job.trace.program.state_dict.values())
 
     def timed(changed: Mapping[str, torch.Tensor]) -> dict[str, Latency]:
         with _dense_file(job, path, changed) as dense:
-            return compare_latency({"dense": dense, "pruned": path}, given, steady=STEADY)
+            return compare_latency({"dense": dense, "pruned": path}, given, steady=STEADY,
+                                   isolate=size > ASIDE)
 
     changed = _changed(job)
     try:

@@ -29,7 +29,7 @@ from .session import Arrays, open_session, run_session
 
 LEAST_TURNS = 5
 """Turns that there are in any case."""
-WARM = 0.5
+WARM = 0.2
 """Seconds of a model after which it is warm, however many runs that were."""
 
 

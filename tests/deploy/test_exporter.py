@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 import spacompiler
 from spacompiler.artifact import places, torch_files
 from spacompiler.axes.choices import Choices
-from spacompiler.deploy import export, exporter
+from spacompiler.deploy import export, exporter, words
 from spacompiler.deploy.export import Form, export_onnx
 from spacompiler.deploy.twin import twin
 from spacompiler.groups.solution import Solution, solve
@@ -137,7 +138,7 @@ def test_the_dense_network_is_exported_where_sizes_stand_in_the_program(
     plain = export.translated
     monkeypatch.setattr(export, "translated", lambda *given: made.append(1) or plain(*given))
     monkeypatch.setattr(torch_files, "_served", lambda job: [(job.trace.args, job.trace.kwargs)])
-    monkeypatch.setattr(latency, "_ask_child", in_process)
+    monkeypatch.delattr(latency, "_ask_child")  # nothing so small needs a process of its own
     monkeypatch.setattr(places, "Form", partial(Form, external=0))
     torch.manual_seed(0)
     result = spacompiler.compile(Block().eval(), (torch.randn(2, 5, 40),), target="params~80%",
@@ -147,8 +148,26 @@ def test_the_dense_network_is_exported_where_sizes_stand_in_the_program(
     assert result.report["latency"]["turns"] >= LEAST_TURNS
 
 
-def in_process(paths: Any, cases: Any, options: dict[str, Any]) -> Any:
-    return latency.measure(paths, cases, **options)
+def test_the_table_that_is_read_late_says_the_same_as_the_whole() -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    late, whole = words._read_late(20), ONNXRegistry.from_torchlib(opset_version=20)
+    assert late.functions.keys() == whole.functions.keys()
+    unread = [meta for own in late.functions.values() for meta in own if meta.signature is None]
+    assert len(unread) > len(late.functions) / 2, "signatures are worked out when they are needed"
+    for target in (torch.ops.aten.relu.default, torch.ops.aten.add.Tensor, math.pow,
+                   torch.ops.aten.mean.dim, torch.ops.higher_order.cond):
+        one, other = late.get_decomps(target), whole.get_decomps(target)
+        assert one and [(m.onnx_function, m.is_complex, str(m.signature)) for m in one] == [
+            (m.onnx_function, m.is_complex, str(m.signature)) for m in other]
+
+
+def test_a_table_that_is_built_otherwise_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(opset: int) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(words, "_read_late", changed)
+    assert words.words.__wrapped__(20).is_registered(torch.ops.aten.relu.default)
 
 
 def test_no_further_turn_is_taken_once_the_ratio_is_known(blocks: Trace, tmp_path: Path) -> None:
