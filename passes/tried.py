@@ -68,12 +68,11 @@ class Tried:
     def _glanced(self, problem: Problem, measure: Measured, plans: dict[str, dict[str, int]]
                  ) -> tuple[dict[str, float], list[str]]:
         """What one example says of plans, where it says enough, and those that are worth more."""
-        found: dict[str, float] = {}
-        for name, kept in plans.items():
-            found[name] = measure.glance(problem, kept)
-            if isnan(found[name]) and len(found) == 1:
-                return {}, list(plans)
-        found = {name: value if isfinite(value) else float("inf") for name, value in found.items()}
+        said = measure.glances(problem, list(plans.values()))
+        if all(map(isnan, said)):
+            return {}, list(plans)
+        found = {name: value if isfinite(value) else float("inf")
+                 for name, value in zip(plans, said, strict=True)}
         return found, self._close(list(plans), found, 1 / 2)
 
     def _close(self, names: list[str], lost: dict[str, float], seen: float) -> list[str]:

@@ -46,6 +46,14 @@ def some(batch: Batch, count: int, which: slice) -> Batch:
     return found
 
 
+def again(batch: Batch, times: int) -> Batch:
+    """Return a batch of one example so many times."""
+    found: Batch = pytree.tree_map(
+        lambda v: torch.cat([v] * times) if isinstance(v, torch.Tensor) and v.ndim and len(v) == 1
+        else v, batch)
+    return found
+
+
 def first(batch: Batch) -> torch.Tensor:
     """Return the first tensor of a batch, one without values where it has none."""
     leaves = pytree.tree_leaves(batch)

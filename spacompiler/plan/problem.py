@@ -84,8 +84,8 @@ class Measured(Protocol):
         A mean over the first `batches` but for `skip`.
         """
 
-    def glance(self, problem: Problem, kept: Mapping[str, int]) -> float:
-        """Return the same on one example, or nan where that would say little."""
+    def glances(self, problem: Problem, plans: Sequence[Mapping[str, int]]) -> list[float]:
+        """Return the same for some counts on one example, or nan where that would say little."""
 
     def few(self, most: int, positions: int) -> int:
         """Return how many batches hold so many positions (examples, or tokens), or `most`."""

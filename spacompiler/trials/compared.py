@@ -25,6 +25,8 @@ from ..system.group import here
 Arrays = Mapping[str, torch.Tensor]
 Key = frozenset[tuple[Atom, bytes]]
 ONE, OTHERS = slice(0, 1), slice(1, None)
+ABREAST = 4
+"""Plans that one run looks at: more products at a time are quicker, and take memory."""
 TELLING = 64
 """Positions of one example that say enough for a glance."""
 HELD = 1 << 30
@@ -78,21 +80,29 @@ class Compared(ABC):
         return sum(self._lost_on(at, choices) for at in asked) / max(len(asked), 1)
 
     @torch.no_grad()
-    def glance(self, problem: Problem, kept: Mapping[str, int]) -> float:
-        """Return what `lost` does on the first example alone, which it then need not run again.
+    def glances(self, problem: Problem, plans: Sequence[Mapping[str, int]]) -> list[float]:
+        """Return what `lost` does for each of some counts, on the first example alone.
 
-        Nan where that says little, or is all of the batch, or cannot be run by itself.
+        `lost` need not run that again. Nan where it says little, or is all of the batch, or cannot
+        be run by itself.
         """
         first = self.batches[0]
         held, dense = examples(*first), self._dense(first)
         if held < 2 or len(dense) != held or _positions(dense) < TELLING * held \
                 or not self.divisible:
-            return float("nan")
-        choices = self.plan(problem, kept)
-        key = _key(choices)
-        if key not in self._glances:
-            self._glances[key] = self._apart_on(some(first, held, ONE), choices, dense[ONE])
-        return self._glances[key]
+            return [float("nan")] * len(plans)
+        made = [self.plan(problem, kept) for kept in plans]
+        new = list({_key(choices): choices for choices in made}.items())
+        new = [(key, choices) for key, choices in new if key not in self._glances]
+        one = some(first, held, ONE)
+        for part in (new[at:at + ABREAST] for at in range(0, len(new), ABREAST)):
+            for (key, _), found in zip(part, self.abreast(one, [c for _, c in part]), strict=True):
+                self._glances[key] = float(distance(found, dense[ONE]))
+        return [self._glances[_key(choices)] for choices in made]
+
+    def abreast(self, batch: Batch, plans: Sequence[Choices]) -> list[torch.Tensor]:
+        """Return the first results of a batch of one example, without what each plan removes."""
+        return [first_floating(self.results(batch, choices)) for choices in plans]
 
     def _lost_on(self, at: int, choices: Choices) -> float:
         """The divergence on one batch, of which the first example may be known."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from ..axes.choices import Choices, keep_mask
 from ..axes.expressions import ONE
 from ..errors import SpaError
-from ..evidence.calls import Batch
+from ..evidence.calls import Batch, again
 from ..evidence.labels import inputs_only
 from ..evidence.losses import first_floating
 from ..evidence.scores import Scores
@@ -30,7 +30,7 @@ from ..repair.evidence import Compensation
 from ..repair.repairer import Repairer, draft
 from ..repair.sites import sites
 from ..system.group import here
-from ..torch_backend.run.masks import masks
+from ..torch_backend.run.masks import Mixed, masks, side_by_side
 from ..torch_backend.run.observe import ProgramNetwork
 from ..torch_backend.run.runner import Override, OverridingRunner, Reads
 from ..torch_backend.trace import Trace
@@ -62,6 +62,18 @@ class Measure(Compared):
         """Return the results of a batch; see `Compared`."""
         reads = masks(self.solution, choices) if choices else None
         return self._run(batch, reads=reads, arrays=arrays or {})
+
+    def abreast(self, batch: Batch, plans: Sequence[Choices]) -> list[torch.Tensor]:
+        """Return the first results of a batch of one example under each plan, in one run.
+
+        One after the other where what is read does not go example by example.
+        """
+        reads = side_by_side(self.solution, [masks(self.solution, choices) for choices in plans])
+        try:
+            found = first_floating(self._run(again(batch, len(plans)), reads=reads, arrays={}))
+        except Mixed:
+            return super().abreast(batch, plans)
+        return list(found.split(1)) if len(found) == len(plans) else super().abreast(batch, plans)
 
     def _run(self, batch: Batch, *, reads: Reads | None = None, arrays: Arrays,
              override: Mapping[str, Override] | None = None) -> list[torch.Tensor]:

@@ -60,8 +60,8 @@ class Asked:
         self.asked.append((kept["a"], batches, skip))
         return self.says[kept["a"]]
 
-    def glance(self, problem: object, kept: dict[str, int]) -> float:
-        return self.first.get(kept["a"], float("nan"))
+    def glances(self, problem: object, plans: list[dict[str, int]]) -> list[float]:
+        return [self.first.get(kept["a"], float("nan")) for kept in plans]
 
     def few(self, most: int, positions: int) -> int:
         return min(most, len(self.batches), positions)
@@ -136,13 +136,19 @@ def test_a_plan_meets_a_batch_once_whichever_layout_asks(monkeypatch: pytest.Mon
 def _look_at_one_text_first(measure: Measure, plan: list[Any],
                             monkeypatch: pytest.MonkeyPatch) -> None:
     """A glance is of the first text, and no text is run again by who looks at the batch."""
-    assert isnan(measure.glance(*plan)), "eight tokens say little"
+    problem, kept = plan
+    plans = [kept, problem.least(), {u.name: u.legal[-1] for u in problem.units}]
+    assert all(map(isnan, measure.glances(problem, plans))), "eight tokens say little"
     monkeypatch.setattr(compared, "TELLING", 8)
-    whole, rows = measure.lost(*plan, 1), list[int]()
+    whole, rows = measure.lost(problem, kept, 1), list[int]()
     measure._lost.clear()
-    run = measure.results
-    monkeypatch.setattr(Measure, "results", lambda self, batch, *given: (
-        rows.append(len(batch[1]["input_ids"])), run(batch, *given))[1])
-    one = measure.glance(*plan)
-    assert measure.lost(*plan, 1) == pytest.approx(whole, rel=1e-4) and one != whole
-    assert measure.glance(*plan) == one and rows == [1, 1]
+    run = measure._run
+    monkeypatch.setattr(Measure, "_run", lambda self, batch, **given: (
+        rows.append(len(batch[1]["input_ids"])), run(batch, **given))[1])
+    abreast = measure.glances(problem, plans)
+    assert measure.lost(problem, kept, 1) == pytest.approx(whole, rel=1e-4)
+    assert measure.glances(problem, plans) == abreast and rows == [3, 1]
+    measure._glances.clear()
+    monkeypatch.setattr(Measure, "abreast", compared.Compared.abreast)
+    assert measure.glances(problem, plans) == pytest.approx(abreast, rel=1e-3, abs=1e-6)
+    assert len({round(value, 6) for value in abreast}) == 3

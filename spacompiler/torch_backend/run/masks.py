@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,29 @@ def masks(solution: Solution, choices: Choices) -> Reads:
         return torch.where(_fit(mask(name, dim).to(value.device), value), value, gone)
 
     return Reads(touched(solution, choices), touch)
+
+
+class Mixed(Exception):
+    """What a node reads does not go example by example."""
+
+
+def side_by_side(solution: Solution, each: Sequence[Reads]) -> Reads:
+    """Return reads of as many examples as there are others, each by its own.
+
+    They raise `Mixed` where examples cannot be told apart.
+    """
+    places: dict[str, set[str]] = {}
+    for reads in each:
+        for node, names in reads.places.items():
+            places.setdefault(node, set()).update(names)
+
+    def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.ndim or len(value) != len(each) or solution.graph.tensors[name].static:
+            raise Mixed(name)
+        return torch.cat([reads.of(node, name, one)
+                          for reads, one in zip(each, value.split(1), strict=True)])
+
+    return Reads(places, touch)
 
 
 def _fit(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -98,11 +98,12 @@ class Runner(fx.Interpreter):
         parts = segments(self.graph)
         for node in self.graph.find_nodes(op="placeholder"):
             self.step(node)
-        end = len(parts) - held.last(len(parts))
-        for part in parts[:max(0, end)]:
+        end = max(0, len(parts) - held.last(len(parts)))
+        for part in parts[:end]:
             self._segment(part, held)
-        give_back()
-        for node in (node for part in parts[max(0, end):] for node in part):
+        if end:  # else the next call has use for what this one leaves
+            give_back()
+        for node in (node for part in parts[end:] for node in part):
             self.step(node)
         (output,) = self.graph.find_nodes(op="output")
         results = list(self.run_node(output))
