@@ -28,16 +28,16 @@ Known = Callable[[str], bool]
 def spell_out(graph: fx.Graph, known: Known) -> None:
     """Replace operators that are not `known` by name, where what they consist of is, in place."""
     strange = [node for node in graph.nodes if _is_strange(node, known)]
-    table = {op: way for op, way in decomposition_table.items()
-             if not known(str(op))} if strange else {}
+    if not strange:
+        return
+    table = {op: way for op, way in decomposition_table.items() if not known(str(op))}
     once = Once(table, _mode(graph) or FakeTensorMode())
     for node in strange:
         try:
             replace(node, once, lambda inner: _is_known(inner, known))
         except Exception:  # a surprise in one operator: it stays what it was
             continue
-    if strange:
-        graph.eliminate_dead_code()
+    graph.eliminate_dead_code()
 
 
 def fake_mode(module: fx.GraphModule) -> FakeTensorMode:

@@ -171,6 +171,8 @@ def _place(module: nn.Module, problem: Exception) -> str:
 def _seen_sizes(program: Program, args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Sizes that depend on data, as they come out on the example inputs."""
+    if not isinstance(program, ExportedProgram):  # it was recorded: all sizes are known
+        return {}
     free = {node.name for node in program.graph.nodes for value in _tensors(node)
             if any(hint(size) is size for size in value.shape if isinstance(size, torch.SymInt))}
     seen: dict[str, tuple[int, ...]] = {}
