@@ -21,7 +21,7 @@ from ..stages.compiled import Compiled
 from ..stages.proof import relative_error
 from ..stages.tolerances import ONNX, RELOAD_MODULE
 from ..store import beside
-from ..store.arrays import save_check, save_weights
+from ..store.arrays import same_bits, save_check, save_weights
 from ..store.folder import write_json
 from ..store.mapped import let_go
 from ..system.staging import Scratch
@@ -144,7 +144,7 @@ def _differing_array(one: torch.nn.Module, other: torch.nn.Module) -> str:
     """Return the name of the first array in which two modules differ, or "" if there is none."""
     a, b = one.state_dict(), other.state_dict()
     for name in sorted(a.keys() | b.keys()):
-        if name not in a or name not in b or not torch.equal(a[name], b[name]):
+        if name not in a or name not in b or not same_bits(a[name], b[name]):
             return name
         let_go((a[name], b[name]))
     return ""

@@ -57,7 +57,7 @@ def decide(ask: Request, subject: Subject, traced: Traced, scored: Scored) -> De
     _tell_of_unreached(ask, subject, traced, choices)
     if not scored.candidates and is_hf(subject.model) and subject.factored is None:
         layout = "uniform"
-    return Decided(traced.trace, traced.solution, plan, choices, layout)
+    return Decided(traced.trace, traced.solution, plan, choices, layout, room=subject.room)
 
 
 def _tell_of_unreached(ask: Request, subject: Subject, traced: Traced, choices: Choices) -> None:

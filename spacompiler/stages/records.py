@@ -178,7 +178,8 @@ class Decided:
 
     `stock` says in which layout a configuration of transformers may express it ("uniform",
     "per-layer", "" in none); `idle` that a repair was asked for and changed nothing. `cut` are
-    arrays, by name, that one way of making the model cut: the next one need not.
+    arrays, by name, that the proof or one way of making the model cut: the next one need not. Large
+    ones lie in a `room` where there is one.
     """
 
     trace: Any
@@ -188,6 +189,7 @@ class Decided:
     stock: str = ""
     idle: bool = False
     cut: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    room: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

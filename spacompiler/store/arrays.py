@@ -45,6 +45,29 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return {**tensors, **{name: tensors[other] for name, other in tied.items()}}
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two arrays are of one type and one shape, and equal bit for bit.
+
+    torch compares short floats one by one; here they are words of eight bytes.
+    """
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    mine, others = _words(one.detach()), _words(other.detach())
+    if mine is None or others is None:
+        return torch.equal(one, other)
+    return all(torch.equal(*pair) for pair in zip(mine, others, strict=True))
+
+
+def _words(array: torch.Tensor) -> list[torch.Tensor] | None:
+    """The bits of an array as long integers and the bytes that are left; None if it lies apart."""
+    if array.layout is not torch.strided or not array.is_contiguous() or not array.ndim \
+            or array.storage_offset() * array.itemsize % 8 or array.data_ptr() % 8:
+        return None
+    flat = array.reshape(-1).view(torch.uint8)
+    whole = len(flat) // 8 * 8
+    return [flat[:whole].view(torch.int64), flat[whole:]]
+
+
 def save_check(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any],
                results: list[torch.Tensor]) -> None:
     """Write the example inputs and a sample of each result, with the shapes of all."""

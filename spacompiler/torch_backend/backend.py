@@ -19,6 +19,7 @@ from ..stages.backend import Backend
 from ..stages.proof import Proof
 from ..stages.records import Decided, Emitted, Subject, Traced
 from ..store.completeness import unsound
+from ..store.room import is_large
 from .emit import per_layer
 from .emit import stock as hf
 from .emit.attributes import assign, resized, unmet, watch
@@ -70,7 +71,9 @@ def _prove_module(module: nn.Module, decided: Decided, seed: int) -> Proof:
     trace: Trace = decided.trace
     if not trace.faithful:
         _check_program(module, trace)
-    return prove(trace, decided.solution, decided.choices, seed=seed)
+    held = decided.room is not None or not is_large(module)
+    return prove(trace, decided.solution, decided.choices, seed=seed,
+                 cut=_cutting(decided) if held else None)
 
 
 def _check_program(module: nn.Module, trace: Trace) -> None:
@@ -141,9 +144,8 @@ Emitter = Callable[[Subject, Decided], _Made]
 def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str]) -> Emitted:
     """Take the first emitter whose result agrees with the proved program."""
     trace: Trace = decided.trace
-    decided = replace(decided, cut={})
     want = run_pruned(trace, decided.solution, decided.choices, double=False,
-                      cut=_cutting(subject, decided))
+                      cut=_cutting(decided))
     problems: dict[str, str] = {}
     obstacles: tuple[str, ...] = ()
     for layout, emission, make in emitters(subject, decided):
@@ -172,10 +174,10 @@ def _emit_module(subject: Subject, decided: Decided, asked: str, notes: list[str
                      why="; ".join(f"{k}: {why}" for k, why in problems.items()))
 
 
-def _cutting(subject: Subject, decided: Decided) -> Weights:
+def _cutting(decided: Decided) -> Weights:
     """Return what gives pruned arrays by name: each is cut once, and the emitters take it."""
     tied = decided.trace.tied
-    slicer = Slicer(decided.trace, decided.solution, decided.choices, subject.room)
+    slicer = Slicer(decided.trace, decided.solution, decided.choices, decided.room)
 
     def array(name: str) -> torch.Tensor:
         first = tied.get(name, name)
@@ -212,7 +214,7 @@ def _per_layer(subject: Subject, decided: Decided) -> _Made:
 def _built(subject: Subject, decided: Decided, config: Any, cls: Any) -> Any:
     """The class built from a configuration, with the arrays cut."""
     module, trace = subject.model, decided.trace
-    cut, made = _cutting(subject, decided), dict[str, torch.Tensor]()
+    cut, made = _cutting(decided), dict[str, torch.Tensor]()
     for name in module.state_dict():
         first = trace.tied.get(name, name)
         if first not in made:

@@ -25,7 +25,7 @@ from .emit.slicer import kept
 from .run.aside import Aside
 from .run.draws import check_draws_nothing
 from .run.masks import masks, norms
-from .run.runner import OverridingRunner
+from .run.runner import OverridingRunner, Weights
 from .trace import Trace, redrawn
 
 
@@ -44,17 +44,19 @@ def masked_dense(trace: Trace, solution: Solution, choices: Choices, *,
         return runner.call(trace.args, trace.kwargs)
 
 
-def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) -> Proof:
+def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0,
+          cut: Weights | None = None) -> Proof:
     """Compare masked dense with pruned, then with pruned after one wrong index.
 
-    Raises ProofError, naming the first operator that differs, if the pruned program is wrong.
+    `cut` gives arrays by name as the choices slice them, to have that done once. Raises ProofError,
+    naming the first operator that differs, if the pruned program is wrong.
     """
     want = masked_dense(trace, solution, choices)
     if not any(torch.isfinite(t).any() for t in tensors(want) if t.numel()):
         raise ProofError("no result of the network is a finite number",
                          why="where all is NaN or infinite, nothing can be compared",
                          fix="give example inputs, and weights, that it computes numbers from")
-    error, weight, control = _both(trace, solution, choices, want, seed)
+    error, weight, control = _both(trace, solution, choices, want, seed, cut)
     approximate = None
     if any(g.approximate for g in solution.groups.values() if g.atom in choices):
         approximate = relative_error(
@@ -64,7 +66,7 @@ def prove(trace: Trace, solution: Solution, choices: Choices, *, seed: int = 0) 
 
 
 def _both(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
-          seed: int) -> tuple[float, str, float]:
+          seed: int, cut: Weights | None = None) -> tuple[float, str, float]:
     """Return the error of the pruned program, the array that got a wrong index, and how far
     results are off by it."""
     stored = {**trace.program.state_dict, **trace.program.constants}
@@ -75,13 +77,13 @@ def _both(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
         raise
     aside = Aside({name for name, first in trace.tied.items() if first in
                    {trace.tied.get(one, one) for one in wrong}})
-    error = _error(trace, solution, choices, want, aside=aside)
-    control = _error(trace, solution, choices, want, wrong, aside)
+    error = _error(trace, solution, choices, want, None, aside, cut)
+    control = _error(trace, solution, choices, want, wrong, aside, cut)
     for attempt in range(1, CONTROLS):
         if control >= CONTROL.value:  # a slice that these inputs do not excite shows nothing
             break
         weight, wrong = swap(stored.__getitem__, solution, choices, seed + attempt, attempt)
-        control = _error(trace, solution, choices, want, wrong)
+        control = _error(trace, solution, choices, want, wrong, cut=cut)
     return error, weight, control
 
 
@@ -103,12 +105,13 @@ def _on_others(trace: Trace, solution: Solution, choices: Choices, proof: Proof,
 
 
 def _error(trace: Trace, solution: Solution, choices: Choices, want: list[Any],
-           wrong: dict[str, Choices] | None = None, aside: Aside | None = None) -> float:
+           wrong: dict[str, Choices] | None = None, aside: Aside | None = None,
+           cut: Weights | None = None) -> float:
     """Relative error of the pruned program; raises ProofError if it must hold and does not."""
     problem = ""
     try:
         error = relative_error(run_pruned(
-            trace, solution, choices, wrong=wrong, aside=aside), want)
+            trace, solution, choices, wrong=wrong, aside=aside, cut=cut), want)
     except (RuntimeError, ValueError, IndexError, TypeError) as raised:
         if runs_out(raised):
             raise

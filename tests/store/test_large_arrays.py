@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spacompiler.store import tensors_file
+from spacompiler.store.arrays import same_bits
 from spacompiler.store.mapped import let_go
 from spacompiler.store.room import Room
 from spacompiler.system.pages import give_back
@@ -60,3 +61,24 @@ def test_room_on_the_disk_holds_values_without_memory_and_leaves_nothing(tmp_pat
     assert before - _resident() > 0.9 * made.nbytes
     assert bool((made == 1).all())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.int8, torch.bool])
+@pytest.mark.parametrize("shape", [(3, 5), (8,), (1,), (), (0, 3)])
+def test_arrays_are_the_same_if_all_their_bits_are(kind, shape):
+    one = torch.ones(shape).to(kind)
+    assert same_bits(one, one.clone())
+    for at in range(one.numel()):
+        other = one.clone()
+        other.view(-1)[at] = 0
+        assert not same_bits(one, other) and not same_bits(other, one)
+
+
+def test_arrays_of_another_type_or_shape_or_that_lie_apart():
+    one = torch.arange(24).reshape(4, 6)
+    assert not same_bits(one, one.int()) and not same_bits(one, one.reshape(6, 4))
+    assert same_bits(one.t(), one.t().contiguous())
+    bytes_ = one.to(torch.int8).reshape(-1)[1:9]
+    assert same_bits(bytes_, bytes_.clone())
+    nothing = torch.full((9,), torch.nan, dtype=torch.bfloat16)
+    assert same_bits(nothing, nothing.clone())

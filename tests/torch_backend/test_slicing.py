@@ -140,11 +140,16 @@ def test_positions_that_stay_are_found_once_for_an_axis(monkeypatch):
     assert all(torch.equal(made.array(n), a) for n, a in zip(made.names(), first, strict=True))
 
 
-def test_each_array_is_cut_once_to_be_checked_and_to_be_in_the_model(monkeypatch):
+@pytest.mark.parametrize("prove", [False, True])
+def test_each_array_is_cut_once_for_all_that_read_it(monkeypatch, prove):
+    """The proof, the check of the program, and the model; once more by the proof's wrong index."""
     counted = []
     monkeypatch.setattr(slicing, "cut", lambda tensor, *rest: counted.append(1) or
                         cut(tensor, *rest))
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    spacompiler.compile(net, (torch.randn(3, 6),), target="params~60%", importance="magnitude",
-                        prove=False, onnx=False, latency=False, align=1)
-    assert len(counted) == 3  # rows of the first layer, its biases, columns of the last
+    made = spacompiler.compile(net, (torch.randn(3, 6),), target="params~60%", align=1,
+                               importance="magnitude", prove=prove, onnx=False, latency=False).job
+    assert len(counted) == 3 + prove  # rows of the first layer, its biases, columns of the last
+    assert not made.decided.cut
+    if prove:
+        assert made.proof.control > 1e-3 > made.proof.error

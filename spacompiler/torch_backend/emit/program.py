@@ -126,16 +126,19 @@ def run_pruned(trace: Trace, solution: Solution, choices: Choices, *,
     """Run the pruned program on the example inputs, slicing each array when it is read.
 
     `wrong` gives some arrays another choice of slices: the proof's negative control. What it and
-    the right run have in common is computed once where both are given one `aside`. Arrays that are
-    sliced elsewhere are what `cut` gives by name.
+    the right run have in common is computed once where both are given one `aside`. `cut` gives
+    arrays, by name, that are sliced by these choices already.
     """
     slicer = Slicer(trace, solution, choices)
     wrong = {trace.tied.get(k, k): v for k, v in (wrong or {}).items()}
 
     def weights(name: str) -> torch.Tensor:
-        return slicer.array(name, double=double, choices=wrong.get(trace.tied.get(name, name)))
+        first = trace.tied.get(name, name)
+        if cut is None or first in wrong or (double and slicer.corrects(first)):
+            return slicer.array(name, double=double, choices=wrong.get(first))
+        return cut(name)
 
-    runner = Runner(trace.program, cut or weights, graph_module=edited(trace, solution, choices),
+    runner = Runner(trace.program, weights, graph_module=edited(trace, solution, choices),
                     watch=watch,
                     where=trace.proving if double else HERE)
     with torch.no_grad():

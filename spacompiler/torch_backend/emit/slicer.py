@@ -55,6 +55,10 @@ class Slicer:
         """Return the axes of a stored array."""
         return self._dims[self._tied.get(name, name)]
 
+    def corrects(self, first: str) -> bool:
+        """True of a gain, by its first name, that a plan makes other numbers of."""
+        return first in self._gains
+
     def untouched(self, name: str) -> bool:
         """True if a plan and its repair leave an array as it is."""
         first = self._tied[name]

@@ -41,7 +41,11 @@ def uniform_config(module: StockModel, solution: Solution, choices: Choices,
     `shapes` are the pruned arrays' shapes by state-dict name. Raises SpaError where no stock config
     describes them (layers of unequal width, or a size that the config can't express).
     """
-    said = _said(module, changed_sizes(solution, choices), _asking(module, shapes))
+    wrong, sizes = _asking(module, shapes), changed_sizes(solution, choices)
+    every = dict.fromkeys(key for entries in built(module).likely for key in entries)
+    guess = search.alike(module.config, every, sizes)
+    said = search.least(guess, lambda some: not wrong(some)) if guess and not wrong(guess) else \
+        _said(module, sizes, wrong)
     return changed(module.config, {**said, **besides(module, solution, choices)})
 
 
@@ -105,7 +109,7 @@ def fits(module: StockModel, tied: Mapping[str, str],
 
     Entries that said other choices are tried first.
     """
-    likely: list[dict[Key, Any]] = []
+    likely = built(module).likely
 
     def fit(choices: Choices) -> bool:
         wrong = _asking(module, pruned_shapes(module, tied, solution, choices))

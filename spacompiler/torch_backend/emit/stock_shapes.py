@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..kinds import Config, StockModel
-from .stock_search import LAYERS
+from .stock_search import LAYERS, Key
 
 Shapes = Mapping[str, tuple[int, ...]]
 UNSAVED = "(not saved) "
@@ -58,7 +58,8 @@ def _as_they_come() -> AbstractContextManager[None]:
 class Built:
     """Shapes of the arrays that a module's class makes under configurations like its own.
 
-    `whole` asks for all layers each time: where their number is what is in question.
+    `likely` are the entries that said other sizes before. `whole` asks for all layers each time:
+    where their number is what is in question.
     """
 
     def __init__(self, module: StockModel, *, whole: bool = False) -> None:
@@ -66,6 +67,7 @@ class Built:
         self._names = list(module.state_dict())
         self._layers = getattr(module.config, "num_hidden_layers", None)
         self._short = not whole and self._is_regular(module)
+        self.likely: list[dict[Key, Any]] = []
 
     def shapes(self, config: Config) -> Shapes | str:
         """Return shapes by name, or what building the model raised."""
