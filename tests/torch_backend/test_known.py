@@ -57,3 +57,11 @@ def test_results_are_of_the_sizes_strides_and_types_that_torch_gives_them(operat
 @pytest.mark.parametrize(("operator", "args"), LEFT, ids=str)
 def test_what_has_rules_of_its_own_is_left_to_torch(operator, args):
     assert _AT_ONCE[operator](args, {}) is None
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (4, 3)), ((0, 3), (2, 3)), ((5,), (2, 4))])
+def test_sizes_that_do_not_fit_are_refused_as_torch_refuses_them(shapes):
+    args = tuple(made(*shape) for shape in shapes)
+    for call in (_AT_ONCE[A.add.Tensor], lambda args, kwargs: _asked(A.add.Tensor, args, kwargs)):
+        with pytest.raises(RuntimeError):
+            call(args, {})

@@ -6,7 +6,7 @@ blocks ask the same again and again, and of the commonest operators the answer i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -38,10 +38,9 @@ class Known:
             shape, stride, dtype = found
             return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
         at_once = _AT_ONCE.get(func)
-        result = at_once(args, kwargs) if at_once else None
-        if result is None:
-            result = _asked(func, args, kwargs)
-        if asked is not None and _is_apart(result, args, kwargs):
+        said = at_once(args, kwargs) if at_once else None
+        result = _asked(func, args, kwargs) if said is None else said
+        if asked is not None and (said is not None or _is_apart(result, args, kwargs)):
             self._made[asked] = result.shape, result.stride(), result.dtype
         return result
 
@@ -112,8 +111,21 @@ def _pointwise(args: tuple[Any, ...], kwargs: dict[str, Any], *,
     if dtype is None:
         return None
     shapes = {x.shape for x in args if isinstance(x, torch.Tensor)}
-    shape = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+    shape = shapes.pop() if len(shapes) == 1 else _broadcast(shapes)
     return torch.empty(shape, dtype=gives or dtype, device=_META)
+
+
+def _broadcast(shapes: Collection[torch.Size]) -> list[int]:
+    """Return the shape that several have in common; raises RuntimeError if there is none."""
+    rank = max(map(len, shapes))
+    found = [1] * rank
+    for shape in shapes:
+        for at, size in enumerate(shape, rank - len(shape)):
+            if size != 1:
+                if found[at] not in (1, size):
+                    raise RuntimeError(f"sizes {found[at]} and {size} at dimension {at} of {rank}")
+                found[at] = size
+    return found
 
 
 def _arithmetic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
