@@ -29,7 +29,7 @@ def inspect(model: str | nn.Module, example_inputs: Inputs | None = None, *,
     found = opened(model, example_inputs, trust=trust_remote_code)
     module, inputs = found.module, found.inputs
     if modules:
-        from .torch_backend import parts
+        from ..torch_backend import parts
 
         module, inputs = parts.of(module, modules, inputs)
     return backend_of(module).trace(module, inputs, quick=True)[1]

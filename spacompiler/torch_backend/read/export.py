@@ -71,7 +71,8 @@ def trace(module: nn.Module, inputs: Inputs, *, quick: bool = False, once: bool 
     settle(graph, program, module, args, kwargs)
     return Trace(program, graph, args, kwargs, tied, folded=folded,
                  computed={name: program.state_dict[name] for name in sources},
-                 shared=bool(program.graph_module.meta.get(_SHARED)))
+                 shared=isinstance(program, ExportedProgram)
+                 and bool(program.graph_module.meta.get(_SHARED)))
 
 
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
