@@ -106,6 +106,11 @@ def test_a_recorded_program_computes_what_the_module_does(what):
     assert net.first.weight.device.type == "cpu"
 
 
+def test_no_code_is_made_of_a_program_that_nobody_runs():
+    traced = trace(_Net(lambda net, h: h).eval(), (torch.randn(3, 4),), quick=True)
+    assert "graph_module" not in vars(traced.program) and not traced.shared
+
+
 @pytest.mark.parametrize("what", LEFT)
 def test_what_needs_data_is_left_to_the_exporter(what):
     net, x = _Net(LEFT[what]).eval(), torch.randn(3, 4)
