@@ -8,6 +8,8 @@ buffers of fixed sizes for gradients: the module is pruned between two wrappings
 from __future__ import annotations
 
 import gc
+import sys
+from typing import cast
 from weakref import ref
 
 import numpy as np
@@ -16,6 +18,10 @@ import torch.distributed as dist
 from torch import nn
 
 from spacompiler.errors import UsageError
+
+SHARDED = (("torch.distributed.tensor", "DTensor"),
+           ("torch.distributed.fsdp", "FullyShardedDataParallel"))
+"""What a sharded module has among its arrays and parts."""
 
 
 def processes() -> int:
@@ -48,7 +54,8 @@ class Wrapper:
     def __init__(self, module: nn.Module) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise wrapped()
-        self._seen: ref[nn.Module] | None = None
+        _check_whole(module)
+        self._module, self._seen = module, cast("ref[nn.Module] | None", None)
         self._handle = module.register_forward_pre_hook(self._look) if processes() > 1 else None
 
     def _look(self, module: nn.Module, args: object) -> None:
@@ -58,6 +65,8 @@ class Wrapper:
 
     def check(self, *, shrinks: bool) -> None:
         """Raise UsageError if the module shrinks while a wrapper is there."""
+        if shrinks:
+            _check_whole(self._module)
         if shrinks and self._seen is not None and self._seen() is not None:
             gc.collect()  # one that nobody uses may be in a circle with its hooks
             if self._seen() is not None:
@@ -68,6 +77,18 @@ class Wrapper:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
+
+
+def _check_whole(module: nn.Module) -> None:
+    """Raise UsageError for a module of whose arrays each process has a part (FSDP)."""
+    found = (getattr(sys.modules.get(place), name, None) for place, name in SHARDED)
+    kinds = tuple(kind for kind in found if isinstance(kind, type))  # none is there unimported
+    if any(isinstance(part, kinds) for part in (*module.modules(), *module.parameters())):
+        raise UsageError(
+            "a sharded module cannot shrink in place", where=type(module).__name__,
+            why="each process holds a part of every array, and slices go from whole ones",
+            fix="prune before fully_shard, or train with DistributedDataParallel until the "
+                "pruner is done")
 
 
 def wrapped() -> UsageError:

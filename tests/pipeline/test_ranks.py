@@ -10,11 +10,12 @@ import subprocess
 import sys
 
 CHILD = '''
-import os, sys, traceback, torch, spacompiler
+import copy, os, sys, traceback, torch, spacompiler
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from spacompiler.errors import SpaError
+from spacompiler.store import tensors_file, work as work_files
 from spacompiler.torch_backend.gather import gradients
 
 torch.manual_seed(0)
@@ -29,7 +30,7 @@ for rank, size in ((0, 1), (0, 2), (1, 2)):
     if children[-1] == 0:
         break
 else:
-    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+    sys.exit([os.waitpid(child, 0)[1] for child in children] != [0, 0, 9])  # the last is killed
 def failed(*problem):
     traceback.print_exception(*problem)
     os._exit(1)
@@ -52,7 +53,33 @@ quick = dict(importance="magnitude", repair="none", recover_data=batches)
 compile("trained", **quick, recovery="full(accumulate=3, epochs=2)")
 made = spacompiler.compile(net, batches[0], **{**asked, **quick}, recovery="norms(accumulate=1)")
 assert any("not split" in note for note in made.job.ask.notes) == (together == "together")
+work, calls = f"{place}-work", 0
+
+def killing(results, args, kwargs):
+    global calls
+    calls += torch.is_grad_enabled()
+    if (rank, calls) == (1, 2):  # after a checkpoint
+        sys.stdout.flush()
+        os.kill(os.getpid(), 9)
+    return results[0].square().mean()
+
+killed = dict(**quick, recovery="full(accumulate=3, epochs=2, evaluations=2)", loss=killing)
+if together == "alone":
+    compile("gone on with", **killed)
 if together == "together":
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    saving = work_files.save_file, tensors_file._head
+    if rank == 0:
+        work_files.save_file = tensors_file._head = full
+    for name, more in (("no room", {}), ("no room to work", {"work": f"{place}-full"})):
+        try:
+            compile(name, importance="magnitude", repair="none", **more)
+        except SpaError as problem:
+            print(type(problem).__name__, problem.what)
+    work_files.save_file, tensors_file._head = saving
+
     def loss(results, args, kwargs):
         if rank == 1:
             raise SpaError("the disk of this process is full")
@@ -61,6 +88,7 @@ if together == "together":
         compile("failed", loss=loss, repair="none")
     except SpaError as problem:
         print(type(problem).__name__, problem.what)
+    whole = copy.deepcopy(net)
     dist.init_process_group("gloo")
     optimizer = torch.optim.Adam(net.parameters())
     pruner = spacompiler.Pruner(net, batches[0], optimizer, target="params=60%", align=1,
@@ -83,8 +111,17 @@ if together == "together":
     pruner.shrink()
     print(pruner.kept, [g.tolist() for g in pruner.live.kept.tables.values()])
     trained(DistributedDataParallel(net))
-    print("trained on", sum(p.numel() for p in net.parameters()))
+    print("trained on", sum(p.numel() for p in net.parameters()), [p.sum().item() for p in
+                                                                   net.parameters()])
     dist.destroy_process_group()
+    net = whole
+    try:
+        compile("gone on with", **killed, work=work)
+    except SpaError as problem:
+        print(type(problem).__name__, problem.what)
+    assert os.path.exists(f"{work}/training/training.safetensors")
+    asked["processes"] = "alone"
+    compile("gone on with", **killed, work=work)
 sys.stdout.flush()
 os._exit(0)
 '''
@@ -100,10 +137,15 @@ def test_two_processes_write_the_bytes_of_one_and_end_together(tmp_path):
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
     first, second = ((tmp_path / f"2-{rank}.txt").read_text() for rank in (0, 1))
     first, second = (said.splitlines() for said in (first, second))
-    assert second[0] == "SpaError the disk of this process is full"
-    assert first[0] == "ElsewhereError process 1 of 2 failed: the disk of this process is full"
-    wrapped, kept, trained = first[1:]
-    assert first[1:] == second[1:] and "cannot shrink in place" in wrapped
+    for here, there in zip(first[:2], second, strict=False):
+        assert here.startswith("SpaError") and "cannot be written" in here
+        assert there == f"ElsewhereError process 0 of 2 failed: {here.removeprefix('SpaError ')}"
+    assert not list((tmp_path / "2").glob("*room*"))
+    assert second[2] == "SpaError the disk of this process is full"
+    assert first[2] == "ElsewhereError process 1 of 2 failed: the disk of this process is full"
+    wrapped, kept, trained, gone = first[3:]
+    assert first[3:6] == second[3:] and "cannot shrink in place" in wrapped
+    assert gone == "ElsewhereError another process of this run is gone"
     assert "False" in kept and trained.startswith("trained on")
     files = {p.relative_to(tmp_path / "1"): p.read_bytes()
              for p in (tmp_path / "1").rglob("*") if p.is_file()}
