@@ -11,6 +11,7 @@ from torch import nn
 
 from spacompiler.errors import SpaError
 from spacompiler.evidence.losses import default_loss
+from spacompiler.evidence.reused import again, kept
 from spacompiler.passes.full import Full
 from spacompiler.system.group import Team
 from spacompiler.train.checkpoint import FILE
@@ -111,3 +112,17 @@ def test_what_follows_from_one_batch_after_the_other_is_named():
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+def test_memory_that_an_array_lies_in_is_not_given_again():
+    x = torch.ones(600, 500)
+    with kept():
+        first = again(x)
+        part = first[3:].fill_(7.0)
+        del first
+        other = again(x).fill_(0.0)
+        assert bool((part == 7.0).all()) and other.shape == x.shape
+        place = other.data_ptr()
+        del other
+        assert again(x).data_ptr() == place and not place % 64
+    assert again(x).data_ptr() != place
