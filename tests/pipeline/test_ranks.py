@@ -9,6 +9,14 @@ import socket
 import subprocess
 import sys
 
+import pytest
+import torch
+from torch import nn
+
+import spacompiler
+from spacompiler.errors import UsageError
+from spacompiler.live import agreed
+
 CHILD = '''
 import copy, os, sys, traceback, torch, spacompiler
 import torch.distributed as dist
@@ -152,3 +160,16 @@ def test_two_processes_write_the_bytes_of_one_and_end_together(tmp_path):
     assert len(files) > 10
     assert files == {p.relative_to(tmp_path / "2"): p.read_bytes()
                      for p in (tmp_path / "2").rglob("*") if p.is_file()}
+
+
+def test_a_module_of_which_each_process_has_a_part_is_refused(monkeypatch):
+    """Without processes: a kind of layer stands for torch's kind of sharded arrays."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    inputs, asked = (torch.randn(2, 6),), {"target": "params=60%", "importance": "magnitude"}
+    pruner = spacompiler.Pruner(net, inputs, **asked, align=1)
+    monkeypatch.setattr(agreed, "SHARDED", (("torch.nn", "ReLU"), ("not.imported", "Part")))
+    for fails in (lambda: spacompiler.Pruner(net, inputs, **asked), pruner.shrink):
+        with pytest.raises(UsageError, match="sharded module cannot shrink") as problem:
+            fails()
+        assert "before fully_shard" in problem.value.fix
+    assert net[0].out_features == 8
