@@ -164,12 +164,13 @@ def test_two_processes_write_the_bytes_of_one_and_end_together(tmp_path):
 
 def test_a_module_of_which_each_process_has_a_part_is_refused(monkeypatch):
     """Without processes: a kind of layer stands for torch's kind of sharded arrays."""
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    inputs, asked = (torch.randn(2, 6),), {"target": "params=60%", "importance": "magnitude"}
-    pruner = spacompiler.Pruner(net, inputs, **asked, align=1)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 4))
+    inputs = (torch.randn(2, 6),)
+    asked = {"target": "params=60%", "importance": "magnitude", "align": 1}
+    pruner = spacompiler.Pruner(net, inputs, **asked)
     monkeypatch.setattr(agreed, "SHARDED", (("torch.nn", "ReLU"), ("not.imported", "Part")))
     for fails in (lambda: spacompiler.Pruner(net, inputs, **asked), pruner.shrink):
         with pytest.raises(UsageError, match="sharded module cannot shrink") as problem:
             fails()
         assert "before fully_shard" in problem.value.fix
-    assert net[0].out_features == 8
+    assert net[0].out_features == 40
