@@ -31,6 +31,7 @@ from spacompiler.evidence.losses import default_loss, perplexity
 from spacompiler.evidence.prototypes import CHOICES, by_prototype
 from spacompiler.evidence.scores import Scores
 from spacompiler.evidence.statistics import Covariance
+from spacompiler.passes.factors import Factors
 from spacompiler.passes.gates import Gates
 from spacompiler.pipeline import finish
 from spacompiler.pipeline.decide import allocate_counts, decide
@@ -110,6 +111,12 @@ METHODS: dict[str, Method] = {
     "gates, factors": Method("curvature", only=(), floor=0.02, schedule=Gates(refit=0.0)),
     "gates, continued": Method("curvature", only=(), floor=0.02, schedule=Gates(), continued=True,
                                repair="refit(sequential=True, residual=True, every=True)"),
+    "factors, continued": Method("curvature", "measured(batches=4, rounds=3)", "refit", (), 0.02,
+                                 continued=True, schedule=Factors()),
+    "factors, in sequence": Method(
+        "curvature", "measured(batches=4, rounds=3)",
+        "refit(sequential=True, residual=True, every=True)", (), 0.02, continued=True,
+        schedule=Factors()),
     "OBS refit, continued": Method("obs(bias=False)",
                                    repair="refit(bias=False, damping=0.01)", continued=True),
 }
@@ -301,13 +308,14 @@ def measure(bench: Bench, name: str, method: Method, share: str) -> dict[str, An
             n: s.numpy() for n, s in bench.scores[name].items()}, context=bench.context)
         task = replace(scheduling(ask, subject, traced), context=bench.context,
                        scores=scored.scores)
-        if method.schedule is not None:
+        learns = method.schedule is not None and not getattr(method.schedule, "allocates", False)
+        if learns:
             scored, before = learned(bench, method, share, task)
         elif key not in known:
             kept, stock = allocate_counts(ask, subject, traced, scored)
             known[key] = {"kept": kept, "stock": stock,
                           "seconds": time.process_time() - start}
-        if method.schedule is None:
+        if not learns:
             before = known[key]["seconds"]
             scored = replace(scored, counts=known[key]["kept"],
                              stock=known[key].get("stock", ""))

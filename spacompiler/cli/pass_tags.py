@@ -29,6 +29,7 @@ KINDS: Mapping[str, tuple[str, str, str]] = {
 OWN: Mapping[str, tuple[str, ...]] = {
     "snip": ("before",), "grasp": ("before",), "random": ("drawn",), "tas": ("widths", "search"),
     "search": ("measured", "search"), "once-for-all": ("widths", "search"),
+    "factors": ("after", "values"),
     **dict.fromkeys(("tried", "measured", "adapt-layers", "eco-layers", "cfsp-layers"),
                     ("measured",))}
 """What does not follow: in place of what would."""

@@ -48,6 +48,7 @@ USE: Mapping[str, str] = {
     "batch-norm": "CNNs: statistics are taken anew",
     "lora": "train what is left with little memory", "norms": "train gains and biases alone",
     "full": "train all of what is left",
+    "factors": "after a repair: what stays is scaled, no weight is trained",
     "gates": "language models, with refit: what goes is learned",
     "grasp-gates": "the network stays frozen: gates alone, then factors",
     "ddp": "the network stays frozen: gates without draws",

@@ -100,9 +100,7 @@ class Gating:
         Raises TargetError if no gate can stand anywhere, or the target cannot be met.
         """
         gated = self._gated(task)
-        context = task.context or fresh_context(task.trace, task.solution, task.seed)
-        importance = registry.find("importance", self.criterion)
-        scores = _scores(task, gated.groups, importance, context)
+        importance, context, scores = self._scored(task, gated)
         problems = task.problems(
             gated.groups, {n: s.double().numpy() for n, s in scores.items()})
         made = self._learner(task, gated, problems[0][0], context, scores)
@@ -152,6 +150,13 @@ class Gating:
                               why="; ".join(task.notes[-2:]) or "no group may go",
                               fix="score in one shot (no --schedule)")
         return Gated(task.trace, task.solution, groups)
+
+    def _scored(self, task: Scheduling,
+                gated: Gated) -> tuple[Any, Scores, dict[str, torch.Tensor]]:
+        """The criterion, what it saw, and what it says of each group."""
+        context = task.context or fresh_context(task.trace, task.solution, task.seed)
+        importance = registry.find("importance", self.criterion)
+        return importance, context, _scores(task, gated.groups, importance, context)
 
     def _learner(self, task: Scheduling, gated: Gated, problem: Problem, context: Scores,
                  scores: Values) -> Learner:
@@ -232,6 +237,11 @@ def _scores(task: Scheduling, groups: Sequence[Group], importance: Any,
         return {g.name: torch.as_tensor(task.scores[g.name]) for g in groups}
     if importance.needs:
         context.calibrate(importance.needs, task.calibration.batches, task.loss, groups=groups)
+        wider = {"covariance", "curvature"} & set(importance.needs)
+        if not getattr(importance, "continued", True):
+            wider -= {"curvature"}
+        if task.calibration.beside and wider:
+            context.widen(wider, task.calibration.beside, task.loss, groups)
     return {g.name: torch.as_tensor(importance.score(g, context)).detach() for g in groups}
 
 

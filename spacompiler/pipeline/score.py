@@ -76,7 +76,8 @@ def _scheduled(ask: Request, subject: Subject, traced: Traced) -> Scored:
     assert ask.schedule is not None
     _note_local(ask, ask.schedule.name)
     found: Scored = ask.schedule.run(scheduling(ask, subject, traced))
-    return replace(found, importance=ask.importance)
+    # where the allocation finds counts, it goes by the criterion that scored
+    return replace(found, importance=ask.importance) if found.counts else found
 
 
 def scheduling(ask: Request, subject: Subject, traced: Traced) -> Scheduling:

@@ -25,6 +25,7 @@ from spacompiler.groups.cost import cost
 from spacompiler.passes.bip import Bip
 from spacompiler.passes.compresso import Compresso
 from spacompiler.passes.ddp import Ddp
+from spacompiler.passes.factors import Factors
 from spacompiler.passes.gates import Gates
 from spacompiler.passes.grasp_gates import GraspGates
 from spacompiler.passes.lapp import Lapp
@@ -250,6 +251,25 @@ def test_a_mask_hardens_and_then_learns_no_more(traced):
     assert opened.tolist() == [1, 0, 1] and torch.autograd.grad(
         opened.sum(), made.parameters["g"])[0].min() > 0
     assert float(made.term().detach()) == pytest.approx(2 * (0.04 + 0.16 + 0.04) / 3)
+
+
+def test_factors_alone_leave_what_goes_to_the_allocation(traced):
+    task = task_on(traced["text"])
+    given = task.calibration.batches
+    task = replace(task, calibration=Calibration("test", given, beside=given[:1]))
+    row = Factors(scales=3, length=0)
+    scored = row.run(task)
+    assert not scored.counts and set(scored.scores) == {g.name for g in task.candidates}
+    seen = {k: float(s["covariance"].count) for k, s in scored.context._inputs.items() if s}
+    tokens = sum(b[1]["input_ids"].numel() for b in (*given, given[0]))
+    assert seen and set(seen.values()) == {tokens}  # what the model wrote on counts, too
+    chosen = choices(list(scored.candidates), tables(
+        list(scored.candidates), scored.scores, {g.name: g.size // 2 for g in task.candidates}))
+    before = masked_dense(task.trace, task.solution, chosen)
+    row.after(task, chosen)
+    assert relative_error(masked_dense(task.trace, task.solution, chosen), before) > 1e-4
+    assert {n for n, x in task.trace.program.state_dict.items() if not torch.equal(
+        x, task.module.state_dict()[n])} == {"o_proj.weight", "down.weight"}
 
 
 @pytest.mark.parametrize("schedule, words", [("grasp-gates", ""), ("", "repairs nothing")])
