@@ -222,7 +222,7 @@ class Recipe(Options):
     keep_adapter: bool = option(
         False, ADAPTERS, "Keep the adapter beside the pruned base, cut to its size.")
     recovery: str = option(
-        "", RECOVERY, "Train what is left: lora, norms, full, or lora(lr=2e-3, logits=1).",
+        "", RECOVERY, "Train what is left: lora, norms, full, or lora(lr=2e-3, logits=0).",
         flag="--recover", metavar="PASS", passes="recovery")
     recover_data: str = option(
         "", RECOVERY, "Text to train on. Default: where calibration comes from.", metavar="FILE")
