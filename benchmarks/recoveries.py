@@ -25,7 +25,7 @@ import torch
 import spacompiler
 from spacompiler.evidence.losses import perplexity
 
-PACE = "epochs=2, accumulate=1, patience=99"
+PACE = "epochs=2, accumulate=1, patience=99, logits=0.0"
 ADAPTED, WHOLE = f"lr=4e-3, {PACE}", f"lr=1e-3, {PACE}"
 ROWS: Mapping[str, str] = {
     "lora": f"lora({ADAPTED})",
@@ -38,8 +38,11 @@ ROWS: Mapping[str, str] = {
         "cfsp-lora", "flexora", "diffora", "norms")},
     "nlora": f"nlora(lr=4e-4, {PACE})",  # its factors are a weight's own rows and columns
     **{name: f"{name}({WHOLE})" for name in ("full", "lisa", "owlore")},
+    **{f"{name}, taught": f"{name}({rate})".replace("logits=0.0", "logits=1.0")
+       for name, rate in (("lora", ADAPTED), ("full", WHOLE))},
 }
-"""Row -> recovery; one rate for all that train adapters, but for one, and one for weights."""
+"""Row -> recovery; one rate for all that train adapters, but for one, and one for weights. All
+learn from their own loss alone, but for those that are taught by the dense network beside it."""
 
 
 def start(seed: int, windows: int) -> tuple[Any, list[dict[str, Any]], torch.Tensor]:
