@@ -29,9 +29,9 @@ class Tokenizer(Protocol):
 class Calibration:
     """Batches of (args, kwargs) and where they came from.
 
-    `beside` is what the model itself wrote on (see `sampling.continued`): repair is fit to it
-    too, and so are scores by covariance and curvature. `held_out` are batches that nothing but the
-    comparison of dense and pruned looks at.
+    `beside` are further windows, and what the model itself wrote on (see `sampling.continued`):
+    repair is fit to them too, and so are scores by covariance and curvature. `held_out` are
+    batches that nothing but the comparison of dense and pruned looks at.
     """
 
     origin: str
@@ -42,7 +42,7 @@ class Calibration:
 
     @property
     def for_repair(self) -> list[Batch]:
-        """All batches: those of the data, then what the model wrote."""
+        """All batches: those that gradients are taken of, then those beside."""
         return [*self.batches, *self.beside]
 
 
@@ -75,10 +75,10 @@ def begins(tokenizer: Tokenizer, text: str) -> torch.Tensor:
 
 
 def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: int, batch: int,
-              seed: int, order: Order | None = None) -> Calibration:
+              seed: int, order: Order | None = None, further: int = 0) -> Calibration:
     """Return `samples` windows of `length` tokens, drawn without replacement from a text file.
 
-    With `order` they are the first of all windows in that order.
+    With `order` they are the first of all windows in that order; `further` windows lie beside.
 
     Raises SpaError if the file is missing, empty, no text, or shorter than one window.
     """
@@ -91,11 +91,12 @@ def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: i
         raise SpaError(f"calibration file {path!r} cannot be read as text", why=str(problem),
                        fix="give a UTF-8 text file") from problem
     return from_string(text, tokenizer, samples=samples, length=length, batch=batch, seed=seed,
-                       origin=path, order=order)
+                       origin=path, order=order, further=further)
 
 
 def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length: int,
-                batch: int, seed: int, origin: str, order: Order | None = None) -> Calibration:
+                batch: int, seed: int, origin: str, order: Order | None = None,
+                further: int = 0) -> Calibration:
     """Return windows of a text held in memory, as `from_text` does."""
     if tokenizer is None:
         raise UsageError(f"calibration text {origin!r} needs a tokenizer",
@@ -109,12 +110,15 @@ def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length:
                        fix="give more text, or a smaller --length")
     taken = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     if order is not None:
-        first = order(found)[:samples]
+        first = order(found)[:samples + further]
         taken = torch.cat([first, taken[~torch.isin(taken, first)]])
-    chosen, others = found[taken[:samples]], found[taken[samples:samples + HELD_OUT]]
-    return Calibration(origin, [((), {"input_ids": part}) for part in chosen.split(batch)],
-                       held_out=[((), {"input_ids": part}) for part in others.split(batch)]
-                       if len(others) else [])
+    rest = len(taken) - samples  # what is held out comes before what is only good to have
+    further = max(0, min(further, rest - min(rest, HELD_OUT)))
+    chosen, beside, others = (
+        [((), {"input_ids": part}) for part in found[taken[start:start + count]].split(batch)]
+        if len(taken[start:start + count]) else []
+        for start, count in ((0, samples), (samples, further), (samples + further, HELD_OUT)))
+    return Calibration(origin, chosen, beside=beside, held_out=others)
 
 
 SOME = 64  # characters, by which it is seen what a tokenizer puts before a text

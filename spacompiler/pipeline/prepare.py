@@ -87,6 +87,7 @@ def write_on(ask: Request, subject: Subject) -> Request:
         raise UsageError("continued text is for the repair, and nothing is repaired",
                          fix="give --repair refit, or leave --continued out")
     given = ask.calibration
-    beside = continued(subject.model, given.batches, ask.recipe.seed)
+    written = continued(subject.model, given.batches, ask.recipe.seed)
     return replace(ask, calibration=replace(
-        given, origin=f"{given.origin}, continued by the model itself", beside=beside))
+        given, origin=f"{given.origin}, continued by the model itself",
+        beside=[*given.beside, *written]))

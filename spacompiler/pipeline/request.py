@@ -47,20 +47,39 @@ Data = str | Path | Iterable[Any] | None
 """What to calibrate with, or to train on: see `resolve`."""
 
 
+OF_TEXT, FURTHER, OF_OTHERS = 8, 24, 16
+"""Windows of a text that gradients are taken of, more that are only read forward (which is a third
+of the work, and is what least squares want), and examples of other data, where none are asked for.
+"""
+
+
 class Windows(NamedTuple):
     """How much of a text is read: windows, tokens in each, windows in a batch, and the seed; which
-    of them (one of CHOICES)."""
+    of them (one of CHOICES); windows that repair reads beside. None is what suits the data."""
 
-    samples: int = 16
+    samples: int | None = None
     length: int = 128
     batch: int = 2
     seed: int = 0
     choice: str = "random"
+    further: int | None = None
 
-    def drawn(self, length: int | None = None) -> dict[str, int]:
-        """How much is read, as keywords, in windows of another length if one is given."""
-        return {"samples": self.samples, "length": length or self.length, "batch": self.batch,
+    @property
+    def of_others(self) -> int:
+        """How many examples are taken of data that is no text."""
+        return OF_OTHERS if self.samples is None else self.samples
+
+    def drawn(self) -> dict[str, int]:
+        """How much is read of what is no text, as keywords."""
+        return {"samples": self.of_others, "length": self.length, "batch": self.batch,
                 "seed": self.seed}
+
+    def of_text(self, length: int) -> dict[str, int]:
+        """How much of a text is read in windows of a length, as keywords."""
+        samples, more = (OF_TEXT, FURTHER) if self.samples is None else (self.samples, 0)
+        further = more if self.further is None else self.further
+        return {"samples": samples, "length": length, "batch": self.batch, "seed": self.seed,
+                "further": further}
 
     def order(self, module: nn.Module) -> Order | None:
         """In which order windows are taken; None is at random.
@@ -174,22 +193,21 @@ def _resolved(what: Data, inputs: Inputs, module: nn.Module, windows: Windows,
         return Calibration(ORIGINS["sampled"], made)
     if what in (None, "own") and own is not None:
         batches, held_out = ([as_batch(module, as_call(inputs), b) for b in own(count, seed)]
-                             for count, seed in ((max(1, windows.samples // 2), windows.seed),
+                             for count, seed in ((max(1, windows.of_others // 2), windows.seed),
                                                  (2, windows.seed + HELD_OUT)))
         return Calibration(ORIGINS["own"], batches, held_out=held_out)
     reader = Reader(module, as_call({} if inputs is None else inputs), tokenizer)
     if what == "python" or (what is None and tokenizer is not None and not reader.refusal):
         return reader.read(lambda length: from_string(
             python_text(), tokenizer, origin=PYTHON_TEXT, order=order(),
-            **windows.drawn(length=length)), windows.length)
+            **windows.of_text(length)), windows.length)
     if what in (None, "none"):
         return Calibration(ORIGINS["none"], [as_call(inputs)], real=False)
     if isinstance(what, (str, Path)) and _holds_arrays(Path(what)):
-        return from_arrays(Path(what), windows.samples)
+        return from_arrays(Path(what), windows.of_others)
     if isinstance(what, (str, Path)):
         return reader.read(lambda length: from_text(
-            str(what), tokenizer, order=order(),
-            **windows.drawn(length=length)), windows.length)
+            str(what), tokenizer, order=order(), **windows.of_text(length)), windows.length)
     batches = [as_batch(module, as_call(inputs), b) for b in what]
     if not batches:
         raise SpaError("calibration has no batches", fix="pass at least one batch of inputs")
@@ -227,7 +245,7 @@ def make_request(model: nn.Module, inputs: Inputs, recipe: Recipe,
     unread = not needs and given.calibration == "own" and given.own is not None
     batches = resolve("none" if unread else given.calibration, inputs, model,
                       Windows(recipe.samples, recipe.length, recipe.batch, recipe.seed,
-                              recipe.choice),
+                              recipe.choice, recipe.further_samples),
                       tokenizer=given.tokenizer, own=given.own if needs else None)
     fits = trains is None and not recipe.keep_adapter
     ask = Request(

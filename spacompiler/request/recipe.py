@@ -170,8 +170,13 @@ class Recipe(Options):
     continued: bool = option(
         False, DATA, "Let the model write on from each calibration window; repair, and scores by "
         "covariance and curvature, see that text too.")
-    samples: int = option(
-        16, DATA, "Calibration windows.", check=at_least(1, "samples must be at least 1"))
+    samples: int | None = option(
+        None, DATA, "Calibration windows, or examples. Default: 16, of a text 8 and 24 more that "
+        "--further-samples stands for.", check=at_least(1, "samples must be at least 1"))
+    further_samples: int | None = option(
+        None, DATA, "Further windows of a text for what reads forward alone: repair, and scores by "
+        "covariance. Default: 24, none where --samples is given.",
+        check=at_least(0, "further_samples must be at least 0"))
     length: int = option(128, DATA, "Tokens in a calibration window.",
                          check=at_least(2, "length must be at least 2 tokens"))
     batch: int = option(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import spacompiler
 from spacompiler.evidence.calibration import from_string
+from spacompiler.pipeline.request import Windows
 from spacompiler.models_zoo import load
 from spacompiler.passes.tried import Tried
 from spacompiler.pipeline import finish
@@ -162,3 +163,22 @@ def test_the_report_shows_perplexity_before_and_after(tmp_path):
                 for m in (dense, result.module)]
     assert [found["dense"], found["pruned"]] == pytest.approx(want, rel=1e-4)
     assert "perplexity" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_further_windows_lie_beside_and_what_is_held_out_comes_first():
+    text = "".join(chr(97 + i % 26) for i in range(8 * 40))
+    sizes = []
+    for further in (0, 24, 100):
+        found = from_string(text, Letters(), samples=4, length=8, batch=2, seed=0,
+                            origin="letters", further=further)
+        parts = [torch.cat([k["input_ids"] for _, k in some]) if some else torch.zeros(0, 8)
+                 for some in (found.batches, found.beside, found.held_out)]
+        sizes.append([len(part) for part in parts])
+    assert sizes == [[4, 0, 8], [4, 24, 8], [4, 28, 8]]
+
+
+def test_without_a_number_gradients_see_few_windows_and_repair_more():
+    of_text = [Windows(samples, further=further).of_text(8) for samples, further in (
+        (None, None), (5, None), (5, 3), (None, 0))]
+    assert [(w["samples"], w["further"]) for w in of_text] == [(8, 24), (5, 0), (5, 3), (8, 0)]
+    assert Windows().drawn()["samples"] == 16

@@ -81,9 +81,11 @@ class Reader:
             getattr(self.tokenizer, "mask_token_id", None) is not None
         why += f", {SHARE:.0%} of them masked" if masks else ""
         generator = torch.Generator().manual_seed(0)
-        batches, held_out = ([self._call(kwargs[TOKENS], generator if masks else None)
-                              for _, kwargs in some] for some in (made.batches, made.held_out))
-        return replace(made, origin=made.origin + why, batches=batches, held_out=held_out)
+        batches, held_out, beside = (
+            [self._call(kwargs[TOKENS], generator if masks else None) for _, kwargs in some]
+            for some in (made.batches, made.held_out, made.beside))
+        return replace(made, origin=made.origin + why, batches=batches, held_out=held_out,
+                       beside=beside)
 
     def _named(self) -> dict[str, Any]:
         args, kwargs = self.example
