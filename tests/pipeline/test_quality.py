@@ -11,10 +11,10 @@ from torch.nn import functional
 
 import spacompiler
 from spacompiler.evidence.calibration import from_string
-from spacompiler.pipeline.request import Windows
 from spacompiler.models_zoo import load
 from spacompiler.passes.tried import Tried
 from spacompiler.pipeline import finish
+from spacompiler.pipeline.request import Windows
 from spacompiler.request.recipe import Recipe
 
 QUICK = {"latency": False, "onnx": False, "align": 1}
@@ -93,12 +93,12 @@ def test_a_divergence_that_rounding_makes_negative_is_none(net, monkeypatch):
     assert "uniform 0" in note and "uniform is taken" in note
 
 
-def test_windows_held_out_are_no_windows_of_the_calibration():
-    class Letters:
-        def __call__(self, text, **options):
-            ids = torch.tensor([[ord(c) - 97 for c in text]])
-            return type("Tokens", (), {"input_ids": ids})
+class Letters:
+    def __call__(self, text, **options):
+        return type("Tokens", (), {"input_ids": torch.tensor([[ord(c) - 97 for c in text]])})
 
+
+def test_windows_held_out_are_no_windows_of_the_calibration():
     text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(400))
     found = from_string(text, Letters(), samples=6, length=8, batch=2, seed=0, origin="letters")
     read, kept = ([tuple(row.tolist()) for _, b in some for row in b["input_ids"]]
@@ -171,7 +171,7 @@ def test_further_windows_lie_beside_and_what_is_held_out_comes_first():
     for further in (0, 24, 100):
         found = from_string(text, Letters(), samples=4, length=8, batch=2, seed=0,
                             origin="letters", further=further)
-        parts = [torch.cat([k["input_ids"] for _, k in some]) if some else torch.zeros(0, 8)
+        parts = [[row for _, k in some for row in k["input_ids"]]
                  for some in (found.batches, found.beside, found.held_out)]
         sizes.append([len(part) for part in parts])
     assert sizes == [[4, 0, 8], [4, 24, 8], [4, 28, 8]]
