@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import spacompiler
 from spacompiler.artifact.recorded import claims
 from spacompiler.errors import SpaError, TargetError, UsageError
 from spacompiler.evidence.calibration import Calibration
@@ -22,6 +23,7 @@ from spacompiler.gates.refits import _fit
 from spacompiler.gates.relaxations import relaxation
 from spacompiler.gates.soft_cost import SoftCost
 from spacompiler.groups.cost import cost
+from spacompiler.models_zoo import load
 from spacompiler.passes.bip import Bip
 from spacompiler.passes.compresso import Compresso
 from spacompiler.passes.ddp import Ddp
@@ -221,6 +223,22 @@ def test_operators_on_the_hidden_axis_are_folded_exactly(traced, monkeypatch):
         beside("operators").start(Gated(task.trace, task.solution, []), dict().__getitem__, None)
     with pytest.raises(TargetError, match="nothing to prune"):
         few(Pat()).run(task_on(traced["text"], roles=("no role",)))
+
+
+def test_fewer_hidden_dims_load_in_plain_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    module, inputs = load("llama-gqa").build()
+    draws = torch.Generator().manual_seed(0)
+    result = spacompiler.compile(
+        module, inputs, target="params~80%", roles=("hidden",), align=4, onnx=False, latency=False,
+        calibration=[{"input_ids": torch.randint(0, 60, (2, 16), generator=draws)}],
+        schedule=replace(Pat(), steps=3, beside="operators(rank=4)"))
+    result.save(tmp_path / "out")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.config.hidden_size < 48 and result.job.proof.holds
+    ids = torch.randint(0, 60, (1, 9), generator=draws)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, result.module(input_ids=ids).logits)
 
 
 def test_operators_begin_as_none_and_their_identity_loss_is_that_of_their_rows(traced):
