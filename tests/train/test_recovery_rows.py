@@ -182,8 +182,8 @@ def test_outliers_decide_which_blocks_are_drawn():
     t.module.blocks[2][0].weight.data[:, 3] *= 50
     weights = Owlore().weights(t, [f"blocks.{i}" for i in range(4)])
     assert weights.argmax() == 2 and Lisa().weights(t, range(4)).unique().numel() == 1
-    drawn = Owlore(**FAST, layers=1, every=1).run(t)["blocks drawn"]
-    assert len(drawn) == 16 and drawn.count([2]) > 10
+    drawn = Owlore(**FAST, layers=1, every=1, outlier=8.0).run(t)["blocks drawn"]
+    assert len(drawn) > 4 and all(now == [2] for now in drawn)
 
 
 def test_a_block_that_rests_forgets_its_moments():
