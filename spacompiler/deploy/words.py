@@ -7,6 +7,7 @@ needs some dozens.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -32,7 +33,7 @@ def _read_late(opset: int) -> Any:
     class Late(_registration.ONNXRegistry):
         """Signatures are filled in where functions are taken out."""
 
-        def get_decomps(self, target: Any) -> list[Any]:
+        def get_decomps(self, target: Callable[..., Any]) -> list[Any]:
             found = super().get_decomps(target)
             for meta in found:
                 if id(meta) in late:
@@ -41,7 +42,7 @@ def _read_late(opset: int) -> Any:
                     meta.__post_init__()
             return found
 
-        def is_registered(self, target: Any) -> bool:
+        def is_registered(self, target: Callable[..., Any]) -> bool:
             return bool(super().get_decomps(target))
 
     made, late = Late(), set[int]()

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -74,8 +74,19 @@ def begins(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     return framed[:0]
 
 
-def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: int, batch: int,
-              seed: int, order: Order | None = None, further: int = 0) -> Calibration:
+class Draw(TypedDict):
+    """How many windows are drawn of a text, of how many tokens, by which seed, how many are in a
+    batch; `further` ones lie beside."""
+
+    samples: int
+    length: int
+    batch: int
+    seed: int
+    further: NotRequired[int]
+
+
+def from_text(path: str, tokenizer: Tokenizer | None, *, order: Order | None = None,
+              **draw: Unpack[Draw]) -> Calibration:
     """Return `samples` windows of `length` tokens, drawn without replacement from a text file.
 
     With `order` they are the first of all windows in that order; `further` windows lie beside.
@@ -90,14 +101,13 @@ def from_text(path: str, tokenizer: Tokenizer | None, *, samples: int, length: i
     except (UnicodeDecodeError, OSError) as problem:
         raise SpaError(f"calibration file {path!r} cannot be read as text", why=str(problem),
                        fix="give a UTF-8 text file") from problem
-    return from_string(text, tokenizer, samples=samples, length=length, batch=batch, seed=seed,
-                       origin=path, order=order, further=further)
+    return from_string(text, tokenizer, origin=path, order=order, **draw)
 
 
-def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length: int,
-                batch: int, seed: int, origin: str, order: Order | None = None,
-                further: int = 0) -> Calibration:
+def from_string(text: str, tokenizer: Tokenizer | None, *, origin: str,
+                order: Order | None = None, **draw: Unpack[Draw]) -> Calibration:
     """Return windows of a text held in memory, as `from_text` does."""
+    samples, length = draw["samples"], draw["length"]
     if tokenizer is None:
         raise UsageError(f"calibration text {origin!r} needs a tokenizer",
                          why="this model has none",
@@ -108,16 +118,15 @@ def from_string(text: str, tokenizer: Tokenizer | None, *, samples: int, length:
     if not len(found):
         raise SpaError(f"calibration text {origin!r} is shorter than one window of {length} tokens",
                        fix="give more text, or a smaller --length")
-    taken = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    taken = torch.randperm(len(found), generator=torch.Generator().manual_seed(draw["seed"]))
     if order is not None:
-        first = order(found)[:samples + further]
+        first = order(found)[:samples + draw.get("further", 0)]
         taken = torch.cat([first, taken[~torch.isin(taken, first)]])
-    rest = len(taken) - samples  # what is held out comes before what is only good to have
-    further = max(0, min(further, rest - min(rest, HELD_OUT)))
-    chosen, beside, others = (
-        [((), {"input_ids": part}) for part in found[taken[start:start + count]].split(batch)]
-        if len(taken[start:start + count]) else []
-        for start, count in ((0, samples), (samples, further), (samples + further, HELD_OUT)))
+    # what is held out comes before what is only good to have
+    read = samples + max(0, min(draw.get("further", 0), len(taken) - samples - HELD_OUT))
+    parts = found[taken].tensor_split([samples, read, read + HELD_OUT])[:3]
+    chosen, beside, others = ([((), {"input_ids": rows}) for rows in part.split(draw["batch"])
+                               if len(rows)] for part in parts)
     return Calibration(origin, chosen, beside=beside, held_out=others)
 
 

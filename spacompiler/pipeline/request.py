@@ -17,6 +17,7 @@ from ..evidence.calibration import (
     ORIGINS,
     PYTHON_TEXT,
     Calibration,
+    Draw,
     filled,
     from_arrays,
     from_string,
@@ -74,7 +75,7 @@ class Windows(NamedTuple):
         return {"samples": self.of_others, "length": self.length, "batch": self.batch,
                 "seed": self.seed}
 
-    def of_text(self, length: int) -> dict[str, int]:
+    def of_text(self, length: int) -> Draw:
         """How much of a text is read in windows of a length, as keywords."""
         samples, more = (OF_TEXT, FURTHER) if self.samples is None else (self.samples, 0)
         further = more if self.further is None else self.further

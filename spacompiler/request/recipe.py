@@ -170,13 +170,11 @@ class Recipe(Options):
     continued: bool = option(
         False, DATA, "Let the model write on from each calibration window; repair, and scores by "
         "covariance and curvature, see that text too.")
-    samples: int | None = option(
-        None, DATA, "Calibration windows, or examples. Default: 16, of a text 8 and 24 more that "
-        "--further-samples stands for.", check=at_least(1, "samples must be at least 1"))
+    samples: int | None = option(None, DATA, "Calibration windows, or examples. Default: 16, of a "
+                                 "text 8.", check=at_least(1, "samples must be at least 1"))
     further_samples: int | None = option(
-        None, DATA, "Further windows of a text for what reads forward alone: repair, and scores by "
-        "covariance. Default: 24, none where --samples is given.",
-        check=at_least(0, "further_samples must be at least 0"))
+        None, DATA, "Further windows of a text, for repair and scores by covariance. Default: 24, "
+        "none beside --samples.", check=at_least(0, "further_samples must be at least 0"))
     length: int = option(128, DATA, "Tokens in a calibration window.",
                          check=at_least(2, "length must be at least 2 tokens"))
     batch: int = option(
@@ -231,20 +229,17 @@ class Recipe(Options):
         flag="--recover", metavar="PASS", passes="recovery")
     recover_data: str = option(
         "", RECOVERY, "Text to train on. Default: where calibration comes from.", metavar="FILE")
-    recover_samples: int = option(
-        512, RECOVERY, "Windows to train on.",
-        check=at_least(1, "recover_samples must be at least 1"))
-    recover_batch: int = option(
-        4, RECOVERY, "Windows in a batch to train on.",
-        check=at_least(1, "recover_batch must be at least 1"))
+    recover_samples: int = option(512, RECOVERY, "Windows to train on.",
+                                  check=at_least(1, "recover_samples must be at least 1"))
+    recover_batch: int = option(4, RECOVERY, "Windows in a batch to train on.",
+                                check=at_least(1, "recover_batch must be at least 1"))
     model: str = option(
         "", MAIN, "The model, as it is named on the command line.", recorded=True)
     automatic: tuple[str, ...] = option(
         (), CHECKS, "Options that were left to the compiler: what is said of them is what it took.",
         recorded=True)
     hashes: tuple[str, ...] = option(
-        (), CHECKS, "The sha256 of data that was read, by the option that named it.",
-        recorded=True)
+        (), CHECKS, "The sha256 of data that was read, by the option that named it.", recorded=True)
 
     @classmethod
     def read(cls, path: str | Path, **options: object) -> Self:

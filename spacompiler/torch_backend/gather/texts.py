@@ -15,7 +15,7 @@ from ...evidence.calibration import Calibration
 from ...evidence.calls import Batch
 from ...evidence.losses import IGNORED
 from ..untouched import untouched
-from .heads import family
+from .families import family
 
 SHARE = 0.15  # of the tokens of a window that a masked language model is asked for
 TOKENS = "input_ids"
