@@ -21,7 +21,7 @@ from ..evidence.where import DOUBLE, HERE, Where, has_double
 from ..graph.ir import Graph
 from .machine import computing
 
-REPAIRED = 1 << 28
+REPAIRED = 1 << 27
 """Bytes of repaired arrays that are held in memory; others lie in files until they are written."""
 
 
