@@ -31,6 +31,7 @@ class Lisa(Schedule):
     every: int = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.layers, self.every) < 1:
             raise TypeError("layers and every must be at least 1")
 

@@ -83,6 +83,7 @@ class Lora(Schedule):
     rho: float = 2.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if re.fullmatch(r"pissa_niter_\d+", self.init) or self.init in INITS[:-2] + INITS[-1:]:
             return
         why = REFUSED.get(self.init, "")

@@ -122,8 +122,8 @@ def from_string(text: str, tokenizer: Tokenizer | None, *, origin: str,
     if order is not None:
         first = order(found)[:samples + draw.get("further", 0)]
         taken = torch.cat([first, taken[~torch.isin(taken, first)]])
-    # what is held out comes before what is only good to have
-    read = samples + max(0, min(draw.get("further", 0), len(taken) - samples - HELD_OUT))
+    rest = max(0, len(taken) - samples)  # a quarter of a short text's is held out at least
+    read = samples + min(draw.get("further", 0), rest - min(HELD_OUT, -(-rest // 4)))
     parts = found[taken].tensor_split([samples, read, read + HELD_OUT])[:3]
     chosen, beside, others = ([((), {"input_ids": rows}) for rows in part.split(draw["batch"])
                                if len(rows)] for part in parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,18 @@ def some(batch: Batch, count: int, which: slice) -> Batch:
     return found
 
 
-def again(batch: Batch, times: int) -> Batch:
-    """Return a batch of one example so many times."""
-    found: Batch = pytree.tree_map(
-        lambda v: torch.cat([v] * times) if isinstance(v, torch.Tensor) and v.ndim and len(v) == 1
-        else v, batch)
+def again(batch: Batch, times: int, by_example: Sequence[bool]) -> Batch:
+    """Return a batch of one example so many times: of its tensors those that are `by_example`.
+
+    Raises ValueError where these are another number.
+    """
+    leaves, spec = pytree.tree_flatten(batch)
+    which = iter(by_example)
+    made = [torch.cat([v] * times) if isinstance(v, torch.Tensor) and next(which, None) else v
+            for v in leaves]
+    if sum(isinstance(v, torch.Tensor) for v in leaves) != len(by_example):
+        raise ValueError("inputs are others than were traced")
+    found: Batch = pytree.tree_unflatten(made, spec)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import SpaError, UsageError
 from ..evidence.calls import Batch
+from ..evidence.losses import default_loss
 from ..evidence.where import HERE
 from ..stages.records import Emitted, Request, Subject
 from ..store.said import said
@@ -125,12 +126,21 @@ def _origin(ask: Request) -> str:
     return ask.recover_data.origin if ask.recover_data else ""
 
 
+def _own(loss: object) -> tuple[str, ...]:
+    """What tells a loss of the user's from others; nothing where the compiler found it."""
+    if loss is default_loss or isinstance(loss, Fitting):
+        return ()
+    code = getattr(loss, "__code__", None)
+    return said(loss), "" if code is None else said((code.co_code, code.co_names, code.co_consts))
+
+
 def _key(ask: Request, emitted: Emitted, calls: list[Batch]) -> str:
     """What must be equal for a checkpoint to be continued."""
     shapes: Any = [tuple(x.shape) for args, kwargs in calls for x in (*args, *kwargs.values())
                    if isinstance(x, torch.Tensor)]
     plan = emitted.decided.plan
     facts = (ask.recovery, plan.weights_hash, plan.kept, ask.recipe.seed, _origin(ask), shapes,
+             *_own(ask.loss),
              *((digest_of(ask.recover_data), weights_hash(emitted.model))
                if ask.checkpoint and ask.recover_data else ()))
     return hashlib.sha256(said(facts).encode()).hexdigest()

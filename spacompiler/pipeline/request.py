@@ -48,7 +48,7 @@ Data = str | Path | Iterable[Any] | None
 """What to calibrate with, or to train on: see `resolve`."""
 
 
-OF_TEXT, FURTHER, OF_OTHERS = 8, 24, 16
+OF_TEXT, FURTHER, OF_OTHERS = 8, 16, 16
 """Windows of a text that gradients are taken of, more that are only read forward (which is a third
 of the work, and is what least squares want), and examples of other data, where none are asked for.
 """
@@ -181,6 +181,9 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     if windows.choice != "random" and not ordered:
         raise UsageError("choice has nothing to act on", why=f"{found.origin} is no text",
                          fix="give a text as calibration, or leave choice out")
+    if windows.further and not ordered:
+        raise UsageError("further_samples has nothing to act on", why=f"{found.origin} is no text",
+                         fix="give a text as calibration, or leave further_samples out")
     return found
 
 

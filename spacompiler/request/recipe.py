@@ -173,7 +173,7 @@ class Recipe(Options):
     samples: int | None = option(None, DATA, "Calibration windows, or examples. Default: 16, of a "
                                  "text 8.", check=at_least(1, "samples must be at least 1"))
     further_samples: int | None = option(
-        None, DATA, "Further windows of a text, for repair and scores by covariance. Default: 24, "
+        None, DATA, "Further windows of a text, for repair and scores by covariance. Default: 16, "
         "none beside --samples.", check=at_least(0, "further_samples must be at least 0"))
     length: int = option(128, DATA, "Tokens in a calibration window.",
                          check=at_least(2, "length must be at least 2 tokens"))

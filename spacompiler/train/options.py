@@ -43,6 +43,13 @@ class Schedule:
     evaluations: int = 0
     patience: int = 3
 
+    def __post_init__(self) -> None:
+        weights = self.task, self.logits or 0.0, self.blocks
+        if min(weights) < 0 or not any(weights):
+            raise TypeError("task, logits and blocks must be 0 or more, and not all 0")
+        if self.accumulate < 1 or self.epochs < 1:
+            raise TypeError("accumulate and epochs must be at least 1")
+
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         warm = max(1, round(self.warmup * steps))

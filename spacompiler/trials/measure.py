@@ -70,10 +70,16 @@ class Measure(Compared):
         """
         reads = side_by_side(self.solution, [masks(self.solution, choices) for choices in plans])
         try:
-            found = first_floating(self._run(again(batch, len(plans)), reads=reads, arrays={}))
-        except Mixed:
+            many = again(self.trace.match(*batch), len(plans), self._by_example())
+            found = first_floating(self._run(many, reads=reads, arrays={}))
+        except (Mixed, RuntimeError, ValueError):  # what is read does not go example by example
             return super().abreast(batch, plans)
         return list(found.split(1)) if len(found) == len(plans) else super().abreast(batch, plans)
+
+    def _by_example(self) -> list[bool]:
+        """Whether the first size of each input is the number of examples."""
+        graph = self.trace.graph
+        return [0 in graph.tensors[name].dynamic for name in graph.inputs]
 
     def _run(self, batch: Batch, *, reads: Reads | None = None, arrays: Arrays,
              override: Mapping[str, Override] | None = None) -> list[torch.Tensor]:

@@ -152,3 +152,38 @@ def _look_at_one_text_first(measure: Measure, plan: list[Any],
     monkeypatch.setattr(Measure, "abreast", compared.Compared.abreast)
     assert measure.glances(problem, plans) == pytest.approx(abreast, rel=1e-3, abs=1e-6)
     assert len({round(value, 6) for value in abreast}) == 3
+
+
+class HeadsFirst(nn.Module):
+    """Three heads stand before the batch, and results are multiplied by a number that is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out, self.last = nn.Linear(16, 24), nn.Linear(12, 20), nn.Linear(20, 3)
+        self.heads = nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.up(x)).unflatten(-1, (3, 8)).permute(2, 0, 1, 3)
+        y = torch.einsum("hbni,hio->hbno", y, self.heads)
+        y = y.permute(1, 2, 0, 3).flatten(2)
+        return self.last(torch.relu(self.out(y))) * scale  # type: ignore[no-any-return]
+
+
+def test_plans_side_by_side_measure_what_they_do_one_by_one(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    abreast = Measure.abreast
+
+    def both(self: Measure, batch: Any, plans: Any) -> list[torch.Tensor]:
+        found = abreast(self, batch, plans)
+        seen.append((found, compared.Compared.abreast(self, batch, plans)))
+        return found
+
+    monkeypatch.setattr(Measure, "abreast", both)
+    torch.manual_seed(0)
+    data = [(torch.randn(2, 70, 16), torch.tensor([1.5])) for _ in range(2)]
+    spacompiler.compile(HeadsFirst(), data[0], target="params=60%", importance="wanda",
+                        allocation="tried", calibration=data, align=1, repair="none", onnx=False,
+                        latency=False, prove=False)
+    assert seen and all(torch.allclose(a, b, atol=1e-5) for pair in seen
+                        for a, b in zip(*pair, strict=True))

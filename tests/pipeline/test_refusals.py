@@ -241,3 +241,9 @@ def test_a_target_out_of_reach_says_what_lies_in_unreached_parts() -> None:
     with pytest.raises(TargetError, match="cannot be met") as caught:
         compiled(Auxiliary(200), target="params=20%")
     assert "lie in aux, which the example inputs do not reach" in str(caught.value)
+
+
+def test_further_windows_of_what_is_no_text_are_refused() -> None:
+    with pytest.raises(UsageError, match="further_samples has nothing to act on"):
+        spacompiler.compile(mlp(), (torch.zeros(2, 8),), target="params=50%", further_samples=3,
+                            importance="wanda", calibration=[(torch.randn(2, 8),)])

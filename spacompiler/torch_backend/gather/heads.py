@@ -265,7 +265,8 @@ def _fitting(y: torch.Tensor, shape: Sequence[int], x: torch.Tensor | None) -> t
 def head_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
             parts_only: bool = False) -> Head:
     """Return the loss that fits a network's results; `parts_only`: it is but parts of one."""
-    fields = list(_fields(called(module, args, kwargs)))
+    results = called(module, args, kwargs)
+    fields = list(_fields(results))
     names = () if parts_only else tuple(inspect.signature(module.forward).parameters)
     made = partial(Head, names=names, decoder=is_encoder_decoder(module),
                    blank=getattr(getattr(module, "config", None), "pad_token_id", None) or 0,
@@ -284,7 +285,8 @@ def head_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     if _looks_back(module, args, kwargs, unsure):
         return unsure
     rest = tuple(p for p in found if p.kind)
-    return made((Part(at, unsure.parts[0].field, "classes"), *rest))
+    one = bool(fields) and _tensors(results)[at].shape[-1:] == (1,)  # one class is no choice
+    return made((Part(at, unsure.parts[0].field, "values" if one else "classes"), *rest))
 
 
 def _part(at: int, field: str, kind: str) -> Part | None:

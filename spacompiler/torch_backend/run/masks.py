@@ -51,7 +51,8 @@ def side_by_side(solution: Solution, each: Sequence[Reads]) -> Reads:
             places.setdefault(node, set()).update(names)
 
     def touch(node: fx.Node, name: str, value: torch.Tensor) -> torch.Tensor:
-        if not value.ndim or len(value) != len(each) or solution.graph.tensors[name].static:
+        tensor = solution.graph.tensors[name]
+        if not value.ndim or len(value) != len(each) or tensor.static or 0 not in tensor.dynamic:
             raise Mixed(name)
         return torch.cat([reads.of(node, name, one)
                           for reads, one in zip(each, value.split(1), strict=True)])
