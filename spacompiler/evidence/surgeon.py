@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 
+from ..errors import SpaError
 from .statistics import Covariance, View
 
 DAMPING = 0.01
@@ -73,10 +74,19 @@ def blocks(views: Sequence[View], *, centred: bool, damping: float = DAMPING) ->
 
 
 def _inverse(seen: Covariance, index: int, centred: bool, damping: float) -> torch.Tensor:
-    """The inverse of one damped moment, (f, f); no more than two of that size are held beside."""
+    """The inverse of one damped moment, (f, f); no more than two of that size are held beside.
+
+    Raises SpaError where there is none.
+    """
     h = seen.moment(index, centred=centred)
     h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-12))
-    factor = torch.linalg.cholesky(h)
+    factor, failed = torch.linalg.cholesky_ex(h)
+    if failed or not factor.diagonal().isfinite().all():
+        finite = bool(h.diagonal().isfinite().all())
+        raise SpaError("the moments of what a layer reads cannot be inverted",
+                       why="its samples are all alike" if finite else
+                       "calibration leads to NaN or infinity there",
+                       fix="give other calibration data, more of it, or a larger damping")
     return torch.cholesky_inverse(factor, out=h)
 
 

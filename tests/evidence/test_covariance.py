@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spacompiler.evidence import statistics
+from spacompiler.errors import SpaError
+from spacompiler.evidence import statistics, surgeon
 from spacompiler.evidence.statistics import Covariance
 
 
@@ -26,3 +27,13 @@ def test_what_lies_below_the_diagonal_is_not_multiplied(monkeypatch: pytest.Monk
     monkeypatch.setattr(statistics, "BLOCK", 4)
     _, _, _, *products = Covariance().of(torch.randn(1, 9, 12), 1, None)
     assert [tuple(p.shape) for p in products] == [(1, 4, 12), (1, 4, 8), (1, 4, 4)]
+
+
+@pytest.mark.parametrize(("rows", "why"), [
+    (torch.full((1, 8, 6), float("nan")), "NaN or infinity"),
+    (torch.linspace(0.1, 0.7, 6).expand(1, 8, 6) * 1e8, "all alike")])
+def test_moments_without_an_inverse_are_refused(rows: torch.Tensor, why: str) -> None:
+    seen = Covariance()
+    seen.add(rows, 1)
+    with pytest.raises(SpaError, match=why):
+        surgeon._inverse(seen, 0, True, 1e-30)
