@@ -105,11 +105,11 @@ def _batches(folder: Path, model: str) -> str:
     import numpy as np
     import torch
 
-    from spacompiler.models_zoo import load
+    from spacompiler.sources.named import load
 
     made = folder / f"batches-{model.removeprefix('zoo:')}"
     if not made.exists():
-        _, inputs = load(model.removeprefix("zoo:")).build()
+        inputs = load(model).inputs
         count, shape = COUNTS.get(model, (7, None))
         ids = inputs.get("input_ids") if isinstance(inputs, dict) else None
         draw = torch.Generator().manual_seed(0)
