@@ -40,6 +40,8 @@ ROWS: Mapping[str, str] = {
     **{name: f"{name}({WHOLE})" for name in ("full", "lisa", "owlore")},
     **{f"{name}, taught": f"{name}({rate})".replace("logits=0.0", "logits=1.0")
        for name, rate in (("lora", ADAPTED), ("full", WHOLE))},
+    **{f"{name}, four tokens": f"{name}({rate}, ahead=4)"
+       for name, rate in (("lora", ADAPTED), ("full", WHOLE))},
 }
 """Row -> recovery; one rate for all that train adapters, but for one, and one for weights. All
 learn from their own loss alone, but for those that are taught by the dense network beside it."""

@@ -253,13 +253,13 @@ def _lossed(loss: Mapping[str, str] | None) -> str:
 def _recovery(done: Mapping[str, Any] | None) -> list[str]:
     if done is None:
         return []
-    rows = [(f"{h['step']}", f"{h['objective']:.4f}", f"{h['loss']:.4f}") for h in done["history"]]
+    rows = [[h.pop("step"), *(f"{x:.4f}" for x in h.values())] for h in map(dict, done["history"])]
+    heads = ("step", "held-out objective", "held-out loss", "of further tokens")[:len(rows[0])]
     return ["## Recovery", "",
             f"`{done['pass']}` on {done['amount']:,} {done['unit']} ({done['data']}; "
             f"{done['held_out']:,} held out): {done['parameters']:,} parameters trained, the state "
             f"of step {done['best_step']} was kept. The proof above is of the plan, before "
-            "training; reload and ONNX were checked after it.", "",
-            *_table(("step", "held-out objective", "held-out loss"), rows), ""]
+            "training; reload and ONNX were checked after it.", "", *_table(heads, rows), ""]
 
 
 def _shape(shape: Iterable[object]) -> str:

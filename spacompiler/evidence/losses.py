@@ -31,7 +31,28 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def next_token(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of each position with the next one: (b, n, v), (b, n)."""
-    return cross_entropy(logits, functional.pad(ids[:, 1:], (0, 1), value=IGNORED))
+    return cross_entropy(logits, later(ids, 1))
+
+
+def later(ids: torch.Tensor, places: int) -> torch.Tensor:
+    """Return the token so many places on, none at the end of a text: (b, n).
+
+    >>> later(torch.tensor([[5, 6, 7]]), 2)
+    tensor([[   7, -100, -100]])
+    """
+    return functional.pad(ids[:, places:], (0, min(places, ids.shape[1])), value=IGNORED)
+
+
+def following(loss: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the tokens (b, n) of a batch whose next one a loss compares logits with at each place.
+
+    None where it is not known to do so; a loss that is found for a network says it by `following`.
+    """
+    if loss is default_loss:
+        found = kwargs.get("labels", kwargs.get("input_ids"))
+    else:
+        found = getattr(loss, "following", lambda *call: None)(args, kwargs)
+    return found if isinstance(found, torch.Tensor) and found.ndim == 2 else None
 
 
 class _Kept(Protocol):

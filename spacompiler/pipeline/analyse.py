@@ -21,6 +21,7 @@ from ..torch_backend.gather.heads import fitting
 from ..torch_backend.parts import Parts, enter, traceable
 from ..torch_backend.trace import Trace
 from ..torch_backend.vocabulary import check_tokens
+from ..train import ahead
 from .decide import is_met
 
 
@@ -94,19 +95,23 @@ def _entered(ask: Request, subject: Subject,
 def _with_loss(ask: Request, subject: Subject) -> Request:
     """Where no loss was given, take the one that fits the network's head, once it is asked for.
 
-    Raises UsageError if training would minimise what says nothing of what is right.
+    Raises UsageError if training would minimise what says nothing of what is right, or tokens
+    further ahead where there are none.
     """
     if not isinstance(subject.model, nn.Module):
         return ask
     entered = isinstance(subject.model, Parts)
     whole = subject.model.whole if isinstance(subject.model, Parts) else subject.model
+    data = ask.recover_data.batches if ask.recover_data else ()
+    count: int = getattr(ask.recovery, "ahead", 1)
     if ask.loss is not default_loss:
+        ahead.check(ask.loss, data if count > 1 else (), count)
         if entered and ask.importance.needs:
             ask.notes.append("the given loss is taken of what the parts give, in their order")
         return ask
     loss = fitting(subject.model, subject.inputs, parts_only=entered)
     own = fitting(whole, subject.whole_inputs if entered else subject.inputs)
-    data = ask.recover_data.batches if ask.recover_data else ()
+    ahead.check(own, data if count > 1 else (), count)
     if getattr(ask.recovery, "task", 0) and not own.teaches(data):
         raise UsageError("there is nothing to train on: the results have no labels",
                          where=ask.name, why=f"its loss would be {own.head.facts((), {})['name']}",

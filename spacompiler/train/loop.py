@@ -22,6 +22,7 @@ from ..errors import SpaError
 from ..evidence.calls import Batch
 from ..evidence.reused import kept
 from ..system.group import Team
+from .ahead import Ahead
 from .checkpoint import Checkpoint, Run
 from .hooks import Hooks
 from .masters import Masters
@@ -88,13 +89,15 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     `hooks` may change the optimiser, what is done beside each step, and the loss.
 
     Raises:
-        SpaError: nothing to train or to train on, a loss that is not finite, or a checkpoint of
-            another run.
+        SpaError: nothing to train or to train on, a loss that is not finite, a checkpoint of
+            another run, or tokens further ahead asked for where there are none.
     """
     _check(task, parameters)
     _own(task.module, parameters)
-    objective = Objective(task.module, task.dense, task.loss, options)
-    hooks, masters = hooks or Hooks(), Masters(parameters)
+    ahead = Ahead(task.module, task.loss, [*task.batches, *task.held_out], options.ahead) \
+        if options.ahead > 1 else None
+    objective = Objective(task.module, task.dense, task.loss, options, ahead)
+    hooks, masters = hooks or Hooks(), Masters({**parameters, **(ahead.heads if ahead else {})})
     optimizer = hooks.optimizer(masters.held, options)
     state = dict(masters.held) | {n: b for n, b in task.module.named_buffers()}
     run, best = Run(), _copied(state)
@@ -111,7 +114,8 @@ def train(task: Training, options: Schedule, parameters: Mapping[str, nn.Paramet
     _restore(state, best)
     masters.give()
     return _facts(task, options, parameters, run) | (
-        {"masters": "float32"} if masters.count else {})
+        {"masters": "float32"} if masters.count else {}) | (
+        {"ahead": options.ahead} if ahead else {})
 
 
 def _check(task: Training, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -251,20 +255,18 @@ def _evaluate(task: Training, options: Schedule, objective: Objective, run: Run,
     """Look at the held-out batches; a better state than any before is kept."""
     task.module.eval()
     alike(task.team, state)
-    totals, losses = 0.0, 0.0
     batches = _looked_at(task, options)
 
-    def look(batch: Batch) -> tuple[float, float]:
-        found = objective(batch)
-        return found.total.item(), found.loss.item()
+    def look(batch: Batch) -> tuple[float, ...]:
+        return tuple(x.item() for x in objective(batch) if x is not None)
 
     with torch.no_grad():
-        for total, loss in task.team.each(batches, look, "held-out batches"):
-            totals += total / len(batches)
-            losses += loss / len(batches)
-    run.history.append({"step": run.step, "objective": totals, "loss": losses})
-    if totals < run.best:
-        run.best, run.best_step, run.worse = totals, run.step, 0
+        found = list(task.team.each(batches, look, "held-out batches"))
+    means = {name: sum(x / len(batches) for x in values) for name, values in zip(
+        ("objective", "loss", "further"), zip(*found, strict=True), strict=False)}
+    run.history.append({"step": run.step, **means})
+    if means["objective"] < run.best:
+        run.best, run.best_step, run.worse = means["objective"], run.step, 0
         best.update(_copied(state))
     else:
         run.worse += 1

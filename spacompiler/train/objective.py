@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -24,21 +24,36 @@ Call = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]
 
 
 class Value(NamedTuple):
-    """The objective of one batch, and the part of it that is the network's own loss."""
+    """The objective of one batch, the part of it that is the network's own loss, and the mean loss
+    of tokens further ahead, where these are foretold."""
 
     total: torch.Tensor
     loss: torch.Tensor
+    further: torch.Tensor | None = None
+
+
+class Foretold(Protocol):
+    """Heads that foretell tokens further ahead."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Keep what they need of one call of the network."""
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Return their mean loss on the batch of that call."""
 
 
 class Objective:
     """task · loss + logits · T² KL(dense ‖ pruned) + blocks · mean error of the blocks.
 
-    The dense network runs once a batch, without gradients, and only if it is needed.
+    The dense network runs once a batch, without gradients, and only if it is needed. Where tokens
+    further `ahead` are foretold, `further` · their loss is added in training, and told elsewhere.
     """
 
     def __init__(self, module: nn.Module, dense: nn.Module | None,
-                 loss: Callable[..., torch.Tensor], options: Schedule) -> None:
+                 loss: Callable[..., torch.Tensor], options: Schedule,
+                 ahead: Foretold | None = None) -> None:
         self._module, self._dense, self._loss, self._options = module, dense, loss, options
+        self._ahead = ahead
         self._logits = options.divergence(loss, dense)
         if (self._logits or options.blocks) and dense is None:
             raise SpaError("distillation needs the dense network", fix="set logits=0 and blocks=0")
@@ -51,7 +66,9 @@ class Objective:
         logits = self._divergence(kwargs)
         teacher = self._taught(args, kwargs, calls) if logits or o.blocks else None
         zero = torch.zeros(())
-        outputs = call(self._module, args, kwargs) if o.task or logits else []
+        with self._ahead.reading() if self._ahead else nullcontext():
+            runs = o.task or logits or self._ahead
+            outputs = call(self._module, args, kwargs) if runs else []
         wanted = o.task or not torch.is_grad_enabled()  # else only the divergence trains
         loss = self._own(outputs, args, kwargs) if outputs and wanted else zero
         total = o.task * loss if o.task else zero
@@ -59,7 +76,10 @@ class Objective:
             total = total + logits * divergence(first_floating(outputs), teacher, o.temperature)
         if o.blocks:
             total = total + o.blocks * self._blocks(calls)
-        return Value(total, loss.detach())
+        further = self._ahead.loss(batch) if self._ahead else None
+        if further is not None and torch.is_grad_enabled():
+            total = total + o.further * further
+        return Value(total, loss.detach(), further)
 
     def _divergence(self, kwargs: Mapping[str, Any]) -> float:
         """Return its weight for one batch: none that nobody asked for where labels are values."""

@@ -20,6 +20,9 @@ class Schedule:
             network's results (at `temperature`), and of the error of each block given the dense
             network's inputs to it. Where no weight `logits` is given it is 1 if those results are
             known to be logits, and there is a dense network; else 0.
+        ahead: how many tokens each position of a text foretells while it trains (1: the next one);
+            the mean loss of the further ones, by heads that are thrown away, is added with the
+            weight `further` (`ahead.py`). Held-out text is judged without it.
         evaluations: how often the held-out batches are looked at while it trains (0: as often as
             takes a sixteenth as many batches as are trained on, once to 8 times). `patience`: stop
             after so many evaluations without a better one.
@@ -40,6 +43,8 @@ class Schedule:
     logits: float | None = None
     temperature: float = 1.0
     blocks: float = 0.0
+    ahead: int = 1
+    further: float = 0.3
     evaluations: int = 0
     patience: int = 3
 
@@ -49,6 +54,8 @@ class Schedule:
             raise TypeError("task, logits and blocks must be 0 or more, and not all 0")
         if self.accumulate < 1 or self.epochs < 1:
             raise TypeError("accumulate and epochs must be at least 1")
+        if self.ahead < 1 or self.further <= 0:
+            raise TypeError("ahead must be at least 1, and further above 0")
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step, counted from 0."""

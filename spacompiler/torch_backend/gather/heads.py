@@ -129,6 +129,15 @@ class Fitting:
         """True if the first floating-point result is compared with classes by cross-entropy."""
         return any(p.at == self.head.first and p.kind != "values" for p in self.head.parts)
 
+    def following(self, args: tuple[Any, ...], kwargs: Call) -> torch.Tensor | None:
+        """Return the tokens whose next one the first logits are compared with, if they are."""
+        head = self.head
+        if head.decoder or not any(p.at == head.first and p.kind == "next" for p in head.parts):
+            return None
+        call = {**dict(zip(head.names, args, strict=False)), **kwargs}
+        given = call.get("labels")
+        return head.tokens(call) if given is None else given
+
     def __call__(self, outputs: Sequence[Any], args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> torch.Tensor:
         self.saw(args, kwargs)
