@@ -3,6 +3,7 @@
     python benchmarks/recovery_cost.py                # SmolLM2-135M, half of its body
     python benchmarks/recovery_cost.py --synthetic    # a small Llama with random weights
     python benchmarks/recovery_cost.py --before ~/checkout-of-another-commit
+    python benchmarks/recovery_cost.py --eight-bits   # a third row: frozen weights in 8 bits
 
 Each turn runs both, each in a process of its own with one thread. The plain loop puts peft's
 adapters (rank 8, alpha 16, on the same layers) on the network, and takes steps of AdamW with
@@ -60,7 +61,8 @@ def batches(vocabulary: int, count: int) -> list[torch.Tensor]:
     return list((first + steps) % vocabulary)
 
 
-def ours(module: Any, data: list[torch.Tensor], held_out: list[torch.Tensor]) -> int:
+def ours(module: Any, data: list[torch.Tensor], held_out: list[torch.Tensor],
+         bits: int = 0) -> int:
     """Recover as a compile does; returns tokens."""
     from spacompiler.evidence.losses import default_loss
     from spacompiler.passes.lora import Lora
@@ -68,9 +70,15 @@ def ours(module: Any, data: list[torch.Tensor], held_out: list[torch.Tensor]) ->
 
     calls = [[((), {"input_ids": x, "use_cache": False}) for x in part]
              for part in (data, held_out)]
-    found = Lora(lr=RATE, rank=RANK, alpha=ALPHA, accumulate=1, patience=99, logits=0.0).run(
+    found = Lora(lr=RATE, rank=RANK, alpha=ALPHA, accumulate=1, patience=99, logits=0.0,
+                 **{"bits": bits} if bits else {}).run(
         Training(module, None, *calls, default_loss))
     return int(found["amount"])
+
+
+def eight(module: Any, data: list[torch.Tensor], held_out: list[torch.Tensor]) -> int:
+    """The same with frozen weights in 8 bits; returns tokens."""
+    return ours(module, data, held_out, bits=8)
 
 
 def plain(module: Any, data: list[torch.Tensor], held_out: list[torch.Tensor]) -> int:
@@ -94,7 +102,7 @@ def plain(module: Any, data: list[torch.Tensor], held_out: list[torch.Tensor]) -
     return sum(ids.numel() for ids in data)
 
 
-WAYS: dict[str, Callable[..., int]] = {"ours": ours, "plain": plain}
+WAYS: dict[str, Callable[..., int]] = {"ours": ours, "eight": eight, "plain": plain}
 
 
 def one(way: str, synthetic: bool, steps: int) -> dict[str, float]:
@@ -116,7 +124,8 @@ def run(way: str, asked: argparse.Namespace, code: Path) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, __file__, *(["--synthetic"] if asked.synthetic else []),
          "--steps", str(asked.steps), "--one", way], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)})
+        env={**os.environ, "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])})
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -130,6 +139,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
+    parser.add_argument("--eight-bits", action="store_true",
+                        help="beside, weights held in 8 bits (bitsandbytes)")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
@@ -137,6 +148,8 @@ def main() -> int:
         return 0
     here = Path(__file__).resolve().parents[1]
     ways = {"plain loop": ("plain", here), "recovery": ("ours", here)}
+    if asked.eight_bits:
+        ways["recovery, 8 bits"] = ("eight", here)
     if asked.before:
         ways["recovery, before"] = ("ours", asked.before.resolve())
     best: dict[str, dict[str, float]] = {}

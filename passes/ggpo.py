@@ -28,6 +28,11 @@ class Ggpo(Lora):
     sigma: float = 0.03
     beta: float = 0.01
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits:
+            raise TypeError("GGPO reads weights at each step, which cannot be held in 8 bits")
+
     def hooks(self, task: Training) -> AdapterHooks:
         """Noise on the results of adapted linear layers, in train mode."""
         return _Noise(self, task.module)

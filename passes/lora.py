@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -18,6 +19,7 @@ from spacompiler.errors import SpaError, UsageError, did_you_mean
 from spacompiler.evidence.calls import Batch, examples, singles
 from spacompiler.evidence.labels import inputs_only
 from spacompiler.system.process import no_warnings
+from spacompiler.train.eight_bits import eight_bits
 from spacompiler.train.hooks import Hooks
 from spacompiler.train.lean import lean
 from spacompiler.train.loop import Training, train, vectors
@@ -67,7 +69,9 @@ class Lora(Schedule):
     (Paischer et al. 2024), `lora_ga` takes both factors from the gradient of the objective on the
     first batches (Wang et al. 2024). With `norms`, gains of norms and biases are trained too. B
     learns at `plus` times the rate (LoRA+, Hayou et al. 2024). `rho` is how far EVA may
-    redistribute ranks: up to so many times `rank` (1: not at all).
+    redistribute ranks: up to so many times `rank` (1: not at all). With `bits=8` frozen weights of
+    linear layers are held in 8 bits while adapters train beside them (by bitsandbytes), which are
+    merged into the weights of full precision; these lie in a file meanwhile.
     """
 
     name: ClassVar[str] = "lora"
@@ -81,9 +85,14 @@ class Lora(Schedule):
     norms: bool = True
     plus: float = 1.0
     rho: float = 2.0
+    bits: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bits not in (0, 8):
+            raise TypeError("bits must be 8, or 0: weights as they are")
+        if self.bits and self.dora:
+            raise TypeError("DoRA reads weights at each step, which cannot be held in 8 bits")
         if re.fullmatch(r"pissa_niter_\d+", self.init) or self.init in INITS[:-2] + INITS[-1:]:
             return
         why = REFUSED.get(self.init, "")
@@ -111,9 +120,10 @@ class Lora(Schedule):
         hooks = self.hooks(task)
         parameters = {n: p for n, p in task.module.named_parameters()
                       if p.requires_grad or id(p) in extra}
-        with lean(tuned):
+        with eight_bits(tuned) if self.bits else nullcontext(0) as held, lean(tuned):
             facts = train(task, self, parameters, hooks)
-        facts |= ({"ranks": ranks} if ranks else {}) | hooks.finish()
+        facts |= ({"ranks": ranks} if ranks else {}) | hooks.finish() \
+            | ({"layers in 8 bits": held} if held else {})
         fold(tuned, probe, before, where="recovery")
         return facts
 

@@ -18,6 +18,7 @@ from ..system.group import Team
 from ..torch_backend.gather.heads import Fitting, fitting
 from ..torch_backend.trace import Trace
 from ..torch_backend.weights import weights_hash
+from ..train import eight_bits
 from ..train.loop import Training
 from ..train.options import Schedule as Options
 from ..train.shared import changing
@@ -35,6 +36,8 @@ def check(ask: Request, subject: Subject) -> None:
     if subject.backend is not TORCH:
         raise SpaError("recovery needs a torch module", where=ask.name,
                        fix="train before exporting to ONNX, or give the module itself")
+    if getattr(ask.recovery, "bits", 0):
+        eight_bits.library()
     by_blocks: float = getattr(ask.recovery, "blocks", 0.0)
     if by_blocks and ask.recipe.blocks:
         raise UsageError("blocks cannot be distilled one by one where some are dropped",

@@ -41,12 +41,10 @@ class Ahead:
         """
         check(loss, batches, count)
         self._loss = loss
-        self._layer, wide = _output(module, batches[0])
-        weight = self._layer.weight
-        assert isinstance(weight, torch.Tensor)
-        self.heads = {f"token+{k}": nn.Parameter(
-            torch.zeros(wide, wide, dtype=weight.dtype, device=weight.device))
-            for k in range(2, count + 1)}
+        self._layer, state = _output(module, batches[0])
+        wide = state.shape[-1]
+        self.heads = {f"token+{k}": nn.Parameter(state.new_zeros(wide, wide))
+                      for k in range(2, count + 1)}
         self._read: list[torch.Tensor] = []
 
     @contextmanager
@@ -84,8 +82,8 @@ def check(loss: object, batches: Sequence[Batch], count: int) -> None:
                              fix="give longer texts (--length), or a smaller ahead")
 
 
-def _output(module: nn.Module, batch: Batch) -> tuple[nn.Module, int]:
-    """Return the layer whose result has the shape of the logits, and how wide what it reads is."""
+def _output(module: nn.Module, batch: Batch) -> tuple[nn.Module, torch.Tensor]:
+    """Return the layer whose result has the shape of the logits, and what it reads: (b, n, d)."""
     found: list[tuple[nn.Module, torch.Tensor, object]] = []
 
     def see(path: str, part: nn.Module, args: tuple[Any, ...], kwargs: object,
@@ -103,7 +101,7 @@ def _output(module: nn.Module, batch: Batch) -> tuple[nn.Module, int]:
         module.train(was)
     for part, state, result in reversed(found):  # an adapted layer ends after what is within it
         if isinstance(result, torch.Tensor) and result.shape == logits.shape:
-            return part, state.shape[-1]
+            return part, state
     raise SpaError("several tokens are foretold from what the output layer reads",
                    why="no layer of the pruned network makes the logits (it is a re-written "
                        "program, or makes them in another way)", fix="leave ahead out")

@@ -39,11 +39,17 @@ def _plain(layer: nn.Module) -> bool:
     within: Callable[[], nn.Module] = layer.get_base_layer  # type: ignore[assignment]
     base, ups, downs = within(), layer.lora_B, layer.lora_A
     assert isinstance(ups, nn.ModuleDict) and isinstance(downs, nn.ModuleDict)
-    if type(base) is not nn.Linear or len(ups) != 1 or getattr(layer, "lora_variant", None):
+    if len(ups) != 1 or getattr(layer, "lora_variant", None) \
+            or not (type(base) is nn.Linear or hasattr(base, "computes")):
         return False
     (up,), (down,) = ups.values(), downs.values()
     return type(up) is nn.Linear and up.bias is None \
-        and base.weight.dtype == up.weight.dtype == down.weight.dtype
+        and _type(base) == up.weight.dtype == down.weight.dtype
+
+
+def _type(base: nn.Module) -> object:
+    """What a layer computes in; one whose weight is held in 8 bits says it (`eight_bits.py`)."""
+    return getattr(base, "computes", base.weight.dtype)
 
 
 def _forward(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *args: object,
@@ -51,11 +57,12 @@ def _forward(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *args: obje
     """Return W x + scale B (A x); x (..., i)."""
     (name,) = layer.lora_B
     if args or kwargs or layer.disable_adapters or layer.merged or not layer.active_adapters \
-            or x.dtype != layer.get_base_layer().weight.dtype or layer.lora_B[name]._forward_hooks:
+            or x.dtype != _type(layer.get_base_layer()) or layer.lora_B[name]._forward_hooks:
         return plain(x, *args, **kwargs)
     flat, scale = x.reshape(-1, x.shape[-1]), layer.scaling[name]
     base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name].weight
-    if _bare(base) and _bare(down) and type(layer.lora_dropout[name]) is nn.Identity:
+    if _bare(base) and _bare(down) and type(layer.lora_dropout[name]) is nn.Identity \
+            and type(base) is nn.Linear:
         made = _Sum.apply(flat, base.weight, base.bias, down.weight, up, scale)
     else:
         made = base(flat).addmm_(down(layer.lora_dropout[name](flat)), up.T, alpha=scale)
