@@ -84,14 +84,19 @@ def _weights(job: Compiled, folder: Path) -> None:
         config = job.reference.config.to_dict()
         write_json(folder / "dense_config.json", {
             **config, "_name_or_path": Path(config.get("_name_or_path") or "").name})
-        if _tokenizer(job) is not None:
-            job.tokenizer.save_pretrained(folder)
+        tokenizer = _tokenizer(job)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def _tokenizer(job: Compiled) -> Any:
-    """The tokenizer to save: none where its files go along as they lie."""
+    """The tokenizer to save: none where its files go along as they lie, or it cannot be saved."""
     carried = job.folder is not None and beside.has_tokenizer(job.folder)
-    return None if carried else job.tokenizer
+    if carried or job.tokenizer is None or hasattr(job.tokenizer, "save_pretrained"):
+        return None if carried else job.tokenizer
+    job.notes.append(f"the tokenizer is not saved: a {type(job.tokenizer).__name__} has no "
+                     "save_pretrained")
+    return None
 
 
 def _widths(job: Compiled) -> dict[int, int]:

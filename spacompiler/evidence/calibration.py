@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict, Unpack
@@ -31,7 +31,8 @@ class Calibration:
 
     `beside` are further windows, and what the model itself wrote on (see `sampling.continued`):
     repair is fit to them too, and so are scores by covariance and curvature. `held_out` are
-    batches that nothing but the comparison of dense and pruned looks at.
+    batches that nothing but the comparison of dense and pruned looks at. `taken` are the options
+    of a recipe that say how much was read, where it was drawn from more.
     """
 
     origin: str
@@ -39,6 +40,7 @@ class Calibration:
     real: bool = True
     beside: Sequence[Batch] = field(default=())
     held_out: Sequence[Batch] = field(default=())
+    taken: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def for_repair(self) -> list[Batch]:
@@ -60,8 +62,13 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> torch.Tensor:
 
 
 def _tokens(tokenizer: Tokenizer, text: str, *, special: bool) -> torch.Tensor:
-    found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=special,
-                                    verbose=False).input_ids[0]
+    try:
+        found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=special,
+                                        verbose=False).input_ids[0]
+    except (TypeError, AttributeError) as problem:
+        raise SpaError("text cannot be read by this tokenizer", where=type(tokenizer).__name__,
+                       why=str(problem), fix="give one that is called as those of transformers "
+                       "are, or batches of tokens as calibration") from problem
     return found
 
 

@@ -80,8 +80,13 @@ def _as_call(batch: object) -> Batch:
 
 
 def _binds(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return not unbound(module, args, kwargs)
+
+
+def unbound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Say why a module cannot be called so, as far as its arguments' names say, or ""."""
     try:
         inspect.signature(module.forward).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
+    except TypeError as problem:
+        return str(problem)
+    return ""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from ..errors import SpaError
 from .reused import again
 from .where import able
 
@@ -101,14 +102,19 @@ def default_loss(outputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, An
     """Next-token cross-entropy where results are logits over `input_ids`; else against the
     model's own predictions (cross-entropy with its argmax over the last dimension)."""
     logits = first_floating(outputs)
+    if is_value(logits):
+        return logits.square().mean()
     ids = kwargs.get("input_ids")
     if ids is not None and logits.ndim == 3 and logits.shape[:2] == ids.shape:
         return next_token(logits, ids)
     flat = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 4 else \
         logits.movedim(1, -1).reshape(-1, logits.shape[1])
-    if flat.shape[-1] == 1:
-        return flat.square().mean()
     return cross_entropy(flat, flat.detach().argmax(-1))
+
+
+def is_value(result: torch.Tensor) -> bool:
+    """Whether a result is a value or values (b, …, 1), and no logits of classes to choose from."""
+    return not result.ndim or (result.shape[1] if result.ndim == 4 else result.shape[-1]) == 1
 
 
 def compares_classes(loss: object) -> bool:
@@ -120,8 +126,22 @@ def compares_classes(loss: object) -> bool:
 
 
 def first_floating(outputs: Sequence[Any]) -> torch.Tensor:
-    """Return the first floating-point result (a model's logits)."""
-    return next(x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point())
+    """Return the first floating-point result (a model's logits); single numbers stand behind.
+
+    Raises SpaError if there is none: nothing is learned from whole numbers.
+
+    >>> first_floating([torch.tensor([1, 2]), torch.tensor(0.5), torch.ones(2, 3)]).shape
+    torch.Size([2, 3])
+    """
+    found = [x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if not found:
+        kinds = sorted({str(x.dtype) for x in outputs if isinstance(x, torch.Tensor)})
+        raise SpaError("no result of the network is in floating point",
+                       why=f"its results are {', '.join(kinds) or 'no tensors'}: no loss and no "
+                           "distance has a gradient by weights there",
+                       fix="give a network that returns logits (argmax and the like left out), or "
+                           "what asks for no data: --importance magnitude, --calibration none")
+    return next((x for x in found if x.ndim), found[0])
 
 
 def perplexity(module: Callable[..., Any], ids: torch.Tensor, *, batch: int = 4) -> float:
@@ -152,8 +172,11 @@ def labelled(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def divergence(pruned: torch.Tensor, dense: torch.Tensor, temperature: float) -> torch.Tensor:
     """T² KL(softmax(dense / T) ‖ softmax(pruned / T)), mean over positions (Hinton et al. 2015).
 
-    The classes are the last dimension; the channels, of a map (b, c, h, w).
+    The classes are the last dimension; the channels, of a map (b, c, h, w). Of one value, which is
+    no choice, it is half a squared error.
     """
+    if is_value(pruned):
+        return (pruned - dense).square().mean() / 2
     if pruned.ndim == 4:
         pruned, dense = pruned.movedim(1, -1), dense.movedim(1, -1)
     classes = pruned.shape[-1]
@@ -179,8 +202,6 @@ def _divergence_in_pieces(pruned: torch.Tensor, dense: torch.Tensor,
 
 def distance(pruned: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """KL divergence over the last dimension (channels of a map), half a squared error of one."""
-    if pruned.shape[-1] == 1:
-        return (pruned - dense).square().mean() / 2
     return divergence(pruned, dense, 1.0)
 
 
@@ -189,7 +210,7 @@ def drawn(results: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Its gradient's outer product, times the number, is the Hessian of `distance` in expectation.
     """
-    if results.shape[-1] == 1:
+    if is_value(results):
         return (results * torch.randn_like(results)).mean(), results.numel()
     flat = (results.movedim(1, -1) if results.ndim == 4 else results).flatten(0, -2)
     with torch.no_grad():

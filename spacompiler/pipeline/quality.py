@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..evidence.calls import Batch
 from ..evidence.labels import inputs_only
-from ..evidence.losses import default_loss, distance, first_floating
+from ..evidence.losses import default_loss, distance, first_floating, is_value
 from ..stages.records import Emitted, Request
 from ..system.staging import Scratch
 from ..torch_backend.gather.heads import OWN, Fitting, fitting
@@ -94,8 +94,8 @@ def _compared(dense: nn.Module, pruned: nn.Module, loss: Loss, batch: Batch) -> 
     want, got = (pytree.tree_leaves(called(m, args, given)) for m in (dense, pruned))
     a, b = first_floating(want).float(), first_floating(got).float()
     dim = 1 if a.ndim == 4 else -1
-    same = (a.argmax(dim) == b.argmax(dim)).float().mean() if a.shape[dim] > 1 else \
-        torch.isclose(a, b, rtol=0.1, atol=0.0).float().mean()
+    same = torch.isclose(a, b, rtol=0.1, atol=0.0).float().mean() if is_value(a) else \
+        (a.argmax(dim) == b.argmax(dim)).float().mean()
     with torch.no_grad():
         losses = {name: float(loss(found, args, kwargs)) for name, found in
                   (("dense", want), ("pruned", got))}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import SpaError, UsageError
-from ..evidence.calls import Batch
+from ..evidence.calls import Batch, as_call
+from ..evidence.labels import inputs_only, unbound
 from ..evidence.losses import default_loss
 from ..evidence.where import HERE
 from ..stages.records import Emitted, Request, Subject
@@ -47,6 +48,23 @@ def check(ask: Request, subject: Subject) -> None:
         raise UsageError("there is too little data to recover on",
                          why=f"{_origin(ask) or 'no data'}, of which some is held out",
                          fix="give more with --recover-data or --recover-samples")
+    for i, batch in enumerate(ask.recover_data.batches):
+        _check_call(subject, i, *batch)
+
+
+def _check_call(subject: Subject, number: int, args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> None:
+    """Raise SpaError for a batch of training data that is no call of the network."""
+    example = as_call(subject.inputs or ())
+    constants = {k: v for k, v in example[1].items() if not isinstance(v, torch.Tensor)}
+    named = inputs_only(subject.model, kwargs)
+    why = unbound(subject.model, args, {**constants, **named})
+    known = {k for k, v in example[1].items() if isinstance(v, torch.Tensor)}
+    if not why and known and not args and not known & named.keys():
+        why = f"it has {', '.join(named) or 'nothing'}, and the example inputs {', '.join(known)}"
+    if why:
+        raise SpaError("training data do not fit the network", where=f"batch {number}", why=why,
+                       fix="give the same arguments as the example inputs, labels as `labels`")
 
 
 def alone(ask: Request) -> str:

@@ -82,6 +82,13 @@ class Windows(NamedTuple):
         return {"samples": samples, "length": length, "batch": self.batch, "seed": self.seed,
                 "further": further}
 
+    def taken(self, text: bool) -> dict[str, int]:
+        """The options of a recipe that say so much, of a text or of other data."""
+        if not text:
+            return {"samples": self.of_others}
+        found = self.of_text(self.length)
+        return {"samples": found["samples"], "further_samples": found["further"]}
+
     def order(self, module: nn.Module) -> Order | None:
         """In which order windows are taken; None is at random.
 
@@ -184,7 +191,12 @@ def resolve(what: Data, inputs: Inputs, module: nn.Module, windows: Windows, *,
     if windows.further and not ordered:
         raise UsageError("further_samples has nothing to act on", why=f"{found.origin} is no text",
                          fix="give a text as calibration, or leave further_samples out")
-    return found
+    drawn = found.origin in DRAWN or (isinstance(what, (str, Path)) and what != "none")
+    return replace(found, taken=windows.taken(bool(ordered)) if ordered or drawn else {})
+
+
+DRAWN = (ORIGINS["sampled"], ORIGINS["own"])
+"""Origins of data that is no text, of which as many examples are taken as is asked for."""
 
 
 def _resolved(what: Data, inputs: Inputs, module: nn.Module, windows: Windows,

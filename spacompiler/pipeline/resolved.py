@@ -39,7 +39,7 @@ def resolved(ask: Request, importance: object) -> Recipe:
     took: dict[str, Any] = {"importance": spelled("importance", importance, asked.importance),
             "allocation": spelled("allocation", ask.allocation, asked.allocation),
             "repair": "none" if ask.compensation is None else
-            spelled("compensation", ask.compensation, asked.repair)}
+            spelled("compensation", ask.compensation, asked.repair), **ask.calibration.taken}
     for option, found in (("schedule", ask.schedule), ("recovery", ask.recovery)):
         if found is not None:
             took[option] = spelled(option, found, getattr(asked, option))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -162,6 +163,10 @@ class Walk:
         return result
 
 
+REACHES = re.compile("index out of range in self|out of range for tensor|out of bounds for dim")
+"""What torch says where a table is read beyond its end; a list's end is something else."""
+
+
 @contextmanager
 def _fitting(ask: Request, trace: object) -> Iterator[None]:
     """Say it plainly where a step fails on batches of other shapes than the program was traced at.
@@ -171,7 +176,7 @@ def _fitting(ask: Request, trace: object) -> Iterator[None]:
     try:
         yield
     except IndexError as problem:
-        if "index out of range" not in str(problem):
+        if not REACHES.search(str(problem)):
             raise
         raise SpaError("a batch reaches beyond a table of the network", where=ask.name,
                        why=str(problem).splitlines()[0],

@@ -8,6 +8,7 @@ them, so that a network is never written with the error of its rounding.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import nn
 from ..errors import SpaError
 from ..store.mapped import let_go
 from ..store.room import Room
-from ..system.process import no_warnings
+from ..system.process import at_level
 from .ranks import pairs
 
 EACH = 1 << 24
@@ -32,7 +33,7 @@ ALIGNED = 64
 def library() -> Any:
     """Import bitsandbytes; raises SpaError naming the extra where it is missing."""
     try:
-        with no_warnings():
+        with at_level(("bitsandbytes",), logging.ERROR):  # it misses kernels that are not asked for
             import bitsandbytes
     except ImportError as problem:
         raise SpaError("weights in 8 bits need bitsandbytes, which is not installed",
@@ -100,7 +101,7 @@ def _frozen(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 def _held(kind: Any, layer: nn.Linear) -> nn.Module:
     """Return a layer's twin in 8 bits, with its bias."""
     weight = layer.weight
-    with torch.device("meta"), no_warnings():
+    with torch.device("meta"):
         twin = kind(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False,
                     threshold=0.0)
     values = library().nn.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import os
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,7 +17,8 @@ from typer.testing import CliRunner
 
 import spacompiler
 from spacompiler.cli.main import app
-from spacompiler.errors import UsageError
+from spacompiler.errors import SpaError, UsageError
+from spacompiler.models_zoo import load
 from spacompiler.pipeline.resolved import check_hashes
 from spacompiler.request.recipe import Recipe
 from spacompiler.torch_backend import machine
@@ -162,3 +165,50 @@ def test_a_hash_that_names_no_option_is_a_mistake_in_the_recipe() -> None:
     recipe = Recipe("params=70%", hashes=("nonsense",))
     with pytest.raises(UsageError, match="cannot read 'nonsense' among the recipe's hashes"):
         check_hashes(recipe)
+
+
+class Letters:
+    """A tokenizer called as those of transformers are, which cannot be saved."""
+
+    def __call__(self, text, *, return_tensors, add_special_tokens, verbose):
+        return types.SimpleNamespace(input_ids=torch.tensor([[c % 61 for c in text.encode()]]))
+
+
+def test_how_much_was_read_stands_in_the_recipe(tmp_path):
+    """So that it is read again whatever the defaults are by then."""
+    text, arrays = tmp_path / "text.txt", tmp_path / "arrays.npz"
+    text.write_text("every good boy deserves fudge; " * 60)
+    module, inputs = load("llama-gqa").build()
+    quick = {"target": "body=70%", "dry_run": True, "length": 12, "tokenizer": Letters(), **QUICK}
+    for given, want in (({}, (8, 16)), ({"samples": 3}, (3, 0)),
+                        ({"samples": 3, "further_samples": 2}, (3, 2))):
+        plan = spacompiler.compile(module, inputs, calibration=str(text), **quick, **given).plan
+        assert (plan.recipe["samples"], plan.recipe["further_samples"]) == want
+    again = spacompiler.compile(module, inputs, **{**quick, **{
+        name: plan.recipe[name] for name in ("samples", "further_samples", "calibration")}})
+    assert len(again.job.calibration.beside) == 1 and len(again.job.calibration.batches) == 2
+    np.savez(arrays, x=np.zeros((40, 3, 6, 6), np.float32))
+    for data, want in ((str(arrays), 16), ([(torch.zeros(2, 3, 6, 6),)] * 3, None), ("none", None)):
+        plan = spacompiler.compile(net(), (torch.randn(2, 3, 6, 6),), target="params~60%",
+                                   calibration=data, dry_run=True, **QUICK).plan
+        assert (plan.recipe["samples"], plan.recipe["further_samples"]) == (want, None)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "any"])
+def test_a_tokenizer_that_cannot_be_saved_is_told_of(tmp_path, layout):
+    module, inputs = load("llama-gqa").build()
+    made = spacompiler.compile(module, inputs, target="body~70%", layout=layout,
+                               tokenizer=Letters(), calibration="none", **QUICK)
+    made.save(tmp_path / "a")
+    told = [note for note in made.job.notes if "tokenizer" in note]
+    assert told == ["the tokenizer is not saved: a Letters has no save_pretrained"]
+    assert told[0] in (tmp_path / "a" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("tokenizer", [lambda text: [1], object()])
+def test_what_is_no_tokenizer_is_refused(tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text("every good boy deserves fudge; " * 60)
+    module, inputs = load("llama-gqa").build()
+    with pytest.raises(SpaError, match="cannot be read by this tokenizer"):
+        spacompiler.compile(module, inputs, target="body=70%", tokenizer=tokenizer,
+                            calibration=str(tmp_path / "text.txt"), **QUICK)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import SpaError
 from ...evidence.calls import Batch, Inputs, as_call
-from ...evidence.losses import IGNORED, cross_entropy, next_token
+from ...evidence.losses import IGNORED, cross_entropy, first_floating, next_token
 from ...evidence.where import HERE, Where
 from ...stages.tolerances import CAUSAL
 from ..kinds import is_encoder_decoder, is_hf
@@ -276,10 +276,11 @@ def head_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
     """Return the loss that fits a network's results; `parts_only`: it is but parts of one."""
     results = called(module, args, kwargs)
     fields = list(_fields(results))
+    first_at = _first(_tensors(results))
     names = () if parts_only else tuple(inspect.signature(module.forward).parameters)
     made = partial(Head, names=names, decoder=is_encoder_decoder(module),
                    blank=getattr(getattr(module, "config", None), "pad_token_id", None) or 0,
-                   first=fields[0][0] if fields else 0)
+                   first=first_at)
     if parts_only:
         return made(tuple(Part(at, "", "values") for at, _ in fields))
     kind, named = family(module), [(at, f) for at, f in fields if f]
@@ -289,12 +290,12 @@ def head_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
         return made(tuple(Part(at, f, "values") for at, f in fields))
     if found and all(p.kind for p in found):
         return made(found)
-    at = next((p.at for p in found if not p.kind), fields[0][0] if fields else 0)
+    at = next((p.at for p in found if not p.kind), first_at)
     unsure = made((Part(at, "logits" if found else "", "next"),))
     if _looks_back(module, args, kwargs, unsure):
         return unsure
     rest = tuple(p for p in found if p.kind)
-    one = bool(fields) and _tensors(results)[at].shape[-1:] == (1,)  # one class is no choice
+    one = _tensors(results)[at].shape[-1:] in ((), (1,))  # one class is no choice
     return made((Part(at, unsure.parts[0].field, "values" if one else "classes"), *rest))
 
 
@@ -307,6 +308,12 @@ def _part(at: int, field: str, kind: str) -> Part | None:
         return Part(at, field, *FIELDS[field])
     other = "classes" if field.endswith("logits") and "mask" not in field else "values"
     return Part(at, field, other)
+
+
+def _first(results: Sequence[torch.Tensor]) -> int:
+    """The place of the first result in floating point. Raises SpaError if there is none."""
+    found = first_floating(results)
+    return next(i for i, x in enumerate(results) if x is found)
 
 
 def _tensors(values: object) -> list[torch.Tensor]:
