@@ -55,7 +55,7 @@ def check(ask: Request, subject: Subject) -> None:
 def _check_call(subject: Subject, number: int, args: tuple[Any, ...],
                 kwargs: dict[str, Any]) -> None:
     """Raise SpaError for a batch of training data that is no call of the network."""
-    example = as_call(subject.inputs or ())
+    example = as_call(() if subject.inputs is None else subject.inputs)
     constants = {k: v for k, v in example[1].items() if not isinstance(v, torch.Tensor)}
     named = inputs_only(subject.model, kwargs)
     why = unbound(subject.model, args, {**constants, **named})

@@ -65,13 +65,14 @@ def eight_bits(module: nn.Module) -> Iterator[int]:
     Afterwards the layers that were there are there again, their weights as they were.
 
     Raises:
-        SpaError: bitsandbytes is not installed, or no linear layer is frozen.
+        SpaError: bitsandbytes is not installed, no linear layer is frozen, or the disk is full.
     """
     layers = _frozen(module)
     if not layers:
         raise SpaError("no weight can be held in 8 bits", why="no linear layer is frozen",
                        fix="leave bits out")
     kind, aside = _kind(), _Aside([layer.weight for *_, layer in layers])
+    device = layers[0][-1].weight.device
     try:
         for parent, name, layer in layers:
             setattr(parent, name, _held(kind, layer))
@@ -80,7 +81,7 @@ def eight_bits(module: nn.Module) -> Iterator[int]:
     finally:
         for parent, name, layer in layers:
             setattr(parent, name, layer)
-            layer.weight.data = layer.weight.data.clone()
+            layer.weight.data = layer.weight.data.to(device, copy=True)
 
 
 def _frozen(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -114,8 +115,13 @@ class _Aside:
     """A file that weights go to one after the other; what lies in it takes no memory."""
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self._bytes = Room(Path(tempfile.gettempdir(), "weights")).empty(
-            [sum(_room(w) for w in weights)], torch.uint8)
+        place, size = Path(tempfile.gettempdir()), sum(map(_room, weights))
+        try:
+            self._bytes = Room(place / "weights").empty([size], torch.uint8)
+        except OSError as problem:
+            raise SpaError("there is no room for the weights that 8 bits stand for",
+                           where=str(place), why=f"{size / 1e6:,.0f} MB are needed: {problem}",
+                           fix="set TMPDIR to a place that has it, or leave bits out") from problem
         self._at = self._kept = 0
 
     def put(self, weight: torch.Tensor) -> None:

@@ -116,6 +116,19 @@ def test_a_network_without_frozen_linear_layers_has_none_to_hold() -> None:
         pass
 
 
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    net = Net().requires_grad_(False)
+    with pytest.raises(SpaError, match="no room") as error, eight_bits(net):
+        pass
+    assert "TMPDIR" in error.value.fix and type(net.first) is nn.Linear
+
+
 class Stop(Exception):
     """The user's interruption."""
 

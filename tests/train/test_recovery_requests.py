@@ -54,6 +54,14 @@ def test_training_data_that_are_no_call_of_the_network_are_refused(given: Any, w
     assert words in error.value.why and error.value.where == "batch 8"
 
 
+def test_one_tensor_as_example_and_as_training_data_is_a_call() -> None:
+    made = spacompiler.compile(
+        network(4), torch.zeros(8, 16), target="params=50%", align=1, importance="magnitude",  # type: ignore[arg-type]
+        recovery="full", recover_data=[torch.randn(8, 16) for _ in range(4)], onnx=False,
+        latency=False, prove=False, quiet=True)
+    assert made.job.trained["amount"] == 24
+
+
 def test_a_language_model_is_trained_on_inputs_that_it_has() -> None:
     module, inputs = load("llama-gqa").build()
     with pytest.raises(SpaError, match="training data do not fit"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads import in_threads
 from torch import nn
 
 import spacompiler
@@ -17,6 +18,7 @@ from spacompiler.evidence.losses import cross_entropy, default_loss, later
 from spacompiler.models_zoo import load
 from spacompiler.passes.full import Full
 from spacompiler.passes.lora import Lora
+from spacompiler.system.group import Team
 from spacompiler.torch_backend.gather.heads import fitting
 from spacompiler.train.ahead import Ahead, check
 from spacompiler.train.loop import Training
@@ -94,6 +96,22 @@ def test_heads_resume_to_the_same_bits(dense: nn.Module, tmp_path: Path) -> None
     assert steps[0] > 1, "it started anew"
     want = whole.module.state_dict()
     assert all(torch.equal(value, want[name]) for name, value in again.module.state_dict().items())
+
+
+def test_processes_that_share_the_steps_have_the_bits_of_one() -> None:
+    def trained(team: Team) -> tuple[dict[str, torch.Tensor], Any]:
+        torch.manual_seed(0)
+        t = task(nn.Sequential(nn.Embedding(61, 8), nn.Linear(8, 61)), team=team)
+        for calls in (t.batches, t.held_out):
+            calls[:] = [((kwargs["input_ids"],), {"labels": kwargs["input_ids"]})  # type: ignore
+                        for _, kwargs in calls]
+        facts = Full(**FAST, ahead=3).run(t)
+        return t.module.state_dict(), facts["history"]
+
+    want, history = trained(Team())
+    for found, seen in in_threads(2, trained):
+        assert seen == history
+        assert all(torch.equal(value, want[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("loss", [None, lambda results, args, kwargs: results[0].sum()],
