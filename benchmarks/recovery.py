@@ -59,6 +59,8 @@ BASES["gates"] = {**BASES["ours"], "importance": "curvature", "allocation": "uni
                   "schedule": "gates(streams=True)"}
 # what training starts from where the dense network teaches: the same slices, not repaired
 BASES["curvature"] = {**BASES["channels"], "repair": "none", "roles": ("channel", "head")}
+# what nearly all of "ours" comes from at 65% and 80%, without measuring moves
+BASES["beside"] = {**BASES["ours"], "importance": "curvature", "allocation": "global"}
 BASES["ours, given text"] = {**BASES["ours"], "continued": False}
 BASES["ours by layers"] = {**BASES["ours, given text"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
@@ -83,7 +85,11 @@ ROWS: dict[str, tuple[str, str]] = {
     "ours by layers+lora": ("ours by layers", OWN),
     "ours+norms": ("ours", f"norms(lr={{lr}}, logits=0.0, {STEP})"),
     "gates": ("gates", ""), "curvature": ("curvature", ""),
-    **{f"{base}+full": (base, FULL) for base in ("cfsp", "curvature", "ours", "gates")},
+    "beside": ("beside", ""),
+    **{f"{base}+full": (base, FULL)
+       for base in ("cfsp", "curvature", "ours", "gates", "beside")},
+    **{f"{base}+full, 1e-4": (base, FULL.replace("2e-4", "1e-4"))
+       for base in ("cfsp", "curvature", "ours", "beside")},
     "gates+full, own loss": ("gates", FULL.replace("lr=2e-4", "lr=2e-4, logits=0.0")),
 }
 RIVALS = ("llm-pruner+lora", "lora-prune")
