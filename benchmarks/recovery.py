@@ -59,8 +59,11 @@ BASES["gates"] = {**BASES["ours"], "importance": "curvature", "allocation": "uni
                   "schedule": "gates(streams=True)"}
 # what training starts from where the dense network teaches: the same slices, not repaired
 BASES["curvature"] = {**BASES["channels"], "repair": "none", "roles": ("channel", "head")}
-# what nearly all of "ours" comes from at 65% and 80%, without measuring moves
-BASES["beside"] = {**BASES["ours"], "importance": "curvature", "allocation": "global"}
+# as many tokens in windows as long as those that are measured; "beside" without measured moves, which
+# give next to nothing at 65% and 80%
+LONG = {"samples": 32, "length": 512, "batch": 2}
+BASES["ours, long"] = {**BASES["ours"], **LONG}
+BASES["beside, long"] = {**BASES["ours"], "importance": "curvature", "allocation": "global", **LONG}
 BASES["ours, given text"] = {**BASES["ours"], "continued": False}
 BASES["ours by layers"] = {**BASES["ours, given text"], "allocation": "cfsp-layers"}
 STEP = "accumulate=1"
@@ -85,11 +88,11 @@ ROWS: dict[str, tuple[str, str]] = {
     "ours by layers+lora": ("ours by layers", OWN),
     "ours+norms": ("ours", f"norms(lr={{lr}}, logits=0.0, {STEP})"),
     "gates": ("gates", ""), "curvature": ("curvature", ""),
-    "beside": ("beside", ""),
+    "ours, long": ("ours, long", ""), "beside, long": ("beside, long", ""),
     **{f"{base}+full": (base, FULL)
-       for base in ("cfsp", "curvature", "ours", "gates", "beside")},
+       for base in ("cfsp", "curvature", "ours", "gates", "ours, long", "beside, long")},
     **{f"{base}+full, 1e-4": (base, FULL.replace("2e-4", "1e-4"))
-       for base in ("cfsp", "curvature", "ours", "beside")},
+       for base in ("cfsp", "beside, long")},
     "gates+full, own loss": ("gates", FULL.replace("lr=2e-4", "lr=2e-4, logits=0.0")),
 }
 RIVALS = ("llm-pruner+lora", "lora-prune")
