@@ -15,6 +15,7 @@ line in docs/options.md.
 from __future__ import annotations
 
 import operator
+import reprlib
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -195,7 +196,8 @@ def typed(entry: Known, value: object) -> object:
     if fits and item is not None and isinstance(value, tuple):
         fits = all(isinstance(v, item) for v in value)
     if not fits:
-        raise UsageError(f"{entry.name} must be {words}, not {value!r}")
+        raise UsageError(f"{entry.name} must be {words}, not {reprlib.repr(value)}",
+                         fix=f"{entry.name} is this: {entry.about.help}")
     return value
 
 

@@ -214,3 +214,11 @@ def test_a_table_is_as_wide_as_the_terminal(monkeypatch):
     monkeypatch.delenv("COLUMNS")
     lines = RUN.invoke(app, ["passes"]).stdout.splitlines()
     assert max(map(len, lines)) == 80
+
+
+def test_a_value_of_another_type_is_told_what_the_option_is_for():
+    with pytest.raises(UsageError) as told:
+        spacompiler.compile(nn.Linear(8, 8), target="params=50%",
+                            inputs={"x": torch.zeros(64, 64)})
+    assert "example_inputs" in str(told.value)
+    assert len(str(told.value)) < 400
