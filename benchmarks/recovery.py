@@ -59,8 +59,8 @@ BASES["gates"] = {**BASES["ours"], "importance": "curvature", "allocation": "uni
                   "schedule": "gates(streams=True)"}
 # what training starts from where the dense network teaches: the same slices, not repaired
 BASES["curvature"] = {**BASES["channels"], "repair": "none", "roles": ("channel", "head")}
-# as many tokens in windows as long as those that are measured; "beside" without measured moves, which
-# give next to nothing at 65% and 80%
+# as many tokens in windows as long as those that are measured; "beside" without measured moves,
+# which give next to nothing at 65% and 80%
 LONG = {"samples": 32, "length": 512, "batch": 2}
 BASES["ours, long"] = {**BASES["ours"], **LONG}
 BASES["beside, long"] = {**BASES["ours"], "importance": "curvature", "allocation": "global", **LONG}

@@ -159,7 +159,7 @@ class Recipe(Options):
         check=one_of(LAYOUTS, "layout"))
     inputs: str = option(
         "", DATA, "Example inputs: a .npz file of arrays by name, or the one input as .npy. "
-        "(Tensors, from Python: the argument `example_inputs`.)",
+        "From Python, tensors are the argument `example_inputs`.",
         metavar="FILE")
     input_shape: tuple[str, ...] = option(
         (), DATA, "Shape of an example input: NAME=2x3x224x224, or the shape alone where there is "
