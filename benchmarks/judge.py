@@ -30,7 +30,7 @@ SEEN = 100 * NEAR
 ROLES = (("channel", "head"), ("channel",), ("head",), ("head dim",))
 CRITERIA = ("magnitude", "taylor", "wanda", "geometric-median")
 DTYPES = (torch.float32, torch.bfloat16)
-BIG = ("smollm2-135m", "efficientnet-lite0")
+BIG = ("smollm2-135m", "gemma3-270m", "efficientnet-lite0")
 
 
 class Wrong(Exception):

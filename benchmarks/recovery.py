@@ -1,6 +1,7 @@
-"""Which recovery gives most at equal tokens, on SmolLM2-135M: ours, LoRAPrune, others + LoRA.
+"""Which recovery gives most at equal tokens, on a language model: ours, LoRAPrune, others + LoRA.
 
     python benchmarks/recovery.py --data DIR --work DIR [--tokens 51200] [--rows ours+lora ...]
+        [--model gemma3]
 
 `--data` holds wikitext2/valid.txt (calibration and training; the last sixteenth of the windows is
 held out) and wikitext2/test.raw, ptb/valid.txt (perplexity, windows of 512 tokens). All rows see
@@ -8,7 +9,8 @@ the same tokens, in batches of equal size. Each row's learning rate is the one o
 does best on the held-out windows after a short run of `--sweep` tokens (rows that differ after a
 comma share it); the texts that are measured take no part in that. Rows `+full` have one rate, 2e-4.
 `--work` keeps the pruned models and the results, so that rows can be run one by one, and a training
-that was stopped goes on; `--show` prints what is there.
+that was stopped goes on; `--show` prints what is there. Of another model than SmolLM2-135M they lie
+in a folder of its name in there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from language_models import MODELS
 from rich.console import Console
 
 import spacompiler
@@ -29,10 +32,8 @@ from spacompiler.cli.tables import table
 from spacompiler.evidence.calibration import from_text, windows
 from spacompiler.evidence.losses import default_loss, perplexity
 from spacompiler.request import registry
-from spacompiler.sources import named as source
 from spacompiler.train.loop import Training
 
-MODEL = "zoo:smollm2-135m"
 CALIBRATION = {"samples": 32, "length": 128, "batch": 4, "seed": 0}
 COMMON = {"roles": ("channel",), "align": 1, "prove": False, "layout": "any", "onnx": False,
           "latency": False}
@@ -104,7 +105,7 @@ def pruned(base: str, args: argparse.Namespace) -> Any:
     folder = args.work / f"{base}-{args.target.replace('=', '').strip('%')}"
     if not folder.exists():
         result = spacompiler.compile(
-            MODEL, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
+            MODELS[args.model].source, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
             out=folder, work=args.work / f"{folder.name}.work",
             **{**COMMON, **CALIBRATION, **BASES[base]})
         print(base, result.plan.costs["body"], result.job.notes, flush=True)
@@ -125,7 +126,7 @@ def run(row: str, recipe: str, tokens: int, args: argparse.Namespace) -> tuple[d
     Returns what happened and the module.
     """
     base, _ = ROWS[row]
-    dense = source.load(MODEL)
+    dense = MODELS[args.model].load()
     text = str(args.data / "wikitext2" / "valid.txt")
     data = from_text(text, dense.tokenizer, samples=tokens * 16 // 15 // args.length,
                      length=args.length, batch=2, seed=1)
@@ -138,7 +139,7 @@ def run(row: str, recipe: str, tokens: int, args: argparse.Namespace) -> tuple[d
     torch.manual_seed(0)
     if base == "lora-prune":
         module = spacompiler.compile(
-            MODEL, target=args.target, schedule=recipe, calibration=calls[:-held_out],
+            MODELS[args.model].source, target=args.target, schedule=recipe, calibration=calls[:-held_out],
             progress=progress, **COMMON).module
         seen = sum(k["input_ids"].numel() for _, k in calls[:-held_out])
     else:
@@ -191,7 +192,7 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, Any]:
     recipe = ROWS[row][1]
     rate = best_rate(row, args, args.work / "rates.json") if "{lr}" in recipe else 0.0
     found, module = run(row, recipe.format(lr=rate), args.tokens, args)
-    tokenizer = source.load(MODEL).tokenizer
+    tokenizer = MODELS[args.model].load().tokenizer
     return {**found, "rate": rate, **scores(module, tokenizer, args.data, args.windows)}
 
 
@@ -214,6 +215,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure rows and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--target", default="body=50%")
@@ -225,6 +227,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--show", action="store_true", help="print what the work folder holds")
     args = parser.parse_args()
+    if args.model != "smollm2":
+        args.work /= args.model  # nothing that is kept serves another model
     args.work.mkdir(parents=True, exist_ok=True)
     book = args.work / "rows.json"
     for row in () if args.show else args.rows:

@@ -1,4 +1,4 @@
-"""Small example networks, and two real ones, that the tests and the command line load by name."""
+"""Small example networks, and three real ones, that the tests and the command line load by name."""
 
 from __future__ import annotations
 

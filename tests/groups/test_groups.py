@@ -24,7 +24,7 @@ from spacompiler.torch_backend.read.export import trace
 from spacompiler.torch_backend.trace import Trace
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-REAL = {"smollm2-135m", "efficientnet-lite0"}
+REAL = {"smollm2-135m", "gemma3-270m", "efficientnet-lite0"}
 SMALL = [name for name in models_zoo.names() if name not in REAL]
 SOLVE_SECONDS = 0.1
 

@@ -30,7 +30,7 @@ from spacompiler.torch_backend.run.aside import Aside
 from spacompiler.torch_backend.run.runner import Runner
 from spacompiler.torch_backend.trace import Trace
 
-REAL = {"smollm2-135m", "efficientnet-lite0"}
+REAL = {"smollm2-135m", "gemma3-270m", "efficientnet-lite0"}
 SMALL = [name for name in models_zoo.names() if name not in REAL]
 RMS_NORMED = ["gemma", "llama-gqa", "qwen3"]
 
