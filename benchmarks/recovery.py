@@ -105,9 +105,9 @@ def pruned(base: str, args: argparse.Namespace) -> Any:
     folder = args.work / f"{base}-{args.target.replace('=', '').strip('%')}"
     if not folder.exists():
         result = spacompiler.compile(
-            MODELS[args.model].source, target=args.target, calibration=str(args.data / "wikitext2" / "valid.txt"),
-            out=folder, work=args.work / f"{folder.name}.work",
-            **{**COMMON, **CALIBRATION, **BASES[base]})
+            MODELS[args.model].source, target=args.target,
+            calibration=str(args.data / "wikitext2" / "valid.txt"), out=folder,
+            work=args.work / f"{folder.name}.work", **{**COMMON, **CALIBRATION, **BASES[base]})
         print(base, result.plan.costs["body"], result.job.notes, flush=True)
     return spacompiler.load(folder)
 
@@ -139,8 +139,8 @@ def run(row: str, recipe: str, tokens: int, args: argparse.Namespace) -> tuple[d
     torch.manual_seed(0)
     if base == "lora-prune":
         module = spacompiler.compile(
-            MODELS[args.model].source, target=args.target, schedule=recipe, calibration=calls[:-held_out],
-            progress=progress, **COMMON).module
+            MODELS[args.model].source, target=args.target, schedule=recipe,
+            calibration=calls[:-held_out], progress=progress, **COMMON).module
         seen = sum(k["input_ids"].numel() for _, k in calls[:-held_out])
     else:
         module = pruned(base, args)

@@ -158,9 +158,8 @@ class Recipe(Options):
         "beside), any (ours alone), or auto: what is worth it.",
         check=one_of(LAYOUTS, "layout"))
     inputs: str = option(
-        "", DATA, "Example inputs: a .npz file of arrays by name, or the one input as .npy. "
-        "From Python, tensors are the argument `example_inputs`.",
-        metavar="FILE")
+        "", DATA, "Example inputs: a .npz of arrays by name, or the one input as .npy. In Python, "
+        "tensors are the argument `example_inputs`.", metavar="FILE")
     input_shape: tuple[str, ...] = option(
         (), DATA, "Shape of an example input: NAME=2x3x224x224, or the shape alone where there is "
         "one. Repeatable.", metavar="NAME=SHAPE")
