@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...axes.choices import Choices
+from ...axes.choices import Choices, kept_size
 from ...errors import SpaError
 from ...groups.solution import Solution
 from ...plan.effects import edits, norm_changes
+from ...rows.findings import Path
 from ...store.room import Room
 from ..copying import copied
 from ..trace import Trace
@@ -72,10 +73,16 @@ ATTRIBUTES: Mapping[str, Mapping[str, Attribute]] = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
     **dict.fromkeys(("LSTMCell", "GRUCell", "RNNCell"), _CELL),
 }
-# operator -> (position of the argument, attribute of the module that made the call)
-CALL_ATTRIBUTES = {
-    "conv": (6, "groups"), "convolution": (8, "groups"), "group_norm": (1, "num_groups"),
+# operator -> (path of the argument, attribute of the module that made the call)
+CALL_ATTRIBUTES: Mapping[str, tuple[Path, str]] = {
+    "conv": (("args", 6), "groups"), "convolution": (("args", 8), "groups"),
+    "group_norm": (("args", 1), "num_groups"), "expand": (("args", 1, 2), "num_key_value_groups"),
 }
+# operator -> (position of the more and of the fewer, the dimension that counts them, attribute of
+# the module that made the call: how many of the one go to each of the other). transformers' code
+# hands the number to an operator for some inputs (a mask, a step of generation), and for others
+# lets the attention share keys among queries itself.
+CALL_RATIOS = {"scaled_dot_product_attention": (0, 1, -3, "num_key_value_groups")}
 EPS = ("eps", "variance_epsilon", "epsilon")
 
 
@@ -118,7 +125,8 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
 
     `module` holds the sliced arrays already, its attributes are still the dense ones.
     """
-    changes = [*_call_changes(module, solution, choices), *_eps_changes(module, solution, choices)]
+    changes = [*_call_changes(module, solution, choices), *_ratio_changes(module, solution, choices),
+               *_eps_changes(module, solution, choices)]
     groups = {path: value for path, name, value in changes if name == "groups"}
     for path, part in module.named_modules():
         for name, read in ATTRIBUTES.get(
@@ -150,12 +158,25 @@ def held_in_code(module: nn.Module, solution: Solution, choices: Choices) -> boo
 def _call_changes(module: nn.Module, solution: Solution,
                   choices: Choices) -> Iterator[tuple[str, str, Any]]:
     nodes = {node.name: node for node in solution.graph.nodes}
-    for name, path, value, _ in edits(solution, choices):
-        for op, (position, attribute) in CALL_ATTRIBUTES.items():
+    for name, path, value, old in edits(solution, choices):
+        for op, (place, attribute) in CALL_ATTRIBUTES.items():
             node = nodes[name]
-            known = path == ("args", position) and node.op.startswith(f"aten.{op}")
-            if known and hasattr(module.get_submodule(node.where), attribute):
+            known = path == place and node.op.startswith(f"aten.{op}")
+            if known and getattr(module.get_submodule(node.where), attribute, None) == old:
                 yield node.where, attribute, value
+
+
+def _ratio_changes(module: nn.Module, solution: Solution,
+                   choices: Choices) -> Iterator[tuple[str, str, Any]]:
+    for node in solution.graph.nodes:
+        for op, (more, fewer, dim, attribute) in CALL_RATIOS.items():
+            if not node.op.startswith(f"aten.{op}"):
+                continue
+            many, few = (solution.solver.dims[node.reads()[at]][dim] for at in (more, fewer))
+            was = many.size // few.size
+            now = kept_size(many, choices) // kept_size(few, choices)
+            if now != was == getattr(module.get_submodule(node.where), attribute, None):
+                yield node.where, attribute, now
 
 
 def _eps_changes(module: nn.Module, solution: Solution,
