@@ -1,4 +1,4 @@
-"""Attention that shares keys among queries is right for inputs that take another way in its code."""
+"""Attention that shares keys among queries is right for inputs that take another way, too."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_generation_goes_on_from_a_mask(pruned):
 
 
 class Attention(nn.Module):
-    """Four query heads to one key and value head, which the operator shares, or the code repeats."""
+    """Four query heads to one of keys, which the operator shares, or the code repeats."""
 
     def __init__(self):
         super().__init__()

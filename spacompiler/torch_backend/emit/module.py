@@ -125,8 +125,8 @@ def attribute_changes(module: nn.Module, trace: Trace, solution: Solution,
 
     `module` holds the sliced arrays already, its attributes are still the dense ones.
     """
-    changes = [*_call_changes(module, solution, choices), *_ratio_changes(module, solution, choices),
-               *_eps_changes(module, solution, choices)]
+    changes = [change for of in (_call_changes, _ratio_changes, _eps_changes)
+               for change in of(module, solution, choices)]
     groups = {path: value for path, name, value in changes if name == "groups"}
     for path, part in module.named_modules():
         for name, read in ATTRIBUTES.get(
