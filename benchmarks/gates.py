@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[Any, int]] = {
     "magnitude": ("magnitude", 0), "taylor": ("taylor", 0),
     "gates": (Gates(criterion="taylor", scales=0, rows=0, length=0, task=1.0), 1),
     "grasp-gates": (GraspGates(scales=0), 1),
-    "ddp": (Ddp(lr=0.1, relaxation="soft-l0(start=1.0, end=0.05)"), 2),
+    "ddp": (Ddp(lr=0.03, relaxation="soft-l0(start=1.0, end=0.05, spread=0.3)"), 2),
     "compresso": (Compresso(beside=ADAPTED, lr=0.3, beside_lr=1e-3,
                             relaxation="hard-concrete(spread=1.0)",
                             budget="lagrangian(lr=2.0, ramp=0.5)"), 2),

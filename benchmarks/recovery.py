@@ -94,6 +94,7 @@ ROWS: dict[str, tuple[str, str]] = {
        for base in ("cfsp", "curvature", "ours", "gates", "ours, long", "beside, long")},
     **{f"{base}+full, 1e-4": (base, FULL.replace("2e-4", "1e-4"))
        for base in ("cfsp", "beside, long")},
+    "ours+full, 4e-4": ("ours", FULL.replace("2e-4", "4e-4")),
     "gates+full, own loss": ("gates", FULL.replace("lr=2e-4", "lr=2e-4, logits=0.0")),
 }
 RIVALS = ("llm-pruner+lora", "lora-prune")

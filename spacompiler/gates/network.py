@@ -34,6 +34,10 @@ Gates = Mapping[str, "torch.Tensor | Pooled"]
 (examples, slices) -> (examples, slices)."""
 LEAST = 1e-6
 """Where the logarithm of a closed gate on a router's score ends."""
+HELD = 3 << 26, 1 << 27
+"""Bytes held for backward, at the least: of the last segments' values, of dear ones. No gradient of
+a weight is held besides, which would dwarf them: a pass with frozen weights is what this is beside.
+"""
 Weights = Callable[[str], torch.Tensor]
 
 
@@ -83,7 +87,7 @@ class Gated:
             self.trace.program, weights, where=DOUBLE if double else HERE, watch=watch,
             reads=Reads(everywhere, self._touch(gated, scores, gates, hard)),
             override={**norms(self.solution, choices), **override},
-            held=budget(self.solution.graph, traced, batch) if lean else None)
+            held=budget(self.solution.graph, traced, batch, *HELD) if lean else None)
         results = runner.call(*batch)
         if not torch.is_grad_enabled():
             runner.close()

@@ -103,17 +103,18 @@ class Budget:
         return CheckpointPolicy.MUST_SAVE
 
 
-def budget(graph: Graph, traced: object, batch: object, whole: int = WHOLE) -> Budget | None:
+def budget(graph: Graph, traced: object, batch: object, whole: int = WHOLE,
+           least: int = LEAST) -> Budget | None:
     """Return what may be held for a batch, or None if its activations are `FEW`.
 
     Of the last segments `whole` bytes of values are.
 
-    What may be held is an eighth of what the weights take, and at least `LEAST`: while products fit
+    What may be held is an eighth of what the weights take, and at least `least`: while products fit
     into that, the rest costs little to compute again. Activations are estimated by the
     traced sizes, in proportion to the inputs' sizes.
     """
     share = sum(prod(t.shape) for t in graph.weights().values())
-    allowed = max(LEAST, share // 2)  # an eighth of four bytes each
+    allowed = max(least, share // 2)  # an eighth of four bytes each
     made = sum(prod(t.shape) for t in graph.tensors.values()
                if t.kind == "value" and not t.static)
     every = 4 * made * elements(batch) / max(1, elements(traced))
