@@ -8,9 +8,9 @@ measured is the largest resident memory while it scores, above the memory that t
 analysed model takes (Linux only: /proc/self). The bar: LoRA-gradient and streaming Taylor take
 at most 0.48 of what full weight gradients take. Cells: megabytes above the model, share of full
 weight gradients, CPU seconds. With `--gates`, learning gates (some steps, the network frozen) is
-compared with a forward and backward pass of the frozen network instead: its bar, that of `lean`
-(the default), is 1.25. Its tokens a CPU second are compared with those of a loop that trains peft's LoRA
-on all linear layers, bar 0.7.
+compared with a forward and backward pass of the frozen network instead: the bar of the default
+(`lean`) is 1.25 then. Its tokens a CPU second are compared with those of a loop that trains LoRA of
+peft's on all linear layers, bar 0.7.
 """
 
 from __future__ import annotations
